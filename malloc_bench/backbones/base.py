@@ -1,0 +1,74 @@
+"""The four calls that every backbone answers, for both tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from malloc_bench.registry import find, suggest
+from malloc_bench.state import Events, Prefill, Stats, UserState
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] (0: none)."""
+
+    events: Events
+    targets: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """A sequential recommender. A token sees the state and itself; history reaches a token only through the state.
+
+    Attributes for subclasses: `paper`, `version` (raise it when numbers change), `fields` (what the state keeps of an
+    event in each layer), `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors).
+    """
+
+    kind: ClassVar[str] = "backbones"
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+    Config: ClassVar[type]
+    fields: ClassVar[tuple[str, ...]] = ("keys", "values")
+    uses_positions: bool = False
+    uses_times: bool = False
+    n_items: int
+    max_length: int
+
+    @abstractmethod
+    def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
+        """The full state of B histories, with the attention statistics asked for."""
+
+    @abstractmethod
+    def read(self, tokens: Events, state: UserState) -> Tensor:
+        """Outputs [B, M, d] of M tokens that stand behind the history and do not see one another."""
+
+    @abstractmethod
+    def append(self, state: UserState, events: Events) -> UserState:
+        """The state with new events added. Raises ValueError beyond `max_length`."""
+
+    @abstractmethod
+    def forward(self, events: Events) -> Tensor:
+        """The plain causal pass, [B, S, d]: what `read` over the full state must equal."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean training loss over the batch's targets."""
+
+    @abstractmethod
+    def catalogue(self) -> Tensor:
+        """[n_items, d]: an output's scores are hidden @ catalogue.T; row i is item i + 1."""
+
+
+def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any) -> Backbone:
+    """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter."""
+    cls = find("backbones", name)
+    valid = {f.name for f in fields(cls.Config)}
+    for key in params.keys() - valid:
+        raise ValueError(f"backbone {name} has no parameter '{key}'.{suggest(key, valid)}")
+    return cls(cls.Config(**params), n_items, has_time)
+
+

@@ -1,0 +1,89 @@
+"""SASRec (Kang and McAuley, ICDM 2018, arXiv 1808.09781), pre-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from malloc_bench.backbones.attention import AttentionBackbone, Block, Places
+from malloc_bench.backbones.losses import dropout
+from malloc_bench.registry import register
+
+
+class SASRecBlock(Block):
+    """x + Attention(LN x), then x + FFN(LN x) with a ReLU between two d x d maps (paper, section 3.2)."""
+
+    def __init__(self, dim: int, heads: int, rate: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, rate
+        self.scale = (dim // heads) ** -0.5
+        self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q * self.scale, {"keys": k.contiguous(), "values": v.contiguous()}, None
+
+    def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        x = x + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.rate, self.training)
+        hidden = dropout(torch.relu(self.up(self.norm_ffn(x))), self.rate, self.training)
+        return x + dropout(self.down(hidden), self.rate, self.training)
+
+    def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
+        """Softmax over all sources; a slot that stands for m events counts m times: + log m."""
+        shifted = []
+        for x, mask, mass in zip(logits, masks, masses):
+            x = x if mass is None else x + mass.clamp(min=1e-6).log().unsqueeze(2)
+            shifted.append(x.masked_fill(~mask, -torch.inf))
+        if len(shifted) == 1:
+            return [shifted[0].softmax(-1)]
+        return list(torch.cat(shifted, -1).softmax(-1).split([x.shape[-1] for x in shifted], -1))
+
+    def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
+        return F.scaled_dot_product_attention(q, own["keys"], own["values"], is_causal=True, scale=1.0)
+
+
+@register("sasrec")
+class SASRec(AttentionBackbone):
+    """Causal softmax attention over item and learned position embeddings.
+
+    From the paper: embeddings x sqrt(d), one-d feed-forward, causal mask, dropout. Ours, as in the comparison of
+    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature.
+    """
+
+    paper = "Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781"
+
+    @dataclass(frozen=True)
+    class Config:
+        """layers: blocks; heads: attention heads; dim: width d; max_length: events kept; temperature: of the cosine head."""
+
+        layers: int = 2
+        heads: int = 1
+        dim: int = 50
+        max_length: int = 200
+        dropout: float = 0.2
+        head: Literal["cosine", "dot"] = "cosine"
+        temperature: float = 0.05
+
+    def __init__(self, config: Config, n_items: int, has_time: bool = False) -> None:
+        super().__init__()
+        self.config, self.n_items, self.max_length = config, n_items, config.max_length
+        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
+        self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
+        self.blocks = nn.ModuleList(
+            SASRecBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        for table in (self.items, self.positions):
+            nn.init.trunc_normal_(table.weight, std=0.02)
+
+    def _output(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x

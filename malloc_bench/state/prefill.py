@@ -1,0 +1,144 @@
+"""What a compressor gets to see: the full state of a batch of users and the attention statistics it asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from malloc_bench.state.slots import Slots
+from malloc_bench.state.user_state import Events, Segment, UserState
+from malloc_bench.state.vectors import Dense
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Attention statistics a method needs; ask for the union of several with `|`.
+
+    column_sum: total |weight| that each slot received from the history's own queries.
+    window: weights of the newest `window` queries of the history over all slots, one row each.
+    """
+
+    column_sum: bool = False
+    window: int = 0
+
+    def __or__(self, other: Stats) -> Stats:
+        return Stats(self.column_sum or other.column_sum, max(self.window, other.window))
+
+
+class MissingStatistic(ValueError):
+    """A compressor asked a Prefill for attention statistics that nobody gathered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """The full state of B users, who they are, and what was observed while it was made.
+
+    state: one dense segment a layer.
+    users: [B] int64 ids, stable between runs: what is random hashes them.
+    column_sum: a layer each, [B, H, S]: sum over the history's queries of the |attention weight| on each slot
+        (mean over the query heads that share a kv-head). Softmax weights are their own absolute values.
+    window: a layer each, [B, H, W, S]: signed weights of the newest W queries, oldest first; rows of users with fewer
+        than W events start with zeros.
+    seed: the cell's seed.
+    """
+
+    state: UserState
+    users: Tensor
+    events: Events | None = None
+    column_sum: Sequence[Tensor] | None = None
+    window: Sequence[Tensor] | None = None
+    seed: int = 0
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> range:
+        return range(len(self.state.layers))
+
+    def segment(self, layer: int) -> Segment:
+        """The only segment of a layer."""
+        (segment,) = self.state.layers[layer]
+        return segment
+
+    def slots(self, layer: int) -> Slots:
+        slots = self.segment(layer).slots
+        assert slots is not None, "a full state has slots"
+        return slots
+
+    def keys(self, layer: int) -> Tensor:
+        """[B, H, S, D]"""
+        return self.segment(layer).fields["keys"].dense()
+
+    def values(self, layer: int) -> Tensor:
+        """[B, H, S, D]"""
+        return self.segment(layer).fields["values"].dense()
+
+    def mask(self, layer: int) -> Tensor:
+        """True where a slot is real, [B, H or 1, S]."""
+        return self.slots(layer).mask(self.segment(layer).width)
+
+    def attention_received(self, layer: int) -> Tensor:
+        """`column_sum` of a layer, [B, H, S]; raises MissingStatistic."""
+        if self.column_sum is None:
+            raise MissingStatistic("needs = Stats(column_sum=True) is missing on the compressor, or it is not first in a chain")
+        return self.column_sum[layer]
+
+    def newest_attention(self, layer: int, window: int) -> Tensor:
+        """Weights of the newest `window` queries, [B, H, min(window, W), S]; raises MissingStatistic."""
+        if self.window is None:
+            raise MissingStatistic(f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain")
+        return self.window[layer][:, :, -window:]
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make() once per Prefill and key, so that one score serves every budget."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    @staticmethod
+    def of_state(state: UserState, users: Tensor, seed: int = 0) -> Prefill:
+        """A view of a state that another token method has made already: no statistics, the next one of a chain."""
+        return Prefill(state, users, seed=seed)
+
+    @staticmethod
+    def from_tensors(
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        queries: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor] | None = None,
+        lengths: Tensor | None = None,
+        users: Tensor | None = None,
+        positions: bool = False,
+        seed: int = 0,
+    ) -> Prefill:
+        """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
+
+        Args, one entry a layer: keys, values [B, H, S, D]; queries [B, H, S, D] (causal softmax attention is computed
+        from them) or attention [B, H, S, S] (row = query); lengths [B], default S. positions: kept slots store theirs.
+        """
+        b, _, s, d = keys[0].shape
+        count = torch.full((b,), s) if lengths is None else lengths
+        count = count.to(torch.int32)
+        real = torch.arange(s) < count[:, None]  # [B, S]
+        if attention is None and queries is not None:
+            future = torch.ones(s, s, dtype=torch.bool).triu(1)
+            logits = [(q @ k.transpose(-1, -2) / d**0.5).masked_fill(future, -torch.inf) for q, k in zip(queries, keys)]
+            attention = [x.softmax(-1) for x in logits]
+        column_sum = window = None
+        if attention is not None:
+            seen = [torch.where(real[:, None, :, None] & real[:, None, None, :], a, 0.0) for a in attention]
+            column_sum = [a.abs().sum(2) for a in seen]
+            rows = (count.long()[:, None] - s + torch.arange(s))[:, None, :, None]  # newest last, negative: not there
+            window = [
+                torch.where(rows >= 0, a.gather(2, rows.clamp(min=0).expand(-1, a.shape[1], -1, s)), 0.0) for a in seen
+            ]
+        place = torch.arange(s, dtype=torch.int32).expand(b, 1, s) if positions else None
+        slots = Slots(count[:, None], place)
+        layers = tuple((Segment({"keys": Dense(k), "values": Dense(v)}, slots),) for k, v in zip(keys, values))
+        ids = torch.arange(b) if users is None else users
+        return Prefill(UserState(layers, count), ids, None, column_sum, window, seed)

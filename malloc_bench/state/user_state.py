@@ -1,0 +1,226 @@
+"""What is kept of a batch of users between requests: exact bytes, packing and unpacking, written once for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from malloc_bench.state.slots import Slots
+from malloc_bench.state.vectors import Ragged, Vectors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """Raw events of B users, left-aligned and padded to S.
+
+    items: [B, S] int32, 1..n_items, 0 is padding.
+    count: [B] int32.
+    times: [B, S] int64 seconds, None where the data has none.
+    next_times: [B, S] int64, when the prediction after each event is asked for: the time of the event that follows.
+    """
+
+    items: Tensor
+    count: Tensor
+    times: Tensor | None = None
+    next_times: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        """True where an event is real: [B, S] bool."""
+        return torch.arange(self.items.shape[1], device=self.items.device) < self.count.unsqueeze(1)
+
+    def last(self, k: Tensor) -> Events:
+        """The newest k events of each user, k [B] >= 0."""
+        count = torch.minimum(self.count, k.to(self.count.dtype))
+        width = int(count.max()) if len(count) else 0
+        index = (self.count - count).long().unsqueeze(1) + torch.arange(width, device=count.device)
+        index = index.clamp(max=max(self.items.shape[1] - 1, 0))
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.gather(1, index)
+
+        return Events(self.items.gather(1, index), count, pick(self.times), pick(self.next_times))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots."""
+
+    fields: dict[str, Vectors]
+    slots: Slots | None
+
+    @property
+    def width(self) -> int:
+        """S, the padded number of slots."""
+        return next(iter(self.fields.values())).shape[2]
+
+
+Layer = tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UserState:
+    """The state of B users: one tuple of segments a layer, attended together.
+
+    length: [B] int32, events that the state stands for: the position of the next token.
+    events: raw ids and times, for methods that rebuild the state on request; `layers` is empty then.
+
+    Vectors and Slots that several segments share are one object and are stored once.
+    """
+
+    layers: tuple[Layer, ...]
+    length: Tensor
+    events: Events | None = None
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def segments(self) -> Iterator[Segment]:
+        for layer in self.layers:
+            yield from layer
+
+    def nbytes(self) -> Tensor:
+        """Bytes that each user's state takes when packed, [B] int64."""
+        total = torch.zeros(len(self), dtype=torch.long, device=self.length.device)
+        for part in self._parts():
+            total += part.nbytes()
+        return total
+
+    def pack(self, user: int) -> bytes:
+        """One user's state as it would lie in a store; row `user` of the batch."""
+        return b"".join(_leading(part, user) for part in self._parts())
+
+    def unpack(self, blobs: Sequence[bytes]) -> UserState:
+        """States of len(blobs) users from what `pack` wrote; self is any state of the same make (its data is not read).
+
+        Raises ValueError where a blob is longer or shorter than the layout asks for.
+        """
+        read = _Reader(blobs)
+        one = torch.ones(len(blobs), 1, dtype=torch.long)
+        length = read(self.length.view(-1, 1, 1, 1), one).view(-1)
+        events = self.events
+        if events is not None:
+            count = length.unsqueeze(1)
+            items = read(events.items[:, None, :, None], count)[:, 0, :, 0]
+            times = None if events.times is None else read(events.times[:, None, :, None], count)[:, 0, :, 0]
+            events = Events(items, length, times)
+        new: dict[int, Any] = {}
+        for slots, vectors in self._stored():
+            if vectors is None:
+                assert slots is not None
+                new[id(slots)] = slots.load(read)
+            else:
+                new[id(vectors)] = vectors.load(read, None if slots is None else new[id(slots)].count)
+        read.finish()
+        layers = tuple(
+            tuple(
+                Segment({k: new[id(v)] for k, v in s.fields.items()}, None if s.slots is None else new[id(s.slots)])
+                for s in layer
+            )
+            for layer in self.layers
+        )
+        return UserState(layers, length, events)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> UserState:
+        """The same state with every tensor replaced by fn(tensor); what was shared stays shared."""
+        return _map(fn, self, {})
+
+    def take(self, users: Tensor) -> UserState:
+        """The states of the given rows of the batch, users [B'] int64."""
+        return self.map(lambda x: x.index_select(0, users.to(x.device)))
+
+    def to(self, device: str | torch.device) -> UserState:
+        return self.map(lambda x: x.to(device))
+
+    def _stored(self) -> Iterator[tuple[Slots | None, Vectors | None]]:
+        """Every distinct object once, slots (as (slots, None)) before the vectors over them."""
+        seen: set[int] = set()
+        for segment in self.segments():
+            if segment.slots is not None and id(segment.slots) not in seen:
+                seen.add(id(segment.slots))
+                yield segment.slots, None
+            for vectors in segment.fields.values():
+                if id(vectors) not in seen:
+                    seen.add(id(vectors))
+                    yield segment.slots, vectors
+
+    def _parts(self) -> Iterator[Ragged]:
+        one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)
+        yield Ragged(self.length.view(-1, 1, 1, 1), one)
+        if self.events is not None:
+            for tensor in (self.events.items, self.events.times):
+                if tensor is not None:
+                    yield Ragged(tensor[:, None, :, None], self.length.unsqueeze(1))
+        for slots, vectors in self._stored():
+            if vectors is not None:
+                yield from vectors.parts(None if slots is None else slots.count)
+            elif slots is not None:
+                yield from slots.parts()
+
+
+def _leading(part: Ragged, user: int) -> bytes:
+    """The stored rows and columns of one user, head after head."""
+    data = part.data[user].detach().cpu()
+    rows = part.rows[user].expand(len(data))
+    cols = torch.full_like(rows, data.shape[2]) if part.cols is None else part.cols[user].expand(len(data))
+    return b"".join(
+        data[h, : int(r), : int(c)].contiguous().view(torch.uint8).numpy().tobytes() if r and c else b""
+        for h, (r, c) in enumerate(zip(rows, cols))
+    )
+
+
+class _Reader:
+    """Reads ragged arrays back, user by user, in the order in which they were packed."""
+
+    def __init__(self, blobs: Sequence[bytes]) -> None:
+        self.blobs = blobs
+        self.at = [0] * len(blobs)
+
+    def __call__(self, like: Tensor, rows: Tensor, cols: Tensor | None = None) -> Tensor:
+        users, heads, width = len(self.blobs), like.shape[1], like.shape[3]
+        rows = rows.expand(users, heads)
+        columns = torch.full_like(rows, width) if cols is None else cols.expand(users, heads)
+        out = torch.zeros(
+            users,
+            heads,
+            int(rows.max()) if users else 0,
+            int(columns.max()) if cols is not None and users else width,
+            dtype=like.dtype,
+        )
+        for user, blob in enumerate(self.blobs):
+            for head in range(heads):
+                r, c = int(rows[user, head]), int(columns[user, head])
+                size = r * c * like.element_size()
+                chunk = blob[self.at[user] : self.at[user] + size]
+                if len(chunk) != size:
+                    raise ValueError(f"packed state of user {user} ends after {len(blob)} bytes, more were expected")
+                self.at[user] += size
+                if size:
+                    out[user, head, :r, :c] = torch.frombuffer(bytearray(chunk), dtype=like.dtype).view(r, c)
+        return out.to(like.device)
+
+    def finish(self) -> None:
+        for user, (blob, at) in enumerate(zip(self.blobs, self.at)):
+            if at != len(blob):
+                raise ValueError(f"packed state of user {user} has {len(blob) - at} bytes too many")
+
+
+def _map(fn: Callable[[Tensor], Tensor], x: T, done: dict[int, Any]) -> T:
+    if id(x) in done:
+        return done[id(x)]
+    new: Any = x
+    if isinstance(x, Tensor):
+        new = fn(x)
+    elif is_dataclass(x):
+        new = replace(x, **{f.name: _map(fn, getattr(x, f.name), done) for f in fields(x)})  # type: ignore[type-var]
+    elif isinstance(x, tuple):
+        new = tuple(_map(fn, y, done) for y in x)
+    elif isinstance(x, dict):
+        new = {k: _map(fn, v, done) for k, v in x.items()}
+    done[id(x)] = new
+    return new

@@ -1,0 +1,92 @@
+"""How the vectors of a state are written down. `Vectors` is the seam between *which* slots are kept and *how*."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Ragged(NamedTuple):
+    """An array as it must be stored: of `data` only the leading rows x cols of each user and head."""
+
+    data: Tensor  # [B, H, R, C]
+    rows: Tensor  # [B, H] or [B, 1], integers
+    cols: Tensor | None = None  # [B, H] or [B, 1]; None = all of C
+
+    def nbytes(self) -> Tensor:
+        """Stored bytes of each user, [B] int64."""
+        heads, width = self.data.shape[1], self.data.shape[3]
+        cols = torch.full_like(self.rows, width) if self.cols is None else self.cols
+        cells = (self.rows.long() * cols.long()).expand(-1, heads)
+        return cells.sum(1) * self.data.element_size()
+
+
+class Read(Protocol):
+    """Takes the next stored array from packed bytes: the shape, dtype and device follow `like`."""
+
+    def __call__(self, like: Tensor, rows: Tensor, cols: Tensor | None = None) -> Tensor: ...
+
+
+class Vectors(ABC):
+    """S vectors of width D for each of B users and H heads, in some encoding."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, D)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The vectors as read, [B, H, S, D] float; rows at and beyond a user's count are finite garbage."""
+
+    @abstractmethod
+    def parts(self, count: Tensor | None) -> Iterator[Ragged]:
+        """The arrays to be stored, in the order in which `load` reads them; count [B, H or 1], None = all S rows."""
+
+    @abstractmethod
+    def load(self, read: Read, count: Tensor | None) -> Vectors:
+        """The inverse of `parts`: vectors of this encoding and width from stored arrays."""
+
+    def dot(self, q: Tensor) -> Tensor:
+        """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
+        return q @ self.dense().to(q.dtype).transpose(-1, -2)
+
+    def mix(self, w: Tensor) -> Tensor:
+        """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
+        return w @ self.dense().to(w.dtype)
+
+    def flops(self, queries: int) -> int:
+        """FLOPs of one `dot` or one `mix` for `queries` queries over all S rows, per user (2 per multiply-add)."""
+        _, heads, slots, width = self.shape
+        return 2 * queries * heads * slots * width
+
+
+def all_rows(data: Tensor) -> Tensor:
+    """[B, 1] count of every row of data [B, H, R, C]."""
+    return torch.full((data.shape[0], 1), data.shape[2], dtype=torch.long, device=data.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Vectors):
+    """Plain vectors: data [B, H, S, D] in any float dtype."""
+
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, s, d = self.data.shape
+        return b, h, s, d
+
+    def dense(self) -> Tensor:
+        return self.data
+
+    def parts(self, count: Tensor | None) -> Iterator[Ragged]:
+        yield Ragged(self.data, all_rows(self.data) if count is None else count)
+
+    def load(self, read: Read, count: Tensor | None) -> Dense:
+        return Dense(read(self.data, all_rows(self.data) if count is None else count))
