@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.base import Backbone, Batch
+from malloc_bench.backbones.base import Backbone
 from malloc_bench.backbones.losses import dropout, next_item_loss
-from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
+from malloc_bench.state import Batch, Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
 
 _BLOCK = 256  # queries at a time in the plain pass
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB

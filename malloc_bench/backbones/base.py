@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from malloc_bench.registry import find, suggest
-from malloc_bench.state import Events, Prefill, Stats, UserState
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] (0: none)."""
-
-    events: Events
-    targets: Tensor
+from malloc_bench.state import Batch, Events, Prefill, Stats, UserState
 
 
 class Backbone(nn.Module, ABC):

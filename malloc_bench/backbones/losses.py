@@ -6,30 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ROWS = 2048  # logits of so many targets exist at a time
+_ROWS = 256  # logits of so many targets exist at a time: they stay in cache
+_SAFE = 60.0  # exp of logits up to here neither overflows nor needs the maximum taken off
 
 
 class _FullSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ table.T, its gradient made in the forward pass, chunk by chunk."""
+    """Mean cross-entropy of hidden @ table.T, its gradient made in the forward pass, chunk by chunk.
+
+    Probabilities are never normalised in place: 1/z is carried on the thin side of both products.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden, d_table = torch.empty_like(hidden), torch.zeros_like(table)
-        scale = 1.0 / max(len(hidden), 1)
+        mean = 1.0 / max(len(hidden), 1)
+        bounded = bool(len(hidden)) and float(hidden.norm(dim=1).max() * table.norm(dim=1).max()) < _SAFE
         for start in range(0, len(hidden), _ROWS):
-            h, t = hidden[start : start + _ROWS], targets[start : start + _ROWS, None]
-            logits = h @ table.T
-            top = logits.amax(1, keepdim=True)
-            picked = logits.gather(1, t) - top
-            p = logits.sub_(top).exp_()
-            z = p.sum(1, keepdim=True)
+            h, t = hidden[start : start + _ROWS], targets[start : start + _ROWS]
+            p = h @ table.T
+            if not bounded:
+                p -= p.amax(1, keepdim=True)
+            picked = p.gather(1, t[:, None]).squeeze(1)
+            z = p.exp_().sum(1)
             total += (z.log() - picked).sum()
-            p.mul_(scale / z).scatter_add_(1, t, torch.full_like(z, -scale))
-            torch.mm(p, table, out=d_hidden[start : start + _ROWS])
-            d_table.addmm_(p.T, h)
+            weight = (mean / z)[:, None]
+            d_table.addmm_(p.T, h * weight)
+            d_hidden[start : start + _ROWS] = (p @ table) * weight
+        d_hidden -= table[targets] * mean
+        d_table.index_add_(0, targets, hidden, alpha=-mean)
         ctx.save_for_backward(d_hidden, d_table)
-        return total * scale
+        return total * mean
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

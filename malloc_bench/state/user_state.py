@@ -48,6 +48,14 @@ class Events:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] int32 (0: none)."""
+
+    events: Events
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots."""
 

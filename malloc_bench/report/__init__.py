@@ -1,0 +1,27 @@
+"""Reports of a run, from its results only: leaderboard, tables, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from malloc_bench.results import atomic_write, load_results, to_parquet
+
+
+def write_report(rundir: str | Path) -> list[Path]:
+    """Write `results.parquet`, `leaderboard.md|csv|tex` and `figures/` of a run folder from its rows.
+
+    Every file is replaced whole. Raises ResultsError where one cannot be written.
+    """
+    from malloc_bench.report import figures, leaderboard
+
+    rundir = Path(rundir)
+    paths = [to_parquet(rundir)]
+    frame = load_results(rundir)
+    for name, render in (
+        ("leaderboard.md", leaderboard.to_markdown),
+        ("leaderboard.csv", leaderboard.to_csv),
+        ("leaderboard.tex", leaderboard.to_latex),
+    ):
+        atomic_write(rundir / name, render(frame).encode())
+        paths.append(rundir / name)
+    return paths + figures.write_figures(frame, rundir / "figures")

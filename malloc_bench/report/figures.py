@@ -1,0 +1,228 @@
+"""Pareto figures: accuracy against bytes, fidelity against bytes, accuracy against the cost of a read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import polars as pl
+
+from malloc_bench.report.leaderboard import aggregate, sections
+from malloc_bench.results import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "windowing": "#0072B2",
+    "eviction": "#D55E00",
+    "merging": "#009E73",
+    "quantization": "#CC79A7",
+    "low-rank": "#E69F00",
+    "recompute": "#7B4FA3",
+    "heads": "#56B4E9",
+    "recurrent": "#8C564B",
+    "search": "#BCBD22",
+}
+OTHER = "#555555"  # a family that is not in the taxonomy
+MARKERS = "os^DvPX<>ph8"
+FLOOR = "#999999"
+FRONT = "#111111"
+FLOORS = {"none": (0, (5, 2)), "random": (0, (1.5, 1.5))}  # dash patterns
+REBUILT = "recompute"  # the family that keeps ids and rebuilds the state: it would hide every other on the front
+STEPS_OF_1000 = ((1e9, "GB", "G"), (1e6, "MB", "M"), (1e3, "KB", "k"), (1.0, "B", ""))
+
+
+class Panel(NamedTuple):
+    x: str
+    y: str
+    xlabel: str
+    ylabel: str
+    title: str
+
+
+def panels(board: pl.DataFrame) -> tuple[Panel, Panel, Panel]:
+    """The three panels; the cost of a read is FLOPs where no latency was measured."""
+    timed = board["read_ms_p50"].is_not_null().any()
+    cost, unit = ("read_ms_p50", "read (ms, p50)") if timed else ("read_flops", "read (FLOPs)")
+    size = "state (bytes per user)"
+    return (
+        Panel("bytes_mean", "ndcg@10", size, "NDCG@10", "Accuracy against memory"),
+        Panel("bytes_mean", "overlap@10", size, "overlap@10 with the full state", "Fidelity against memory"),
+        Panel(cost, "ndcg@10", unit, "NDCG@10", "Accuracy against the cost of a read"),
+    )
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, value) that no other one beats: none is as cheap and better, or as good and cheaper."""
+    best: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or value > best[-1][1]:
+            best.append((cost, value))
+    return best
+
+
+def pareto_figure(board: pl.DataFrame, title: str) -> Figure:
+    """The figure of one dataset, task, split and backbone, from its rows of `leaderboard.aggregate`.
+
+    A family is a colour and a line through its best methods; a method is a marker; bars are the paired interval of
+    the difference to the full state. The step line is the Pareto front of what keeps a state.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 6.2), layout="constrained")
+    methods = board.filter(~pl.col("method").is_in(["full", *FLOORS]))
+    markers = _markers(methods)
+    for axes, panel in zip(figure.subplots(1, 3), panels(board)):
+        for (family,), rows in methods.group_by("family", maintain_order=True):
+            _draw_family(axes, panel, str(family), rows, markers)
+        _draw_references(axes, panel, board)
+        _style(axes, panel)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    _legend(figure, board, methods, markers)
+    return figure
+
+
+def _draw_family(axes: Axes, panel: Panel, family: str, rows: pl.DataFrame, markers: dict[str, str]) -> None:
+    colour = COLOURS.get(family, OTHER)
+    axes.plot(*_xy(front(_points(rows, panel))), color=colour, lw=1.8, alpha=0.7, zorder=2, gid=f"family:{family}")
+    for (name,), own in rows.with_columns(_name()).group_by("name", maintain_order=True):
+        x, y = _xy(_points(own, panel))
+        axes.errorbar(x, y, _bars(own, panel), fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.5, zorder=3)
+        marker, gid = markers[str(name)], f"method:{name}"
+        axes.plot(x, y, ls="none", color=colour, marker=marker, ms=7, mec="white", mew=0.7, zorder=4, gid=gid)
+
+
+def _style(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.margins(x=0.06, y=0.05)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
+    unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(panel.title, fontsize=11)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.grid(True, which="major", color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _subs(span: float) -> tuple[float, ...]:
+    """Which multiples of powers of ten are labelled on an axis whose ends are `span` apart."""
+    return (1.0,) if span > 1e4 else (1.0, 3.0) if span > 30 else (1.0, 2.0, 5.0)
+
+
+def _draw_references(axes: Axes, panel: Panel, board: pl.DataFrame) -> None:
+    """The full state, the floors and the front.
+
+    `none` holds nothing, so its value is a level; `random` depends on the budget, so it is a curve.
+    """
+    for value in board.filter(pl.col("method") == "none")[panel.y].drop_nulls():
+        axes.axhline(value, color=FLOOR, ls=FLOORS["none"], lw=1.4, zorder=1, gid="none")
+    random = sorted(_points(board.filter(pl.col("method") == "random"), panel))
+    axes.plot(*_xy(random), color=FLOOR, ls=FLOORS["random"], lw=1.8, zorder=1.2, gid="random")
+    full = _points(board.filter(pl.col("method") == "full"), panel)
+    axes.plot(*_xy(full), marker="*", ms=15, color=FRONT, mec="white", mew=0.8, ls="none", zorder=6, gid="full")
+    kept = _points(board.filter((pl.col("method") != "none") & (pl.col("family") != REBUILT)), panel)
+    reached = front(kept)
+    last = [(max(kept)[0], reached[-1][1])] if kept else []  # the best stays the best at a higher cost
+    axes.step(*_xy(reached + last), where="post", color=FRONT, lw=1.0, zorder=2.5, gid="front")
+
+
+def _points(rows: pl.DataFrame, panel: Panel) -> list[tuple[float, float]]:
+    """(x, y) where both were measured and x has a place on a log axis."""
+    return list(_measured(rows, panel).select(panel.x, panel.y).iter_rows())
+
+
+def _measured(rows: pl.DataFrame, panel: Panel) -> pl.DataFrame:
+    return rows.filter((pl.col(panel.x) > 0) & pl.col(panel.y).is_not_null())
+
+
+def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _bars(rows: pl.DataFrame, panel: Panel) -> list[list[float]] | None:
+    """Lengths below and above each point: the paired interval, for NDCG@10 only."""
+    if panel.y != "ndcg@10":
+        return None
+    delta, lo, hi = (pl.col(f"delta_ndcg@10{end}") for end in ("", "_lo", "_hi"))
+    ends = _measured(rows, panel).select((delta - lo).alias("below"), (hi - delta).alias("above")).fill_null(0.0)
+    return [ends["below"].clip(0).to_list(), ends["above"].clip(0).to_list()]
+
+
+def _name() -> pl.Expr:
+    """A method's name; a chain goes by its parts, or all chains would be one method."""
+    return pl.when(pl.col("method") == "compose").then(pl.col("compressor")).otherwise(pl.col("method")).alias("name")
+
+
+def _names(methods: pl.DataFrame) -> list[str]:
+    return methods.select(_name()).to_series().unique().sort().to_list()
+
+
+def _markers(methods: pl.DataFrame) -> dict[str, str]:
+    """A marker a method, unlike its neighbours' in the family: the colour tells families apart."""
+    families = [_names(rows) for _, rows in methods.group_by("family")]
+    return {name: MARKERS[i % len(MARKERS)] for names in families for i, name in enumerate(names)}
+
+
+def _human(value: float, unit: int | None) -> str:
+    """`12 KB` (unit 1), `12 k` (unit 2), `0.03` (None)."""
+    if unit is None:
+        return f"{value:g}"
+    step = next((step for step in STEPS_OF_1000 if value >= step[0]), STEPS_OF_1000[-1])
+    return f"{value / step[0]:g} {step[unit]}".strip()
+
+
+def _legend(figure: Figure, board: pl.DataFrame, methods: pl.DataFrame, markers: dict[str, str]) -> None:
+    """What is always drawn, then every family with its methods below it, right of the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=FRONT, marker="*", ms=12, ls="none", label="full state"),
+        Line2D([], [], color=FRONT, lw=1.0, label="Pareto front of kept states"),
+    ]
+    present = set(board["method"])
+    for name, dash in FLOORS.items():
+        if name in present:
+            handles.append(Line2D([], [], color=FLOOR, ls=dash, lw=1.6, label=f"{name} (floor)"))
+    families = []
+    for (family,), rows in methods.sort("family").group_by("family", maintain_order=True):
+        colour = COLOURS.get(str(family), OTHER)
+        families.append(len(handles))
+        handles.append(Line2D([], [], color=colour, lw=1.8, label=str(family)))
+        for name in _names(rows):
+            handles.append(Line2D([], [], color=colour, marker=markers[name], ls="none", ms=7, mec="white", label=name))
+    columns = 1 + len(handles) // 30
+    legend = figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False, ncols=columns)
+    for index in families:
+        legend.get_texts()[index].set_fontweight("bold")
+
+
+def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """One Pareto figure a dataset, task, split and backbone, as `pareto-<...>.<format>`; png, svg or pdf."""
+    from matplotlib import rc_context
+
+    paths = []
+    for head, board in sections(aggregate(frame)):
+        figure = pareto_figure(board, head)
+        stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
+        for suffix in formats:
+            buffer = BytesIO()
+            dated = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
+            with rc_context({"svg.hashsalt": "malloc-bench"}):  # the same results make the same file
+                figure.savefig(buffer, format=suffix, dpi=150, metadata={dated: None} if dated else None)
+            paths.append(Path(folder) / f"pareto-{stem}.{suffix}")
+            atomic_write(paths[-1], buffer.getvalue())
+    return paths
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("_")

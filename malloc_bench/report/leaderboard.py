@@ -1,0 +1,235 @@
+"""The leaderboard: one line per method and budget, grouped by dataset, task and backbone. Knows results only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from malloc_bench.metrics import holm
+from malloc_bench.report.render import (
+    Column,
+    budget_label,
+    csv,
+    digits,
+    filled,
+    label,
+    latex,
+    markdown,
+    number,
+    significant,
+    terminal,
+    words,
+)
+from malloc_bench.results import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+GROUP = ("dataset", "task", "split", "backbone")
+METHOD = ("family", "compressor", "compressor_params", "budget")
+LOSSLESS = -0.01  # the most of the full state's NDCG@10 that a lossless method may lose, relative
+MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
+
+_REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
+
+
+def newest(frame: pl.DataFrame) -> pl.DataFrame:
+    """One row a cell and seed: where a method was rerun in another version, its latest."""
+    same = [*GROUP, "backbone_params", *METHOD, "seed"]
+    return frame.sort("created_at", nulls_last=False, maintain_order=True).unique(
+        same, keep="last", maintain_order=True
+    )
+
+
+def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
+    """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
+
+    Adds `seeds` (how many the means cover), `seeds_total`, `method` (the bare name), `lossless`, `p_holm` (corrected
+    within dataset, task, split and backbone). Over several seeds, p is twice the mean of theirs, valid however they
+    depend; interval ends are averaged, which leaves the interval as wide as one seed's.
+    `also` names further columns of numbers to average.
+    """
+    ok = pl.col("status") == "ok"
+    means = (
+        _labelled(newest(frame))
+        .group_by(*GROUP, *METHOD, maintain_order=True)
+        .agg(
+            ok.sum().cast(pl.Int64).alias("seeds"),
+            pl.len().cast(pl.Int64).alias("seeds_total"),
+            pl.col("n_users").filter(ok).max(),
+            pl.col("structural").filter(ok).any(),
+            *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
+        )
+        .filter(pl.col("seeds") > 0)
+        .rename({"compressor": "method", "compressor_params": "compressor"})
+    )
+    noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
+    several = pl.min_horizontal(2 * pl.col("p_value"), pl.lit(1.0))
+    full = pl.col("ndcg@10") - pl.col("delta_ndcg@10")
+    reference = pl.col("method") == "full"
+    p = pl.when(pl.col("seeds") > 1).then(several).otherwise(pl.col("p_value"))
+    judged = means.with_columns(
+        pl.when(~noisy & ~reference).then(p).alias("p_value"),
+        pl.when(~noisy & ~reference & (full > 0)).then(pl.col("delta_ndcg@10_lo") / full > LOSSLESS).alias("lossless"),
+        *(
+            pl.when(~reference).then(pl.col(f"delta_ndcg@10{end}")).alias(f"delta_ndcg@10{end}")
+            for end in ("", "_lo", "_hi")
+        ),
+        (1 / pl.col("ratio")).alias("smaller_x"),
+        (pl.col("read_flops") / 1e6).alias("read_mflops"),
+    )
+    corrected = [group.with_columns(_holm(group["p_value"])) for _, group in _groups(judged)]
+    return _sorted(pl.concat(corrected)) if corrected else judged.with_columns(pl.lit(None, pl.Float64).alias("p_holm"))
+
+
+def _labelled(frame: pl.DataFrame) -> pl.DataFrame:
+    """`compressor_params` becomes the method's label; `backbone` gets its parameters where one name has several."""
+    ambiguous = pl.col("backbone_params").n_unique().over("backbone") > 1
+    pairs = pl.struct("backbone", "backbone_params").map_elements(_backbone, pl.String)
+    return frame.with_columns(
+        pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone")).alias("backbone"),
+        pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
+        pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
+    )
+
+
+def _backbone(row: Mapping[str, Any]) -> str:
+    return label(row["backbone"], row["backbone_params"])
+
+
+def _compressor(row: Mapping[str, Any]) -> str:
+    return label(row["compressor"], row["compressor_params"])
+
+
+def _holm(p: pl.Series) -> pl.Series:
+    return pl.Series("p_holm", holm(p), nan_to_null=True)
+
+
+def _groups(frame: pl.DataFrame) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:
+    yield from frame.group_by(*GROUP, maintain_order=True)
+
+
+def _sorted(board: pl.DataFrame) -> pl.DataFrame:
+    """Groups by name; in each the full state, then larger budgets first (the achieved ratio where there is none)."""
+    size = pl.col("budget").str.strip_suffix(" %").cast(pl.Float64, strict=False) / 100
+    keys = [
+        *(pl.col(name) for name in GROUP),
+        pl.col("method") != "full",
+        -size.fill_null(pl.col("ratio")),
+        -pl.col("ndcg@10"),
+    ]
+    return board.sort(*keys, nulls_last=True, maintain_order=True)
+
+
+SHOWN = (
+    *GROUP, "n_users", "seeds", "seeds_total", "compressor", "family", "budget", "bytes_mean", "smaller_x",
+    "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm", "lossless",
+    "overlap@10", "read_ms_p50", "compress_ms_p50", "read_mflops",
+)  # fmt: skip
+
+
+def leaderboard(frame: pl.DataFrame) -> pl.DataFrame:
+    """The board of a results frame, as numbers, under SHOWN: ok rows only (`problems` has the others)."""
+    return aggregate(frame).select(SHOWN)
+
+
+def problems(frame: pl.DataFrame) -> list[str]:
+    """One line for every skipped and failed cell, with its reason."""
+    rows = _labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
+    return [_problem(row) for row in rows.iter_rows(named=True)]
+
+
+def _problem(row: Mapping[str, Any]) -> str:
+    at = f" at {row['budget']}" if row["budget"] else ""
+    where = f"{row['dataset']}, {row['task']}, {row['backbone']}, {row['compressor_params']}{at}, seed {row['seed']}"
+    reason = (row["reason"] or "").strip() or "no reason recorded"
+    return f"{row['status']}: {where}: {reason.splitlines()[0]}"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    delta, lo, hi = (row[f"delta_ndcg@10{end}"] for end in ("", "_lo", "_hi"))
+    interval = "" if lo is None or hi is None else f" [{lo:+z.4f}, {hi:+z.4f}]"
+    return digits(delta, "+z.4f") + interval
+
+
+def _p(row: Mapping[str, Any]) -> str:
+    return "<0.001" if row["p_holm"] is not None and row["p_holm"] < 0.001 else digits(row["p_holm"], ".3f")
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    return "" if row["seeds_total"] == 1 else f"{row['seeds']}/{row['seeds_total']}"
+
+
+COLUMNS_SHOWN = (
+    words("compressor", "compressor"),
+    words("family", "family", rank=6),
+    Column("seeds ok", _seeds, rank=3),
+    Column("budget", lambda row: row["budget"] or ""),
+    significant("bytes_mean", "state (KB/user)", scale=1e-3),
+    number("smaller_x", "× smaller", ".1f", rank=2),
+    number("share_at_floor", "at floor (% users)", ".0f", rank=9, scale=100),
+    number("hr@10", "HR@10", ".4f", rank=5),
+    number("ndcg@10", "NDCG@10", ".4f"),
+    Column("ΔNDCG@10 [95 % interval]", _difference, rank=1),
+    Column("p (Holm)", _p, rank=4),
+    Column("lossless", lambda row: "✓" if row["lossless"] else "", rank=3),
+    number("overlap@10", "overlap@10", ".3f", rank=2),
+    significant("read_ms_p50", "read (ms, p50)", rank=4),
+    significant("compress_ms_p50", "compress (ms, p50)", rank=7),
+    significant("read_mflops", "read (MFLOPs)", rank=8),
+)
+
+NOTES = (
+    "State: measured mean bytes per user (1 KB = 1000 bytes). × smaller: sum of full bytes / sum of bytes.",
+    "Δ: difference to the full state, 95 % paired bootstrap interval over users; p: two-sided, Holm-corrected "
+    "within each table. ✓ lossless: the interval's lower end is above -1 % of the full state's NDCG@10.",
+    "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
+)
+EMPTY = "No finished cells yet."
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """`ml-1m · retrieval · sasrec (leave_one_out, 6,040 users)` of any row of a group."""
+    users = "" if row["n_users"] is None else f", {row['n_users']:,} users"
+    return f"{row['dataset']} · {row['task']} · {row['backbone']} ({row['split']}{users})"
+
+
+def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """(title, rows) for every dataset, task, split and backbone."""
+    for _, group in _groups(board):
+        yield title(group.row(0, named=True)), group
+
+
+def to_markdown(frame: pl.DataFrame) -> str:
+    """The leaderboard of a results frame as a Markdown page."""
+    board, faults = leaderboard(frame), problems(frame)
+    parts = [f"## {head}\n\n{markdown(group, filled(group, COLUMNS_SHOWN))}" for head, group in sections(board)]
+    notes = "".join(f"- {note}\n" for note in NOTES) if parts else f"{EMPTY}\n"
+    listed = "## Skipped and failed\n\n" + "".join(f"- {line}\n" for line in faults) if faults else ""
+    return "\n".join(["# Leaderboard\n", *parts, notes, *([listed] if listed else [])])
+
+
+def to_csv(frame: pl.DataFrame) -> str:
+    """The leaderboard of a results frame as CSV: unrounded, units in the names."""
+    return csv(leaderboard(frame))
+
+
+def to_latex(frame: pl.DataFrame) -> str:
+    """The leaderboard of a results frame as LaTeX tables, problems as comments."""
+    parts = [latex(group, filled(group, COLUMNS_SHOWN), head) for head, group in sections(leaderboard(frame))]
+    return "\n".join([*(parts or [f"% {EMPTY}\n"]), *(f"% {line}\n" for line in problems(frame))])
+
+
+def print_leaderboard(frame: pl.DataFrame, console: Console) -> None:
+    """Print the leaderboard of a results frame; columns that do not fit the terminal are left out."""
+    board = leaderboard(frame)
+    for head, group in sections(board):
+        console.print(terminal(group, filled(group, COLUMNS_SHOWN), head, console.width))
+        console.print()
+    console.print(EMPTY if board.is_empty() else NOTES[1], style="dim", highlight=False, markup=False)
+    for line in problems(frame):
+        console.print(line, style="red" if line.startswith("failed") else "yellow", highlight=False, markup=False)

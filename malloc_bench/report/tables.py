@@ -1,0 +1,166 @@
+"""The paper's tables by name, each a pure function of the results frame, and their rendering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import polars as pl
+
+from malloc_bench.metrics import slices as length_slices
+from malloc_bench.registry import suggest
+from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, newest, sections
+from malloc_bench.report.render import (
+    FORMATS,
+    Column,
+    csv,
+    filled,
+    latex,
+    markdown,
+    number,
+    significant,
+    words,
+)
+from malloc_bench.results import STEPS
+
+HEAD = (*GROUP, "n_users", "family", "compressor", "budget")
+LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
+ACCURACY = (
+    *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "logloss", "overlap@10"),
+    *("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm"),
+)
+SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
+TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
+SLICES = tuple(length_slices([]))
+SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10")
+
+
+def accuracy(frame: pl.DataFrame) -> pl.DataFrame:
+    """Every accuracy metric of every method and budget."""
+    return aggregate(frame).select(*HEAD, *ACCURACY)
+
+
+def resources(frame: pl.DataFrame) -> pl.DataFrame:
+    """Bytes, milliseconds, FLOPs and peak memory of every method and budget."""
+    flops = [(pl.col(f"{step}_flops") / 1e6).alias(f"{step}_mflops") for step in STEPS]
+    return aggregate(frame).select(*HEAD, *SIZES, "smaller_x", "share_at_floor", *TIMES, *flops, "peak_bytes")
+
+
+def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
+    """How small each method gets: its smallest lossless state, its smallest state, and the NDCG@10 kept there."""
+    full = pl.col("ndcg@10") - pl.col("delta_ndcg@10")
+    measured = aggregate(frame).with_columns(pl.when(full > 0).then(pl.col("ndcg@10") / full).alias("kept"))
+    smallest = pl.col("bytes_mean").arg_min()
+    lossless = pl.col("lossless").fill_null(False)
+    return (
+        measured.filter(pl.col("method") != "full")
+        .group_by(*GROUP, "family", "method", maintain_order=True)
+        .agg(
+            pl.col("n_users").max(),
+            pl.len().cast(pl.Int64).alias("cells"),
+            pl.col("smaller_x").filter(lossless).max().alias("lossless_smaller_x"),
+            pl.col("bytes_mean").filter(lossless).min().alias("lossless_bytes"),
+            pl.col("bytes_mean").get(smallest).alias("smallest_bytes"),
+            pl.col("smaller_x").get(smallest).alias("smallest_smaller_x"),
+            pl.col("kept").get(smallest).alias("smallest_ndcg_kept"),
+        )
+        .sort(*GROUP, "family", "method")
+    )
+
+
+def slices(frame: pl.DataFrame) -> pl.DataFrame:
+    """Users, NDCG@10, HR@10 and overlap@10 by history length in events, means over seeds."""
+    names = [f"{value} {part}" for part in SLICES for value in SLICE_VALUES]
+    rows = newest(frame).filter(pl.col("status") == "ok")
+    # aggregated as a metric would be: each value of each slice stands in for a column of numbers
+    values = [_by_length(text) for text in rows["slices"]]
+    wide = rows.with_columns(pl.Series(name, [v.get(name) for v in values], pl.Float64) for name in names)
+    return aggregate(wide, also=names).select(*HEAD, *names)
+
+
+def _by_length(text: str | None) -> dict[str, float | None]:
+    return {
+        f"{value} {part}": values.get(value)
+        for part, values in json.loads(text or "{}").items()
+        for value in SLICE_VALUES
+    }
+
+
+class Table(NamedTuple):
+    make: Callable[[pl.DataFrame], pl.DataFrame]
+    columns: tuple[Column, ...]
+
+
+TABLES = {
+    "accuracy": Table(accuracy, (*LABELS, *(number(name, name.replace("_", " "), ".4f") for name in ACCURACY))),
+    "resources": Table(
+        resources,
+        (
+            *LABELS,
+            *(significant(name, f"{name.replace('_', ' ')} (KB)", scale=1e-3) for name in SIZES),
+            number("smaller_x", "× smaller", ".1f"),
+            number("share_at_floor", "at floor (% users)", ".0f", scale=100),
+            *(significant(name, name.replace("_ms_", " ") + " (ms)") for name in TIMES),
+            *(significant(f"{step}_mflops", f"{step} (MFLOPs)") for step in STEPS),
+            significant("peak_bytes", "peak memory (MB)", scale=1e-6),
+        ),
+    ),
+    "taxonomy": Table(
+        taxonomy,
+        (
+            words("family", "family"),
+            words("method", "compressor"),
+            number("cells", "cells", ".0f"),
+            number("lossless_smaller_x", "lossless up to (× smaller)", ".1f"),
+            significant("lossless_bytes", "lossless down to (KB/user)", scale=1e-3),
+            significant("smallest_bytes", "smallest state (KB/user)", scale=1e-3),
+            number("smallest_smaller_x", "smallest (× smaller)", ".1f"),
+            number("smallest_ndcg_kept", "NDCG@10 kept there (%)", ".1f", scale=100),
+        ),
+    ),
+    "slices": Table(
+        slices,
+        (
+            *LABELS,
+            *(
+                number(f"{value} {part}", f"{header}, {part} events", spec)
+                for value, header, spec in (
+                    ("n_users", "users", ",.0f"),
+                    ("ndcg@10", "NDCG@10", ".4f"),
+                    ("hr@10", "HR@10", ".4f"),
+                    ("overlap@10", "overlap@10", ".3f"),
+                )
+                for part in SLICES
+            ),
+        ),
+    ),
+}
+
+
+def table(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """A table as numbers; raises ValueError with the nearest of TABLES for an unknown name."""
+    return _named(name).make(frame)
+
+
+def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
+    """A table as text in one of FORMATS; columns that are blank throughout are left out (not in CSV).
+
+    Raises ValueError for an unknown name or format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
+    data, columns = table(frame, name), _named(name).columns
+    if format == "csv":
+        return csv(data)
+    if format == "latex":
+        parts = [latex(group, filled(group, columns), f"{name}: {head}") for head, group in sections(data)]
+        return "\n".join(parts) or f"% {EMPTY}\n"
+    parts = [f"## {head}\n\n{markdown(group, filled(group, columns))}" for head, group in sections(data)]
+    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{EMPTY}\n"])])
+
+
+def _named(name: str) -> Table:
+    if name not in TABLES:
+        raise ValueError(f"no table is named '{name}'.{suggest(name, TABLES)}")
+    return TABLES[name]

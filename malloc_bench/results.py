@@ -1,0 +1,295 @@
+"""Rows: one JSON file per cell, the truth of a run; `results.parquet` is derived from them.
+
+Everything is written to a temporary file beside its place, synced, and renamed: a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from malloc_bench.registry import suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "skipped", "failed")
+STEPS = ("prefill", "compress", "append", "read")
+
+#: column -> kind (text, whole, real, flag, or json: a nested value, kept as JSON text in the parquet), in their order.
+COLUMNS: dict[str, str] = {
+    **dict.fromkeys(("cell_id", "suite", "dataset", "task", "split", "backbone"), "text"),
+    "backbone_params": "json",
+    **dict.fromkeys(("family", "compressor"), "text"),
+    "compressor_params": "json",
+    "structural": "flag",  # trained with the backbone: its differences carry training noise
+    "budget": "text",  # see `budget_text`
+    "seed": "whole",
+    **dict.fromkeys(("status", "reason"), "text"),
+    "n_users": "whole",
+    **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr"), "real"),
+    **dict.fromkeys(("auc", "gauc", "logloss", "overlap@10"), "real"),
+    **dict.fromkeys(("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_value"), "real"),
+    **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
+    **dict.fromkeys(("ratio", "share_at_floor"), "real"),
+    **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},
+    **{f"{step}_flops": "real" for step in STEPS},
+    "peak_bytes": "real",
+    "params": "whole",
+    "train_seconds": "real",
+    "device": "text",
+    "threads": "whole",
+    "load": "real",
+    **dict.fromkeys(("git_commit", "created_at"), "text"),
+    "slices": "json",  # history length -> n_users, ndcg@10, hr@10, overlap@10
+    "per_user": "text",  # path below the run folder
+    "traceback": "text",
+    **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),
+    "schema_version": "whole",
+}
+
+
+class ResultsError(RuntimeError):
+    """A result could not be written: one line with the path, the reason and what to do."""
+
+
+# ---- identity
+
+
+def canonical_json(obj: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII; numpy scalars as numbers, tuples as lists.
+
+    Raises ValueError for NaN and infinity, TypeError for what JSON has no word for.
+    """
+    return json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def cell_id(payload: Any) -> str:
+    """sha256 (64 hex digits) of the canonical JSON of what makes a cell what it is."""
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+
+
+def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
+    """The `budget` column: `0.25`, `{"slots":16}`, or null where the method has no budget."""
+    if budget is None:
+        return None
+    return canonical_json(float(budget) if isinstance(budget, (int, float)) else budget)
+
+
+def _plain(obj: Any) -> Any:
+    """`obj` in Python's own types, with text keys."""
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    return _plain(obj.tolist()) if hasattr(obj, "tolist") else obj
+
+
+def _finite(obj: Any) -> Any:
+    """A plain value with NaN and infinity, which JSON cannot say, as null."""
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list):
+        return [_finite(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+# ---- files
+
+_ADVICE = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your disk quota",
+    errno.EACCES: "choose a folder you may write to (--out)",
+    errno.EPERM: "choose a folder you may write to (--out)",
+    errno.EROFS: "choose a folder you may write to (--out)",
+    errno.ENOTDIR: "choose a folder, not a file (--out)",
+    errno.EEXIST: "choose a folder, not a file (--out)",
+}
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all, on disk when this returns; makes the folders above it.
+
+    Raises ResultsError (disk full, no permission ...); what was at `path` is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the disk")
+        reason = error.strerror or str(error)
+        raise ResultsError(
+            f"cannot write {path}: {reason}; {advice}, then run again: finished cells are kept"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # after success there is nothing left to remove
+            temporary.unlink()
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str | Path) -> int:
+    """Delete temporary files that killed writers left in `folder`; how many. Only for the holder of the run's lock."""
+    leftovers = list(Path(folder).glob(".*.tmp"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write arrays of equal length (U,) or (U, n) as an atomic parquet; raises ResultsError."""
+    import polars as pl
+
+    _write_parquet(path, pl.DataFrame(dict(columns)))
+
+
+def _write_parquet(path: str | Path, frame: pl.DataFrame) -> None:
+    buffer = BytesIO()
+    frame.write_parquet(buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+# ---- rows
+
+
+def write_row(folder: str | Path, row: Mapping[str, Any]) -> Path:
+    """Write `<folder>/<cell_id>.json`; columns not given, and NaN, become null. The same row gives the same bytes.
+
+    Raises ValueError for an unknown column, a wrong type, no cell id, or a status that is not one of STATUSES;
+    ResultsError where the file cannot be written.
+    """
+    for name in row:
+        if name not in COLUMNS:
+            raise ValueError(f"a row has no column '{name}'.{suggest(name, COLUMNS)}")
+    plain = _finite(_plain(dict.fromkeys(COLUMNS) | dict(row) | {"schema_version": SCHEMA_VERSION}))
+    if fault := _fault(plain):
+        raise ValueError(f"bad row: {fault}")
+    path = Path(folder) / f"{plain['cell_id']}.json"
+    atomic_write(path, (json.dumps(plain, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read_rows(folder: str | Path, quarantine: bool = True) -> list[Row]:
+    """All good rows of a folder, by cell id. A broken file, or one of another schema version, is not returned:
+
+    it is named in a warning and moved to `<folder>/quarantine/`, or left alone with `quarantine=False`.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.json")):
+        row, fault = _read_row(path)
+        if not fault:
+            rows.append(row)
+        else:
+            log.warning("%s %s: %s", "quarantined" if quarantine and _set_aside(path) else "left out", path, fault)
+    return rows
+
+
+def _set_aside(path: Path) -> bool:
+    """Move a broken file to the quarantine; False where the folder cannot be written."""
+    try:
+        (path.parent / "quarantine").mkdir(exist_ok=True)
+        path.replace(path.parent / "quarantine" / path.name)
+    except OSError:
+        return False
+    return True
+
+
+def _read_row(path: Path) -> tuple[Row, str | None]:
+    """The row of a file and what is wrong with it."""
+    try:
+        row = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return {}, f"not readable ({error})"
+    if not isinstance(row, dict):
+        return {}, "not a row"
+    if row.get("schema_version") != SCHEMA_VERSION:
+        return {}, f"schema version {row.get('schema_version')}, this is {SCHEMA_VERSION}"
+    return row, _fault(row) or (None if row["cell_id"] == path.stem else "its name is not its cell id")
+
+
+def _fault(row: Row) -> str | None:
+    """What is wrong with a row, or None."""
+    if not row.get("cell_id") or not isinstance(row["cell_id"], str):
+        return "no cell_id"
+    if row.get("status") not in STATUSES:
+        return f"status {row.get('status')!r} is none of {', '.join(STATUSES)}"
+    wrong = [name for name, kind in COLUMNS.items() if not _fits(row.get(name), kind)]
+    return f"{wrong[0]} is {row[wrong[0]]!r}, expected {COLUMNS[wrong[0]]}" if wrong else None
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if value is None or kind == "json":
+        return True
+    if kind == "flag" or isinstance(value, bool):
+        return kind == "flag" and isinstance(value, bool)
+    return isinstance(value, {"text": (str,), "whole": (int,), "real": (int, float)}[kind])
+
+
+# ---- frames
+
+
+def frame(rows: Sequence[Row]) -> pl.DataFrame:
+    """Rows as a polars frame: all of COLUMNS in order, typed even where all values are null."""
+    import polars as pl
+
+    types = {"text": pl.String, "json": pl.String, "whole": pl.Int64, "real": pl.Float64, "flag": pl.Boolean}
+    data = {name: [_cell(row.get(name), kind) for row in rows] for name, kind in COLUMNS.items()}
+    return pl.DataFrame(data, schema={name: types[kind] for name, kind in COLUMNS.items()})
+
+
+def _cell(value: Any, kind: str) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    return canonical_json(value) if kind == "json" else float(value) if kind == "real" else value
+
+
+def load_results(rundir: str | Path) -> pl.DataFrame:
+    """The results of a run folder: from `rows/` where there are any, else from `results.parquet`. Changes no file.
+
+    Raises FileNotFoundError where the folder has neither.
+    """
+    import polars as pl
+
+    rundir = Path(rundir)
+    if any((rundir / "rows").glob("*.json")):
+        return frame(read_rows(rundir / "rows", quarantine=False))
+    if (rundir / "results.parquet").is_file():
+        return pl.read_parquet(rundir / "results.parquet")
+    raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
+
+
+def to_parquet(rundir: str | Path) -> Path:
+    """Derive `results.parquet` from the rows of a run folder; raises ResultsError where it cannot be written."""
+    path = Path(rundir) / "results.parquet"
+    _write_parquet(path, frame(read_rows(Path(rundir) / "rows")))
+    return path

@@ -1,0 +1,220 @@
+"""Fit a backbone: validated every epoch, the best epoch kept, resumable after a kill."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.data.batches import by_length, training_batches, window
+from malloc_bench.data.splits import Split, Targets
+from malloc_bench.ranking import question, rank
+from malloc_bench.state import Batch, Events
+
+_BIG_BATCH = 256  # users a batch where nothing is trained
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a fit.
+
+    epochs: at most so many; the learning rate falls from lr to 0 over them on a cosine, after one epoch of warm-up.
+    patience: stop after so many epochs without a better validation NDCG@10. amp: bfloat16 autocast, "auto" = where
+    the device multiplies it fast.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 2e-3
+    patience: int = 10
+    weight_decay: float = 0.0
+    amp: str = "auto"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit came to: epochs run, the best of them, its validation NDCG@10, seconds spent (all sittings)."""
+
+    epochs: int
+    best_epoch: int
+    best_ndcg: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a fit, for a progress bar."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    ndcg: float | None
+
+
+def tune_malloc() -> None:
+    """Keep freed memory in the process (glibc): large temporaries are else mapped and faulted in at every step."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        m_mmap_max, m_trim_threshold, m_top_pad = -4, -1, -2
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 << 20)):
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):
+        pass  # not glibc: slower, not wrong
+
+
+def fit(
+    backbone: Backbone,
+    split: Split,
+    settings: Training,
+    seed: int,
+    folder: Path,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Fit:
+    """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
+
+    A folder with fit.json is only loaded; one with the state of an interrupted fit goes on from its last whole epoch.
+    Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does.
+    """
+    device = next(backbone.parameters()).device
+    done, model = folder / "fit.json", folder / "model.safetensors"
+    if done.exists():
+        backbone.load_state_dict(load_file(model, device=str(device)))
+        return Fit(**json.loads(done.read_text()))
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(
+        backbone.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
+    )
+    epoch, best_epoch, best, seconds = _resume(backbone, optimizer, folder)
+    amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
+    steps = sum(1 for _ in training_batches(split, backbone.max_length, settings.batch_size, seed, 0))
+    while epoch < settings.epochs and epoch - best_epoch <= settings.patience:
+        started = time.perf_counter()
+        torch.manual_seed(1_000_003 * seed + epoch)
+        backbone.train()
+        total, score = 0.0, None
+        batches = training_batches(split, backbone.max_length, settings.batch_size, seed, epoch)
+        for step, batch in enumerate(batches):
+            rate = settings.lr * _schedule(epoch + step / max(steps, 1), settings.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = backbone.loss(_move(batch, device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach())
+            report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), best if best >= 0 else None))
+        score = validation_ndcg(backbone, split, split.valid)
+        epoch += 1
+        if score > best:
+            best, best_epoch = score, epoch
+            _save(folder / "best.safetensors", backbone.state_dict())
+        seconds += time.perf_counter() - started
+        _checkpoint(backbone, optimizer, folder, {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds})
+    if (folder / "best.safetensors").exists():
+        backbone.load_state_dict(load_file(folder / "best.safetensors", device=str(device)))
+    backbone.eval()
+    result = Fit(epoch, best_epoch, best, seconds)
+    _save(model, backbone.state_dict())
+    _write(done, json.dumps(asdict(result)))
+    for leftover in (f"resume-{epoch}.safetensors", "resume.json", "best.safetensors"):
+        (folder / leftover).unlink(missing_ok=True)
+    return result
+
+
+@torch.no_grad()
+def validation_ndcg(backbone: Backbone, split: Split, targets: Targets, limit: int = 20_000) -> float:
+    """NDCG@10 over (at most `limit` evenly spaced) targets by the plain forward pass, seen items filtered."""
+    backbone.eval()
+    if len(targets) > limit:
+        some = np.linspace(0, len(targets) - 1, limit).astype(int)
+        targets = Targets(targets.users[some], targets.at[some])
+    device = next(backbone.parameters()).device
+    table, gains = backbone.catalogue(), 0.0
+    for rows in by_length(targets, split.dataset, backbone.max_length, _BIG_BATCH):
+        users, at = targets.users[rows], targets.at[rows]
+        events = _move(window(split.dataset, users, at, backbone.max_length), device)
+        last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
+        hidden = backbone(events).gather(1, last).transpose(0, 1)
+        asked = question(split.dataset, users, at)
+        ranks, _ = rank(hidden, table, _move(asked, device))
+        gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
+    return gains / max(len(targets), 1)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matmuls beat float32 ones here: some CPUs emulate them at a hundredth of the speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _schedule(epoch: float, epochs: int) -> float:
+    """Linear warm-up over the first epoch, then half a cosine to 0."""
+    return min(epoch + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+
+
+def _move(x: Any, device: torch.device) -> Any:
+    """Tensors of a dataclass to the device."""
+    if device.type == "cpu":
+        return x
+    if isinstance(x, torch.Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, Events | Batch) or hasattr(x, "__dataclass_fields__"):
+        return type(x)(**{name: _move(getattr(x, name), device) for name in x.__dataclass_fields__})
+    return x
+
+
+def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, int, float, float]:
+    """(epoch, best epoch, best score, seconds) of an interrupted fit, or of a fresh one."""
+    try:
+        where = json.loads((folder / "resume.json").read_text())
+        tensors = load_file(folder / f"resume-{where['epoch']}.safetensors")
+    except (OSError, ValueError, KeyError):
+        return 0, 0, -1.0, 0.0
+    backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    state = optimizer.state_dict()
+    names = [name for name, _ in backbone.named_parameters()]
+    state["state"] = {
+        i: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(names)
+    }
+    optimizer.load_state_dict(state)
+    return where["epoch"], where["best_epoch"], where["best"], where["seconds"]
+
+
+def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: dict[str, Any]) -> None:
+    """The tensors first, then the small file that names them: a kill between the two leaves the older pair."""
+    tensors = {f"model.{k}": v for k, v in backbone.state_dict().items()}
+    for name, parameter in backbone.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    _save(folder / f"resume-{where['epoch']}.safetensors", tensors)
+    _write(folder / "resume.json", json.dumps(where))
+    (folder / f"resume-{where['epoch'] - 1}.safetensors").unlink(missing_ok=True)
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

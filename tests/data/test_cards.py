@@ -1,0 +1,88 @@
+"""Cards are strict, and the shipped ones are whole."""
+
+import pytest
+
+from malloc_bench.data import DataError, cards, list_datasets, load_card
+from malloc_bench.registry import UnknownName
+
+SHA = "0" * 64
+
+
+def problem(make_card, **keys):
+    with pytest.raises(DataError) as caught:
+        load_card(make_card(**keys))
+    assert "\n" not in str(caught.value) and "toy.yaml: " in str(caught.value)
+    return str(caught.value).partition("toy.yaml: ")[2]
+
+
+def test_shipped_cards_load():
+    assert {"ml-100k", "ml-1m", "synthetic"} <= set(list_datasets())
+    for name in list_datasets():
+        assert load_card(name).name == name
+
+
+def test_an_unknown_name_suggests():
+    with pytest.raises(UnknownName, match=r"no dataset is named 'ml100k'\. Did you mean 'ml-100k'\?"):
+        load_card("ml100k")
+
+
+LOCAL = [{"local": "u.data"}]
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"sources": LOCAL, "licens": "x"}, "licens: unknown key. Did you mean 'licence'?"),
+        ({"sources": [{"local": "u.data", "formt": "x"}]}, "sources.0.formt: unknown key. Did you mean 'format'?"),
+        ({"sources": [{"url": "https://x/y", "sha265": SHA}]}, "sources.0.sha265: unknown key. Did you mean 'sha256'?"),
+        ({"sources": LOCAL, "published": {"user": 3}}, "published.user: unknown key. Did you mean 'users'?"),
+        ({"sources": LOCAL, "title": 3}, "title: Input should be a valid string"),
+        ({"sources": LOCAL, "format": "csv"}, "format: Input should be"),
+        ({"sources": [{"file": "u.data"}]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
+        ({"sources": ["u.data"]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
+        ({"sources": []}, "card: format synthetic needs parameters"),
+        ({"sources": LOCAL, "format": "synthetic"}, "card: format synthetic needs parameters"),
+        ({"sources": [{"url": "https://x/y"}]}, "sources.0: needs md5 or sha256"),
+        ({"sources": [{"url": "https://x/y", "md5": "abc"}]}, "sources.0.md5: String should match"),
+        ({"sources": [{"local": "../u.data"}]}, "sources.0.local: must be a relative path without '..'"),
+        ({"sources": [{"local": "/etc/passwd"}]}, "sources.0.local: must be a relative path without '..'"),
+        (
+            {"sources": [{"url": "https://x/y", "sha256": SHA, "member": "../x"}]},
+            "sources.0.member: must be a relative",
+        ),
+        ({"sources": [{"pip": "x==1", "sha256": SHA, "member": "a/../../x"}]}, "sources.0.member: must be a relative"),
+        ({"sources": [{"pip": "x>=1", "sha256": SHA, "member": "a"}]}, "sources.0.pip: String should match"),
+        ({"sources": [{"pip": "-e.==1", "sha256": SHA, "member": "a"}]}, "sources.0.pip: String should match"),
+    ],
+)
+def test_a_wrong_card_names_file_key_and_remedy(make_card, keys, message):
+    assert problem(make_card, **keys).startswith(message)
+
+
+def test_what_is_no_card(make_card):
+    make_card(sources=LOCAL)
+    path = next(cards.shipped("datasets").iterdir())
+    for text, message in [("[1, 2]", "keys and values"), ("a: [", "toy.yaml"), ("!!python/object:os.x {}", "toy.yaml")]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message) as caught:
+            load_card("toy")
+        assert "\n" not in str(caught.value)
+    path.write_text("#" * (cards.MAX_CARD_BYTES + 1))
+    with pytest.raises(DataError, match="no card"):
+        load_card("toy")
+
+
+def test_installed_packages_add_cards(make_card, tmp_path, monkeypatch):
+    class Entry:
+        def load(self):
+            return tmp_path / "theirs"
+
+    make_card(sources=LOCAL)
+    (tmp_path / "theirs").mkdir()
+    text = (tmp_path / "cards" / "toy.yaml").read_text()
+    (tmp_path / "theirs" / "shop.yaml").write_text(text)
+    monkeypatch.setattr(cards.metadata, "entry_points", lambda group: [Entry()] * (group == "malloc_bench.datasets"))
+    assert list_datasets() == ["shop", "toy"]
+    (tmp_path / "theirs" / "toy.yaml").write_text(text)
+    with pytest.raises(DataError, match="two cards are named 'toy'"):
+        list_datasets()

@@ -1,0 +1,115 @@
+import itertools
+
+import polars as pl
+import pytest
+
+from malloc_bench.report import figures, write_report
+from malloc_bench.report.leaderboard import aggregate
+from malloc_bench.results import frame, write_row
+
+FAMILIES = {"windowing", "eviction", "merging", "quantization", "low-rank", "recompute"}
+
+
+def lines(axes, kind):
+    return [line for line in axes.lines if (line.get_gid() or "").split(":")[0] == kind]
+
+
+@pytest.fixture
+def board(suite):
+    return aggregate(suite).filter(pl.col("backbone") == "sasrec")
+
+
+def test_panels_and_lines(board):
+    figure = figures.pareto_figure(board, "sasrec")
+    assert len(figure.axes) == 3
+    for axes in figure.axes:
+        assert axes.get_xscale() == "log"
+        assert {line.get_gid() for line in lines(axes, "family")} == {f"family:{family}" for family in FAMILIES}
+        assert len(lines(axes, "method")) == 12  # kivi's three widths are one method; full and the floors are none
+        assert [len(lines(axes, kind)) for kind in ("full", "none", "random", "front")] == [1, 1, 1, 1]
+        (none,) = lines(axes, "none")
+        assert len(set(none.get_ydata())) == 1
+    assert [axes.get_xlabel() for axes in figure.axes] == ["state (bytes per user)"] * 2 + ["read (ms, p50)"]
+
+
+def test_points_are_the_numbers_of_the_board(board):
+    axes = figures.pareto_figure(board, "x").axes[0]
+    (snapkv,) = [line for line in lines(axes, "method") if line.get_gid() == "method:snapkv"]
+    rows = board.filter(pl.col("method") == "snapkv")
+    assert sorted(snapkv.get_xdata()) == sorted(rows["bytes_mean"])
+    assert sorted(snapkv.get_ydata()) == sorted(rows["ndcg@10"])
+    (full,) = lines(axes, "full")
+    assert list(full.get_xdata()) == [133_000]
+
+
+def test_flops_stand_in_for_latency(board):
+    figure = figures.pareto_figure(board.with_columns(pl.lit(None, pl.Float64).alias("read_ms_p50")), "x")
+    assert figure.axes[2].get_xlabel() == "read (FLOPs)" and len(lines(figure.axes[2], "method")) == 12
+
+
+def test_methods_of_a_family_have_their_own_markers_and_labels(board):
+    figure = figures.pareto_figure(board, "x")
+    for family in FAMILIES:
+        colour = figures.COLOURS[family]
+        markers = [line.get_marker() for line in lines(figure.axes[0], "method") if line.get_color() == colour]
+        assert len(set(markers)) == len(markers) > 0
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"full state", "none (floor)", "random (floor)", "kivi", "merge_adjacent + kivi(bits=2)", *FAMILIES} <= set(
+        labels
+    )
+
+
+def test_tick_labels_do_not_overlap(board):
+    figure = figures.pareto_figure(board, "x")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        boxes = [
+            tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high
+        ]
+        assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert axes.get_window_extent().x1 <= figure.legends[0].get_window_extent().x0
+
+
+def test_front_is_what_nothing_beats():
+    points = [(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.3)]
+    assert figures.front(points) == [(1, 0.5), (2, 0.7), (3, 0.9)]
+    assert figures.front([]) == []
+
+
+def test_human_units():
+    found = [figures._human(value, 1) for value in (500, 1e3, 3e4, 1e6, 2e9)]
+    assert found == ["500 B", "1 KB", "30 KB", "1 MB", "2 GB"]
+    assert figures._human(3e6, 2) == "3 M" and figures._human(0.03, None) == "0.03"
+
+
+def test_sparse_results_still_draw(row, board_of):
+    only = board_of(row(family="eviction", compressor="h2o", **{"ndcg@10": 0.1}), row(family="new", compressor="mine"))
+    figures.pareto_figure(aggregate(only), "x").draw_without_rendering()
+
+
+def test_the_same_results_make_the_same_file(suite, tmp_path):
+    one = suite.filter(pl.col("backbone") == "hstu")
+    first, again = (figures.write_figures(one, tmp_path / name, formats=("svg",))[0] for name in "ab")
+    assert first.name == "pareto-ml-1m-retrieval-leave_one_out-hstu.svg"
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_write_report(suite, row, tmp_path):
+    for one in (row(family="baseline", compressor="full", **{"ndcg@10": 0.2, "bytes_mean": 10, "ratio": 1.0}),):
+        write_row(tmp_path / "rows", one)
+    names = {str(path.relative_to(tmp_path)) for path in write_report(tmp_path)}
+    stem = "figures/pareto-ml-1m-retrieval-leave_one_out-sasrec"
+    assert names == {
+        "results.parquet",
+        "leaderboard.md",
+        "leaderboard.csv",
+        "leaderboard.tex",
+        f"{stem}.png",
+        f"{stem}.svg",
+    }
+    assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_results_no_figures(tmp_path):
+    assert figures.write_figures(frame([]), tmp_path) == []

@@ -1,0 +1,203 @@
+import polars as pl
+import pytest
+from rich.console import Console
+
+from malloc_bench.report import leaderboard as lb
+from malloc_bench.results import frame
+
+DELTA = ("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi")
+
+
+def full(row, **values):
+    measured = {"ndcg@10": 0.2, "hr@10": 0.3, "delta_ndcg@10": 0.0, "bytes_mean": 160_000, "ratio": 1.0}
+    return row(**{"family": "baseline", "compressor": "full", **measured, **values})
+
+
+def method(row, name="snapkv", ndcg=0.19, **values):
+    measured = {"ndcg@10": ndcg, "hr@10": 0.28, "bytes_mean": 40_000, "ratio": 0.25, "budget": 0.25}
+    measured |= dict(zip(DELTA, (ndcg - 0.2, ndcg - 0.203, ndcg - 0.197)))
+    return row(**{"family": "eviction", "compressor": name, **measured, **values})
+
+
+def cells_of(text, name):
+    """The cells of a Markdown row by its header."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return dict(zip(lines[0], next(line for line in lines if line[0] == name)))
+
+
+def test_exact_cells(row, board_of):
+    one = method(
+        row, compressor_params={"window": 16}, p_value=0.0123, share_at_floor=0.031, read_ms_p50=0.01234,
+        compress_ms_p50=12.34, read_flops=4_560_000, **{"overlap@10": 0.8125},
+    )  # fmt: skip
+    text = lb.to_markdown(board_of(full(row), one))
+    assert "## ml-1m · retrieval · sasrec (leave_one_out, 6,040 users)" in text
+    assert cells_of(text, "snapkv(window=16)") == {
+        "compressor": "snapkv(window=16)",
+        "family": "eviction",
+        "budget": "25 %",
+        "state (KB/user)": "40.0",
+        "× smaller": "4.0",
+        "at floor (% users)": "3",
+        "HR@10": "0.2800",
+        "NDCG@10": "0.1900",
+        "ΔNDCG@10 [95 % interval]": "-0.0100 [-0.0130, -0.0070]",
+        "p (Holm)": "0.012",
+        "overlap@10": "0.812",
+        "read (ms, p50)": "0.0123",
+        "compress (ms, p50)": "12.3",
+        "read (MFLOPs)": "4.56",
+    }
+    reference = cells_of(text, "full")
+    assert reference["ΔNDCG@10 [95 % interval]"] == reference["p (Holm)"] == reference["read (ms, p50)"] == ""
+    assert reference["state (KB/user)"] == "160" and reference["× smaller"] == "1.0"
+
+
+def test_columns_that_nobody_measured_are_left_out(row, board_of):
+    head = lb.to_markdown(board_of(full(row), method(row))).splitlines()[4]
+    assert "ms" not in head and "MFLOPs" not in head and "p (Holm)" not in head and "seeds" not in head
+    assert "NDCG@10" in head
+
+
+def test_holm_within_dataset_and_backbone(row, board_of):
+    rows = [method(row, f"m{i}", p_value=p) for i, p in enumerate([0.01, 0.04, 0.03, 0.005])]
+    rows += [method(row, "m0", p_value=0.04, backbone="hstu"), method(row, "untested", p_value=None)]
+    board = lb.leaderboard(board_of(full(row, p_value=0.001), rows))
+    found = {(backbone, name): p for backbone, name, p in board.select("backbone", "compressor", "p_holm").iter_rows()}
+    assert found.pop(("sasrec", "untested")) is None and found.pop(("sasrec", "full")) is None
+    assert found == pytest.approx(
+        {
+            ("sasrec", "m0"): 0.03,
+            ("sasrec", "m1"): 0.06,
+            ("sasrec", "m2"): 0.06,
+            ("sasrec", "m3"): 0.02,
+            ("hstu", "m0"): 0.04,
+        }
+    )
+
+
+def test_tiny_p_is_not_printed_as_zero(row, board_of):
+    assert cells_of(lb.to_markdown(board_of(method(row, p_value=1e-9))), "snapkv")["p (Holm)"] == "<0.001"
+
+
+def test_a_difference_of_nothing_has_no_minus(row, board_of):
+    one = method(row) | dict(zip(DELTA, (-1e-9, -0.001, 0.001)))
+    assert cells_of(lb.to_markdown(board_of(one)), "snapkv")["ΔNDCG@10 [95 % interval]"] == "+0.0000 [-0.0010, +0.0010]"
+
+
+def test_order_is_full_then_size_then_accuracy(row, board_of):
+    rows = [
+        method(row, "small", budget=0.125),
+        method(row, "worse", 0.18),
+        method(row, "own_size", budget=None, ratio=0.2),
+        method(row, "none", 0.1, budget=None, ratio=0.0, bytes_mean=0),
+        method(row, "slots", budget={"slots": 16}, ratio=0.05),
+        method(row, "better", 0.195),
+        method(row, "half", 0.15, budget=0.5),
+        full(row),
+    ]
+    board = lb.leaderboard(board_of(rows))
+    expected = ["full", "half", "better", "worse", "own_size", "small", "slots", "none"]
+    assert board["compressor"].to_list() == expected
+    text = lb.to_markdown(board_of(rows))
+    assert cells_of(text, "none")["× smaller"] == "∞" and cells_of(text, "none")["state (KB/user)"] == "0"
+    assert cells_of(text, "slots")["budget"] == "16 slots"
+
+
+@pytest.mark.parametrize(("lo", "mark"), [(-0.0019, True), (-0.002, False), (-0.0021, False), (None, None)])
+def test_lossless_is_less_than_one_percent_lost_for_sure(row, board_of, lo, mark):
+    one = method(row, ndcg=0.2) | {"delta_ndcg@10": 0.0, "delta_ndcg@10_lo": lo}
+    assert lb.leaderboard(board_of(one))["lossless"].to_list() == [mark]
+
+
+def test_seeds_are_averaged_over_ok_rows_with_coverage(row, board_of):
+    rows = [method(row, ndcg=n, p_value=p, seed=s) for s, (n, p) in enumerate([(0.18, 0.01), (0.20, 0.03)])]
+    rows.append(method(row, seed=2, status="failed", reason="out of memory", ndcg=0.0))
+    board = lb.leaderboard(board_of(rows)).row(0, named=True)
+    assert board["ndcg@10"] == pytest.approx(0.19) and board["p_holm"] == pytest.approx(0.04)
+    assert (board["seeds"], board["seeds_total"]) == (2, 3)
+    assert cells_of(lb.to_markdown(board_of(rows)), "snapkv")["seeds ok"] == "2/3"
+
+
+@pytest.mark.parametrize(("seeds", "blank"), [(1, True), (2, True), (3, False)])
+def test_structural_methods_need_three_seeds(row, board_of, seeds, blank):
+    rows = [method(row, "mla", 0.2, structural=True, p_value=0.01, seed=seed) for seed in range(seeds)]
+    board = lb.leaderboard(board_of(rows)).row(0, named=True)
+    assert (board["p_holm"] is None) == blank and (board["lossless"] is None) == blank
+
+
+def test_a_rerun_replaces_the_older_row(row, board_of):
+    old, new = method(row, ndcg=0.1), method(row, ndcg=0.19, created_at="2026-11-23T09:00:00+00:00")
+    board = lb.leaderboard(board_of(new, old))
+    assert board["ndcg@10"].to_list() == [0.19] and board["seeds_total"].to_list() == [1]
+
+
+def test_backbone_parameters_show_only_where_they_tell_apart(row, board_of):
+    deep = method(row, backbone_params={"layers": 4})
+    assert lb.leaderboard(board_of(method(row)))["backbone"].to_list() == ["sasrec"]
+    both = lb.leaderboard(board_of(method(row), deep))["backbone"].to_list()
+    assert both == ["sasrec(layers=2)", "sasrec(layers=4)"]
+
+
+def test_skipped_and_failed_are_listed_with_their_reason(row, board_of):
+    rows = [
+        row(compressor="svd", status="failed", reason="not finite\nTraceback ...", budget=0.5, n_users=None),
+        row(compressor="mla", status="skipped", reason="hstu has no softmax"),
+        row(compressor="odd", status="skipped"),
+    ]
+    data = board_of(full(row), rows)
+    assert lb.problems(data) == [
+        "failed: ml-1m, retrieval, sasrec, svd at 50 %, seed 0: not finite",
+        "skipped: ml-1m, retrieval, sasrec, mla, seed 0: hstu has no softmax",
+        "skipped: ml-1m, retrieval, sasrec, odd, seed 0: no reason recorded",
+    ]
+    text = lb.to_markdown(data)
+    assert "- failed: ml-1m, retrieval, sasrec, svd at 50 %, seed 0: not finite\n" in text
+    assert "| svd" not in text and "Traceback" not in text
+    assert "% skipped: ml-1m, retrieval, sasrec, mla" in lb.to_latex(data)
+
+
+def test_csv_is_unrounded_and_blank_for_null(row, board_of):
+    text = lb.to_csv(board_of(method(row, ndcg=0.123456789)))
+    head, line = text.splitlines()
+    values = dict(zip(head.split(","), line.split(",")))
+    assert values["ndcg@10"] == "0.123456789" and values["read_ms_p50"] == "" and values["bytes_mean"] == "40000.0"
+
+
+def test_latex_escapes(row, board_of):
+    text = lb.to_latex(board_of(method(row, "merge_adjacent", share_at_floor=0.5)))
+    assert r"merge\_adjacent" in text and r"25 \%" in text and r"leave\_one\_out" in text and r"$\Delta$NDCG@10" in text
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len({line.count(" & ") for line in rows}) == 1 and len(rows) == 2
+
+
+def test_empty_frame():
+    empty = frame([])
+    assert lb.leaderboard(empty).columns == list(lb.SHOWN) and lb.problems(empty) == []
+    assert lb.EMPTY in lb.to_markdown(empty) and lb.EMPTY in lb.to_latex(empty)
+    assert lb.to_csv(empty).strip() == ",".join(lb.SHOWN)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    lb.print_leaderboard(empty, console)
+    assert lb.EMPTY in console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 240])
+def test_terminal_fits_and_keeps_what_matters(suite, width, tmp_path):
+    with (tmp_path / "out").open("w+") as out:
+        lb.print_leaderboard(suite, Console(width=width, file=out))
+        out.seek(0)
+        lines = out.read().splitlines()
+    assert max(map(len, lines)) <= width
+    heads = [line for line in lines if "(KB/user)" in line]
+    assert len(heads) == 2 and all("NDCG@10" in head and "budget" in head for head in heads)
+    assert ("(MFLOPs)" in heads[0]) == (width == 240) and "…" not in "".join(lines)
+    assert sum("snapkv(window=16)" in line for line in lines) == 8
+
+
+def test_whole_suite(suite):
+    board = lb.leaderboard(suite)
+    assert len(board) == 2 * (2 + 10 * 4 + 5)
+    assert board["backbone"].unique(maintain_order=True).to_list() == ["hstu", "sasrec"]
+    assert "merge_adjacent + kivi(bits=2)" in board["compressor"].to_list()
+    assert board.filter(pl.col("compressor") == "kivi(bits=4)")["lossless"].any()

@@ -1,0 +1,84 @@
+import io
+
+import polars as pl
+import pytest
+
+from malloc_bench.report import render, tables
+from malloc_bench.results import frame
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+@pytest.mark.parametrize("format", render.FORMATS)
+def test_every_table_in_every_format(suite, name, format):
+    text = tables.render_table(suite, name, format)
+    assert (
+        "hstu" in text and "sasrec" in text and "null" not in text and "None" not in text and "nan" not in text.lower()
+    )
+    assert tables.render_table(frame([]), name, format)
+
+
+def test_unknown_names_come_with_the_nearest(suite):
+    with pytest.raises(ValueError, match=r"no table is named 'acuracy'\. Did you mean 'accuracy'"):
+        tables.table(suite, "acuracy")
+    with pytest.raises(ValueError, match="no format is named 'tex'"):
+        tables.render_table(suite, "accuracy", "tex")
+
+
+def test_csv_reads_back(suite):
+    text = tables.render_table(suite, "accuracy", "csv")
+    assert pl.read_csv(io.StringIO(text))["ndcg@50"].to_list() == pytest.approx(
+        tables.accuracy(suite)["ndcg@50"].to_list()
+    )
+
+
+def test_resources_say_units_and_leave_out_what_was_not_measured(suite):
+    head = tables.render_table(suite, "resources").splitlines()[4]
+    assert "bytes p99 (KB)" in head and "read p50 (ms)" in head and "read (MFLOPs)" in head
+    assert "prefill" not in head and "peak" not in head
+
+
+def test_taxonomy_finds_the_smallest_lossless_state(row, board_of):
+    def cell(ratio, lo):
+        values = {"ndcg@10": 0.2, "delta_ndcg@10": 0.0, "delta_ndcg@10_lo": lo}
+        sizes = {"ratio": ratio, "bytes_mean": 1000 * ratio, "budget": ratio}
+        return row(family="eviction", compressor="h2o", **values, **sizes)
+
+    one = tables.taxonomy(board_of(cell(0.5, -0.001), cell(0.25, -0.0015), cell(0.125, -0.01))).row(0, named=True)
+    assert one["lossless_smaller_x"] == 4 and one["lossless_bytes"] == 250 and one["cells"] == 3
+    assert one["smallest_smaller_x"] == 8 and one["smallest_ndcg_kept"] == 1
+
+
+def test_a_method_that_is_never_lossless_is_blank(row, board_of):
+    lossy = row(family="eviction", compressor="h2o", ratio=0.5, bytes_mean=9, **{"ndcg@10": 0.1, "delta_ndcg@10": -0.1})
+    assert tables.taxonomy(board_of(lossy))["lossless_smaller_x"].to_list() == [None]
+
+
+def test_slices_by_history_length(row, board_of):
+    def cell(seed, ndcg):
+        return row(
+            compressor="h2o", seed=seed, slices={"<50": {"n_users": 10, "ndcg@10": ndcg}, ">=500": {"n_users": 0}}
+        )
+
+    one = tables.slices(board_of(cell(0, 0.1), cell(1, 0.3))).row(0, named=True)
+    assert one["ndcg@10 <50"] == pytest.approx(0.2) and one["n_users <50"] == 10
+    assert one["ndcg@10 >=500"] is None and one["n_users 50-199"] is None
+
+
+def test_labels():
+    assert render.label("full", "{}") == render.label("full", None) == "full"
+    assert render.label("kivi", '{"bits":2,"tail":0.5}') == "kivi(bits=2, tail=0.5)"
+    assert render.label("compose", '{"parts":["h2o",{"kivi":{"bits":2}}]}') == "h2o + kivi(bits=2)"
+    assert [render.budget_label(b) for b in (None, "0.0625", '{"bytes":4096}')] == ["", "6.25 %", "4096 bytes"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00123456, "0.00123"), (0.5, "0.500"), (12.345, "12.3"), (123456.0, "123,456"), (0.0, "0"), (None, "")],
+)
+def test_three_digits(value, text):
+    assert render.three_digits(value) == text
+
+
+def test_markdown_escapes_pipes():
+    text = render.markdown(pl.DataFrame({"a": ["x|y"]}), [render.words("a", "a")])
+    assert text == "| a |\n| :-- |\n| x\\|y |\n"

@@ -1,0 +1,237 @@
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from malloc_bench import results
+from malloc_bench.results import ResultsError, atomic_write, budget_text, canonical_json, cell_id, read_rows, write_row
+
+ID = cell_id({"dataset": "ml-100k"})
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def a_row(**values):
+    return {"cell_id": ID, "status": "ok", "dataset": "ml-100k", "ndcg@10": 0.1} | values
+
+
+def backwards(value):
+    """The same value with every mapping's keys in the other order."""
+    if isinstance(value, dict):
+        return {key: backwards(value[key]) for key in reversed(value)}
+    return [backwards(item) for item in value] if isinstance(value, list) else value
+
+
+@given(VALUES)
+def test_identity_does_not_depend_on_key_order(value):
+    assert canonical_json(value) == canonical_json(backwards(value))
+    assert cell_id(value) == cell_id(backwards(value))
+
+
+@given(VALUES)
+def test_canonical_json_says_the_value(value):
+    text = canonical_json(value)
+    assert json.loads(text) == value and text.isascii()
+    assert canonical_json(json.loads(text)) == text
+
+
+def test_canonical_json_is_pinned():
+    """A change here would make every finished cell of every run unknown."""
+    payload = {"b": (1, 2.0), "a": {"é": np.float64(0.5), "n": np.int64(3)}}
+    assert canonical_json(payload) == '{"a":{"n":3,"\\u00e9":0.5},"b":[1,2.0]}'
+    assert ID == "7afac55af4a740056dd38213696c5c2374826aefe7cae3370f0c39df0091c1cc"
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"x": float("inf")}, np.array([np.nan])])
+def test_identity_refuses_what_json_cannot_say(value):
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(value)
+
+
+def test_budget_text():
+    assert [budget_text(b) for b in (None, 0.25, 1, {"slots": 16})] == [None, "0.25", "1.0", '{"slots":16}']
+
+
+def test_rewrite_is_byte_identical(tmp_path):
+    path = write_row(tmp_path, a_row(versions={"b": "1", "a": "2"}))
+    first = path.read_bytes()
+    write_row(tmp_path, backwards(a_row(versions={"a": "2", "b": "1"})))
+    assert path.read_bytes() == first
+    assert path.name == f"{ID}.json" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_row_round_trip_has_every_column_and_null_for_what_does_not_apply(tmp_path):
+    write_row(tmp_path, a_row(auc=float("nan"), n_users=np.int64(943), slices={"<50": {"ndcg@10": np.nan}}))
+    (row,) = read_rows(tmp_path)
+    assert set(row) == set(results.COLUMNS)
+    assert row["auc"] is None and row["logloss"] is None and row["n_users"] == 943
+    assert row["slices"] == {"<50": {"ndcg@10": None}} and row["schema_version"] == results.SCHEMA_VERSION
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hr10": 0.1}, "no column 'hr10'. Did you mean 'hr@10'"),
+        ({"status": "fine"}, "status 'fine' is none of ok, skipped, failed"),
+        ({"cell_id": None}, "no cell_id"),
+        ({"mrr": "0.2"}, "mrr is '0.2', expected real"),
+        ({"seed": True}, "seed is True, expected whole"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        write_row(tmp_path, a_row(**values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_files_are_quarantined_with_a_warning(tmp_path, caplog):
+    good = write_row(tmp_path, a_row())
+    whole = good.read_text()
+    broken = {
+        "half": whole[:200],
+        "empty": "",
+        "list": "[]",
+        "old": whole.replace('"schema_version": 1', '"schema_version": 0'),
+        "renamed": whole,
+        "type": whole.replace('"ndcg@10": 0.1', '"ndcg@10": "much"').replace(ID, "type"),
+    }
+    for name, text in broken.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    assert len(read_rows(tmp_path, quarantine=False)) == 1 and (tmp_path / "half.json").exists()
+    caplog.clear()
+    assert [row["cell_id"] for row in read_rows(tmp_path)] == [ID]
+    assert {path.stem for path in (tmp_path / "quarantine").iterdir()} == set(broken)
+    assert len(caplog.records) == len(broken) and "schema version 0, this is 1" in caplog.text
+    assert len(read_rows(tmp_path)) == 1 and len(caplog.records) == len(broken)
+
+
+def test_temporary_files_of_killed_writers_are_ignored_and_cleaned(tmp_path):
+    write_row(tmp_path, a_row())
+    leftover = tmp_path / f".{ID}.json.123-abcd.tmp"
+    leftover.write_text('{"cell_id": "')
+    assert len(read_rows(tmp_path)) == 1 and leftover.exists()
+    assert results.remove_leftovers(tmp_path) == 1 and not leftover.exists()
+    assert len(read_rows(tmp_path)) == 1
+
+
+def test_kill_9_leaves_whole_rows_only(tmp_path):
+    code = (
+        "import sys; from malloc_bench.results import write_row\n"
+        "for i in range(10**6):\n"
+        "    write_row(sys.argv[1], {'cell_id': f'{i % 50:064x}', 'status': 'ok', 'reason': 'x' * i})"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    while len(list(tmp_path.glob("*.json"))) < 20:
+        assert writer.poll() is None
+        time.sleep(0.01)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert len(read_rows(tmp_path)) >= 20 and not (tmp_path / "quarantine").exists()
+
+
+def fails_with(code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(errno.ENOSPC, "free some disk space"), (errno.EDQUOT, "quota"), (errno.EIO, "check the disk")],
+)
+def test_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, code, advice):
+    path = write_row(tmp_path, a_row())
+    before = path.read_bytes()
+    monkeypatch.setattr(results.os, "fsync", fails_with(code))
+    with pytest.raises(ResultsError) as caught:
+        write_row(tmp_path, a_row(mrr=0.5))
+    text = str(caught.value)
+    assert str(path) in text and os.strerror(code) in text and advice in text and "\n" not in text
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+
+
+def test_write_that_the_system_cuts_short(tmp_path):
+    """A real failed write, not a patched one: the kernel refuses files above 4 KB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ResultsError, match="File too large"):
+            atomic_write(tmp_path / "big", b"x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ResultsError, match="Permission denied; choose a folder you may write to"):
+        write_row(tmp_path, a_row())
+    tmp_path.chmod(0o755)
+
+
+def test_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "open", fails_with(errno.EACCES))
+    with pytest.raises(ResultsError, match="Permission denied; choose a folder you may write to"):
+        write_row(tmp_path / "rows", a_row())
+
+
+def test_folder_that_is_a_file(tmp_path):
+    (tmp_path / "rows").write_text("")
+    with pytest.raises(ResultsError, match="choose a folder, not a file"):
+        write_row(tmp_path / "rows", a_row())
+
+
+def test_parquet_has_stable_columns_and_types_even_when_all_is_null(tmp_path):
+    write_row(tmp_path / "rows", {"cell_id": ID, "status": "skipped", "reason": "no heads"})
+    empty = results.frame([]).schema
+    found = pl.read_parquet(results.to_parquet(tmp_path)).schema
+    assert found == empty and list(found) == list(results.COLUMNS)
+    assert found["ndcg@10"] == pl.Float64 and found["seed"] == pl.Int64 and found["slices"] == pl.String
+
+
+def test_parquet_round_trip(tmp_path):
+    params = {"bits": 2, "chain": ["a", {"b": 1}]}
+    write_row(
+        tmp_path / "rows", a_row(compressor_params=params, structural=False, bytes_mean=3, budget=budget_text(0.5))
+    )
+    path = results.to_parquet(tmp_path)
+    loaded = results.load_results(tmp_path)
+    assert loaded.equals(pl.read_parquet(path), null_equal=True)
+    one = loaded.row(0, named=True)
+    assert json.loads(one["compressor_params"]) == params and one["bytes_mean"] == 3.0 and one["budget"] == "0.5"
+    (tmp_path / "rows" / f"{ID}.json").unlink()
+    assert results.load_results(tmp_path).equals(loaded)  # a folder that kept the parquet only
+
+
+def test_loading_changes_nothing_and_needs_results(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no results"):
+        results.load_results(tmp_path)
+    (tmp_path / "rows" / "bad.json").write_text("{")
+    assert results.load_results(tmp_path).is_empty() and (tmp_path / "rows" / "bad.json").exists()
+
+
+def test_per_user_values(tmp_path):
+    columns = {"rank": np.arange(5), "top": np.arange(10).reshape(5, 2), "ndcg@10": np.linspace(0, 1, 5)}
+    results.write_per_user(tmp_path / "per_user" / "x.parquet", columns)
+    loaded = pl.read_parquet(tmp_path / "per_user" / "x.parquet")
+    for name, values in columns.items():
+        np.testing.assert_array_equal(loaded[name].to_numpy(), values)
