@@ -37,7 +37,9 @@ def register(name: str) -> Callable[[T], T]:
         parts = _parts[cls.kind]  # type: ignore[attr-defined]
         other = parts.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{cls.kind}: '{name}' is already {other.__module__}.{other.__qualname__}; choose another name")
+            raise ValueError(
+                f"{cls.kind}: '{name}' is already {other.__module__}.{other.__qualname__}; choose another name"
+            )
         cls.name = name  # type: ignore[attr-defined]
         parts[name] = cls
         return cls

@@ -123,7 +123,9 @@ def fit(
             best, best_epoch = score, epoch
             _save(folder / "best.safetensors", backbone.state_dict())
         seconds += time.perf_counter() - started
-        _checkpoint(backbone, optimizer, folder, {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds})
+        _checkpoint(
+            backbone, optimizer, folder, {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds}
+        )
     if (folder / "best.safetensors").exists():
         backbone.load_state_dict(load_file(folder / "best.safetensors", device=str(device)))
     backbone.eval()

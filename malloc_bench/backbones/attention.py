@@ -143,7 +143,7 @@ class AttentionBackbone(Backbone):
             layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
-        return Prefill(state, ids, events, sums or None, windows or None, seed)
+        return Prefill(state, ids, events, sums or None, windows or None, seed, self.uses_positions)
 
     def read(self, tokens: Events, state: UserState) -> Tensor:
         if state.events is not None:  # raw events only: rebuild, then read

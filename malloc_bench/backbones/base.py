@@ -62,5 +62,3 @@ def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any)
     for key in params.keys() - valid:
         raise ValueError(f"backbone {name} has no parameter '{key}'.{suggest(key, valid)}")
     return cls(cls.Config(**params), n_items, has_time)
-
-

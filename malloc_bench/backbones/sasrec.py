@@ -77,9 +77,7 @@ class SASRec(AttentionBackbone):
         self.config, self.n_items, self.max_length = config, n_items, config.max_length
         self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
         self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
-        self.blocks = nn.ModuleList(
-            SASRecBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(SASRecBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         for table in (self.items, self.positions):
             nn.init.trunc_normal_(table.weight, std=0.02)

@@ -67,7 +67,7 @@ def _stream(response: HTTPResponse, file: BinaryIO, name: str, kinds: list[str],
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task(name, total=expected)
-        while chunk := response.read(1 << 16):  # read() would wait for a full buffer, however slowly it fills
+        while chunk := response.read1(1 << 16):  # read() would wait for a full buffer, however slowly it fills
             file.write(chunk)
             for digest in hashes.values():
                 digest.update(chunk)

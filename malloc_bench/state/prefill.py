@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ class Prefill:
     window: a layer each, [B, H, W, S]: signed weights of the newest W queries, oldest first; rows of users with fewer
         than W events start with zeros.
     seed: the cell's seed.
+    uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
     """
 
     state: UserState
@@ -54,6 +55,7 @@ class Prefill:
     column_sum: Sequence[Tensor] | None = None
     window: Sequence[Tensor] | None = None
     seed: int = 0
+    uses_positions: bool = False
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -85,13 +87,17 @@ class Prefill:
     def attention_received(self, layer: int) -> Tensor:
         """`column_sum` of a layer, [B, H, S]; raises MissingStatistic."""
         if self.column_sum is None:
-            raise MissingStatistic("needs = Stats(column_sum=True) is missing on the compressor, or it is not first in a chain")
+            raise MissingStatistic(
+                "needs = Stats(column_sum=True) is missing on the compressor, or it is not first in a chain"
+            )
         return self.column_sum[layer]
 
     def newest_attention(self, layer: int, window: int) -> Tensor:
         """Weights of the newest `window` queries, [B, H, min(window, W), S]; raises MissingStatistic."""
         if self.window is None:
-            raise MissingStatistic(f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain")
+            raise MissingStatistic(
+                f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain"
+            )
         return self.window[layer][:, :, -window:]
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -100,10 +106,9 @@ class Prefill:
             self.memo[key] = make()
         return self.memo[key]
 
-    @staticmethod
-    def of_state(state: UserState, users: Tensor, seed: int = 0) -> Prefill:
-        """A view of a state that another token method has made already: no statistics, the next one of a chain."""
-        return Prefill(state, users, seed=seed)
+    def over(self, state: UserState) -> Prefill:
+        """The same users with the state that another method has made already: no statistics, the next link of a chain."""
+        return replace(self, state=state, column_sum=None, window=None, memo={})
 
     @staticmethod
     def from_tensors(
@@ -119,7 +124,7 @@ class Prefill:
         """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
 
         Args, one entry a layer: keys, values [B, H, S, D]; queries [B, H, S, D] (causal softmax attention is computed
-        from them) or attention [B, H, S, S] (row = query); lengths [B], default S. positions: kept slots store theirs.
+        from them) or attention [B, H, S, S] (row = query); lengths [B], default S. positions: slots must know theirs.
         """
         b, _, s, d = keys[0].shape
         count = torch.full((b,), s) if lengths is None else lengths
@@ -137,8 +142,7 @@ class Prefill:
             window = [
                 torch.where(rows >= 0, a.gather(2, rows.clamp(min=0).expand(-1, a.shape[1], -1, s)), 0.0) for a in seen
             ]
-        place = torch.arange(s, dtype=torch.int32).expand(b, 1, s) if positions else None
-        slots = Slots(count[:, None], place)
+        slots = Slots(count[:, None])
         layers = tuple((Segment({"keys": Dense(k), "values": Dense(v)}, slots),) for k, v in zip(keys, values))
         ids = torch.arange(b) if users is None else users
-        return Prefill(UserState(layers, count), ids, None, column_sum, window, seed)
+        return Prefill(UserState(layers, count), ids, None, column_sum, window, seed, positions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from malloc_bench.state.vectors import Ragged, Read
 
@@ -39,19 +40,32 @@ class Slots:
             return self.positions
         return (end - self.count).unsqueeze(-1) + torch.arange(width, device=self.count.device)
 
-    def parts(self) -> Iterator[Ragged]:
+    def parts(self, length: Tensor) -> Iterator[Ragged]:
+        """Stored arrays; length [B]. Where every event has its own slot, positions and mass need not be stored."""
         yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1))
-        for tensor in (self.positions, self.timestamps, self.mass):
+        index = self.count * (self.count < length[:, None])
+        for tensor, rows in ((self.positions, index), (self.mass, index), (self.timestamps, self.count)):
             if tensor is not None:
-                yield Ragged(tensor.unsqueeze(-1), self.count)
+                yield Ragged(tensor.unsqueeze(-1), rows)
 
-    def load(self, read: Read) -> Slots:
+    def load(self, read: Read, length: Tensor) -> Slots:
+        """The inverse of `parts`."""
         count = read(self.count[..., None, None], _ONE)[..., 0, 0]
+        whole = count >= length[:, None]
+        width = int(count.max()) if count.numel() else 0
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else read(tensor.unsqueeze(-1), count).squeeze(-1)
+        def rows(tensor: Tensor | None, stored: Tensor) -> Tensor | None:
+            if tensor is None:
+                return None
+            x = read(tensor.unsqueeze(-1), stored).squeeze(-1)
+            return F.pad(x, (0, width - x.shape[-1]))
 
-        return Slots(count, rows(self.positions), rows(self.timestamps), rows(self.mass))
+        positions, mass = rows(self.positions, count * ~whole), rows(self.mass, count * ~whole)
+        if positions is not None:
+            positions = torch.where(whole[..., None], torch.arange(width, dtype=positions.dtype), positions)
+        if mass is not None:
+            mass = torch.where(whole[..., None], 1.0, mass)
+        return Slots(count, positions, rows(self.timestamps, count), mass)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class UserState:
         for slots, vectors in self._stored():
             if vectors is None:
                 assert slots is not None
-                new[id(slots)] = slots.load(read)
+                new[id(slots)] = slots.load(read, length)
             else:
                 new[id(vectors)] = vectors.load(read, None if slots is None else new[id(slots)].count)
         read.finish()
@@ -168,7 +168,7 @@ class UserState:
             if vectors is not None:
                 yield from vectors.parts(None if slots is None else slots.count)
             elif slots is not None:
-                yield from slots.parts()
+                yield from slots.parts(self.length)
 
 
 def _leading(part: Ragged, user: int) -> bytes:

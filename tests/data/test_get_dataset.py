@@ -115,6 +115,15 @@ def test_where_nothing_answers_one_line_says_all(make_card, server):
         assert part in line
 
 
+def test_what_was_prepared_is_used_before_an_earlier_source_is_asked(make_card, server, udata, caplog):
+    name = make_card(sources=[{"url": f"{server.url}/gone", "md5": "0" * 32}, server.serve("u.data", udata)])
+    first = get_dataset(name, progress=False)
+    server.asked.clear()
+    caplog.clear()
+    assert get_dataset(name, progress=False).hash == first.hash
+    assert server.asked == [] and not caplog.text
+
+
 def test_the_users_own_file_comes_first(make_card, server, data_folder, udata):
     put(data_folder, "u.data", udata)
     name = make_card(sources=[server.serve("u.data", udata), {"local": "u.data"}])

@@ -1,0 +1,197 @@
+"""What a compressor is: one call from a full state to a smaller one.
+
+A new method is one file in a family's folder: a frozen dataclass with `@register`, whose fields are its parameters.
+Scoring methods subclass `Eviction` (selection.py) and write `scores`; methods that write vectors down otherwise
+subclass `Encoder`; everything else subclasses `Compressor`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from malloc_bench.registry import find, suggest
+from malloc_bench.state import Prefill, Segment, Stats, UserState
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
+COUNT_BYTES = 4  # one int32: the length of a history, or the count of a set of slots
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The target size of a state: a fraction of the user's own full float32 bytes, or `slots` or `bytes` per user."""
+
+    fraction: float | None = None
+    slots: int | None = None
+    bytes: int | None = None
+
+    @staticmethod
+    def parse(value: Any) -> Budget:
+        """From YAML: 0.25, {slots: 16} or {bytes: 4096}. Raises ValueError that says what was expected."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return Budget(fraction=float(value))
+        if isinstance(value, dict) and len(value) == 1:
+            ((unit, size),) = value.items()
+            if unit in ("slots", "bytes") and isinstance(size, int) and not isinstance(size, bool) and size > 0:
+                return Budget(**{unit: size})
+        raise ValueError(f"a budget is a fraction above 0, {{slots: N}} or {{bytes: N}}, not {value!r}")
+
+    def value(self) -> float | dict[str, int]:
+        """As `parse` takes it."""
+        if self.fraction is not None:
+            return self.fraction
+        return {"slots": self.slots} if self.slots is not None else {"bytes": self.bytes or 0}
+
+    def target(self, full: Tensor) -> Tensor | None:
+        """Bytes [B] that a state may take, from the full state's bytes [B]; None where slots are budgeted."""
+        if self.slots is not None:
+            return None
+        if self.bytes is not None:
+            return torch.full_like(full, self.bytes)
+        assert self.fraction is not None
+        return (full.double() * self.fraction).floor().long()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What n slots take, in bytes per user, beside how their vectors are encoded.
+
+    counts: stored counts (one for each distinct set of slots and head). index: bytes per slot for positions and mass,
+    not stored where every event has its own slot. times: bytes per slot for timestamps.
+    vectors: (field, heads, width) of every layer.
+    """
+
+    counts: int
+    index: int
+    times: int
+    vectors: tuple[tuple[str, int, int], ...]
+
+    def beside(self, n: Tensor, length: Tensor) -> Tensor:
+        """Bytes [B] of everything but the vectors."""
+        return COUNT_BYTES * (1 + self.counts) + n * self.times + torch.where(n < length, n * self.index, 0)
+
+    def dense(self, n: Tensor, length: Tensor) -> Tensor:
+        """Bytes [B] with float32 vectors."""
+        return self.beside(n, length) + n * sum(4 * heads * width for _, heads, width in self.vectors)
+
+
+class Compressor(ABC):
+    """A smaller state from a full one; it knows the state only, never a backbone.
+
+    Class attributes: `family`, `paper`, `needs` (attention statistics), `stores` and `formula` in words for
+    `malloc-bench show`, `version` (raise it when results change).
+    """
+
+    kind: ClassVar[str] = "compressors"
+    name: ClassVar[str]
+    family: ClassVar[str]
+    paper: ClassVar[str]
+    formula: ClassVar[str]
+    stores: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @property
+    def needs(self) -> Stats:
+        """Attention statistics that `compress` reads."""
+        return Stats()
+
+    @property
+    def takes_budget(self) -> bool:
+        """False where the size follows from the parameters: one cell with a null budget."""
+        return True
+
+    def supports(self, backbone: Backbone) -> str | None:
+        """None, or why the pair makes no sense: the row is skipped with that reason."""
+        return None
+
+    @abstractmethod
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        """The smaller state; `prefill` is not changed."""
+
+    def floor(self, prefill: Prefill) -> Tensor:
+        """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
+        return torch.zeros(len(prefill.state), dtype=torch.long)
+
+    def flops(self, layers: int, heads: int, slots: int, width: int) -> int:
+        """Matmul-like work of `compress` for one user with n = slots events; sorting and element-wise work not counted."""
+        return 0
+
+
+class Encoder(Compressor):
+    """Writes the vectors of any state down otherwise, slot by slot: composes with every token method."""
+
+    @property
+    def takes_budget(self) -> bool:
+        return False
+
+    @abstractmethod
+    def encode(self, state: UserState) -> UserState:
+        """The same slots, their vectors encoded."""
+
+    @abstractmethod
+    def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
+        """Bytes [B] of an encoded state of n [B] slots."""
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        return self.encode(prefill.state)
+
+
+def dense_layout(prefill: Prefill, shared: bool, mass: bool = False, consecutive: bool = False) -> Layout:
+    """The layout of kept slots: shared by all layers and heads or kept by each; with mass, or plain events."""
+    vectors: list[tuple[str, int, int]] = []
+    for layer in prefill.layers:
+        vectors += [(name, v.shape[1], v.shape[3]) for name, v in prefill.segment(layer).fields.items()]
+    heads = [next(iter(prefill.segment(layer).fields.values())).shape[1] for layer in prefill.layers]
+    counts = 1 if shared else len(heads)
+    lists = 1 if shared else sum(heads)  # one list of indices for each of these
+    slots = prefill.slots(0)
+    index = 4 * (prefill.uses_positions and not consecutive) + 4 * (mass or slots.mass is not None)
+    return Layout(counts, lists * index, lists * 8 * (slots.timestamps is not None), tuple(vectors))
+
+
+def slots_within(target: Tensor, length: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest n [B] <= length whose cost(n) [B] is within target [B]; at least one slot where there is an event.
+
+    cost must rise with n below length; at n = length it may drop (a complete list of positions is not stored).
+    """
+    length = length.long()
+    low, high = length.clamp(max=1), (length - 1).clamp(min=1).minimum(length)
+    while bool((low < high).any()):
+        middle = (low + high + 1) // 2
+        fits = cost(middle) <= target
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+    return torch.where(cost(length) <= target, length, low)
+
+
+def map_vectors(state: UserState, encode: Callable[[str, Segment], Any]) -> UserState:
+    """The state with every field's vectors replaced by encode(field, segment); shared vectors stay shared."""
+    done: dict[int, Any] = {}
+    layers = []
+    for layer in state.layers:
+        segments = []
+        for segment in layer:
+            for name, vectors in segment.fields.items():
+                if id(vectors) not in done:
+                    done[id(vectors)] = encode(name, segment)
+            segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
+        layers.append(tuple(segments))
+    return UserState(tuple(layers), state.length, state.events)
+
+
+def get_compressor(name: str, **params: Any) -> Compressor:
+    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range."""
+    cls = find("compressors", name)
+    valid = {f.name for f in fields(cls)}
+    for key in params.keys() - valid:
+        what = suggest(key, valid) if valid else " It has none."
+        raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
+    return cls(**params)

@@ -1,0 +1,26 @@
+"""Nothing is compressed: what every method is held against."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from malloc_bench.compressors.base import Budget, Compressor
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill, UserState
+
+
+@register("full")
+@dataclass(frozen=True)
+class Full(Compressor):
+    """The full float32 state."""
+
+    family = "baseline"
+    paper = "none: the reference"
+    formula = "every slot of every layer stays"
+    stores = "keys and values of every event in float32"
+
+    @property
+    def takes_budget(self) -> bool:
+        return False
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        return prefill.state

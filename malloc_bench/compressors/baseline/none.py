@@ -1,0 +1,28 @@
+"""No history at all: the floor under every method."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from malloc_bench.compressors.base import Budget, Compressor
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill, UserState
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoHistory(Compressor):
+    """The reading token sees itself alone, as a new user's first event does."""
+
+    family = "baseline"
+    paper = "none: the floor"
+    formula = "no slot stays; the token stands at position 0"
+    stores = "a history length of 0"
+
+    @property
+    def takes_budget(self) -> bool:
+        return False
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        return UserState(((),) * len(prefill.layers), torch.zeros_like(prefill.state.length))

@@ -1,0 +1,26 @@
+"""Keys of small norm stay."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("knorm")
+@dataclass(frozen=True)
+class KNorm(Eviction):
+    """In language models keys of low L2 norm draw attention (Devoto et al., EMNLP 2024, arXiv 2406.11430).
+
+    The score does not look at weights, so it is the same for softmax and SiLU attention.
+    """
+
+    family = "eviction"
+    paper = "Devoto et al., A Simple and Effective L2 Norm-Based Strategy, EMNLP 2024, arXiv 2406.11430"
+    formula = "score = -|k|"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        return -prefill.keys(layer).norm(dim=-1)

@@ -1,0 +1,38 @@
+"""Slots by lot: what a score must beat."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # odd constants of splitmix64, as int64
+
+
+def _hash(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, which wraps around."""
+    x = x * _MIX[0]
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * _MIX[1]
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _MIX[2]
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Eviction):
+    """Each slot draws a number from (seed, user id, layer, position), so no batch or order of cells changes it."""
+
+    family = "eviction"
+    paper = "none: the floor of every eviction method"
+    formula = "score = hash(seed, user, layer, position)"
+    stores = "keys and values of k events per layer, and their positions where the backbone reads them"
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        slots = prefill.slots(layer)
+        width = prefill.segment(layer).width
+        place = slots.places(width, slots.count)  # [B, 1, S]
+        user = _hash(prefill.users.to(place.device) + 1_000_003 * (prefill.seed + 1) + 7_919 * layer).view(-1, 1, 1)
+        return (_hash(user + place) & 0xFFFFFF).to(torch.float32)  # 24 bits: exact in float32

@@ -1,0 +1,89 @@
+"""Each user's keys and values as a product of two thin matrices."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import COUNT_BYTES, Budget, Encoder, Layout, dense_layout, map_vectors
+from malloc_bench.registry import register
+from malloc_bench.state import LowRank, Prefill, Segment, UserState, low_rank
+
+
+@register("svd")
+@dataclass(frozen=True)
+class SVD(Encoder):
+    """Truncated SVD per user, layer and head; the factors are absorbed into the query (Eckart and Young, 1936).
+
+    rank None: the largest rank that fits the budget, one for all layers and fields. A number: that rank (at most the
+    number of slots), the size follows.
+    """
+
+    rank: int | None = None
+
+    family = "low-rank"
+    paper = "Eckart and Young 1936; absorbed factors as in DeepSeek-V2's latent attention, arXiv 2405.04434"
+    formula = "X = U V with rank r: q.X' is read as (q V') U'"
+    stores = "n x r and r x d factors per layer, head and field"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"svd: rank >= 1 is needed, not {self.rank}")
+
+    @property
+    def takes_budget(self) -> bool:
+        return self.rank is None
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        if self.rank is not None:
+            return self.encode(prefill.state)
+        if budget is None:
+            raise ValueError("svd needs a budget or a rank")
+        if budget.fraction is not None and budget.fraction >= 1:
+            return prefill.state
+        target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+        if target is None:
+            raise ValueError("svd keeps every slot: give its budget as a fraction or in bytes")
+        fixed, step = self._sizes(prefill)
+        most = prefill.state.length.long().clamp(max=max(w for _, _, w in dense_layout(prefill, True).vectors))
+        rank = ((target - fixed) // step.clamp(min=1)).clamp(min=1).minimum(most)
+        return self._factor(prefill.state, rank)
+
+    def encode(self, state: UserState) -> UserState:
+        assert self.rank is not None
+        return self._factor(state, torch.full_like(state.length, self.rank).long())
+
+    def _factor(self, state: UserState, rank: Tensor) -> UserState:
+        def factors(name: str, segment: Segment) -> LowRank:
+            assert segment.slots is not None
+            x = segment.fields[name].dense()
+            fits = rank[:, None].minimum(segment.slots.count.long()).clamp(max=x.shape[3])
+            return low_rank(x, segment.slots.mask(x.shape[2]), fits)
+
+        return map_vectors(state, factors)
+
+    def _sizes(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """Bytes [B] at rank 0, and bytes [B] that one more rank takes."""
+        layout, n = dense_layout(prefill, shared=True, consecutive=True), prefill.state.length.long()
+        ranks = COUNT_BYTES * len(layout.vectors)
+        step = torch.zeros_like(n)
+        for _, heads, width in layout.vectors:
+            step += 4 * heads * (n + width)
+        return layout.beside(n, n) + ranks, step
+
+    def floor(self, prefill: Prefill) -> Tensor:
+        fixed, step = self._sizes(prefill)
+        return fixed + step * (prefill.state.length > 0)
+
+    def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
+        assert self.rank is not None
+        total = layout.beside(n, length) + COUNT_BYTES * len(layout.vectors)
+        for _, heads, width in layout.vectors:
+            total = total + 4 * heads * (n + width) * n.clamp(max=min(self.rank, width))
+        return total
+
+    def flops(self, layers: int, heads: int, slots: int, width: int) -> int:
+        """Gram matrix, eigenvectors (about 9 d^3) and projection, for keys and values."""
+        rank = min(self.rank or width, slots, width)
+        return 2 * layers * heads * (2 * slots * width**2 + 9 * width**3 + 2 * slots * width * rank)

@@ -1,0 +1,94 @@
+"""Keys per channel, values per token, in 8, 4 or 2 bits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import COUNT_BYTES, Encoder, Layout, map_vectors
+from malloc_bench.registry import register
+from malloc_bench.state import Dense, Segment, Slots, UserState, Vectors, quantize
+
+
+@register("kivi")
+@dataclass(frozen=True)
+class KIVI(Encoder):
+    """Asymmetric quantization, keys along slots and values along channels (Liu et al., ICML 2024, arXiv 2402.02750).
+
+    bits: 8, 4 or 2. group: numbers that share a scale and a zero point. tail: newest slots kept in full precision; the
+    paper keeps 32 to 128 in language models, the default here is 0. Fields that are not values are treated as keys.
+    Scales are float16, float32 for a user and head where float16 would overflow.
+    """
+
+    bits: int = 4
+    group: int = 32
+    tail: int = 0
+
+    family = "quantization"
+    paper = "KIVI, Liu et al., ICML 2024, arXiv 2402.02750"
+    formula = "code = round((x - min) / scale), scale = (max - min) / (2^bits - 1) per group"
+    stores = "bit-packed codes, a scale and a zero point per group, and the newest `tail` slots in float32"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4, 2) or self.group < 1 or self.tail < 0:
+            raise ValueError(f"kivi: bits 8, 4 or 2, group >= 1, tail >= 0 are needed, not {self}")
+
+    def encode(self, state: UserState) -> UserState:
+        return map_vectors(_split_tail(state, self.tail) if self.tail else state, self._vectors)
+
+    def _vectors(self, name: str, segment: Segment) -> Vectors:
+        slots, vectors = segment.slots, segment.fields[name]
+        if slots is None or isinstance(slots, _Tail):
+            return vectors
+        x = vectors.dense()
+        return quantize(x, slots.mask(x.shape[2]), self.bits, self.group, "width" if name == "values" else "slots")
+
+    def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
+        tail = n.clamp(max=self.tail)
+        body = n - tail
+        total = layout.beside(n, length) + (COUNT_BYTES * layout.counts if self.tail else 0)
+        for name, heads, width in layout.vectors:
+            codes = body * -(-width * self.bits // 8)
+            groups = body * -(-width // self.group) if name == "values" else -(-body // self.group) * width
+            total = total + heads * (1 + codes + 4 * groups + 4 * width * tail)
+        return total
+
+
+class _Tail(Slots):
+    """Slots that stay in full precision."""
+
+
+def _split_tail(state: UserState, tail: int) -> UserState:
+    """Every layer's last segment as a body and its newest `tail` slots."""
+    made: dict[int, tuple[Slots, _Tail]] = {}
+    layers = []
+    for layer in state.layers:
+        if not layer:
+            layers.append(layer)
+            continue
+        *rest, last = layer
+        old = last.slots
+        assert old is not None
+        if id(old) not in made:
+            made[id(old)] = _cut(old, last.width, tail)
+        body, end = made[id(old)]
+        fields = {name: Dense(_newest(v.dense(), old.count, tail)) for name, v in last.fields.items()}
+        layers.append((*rest, Segment(last.fields, body), Segment(fields, end)))
+    return UserState(tuple(layers), state.length, state.events)
+
+
+def _cut(slots: Slots, width: int, tail: int) -> tuple[Slots, _Tail]:
+    newest = slots.count.clamp(max=tail)
+
+    def end(x: Tensor | None) -> Tensor | None:
+        return None if x is None else _newest(x.unsqueeze(-1), slots.count, tail).squeeze(-1)
+
+    body = Slots(slots.count - newest, slots.positions, slots.timestamps, slots.mass)
+    return body, _Tail(newest, end(slots.positions), end(slots.timestamps), end(slots.mass))
+
+
+def _newest(x: Tensor, count: Tensor, tail: int) -> Tensor:
+    """The newest min(tail, count) rows of x [B, H, S, D], left-aligned: [B, H, tail, D]."""
+    first = (count.long() - tail).clamp(min=0)
+    rows = (first.unsqueeze(-1) + torch.arange(tail, device=x.device)).clamp(max=max(x.shape[2] - 1, 0))
+    return x.gather(2, rows.expand(-1, x.shape[1], -1).unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))

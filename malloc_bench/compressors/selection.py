@@ -1,0 +1,129 @@
+"""Which slots to keep: methods that choose or make k slots, and the one place where scores become slots."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import Budget, Compressor, Layout, dense_layout, slots_within
+from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
+
+
+class TokenMethod(Compressor):
+    """Keeps or makes k slots of each user, the most that fit the budget."""
+
+    @abstractmethod
+    def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        """A state of k [B] slots (0 <= k <= the user's own) in every layer and head."""
+
+    @abstractmethod
+    def layout(self, prefill: Prefill) -> Layout:
+        """What the kept slots take beside their vectors."""
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        if budget is None:
+            raise ValueError(f"{self.name} needs a budget")
+        if budget.fraction is not None and budget.fraction >= 1:
+            return prefill.state
+        return self.keep(prefill, self.slots(prefill, budget))
+
+    def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
+        """k [B] for a budget; worked out once per Prefill, budget and layout."""
+        layout = self.layout(prefill)
+        return prefill.remember(("k", budget, layout), lambda: self._slots(prefill, budget, layout))
+
+    def _slots(self, prefill: Prefill, budget: Budget, layout: Layout) -> Tensor:
+        length = prefill.slots(0).count[:, 0].long()
+        target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+        if target is None:
+            return length.clamp(max=budget.slots)
+        whole = prefill.state.length.long()
+        return slots_within(target, length, lambda n: layout.dense(n, whole))
+
+    def floor(self, prefill: Prefill) -> Tensor:
+        length = prefill.state.length.long()
+        return self.layout(prefill).dense(length.clamp(max=1), length)
+
+
+class Eviction(TokenMethod):
+    """Keeps the k slots that come first by (forced, score, newer); an implementation writes `scores`.
+
+    `sinks` oldest and `window` newest slots are forced, together at most half of k each side.
+    """
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        """[B, H or 1, S], higher stays; what stands beyond a user's count is not read."""
+        raise TypeError(f"{type(self).__name__} must define scores(prefill, layer) -> (B, H, S)")
+
+    def forced(self, k: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        """How many oldest and newest slots stay whatever their score; k [B]."""
+        return 0, 0
+
+    def layout(self, prefill: Prefill) -> Layout:
+        return dense_layout(prefill, shared=False)
+
+    def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        layers = []
+        for layer in prefill.layers:
+            index = self._index(prefill, layer, k)
+            layers.append((gather(prefill.segment(layer), index, k, prefill.uses_positions),))
+        return UserState(tuple(layers), prefill.state.length)
+
+    def _index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        """Kept slots in time order, [B, H, max k]."""
+        count = prefill.slots(layer).count.long()
+        order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
+        heads = next(iter(prefill.segment(layer).fields.values())).shape[1]
+        oldest, newest = self.forced(k)
+        return chosen(order, count, k, oldest, newest).expand(-1, heads, -1)
+
+
+def ranked(scores: Tensor, count: Tensor) -> Tensor:
+    """Slots by falling score, the newer first where scores tie, padding last: [B, H, S] -> indices [B, H, S].
+
+    Nothing is added to a score: in float32 a large constant would erase it.
+    """
+    width = scores.shape[-1]
+    real = torch.arange(width, device=scores.device) < count.unsqueeze(-1)
+    low = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=low, neginf=low).masked_fill(~real, -torch.inf)
+    return width - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+
+
+def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest: Tensor | int) -> Tensor:
+    """The k [B] kept slots in time order, [B, H, max k]: forced ones first, then by `order`; order [B, H, S]."""
+    b, h, s = order.shape
+    size = int(k.max()) if b else 0
+    k = k.view(b, 1, 1)
+    wanted = torch.arange(s, device=order.device) < k
+    forced_free = isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0
+    if not forced_free:
+        first, last = (x.view(b, 1, 1) if isinstance(x, Tensor) else x for x in (oldest, newest))
+        forced = (order < first) | ((order >= count.unsqueeze(-1) - last) & (order < count.unsqueeze(-1)))
+        free = ~forced
+        wanted = forced | (free & (free.cumsum(-1) <= k - forced.sum(-1, keepdim=True)))
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, wanted.expand(b, h, s))
+    place = torch.where(kept, kept.cumsum(-1) - 1, size)
+    index = torch.zeros(b, h, size + 1, dtype=torch.long, device=order.device)
+    return index.scatter_(2, place, torch.arange(s, device=order.device).expand(b, h, s))[..., :size]
+
+
+def gather(segment: Segment, index: Tensor, k: Tensor, positions: bool, slots: Slots | None = None) -> Segment:
+    """The segment's slots at index [B, H or 1, K], of which the first k [B] count; `slots`: made before, to be shared."""
+    fields = {name: Dense(take(v.dense(), index)) for name, v in segment.fields.items()}
+    return Segment(fields, slots or kept_slots(segment, index, k, positions))
+
+
+def kept_slots(segment: Segment, index: Tensor, k: Tensor, positions: bool) -> Slots:
+    """What is stored of the slots at index [B, H', K] beside their vectors."""
+    old = segment.slots
+    assert old is not None
+    place = None
+    if positions:
+        place = index.to(torch.int32) if old.positions is None else take(old.positions, index)
+    times = None if old.timestamps is None else take(old.timestamps, index)
+    mass = None if old.mass is None else take(old.mass, index)
+    return Slots(k.to(torch.int32)[:, None], place, times, mass)

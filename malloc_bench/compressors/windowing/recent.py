@@ -1,0 +1,47 @@
+"""The newest events."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import Layout, dense_layout
+from malloc_bench.compressors.selection import TokenMethod, gather, kept_slots
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill, UserState
+
+
+class Window(TokenMethod):
+    """Keeps the same slots in every layer and head; a subclass names them."""
+
+    consecutive = False
+
+    def index(self, count: Tensor, k: Tensor) -> Tensor:
+        """Kept slots in time order, [B, max k]; count, k [B]."""
+        raise TypeError(f"{type(self).__name__} must define index(count, k)")
+
+    def layout(self, prefill: Prefill) -> Layout:
+        return dense_layout(prefill, shared=True, consecutive=self.consecutive)
+
+    def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        index = self.index(prefill.slots(0).count[:, 0].long(), k)[:, None]
+        positions = prefill.uses_positions and not self.consecutive
+        slots = kept_slots(prefill.segment(0), index, k, positions)
+        layers = ((gather(prefill.segment(layer), index, k, positions, slots),) for layer in prefill.layers)
+        return UserState(tuple(layers), prefill.state.length)
+
+
+@register("recent")
+@dataclass(frozen=True)
+class Recent(Window):
+    """A sliding window over the history (Beltagy et al., Longformer, arXiv 2004.05150, without global tokens)."""
+
+    family = "windowing"
+    paper = "Longformer's sliding window, Beltagy et al., arXiv 2004.05150"
+    formula = "keep slots n-k ... n-1"
+    stores = "keys and values of the newest k events; their positions follow from the length"
+    consecutive = True
+
+    def index(self, count: Tensor, k: Tensor) -> Tensor:
+        newest = (count - k)[:, None] + torch.arange(int(k.max()) if len(k) else 0, device=k.device)
+        return newest.minimum((count - 1).clamp(min=0)[:, None])
