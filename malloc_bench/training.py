@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.data.batches import by_length, training_batches, window
 from malloc_bench.data.splits import Split, Targets
 from malloc_bench.ranking import question, rank
-from malloc_bench.state import Batch, Events
+from malloc_bench.state import map_tensors
 
 _BIG_BATCH = 256  # users a batch where nothing is trained
 
@@ -89,6 +88,10 @@ def fit(
     Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does.
     """
     device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
     done, model = folder / "fit.json", folder / "model.safetensors"
     if done.exists():
         backbone.load_state_dict(load_file(model, device=str(device)))
@@ -111,7 +114,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = backbone.loss(_move(batch, device))
+                loss = backbone.loss(map_tensors(to_device, batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -145,14 +148,18 @@ def validation_ndcg(backbone: Backbone, split: Split, targets: Targets, limit: i
         some = np.linspace(0, len(targets) - 1, limit).astype(int)
         targets = Targets(targets.users[some], targets.at[some])
     device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
     table, gains = backbone.catalogue(), 0.0
     for rows in by_length(targets, split.dataset, backbone.max_length, _BIG_BATCH):
         users, at = targets.users[rows], targets.at[rows]
-        events = _move(window(split.dataset, users, at, backbone.max_length), device)
+        events = map_tensors(to_device, window(split.dataset, users, at, backbone.max_length))
         last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
         hidden = backbone(events).gather(1, last).transpose(0, 1)
-        asked = question(split.dataset, users, at)
-        ranks, _ = rank(hidden, table, _move(asked, device))
+        asked = map_tensors(to_device, question(split.dataset, users, at))
+        ranks, _ = rank(hidden, table, asked)
         gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
     return gains / max(len(targets), 1)
 
@@ -168,17 +175,6 @@ def fast_bfloat16(device: torch.device) -> bool:
 def _schedule(epoch: float, epochs: int) -> float:
     """Linear warm-up over the first epoch, then half a cosine to 0."""
     return min(epoch + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
-
-
-def _move(x: Any, device: torch.device) -> Any:
-    """Tensors of a dataclass to the device."""
-    if device.type == "cpu":
-        return x
-    if isinstance(x, torch.Tensor):
-        return x.to(device, non_blocking=True)
-    if isinstance(x, Events | Batch) or hasattr(x, "__dataclass_fields__"):
-        return type(x)(**{name: _move(getattr(x, name), device) for name in x.__dataclass_fields__})
-    return x
 
 
 def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, int, float, float]:
@@ -213,10 +209,10 @@ def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Pa
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     part = path.with_name(path.name + ".part")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
-    os.replace(part, path)
+    part.replace(path)

@@ -5,10 +5,11 @@ from malloc_bench.state.lowrank import LowRank, low_rank
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.slots import Slots, take
-from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState
+from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
     "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment", "Slots",
-    "Stats", "UserState", "Vectors", "extend", "low_rank", "pack_bits", "quantize", "take", "unpack_bits",
+    "Stats", "UserState", "Vectors", "extend", "low_rank",
+    "map_tensors", "pack_bits", "quantize", "take", "unpack_bits",
 ]  # fmt: skip

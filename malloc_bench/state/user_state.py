@@ -1,4 +1,4 @@
-"""What is kept of a batch of users between requests: exact bytes, packing and unpacking, written once for all methods."""
+"""What is kept of a batch of users between requests: exact bytes, packing and unpacking, written once."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class UserState:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> UserState:
         """The same state with every tensor replaced by fn(tensor); what was shared stays shared."""
-        return _map(fn, self, {})
+        return map_tensors(fn, self)
 
     def take(self, users: Tensor) -> UserState:
         """The states of the given rows of the batch, users [B'] int64."""
@@ -216,6 +216,11 @@ class _Reader:
         for user, (blob, at) in enumerate(zip(self.blobs, self.at)):
             if at != len(blob):
                 raise ValueError(f"packed state of user {user} has {len(blob) - at} bytes too many")
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], x: T) -> T:
+    """x (tensors in dataclasses, tuples and dicts) with fn applied to every tensor; what was shared stays shared."""
+    return _map(fn, x, {})
 
 
 def _map(fn: Callable[[Tensor], Tensor], x: T, done: dict[int, Any]) -> T:

@@ -43,7 +43,8 @@ class MergeAdjacent(TokenMethod):
         def mean(x: Tensor) -> Tensor:  # [B, 1, S] integers -> [B, 1, K]
             return _sum((x * share[:, None]).unsqueeze(-1).double(), run, size).squeeze(-1).round().to(x.dtype)
 
-        positions = mean(old.places(width, prefill.state.length[:, None])) if prefill.uses_positions else None
+        places = old.places(width, prefill.state.length[:, None])
+        positions = mean(places.to(torch.int32)) if prefill.uses_positions else None
         times = None if old.timestamps is None else mean(old.timestamps)
         slots = Slots(k.to(torch.int32), positions, times, total[..., 0])
         layers = tuple(

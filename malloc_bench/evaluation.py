@@ -1,0 +1,211 @@
+"""prefill -> compress -> read -> rank: one prefill per chunk of users serves every method and budget."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.compressors import Budget, Compressor, get_compressor
+from malloc_bench.data.batches import by_length, split_newest, window
+from malloc_bench.data.splits import Split
+from malloc_bench.ranking import overlap, question, rank
+from malloc_bench.state import Prefill, Stats, UserState, map_tensors
+
+PACKED_USERS = 32  # users a cell whose packed length is compared with the bytes that are reported
+_USERS = 256  # a chunk
+_SCORES = 1 << 24  # catalogue scores of a chunk, at most
+
+#: What is kept of a user: name -> dtype.
+COLUMNS = {"rank": np.int32, "overlap": np.float32, "bytes": np.int64, "at_floor": np.bool_}
+Values = dict[str, np.ndarray]
+
+
+class OverBudget(RuntimeError):
+    """A compressor broke its promise: more bytes than the budget, or other bytes than it packs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method at one budget; `id` names its results."""
+
+    id: str
+    compressor: Compressor
+    budget: Budget | None = None
+
+
+class Store(Protocol):
+    """Where finished chunks are kept, so that a killed run goes on where it was."""
+
+    def load(self, chunk: int) -> Mapping[str, Values]: ...
+
+    def save(self, chunk: int, done: Mapping[str, Values]) -> None: ...
+
+
+@dataclass
+class Evaluation:
+    """users: row of the dataset per target, [N]; length: events in the state; bytes_full [N]; values per job id.
+
+    failed: job id -> traceback. A failed job has no values.
+    """
+
+    users: np.ndarray
+    length: np.ndarray
+    bytes_full: np.ndarray
+    values: dict[str, Values]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+REFERENCE = "reference"
+
+
+def chunks(backbone: Backbone, split: Split) -> list[np.ndarray]:
+    """Rows of split.test in chunks of users of like length; the same for every run of the same cell."""
+    size = max(16, min(_USERS, _SCORES // split.dataset.n_items))
+    return list(by_length(split.test, split.dataset, backbone.max_length, size))
+
+
+@torch.no_grad()
+def evaluate(
+    backbone: Backbone,
+    split: Split,
+    jobs: list[Job],
+    *,
+    seed: int = 0,
+    filter_seen: bool = True,
+    store: Store | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Every job on every test target; the full state is always read too, as the reference of `overlap`.
+
+    A job that raises is left out from there on, with its traceback in `failed`; the others go on. Only what is not in
+    `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk.
+    """
+    backbone.eval()
+    table = backbone.catalogue()
+    parts = chunks(backbone, split)
+    everything = [Job(REFERENCE, get_compressor("full")), *jobs]
+    failed: dict[str, str] = {}
+    kept: list[dict[str, Values]] = []
+    lengths, full = [], []
+    for number, rows in enumerate(parts):
+        have = dict(store.load(number)) if store else {}
+        todo = [job for job in everything if job.id not in have and job.id not in failed]
+        if todo:
+            have |= _chunk(backbone, split, rows, table, todo, seed, filter_seen, failed, number, len(parts))
+            if store:
+                store.save(number, have)
+        kept.append(have)
+        lengths.append(np.minimum(split.test.at[rows] - split.dataset.offsets[split.test.users[rows]], backbone.max_length) - 1)
+        full.append(have[REFERENCE]["bytes"])
+        report(number + 1, len(parts))
+    values = {
+        job.id: {name: np.concatenate([chunk[job.id][name] for chunk in kept]) for name in COLUMNS}
+        for job in everything
+        if job.id not in failed and all(job.id in chunk for chunk in kept)
+    }
+    order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    empty = np.zeros(0, dtype=np.int64)
+    return Evaluation(
+        split.test.users[order],
+        np.concatenate(lengths) if lengths else empty,
+        np.concatenate(full) if full else empty,
+        values,
+        failed,
+    )
+
+
+def _chunk(
+    backbone: Backbone,
+    split: Split,
+    rows: np.ndarray,
+    table: Tensor,
+    jobs: list[Job],
+    seed: int,
+    filter_seen: bool,
+    failed: dict[str, str],
+    number: int,
+    total: int,
+) -> dict[str, Values]:
+    """Values of the jobs for the users of one chunk."""
+    device = table.device
+    users, at = split.test.users[rows], split.test.at[rows]
+    events = window(split.dataset, users, at, backbone.max_length)
+    history, token = map_tensors(lambda x: x.to(device), split_newest(events))
+    asked = map_tensors(lambda x: x.to(device), question(split.dataset, users, at, filter_seen))
+    needs = reduce(Stats.__or__, (job.compressor.needs for job in jobs), Stats())
+    ids = torch.from_numpy(split.dataset.user_ids[users])
+    prefill = backbone.prefill(history, ids, needs, seed)
+    full_bytes = prefill.remember("full bytes", prefill.state.nbytes)
+    packed = _packed_rows(len(rows), seed, number, total)
+
+    reference = backbone.read(token, prefill.state)[:, 0]
+    outputs, sizes, done = [reference], [full_bytes], [REFERENCE]
+    for job in jobs:
+        if job.id == REFERENCE:
+            continue
+        try:
+            state = job.compressor.compress(prefill, job.budget)
+            size = checked_bytes(job, prefill, state, packed)
+            out = reference if state is prefill.state else backbone.read(token, state)[:, 0]
+            if not bool(out.isfinite().all()):
+                raise ValueError("outputs read from the compressed state are not finite")
+        except Exception:  # a failing cell is a failed row; the others go on
+            failed[job.id] = traceback.format_exc()
+            continue
+        outputs.append(out)
+        sizes.append(size)
+        done.append(job.id)
+    ranks, top = rank(torch.stack(outputs), table, asked, tops=True)
+    assert top is not None
+    shares = overlap(top, top[0])
+    return {
+        name: {
+            "rank": ranks[i].cpu().numpy().astype(np.int32),
+            "overlap": shares[i].cpu().numpy().astype(np.float32),
+            "bytes": sizes[i].cpu().numpy().astype(np.int64),
+            "at_floor": _at_floor(next((j for j in jobs if j.id == name), None), full_bytes, sizes[i]),
+        }
+        for i, name in enumerate(done)
+    }
+
+
+def checked_bytes(job: Job, prefill: Prefill, state: UserState, packed: Tensor) -> Tensor:
+    """Bytes [B] of each user's state, held against the budget and, for the users `packed`, against packed lengths.
+
+    Raises OverBudget.
+    """
+    size = state.nbytes()
+    for user in packed.tolist():
+        if len(state.pack(user)) != int(size[user]):
+            raise OverBudget(f"user {user} packs to {len(state.pack(user))} bytes, nbytes() says {int(size[user])}")
+    target = None if job.budget is None else job.budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+    if target is not None:
+        allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
+        if bool((size > allowed).any()):
+            user = int((size - allowed).argmax())
+            raise OverBudget(f"user {user} takes {int(size[user])} bytes, the budget allows {int(allowed[user])}")
+    return size
+
+
+def _at_floor(job: Job | None, full: Tensor, size: Tensor) -> np.ndarray:
+    """Users whose budget lies below the smallest state the method can make."""
+    target = None if job is None or job.budget is None else job.budget.target(full)
+    if target is None:
+        return np.zeros(len(size), dtype=bool)
+    return (size > target).cpu().numpy()
+
+
+def _packed_rows(users: int, seed: int, number: int, total: int) -> Tensor:
+    """This chunk's share of the users that are packed: 32 over the whole test set, drawn from the seed."""
+    generator = np.random.default_rng([seed, number])
+    count = PACKED_USERS * (number + 1) // total - PACKED_USERS * number // total
+    return torch.from_numpy(generator.choice(users, min(users, count), replace=False))
+
