@@ -103,7 +103,9 @@ def evaluate(
             if store:
                 store.save(number, have)
         kept.append(have)
-        lengths.append(np.minimum(split.test.at[rows] - split.dataset.offsets[split.test.users[rows]], backbone.max_length) - 1)
+        lengths.append(
+            np.minimum(split.test.at[rows] - split.dataset.offsets[split.test.users[rows]], backbone.max_length) - 1
+        )
         full.append(have[REFERENCE]["bytes"])
         report(number + 1, len(parts))
     values = {
@@ -208,4 +210,3 @@ def _packed_rows(users: int, seed: int, number: int, total: int) -> Tensor:
     generator = np.random.default_rng([seed, number])
     count = PACKED_USERS * (number + 1) // total - PACKED_USERS * number // total
     return torch.from_numpy(generator.choice(users, min(users, count), replace=False))
-

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=type)
 
@@ -70,4 +76,38 @@ def _scan(kind: str) -> None:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for entry in metadata.entry_points(group=f"malloc_bench.{kind}"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # somebody else's package must not stop ours
+            log.warning("%s '%s' of %s is left out: %s", kind, entry.name, entry.value, " ".join(str(error).split()))
+
+
+def load_part(spec: str) -> str:
+    """Import `file.py:Class` or `module:Class`, register the class if it has not done so, and return its name.
+
+    Raises ValueError where the file, the module or the class is missing.
+    """
+    where, _, attribute = spec.rpartition(":")
+    if not where:
+        raise ValueError(f"'{spec}' names no class; expected my_method.py:MyMethod or my_package.my_module:MyMethod")
+    path = Path(where)
+    try:
+        if path.suffix == ".py":
+            found = spec_from_file_location(path.stem, path)
+            if found is None or found.loader is None or not path.is_file():
+                raise ValueError(f"{path}: no such file")
+            module = module_from_spec(found)
+            sys.modules[path.stem] = module  # so that the class can be pickled and its source found
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except ImportError as error:
+        raise ValueError(f"{where} cannot be imported: {error}") from None
+    cls = getattr(module, attribute, None)
+    if not isinstance(cls, type) or getattr(cls, "kind", None) not in _parts:
+        raise ValueError(
+            f"{where} has no compressor or backbone class '{attribute}'.{suggest(attribute, vars(module))}"
+        )
+    if "name" not in vars(cls):
+        register(cls.__name__.lower())(cls)
+    return cls.name  # type: ignore[attr-defined]

@@ -92,6 +92,22 @@ def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
     return canonical_json(float(budget) if isinstance(budget, (int, float)) else budget)
 
 
+def label(name: str, params: str | None) -> str:
+    """`snapkv(window=16)` from a name and its parameters as JSON; a chain reads `merge_adjacent + kivi(bits=2)`."""
+    values = json.loads(params) if params else {}
+    if name == "compose" and len(values) == 1 and isinstance(chain := next(iter(values.values())), list):
+        return _show(chain)
+    return f"{name}({', '.join(f'{key}={_show(value)}' for key, value in values.items())})" if values else name
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return " + ".join(map(_show, value))
+    if isinstance(value, dict):
+        return " + ".join(label(name, json.dumps(params)) for name, params in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _plain(obj: Any) -> Any:
     """`obj` in Python's own types, with text keys."""
     if isinstance(obj, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,18 @@ class Block(nn.Module):
             logits = self.logits(q[:, :, rows], part, asked.rows(rows), places.rows(slice(0, rows.stop)))
             (weights,) = self.weigh([logits], [mask], [None])
             yield weights, part, rows
+
+    def linear_flops(self, tokens: int) -> int:
+        """Of `project` and `combine`: each linear map sees each token once."""
+        return 2 * tokens * sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
+
+    def attend_flops(self, queries: int, segment: Segment) -> int:
+        """Of `logits` and `mix` over a segment, per user."""
+        return sum(vectors.flops(queries) for vectors in segment.fields.values())
+
+    def causal_pairs(self, slots: int) -> int:
+        """Pairs of query and key that `causal` multiplies."""
+        return _block_pairs(slots)
 
 
 class AttentionBackbone(Backbone):
@@ -165,6 +178,30 @@ class AttentionBackbone(Backbone):
         _, own = self._over(events, positions.clamp(max=self.max_length), state, behind)  # padding may stand beyond
         return extend(state, own, events, self.uses_times)
 
+    def flops(
+        self,
+        step: Literal["prefill", "statistics", "append", "read"],
+        tokens: int,
+        state: UserState | None = None,
+        stats: Stats = Stats(),
+    ) -> int:
+        raw = 0 if state is None or state.events is None else state.events.items.shape[1]  # rebuilt before a read
+        total = self.flops("prefill", raw) if raw else 0
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
+            event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
+            pair = block.attend_flops(1, event)
+            if step == "statistics":
+                total += 2 * own["keys"].shape[1] * _block_pairs(tokens) * stats.column_sum
+                total += event.fields["keys"].flops(stats.window * tokens)
+                continue
+            total += block.linear_flops(tokens)
+            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * (tokens + raw))
+            if state is not None and state.layers:
+                total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
+        return total
+
     def _rebuild(self, state: UserState, tokens: Events) -> UserState:
         events = state.events
         assert events is not None
@@ -188,6 +225,12 @@ class AttentionBackbone(Backbone):
             x = block.combine(x, _attend(block, q, own, own_mask, layer, state.length, places, asked), gate)
             stored.append(own)
         return x, stored
+
+
+def _block_pairs(slots: int) -> int:
+    """Pairs of query and key that `causal_blocks` multiplies."""
+    ends = [min(start + _BLOCK, slots) for start in range(0, slots, _BLOCK)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends))
 
 
 def _attend(
@@ -243,6 +286,8 @@ def _newest(
 ) -> Tensor:
     """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; zeros where there is no such."""
     b, h, s, d = q.shape
+    if s == 0:
+        return q.new_zeros(b, h, window, 0)
     at = count.long()[:, None] - window + torch.arange(window, device=q.device)  # [B, W]
     index = at.clamp(min=0)
     queries = q.gather(2, index[:, None, :, None].expand(-1, h, -1, d))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -54,6 +54,20 @@ class Backbone(nn.Module, ABC):
     def catalogue(self) -> Tensor:
         """[n_items, d]: an output's scores are hidden @ catalogue.T; row i is item i + 1."""
 
+    def flops(
+        self,
+        step: Literal["prefill", "statistics", "append", "read"],
+        tokens: int,
+        state: UserState | None = None,
+        stats: Stats = Stats(),
+    ) -> int | None:
+        """Matmul-like work of a step for one user, 2 per multiply-add, as the code does it; None: not known.
+
+        tokens: events of the history (prefill, statistics), new events (append), candidates (read). state: what is
+        appended to or read. "statistics": what gathering `stats` adds to a blockwise prefill.
+        """
+        return None
+
 
 def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any) -> Backbone:
     """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter."""
@@ -62,3 +76,14 @@ def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any)
     for key in params.keys() - valid:
         raise ValueError(f"backbone {name} has no parameter '{key}'.{suggest(key, valid)}")
     return cls(cls.Config(**params), n_items, has_time)
+
+
+def check_sizes(config: Any) -> None:
+    """Raises ValueError for a Config of layers, heads, dim, max_length, dropout and temperature that makes no model."""
+    for name in ("layers", "heads", "dim", "max_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.dim % config.heads:
+        raise ValueError(f"dim must be a multiple of heads, not {config.dim} with {config.heads} heads")
+    if not 0 <= config.dropout < 1 or not config.temperature > 0:
+        raise ValueError("dropout must be in [0, 1) and temperature above 0")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, Block, Places
+from malloc_bench.backbones.base import check_sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
@@ -100,6 +101,9 @@ class HSTU(AttentionBackbone):
         dropout: float = 0.2
         head: Literal["cosine", "dot"] = "cosine"
         temperature: float = 0.05
+
+        def __post_init__(self) -> None:
+            check_sizes(self)
 
     def __init__(self, config: Config, n_items: int, has_time: bool = False) -> None:
         super().__init__()

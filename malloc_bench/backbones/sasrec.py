@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, Block, Places
+from malloc_bench.backbones.base import check_sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 
@@ -49,6 +50,10 @@ class SASRecBlock(Block):
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
         return F.scaled_dot_product_attention(q, own["keys"], own["values"], is_causal=True, scale=1.0)
 
+    def causal_pairs(self, slots: int) -> int:
+        """The full square, as FLOP counters have it; the kernel skips most of the upper half."""
+        return slots**2
+
 
 @register("sasrec")
 class SASRec(AttentionBackbone):
@@ -71,6 +76,9 @@ class SASRec(AttentionBackbone):
         dropout: float = 0.2
         head: Literal["cosine", "dot"] = "cosine"
         temperature: float = 0.05
+
+        def __post_init__(self) -> None:
+            check_sizes(self)
 
     def __init__(self, config: Config, n_items: int, has_time: bool = False) -> None:
         super().__init__()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Budget:
         """From YAML: 0.25, {slots: 16} or {bytes: 4096}. Raises ValueError that says what was expected."""
         if isinstance(value, Budget):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf:
             return Budget(fraction=float(value))
         if isinstance(value, dict) and len(value) == 1:
             ((unit, size),) = value.items()
@@ -65,19 +66,29 @@ class Budget:
 class Layout:
     """What n slots take, in bytes per user, beside how their vectors are encoded.
 
-    counts: stored counts (one for each distinct set of slots and head). index: bytes per slot for positions and mass,
-    not stored where every event has its own slot. times: bytes per slot for timestamps.
-    vectors: (field, heads, width) of every layer.
+    counts: stored counts, one for each distinct set of slots. lists: distinct lists of slots: 1, or one for each layer
+    or head that chooses for itself. positions, mass, times: whether each list has them; positions and mass are not
+    stored where every event has its own slot. vectors: (field, heads, width) of every layer.
     """
 
     counts: int
-    index: int
-    times: int
+    lists: int
+    positions: bool
+    mass: bool
+    times: bool
     vectors: tuple[tuple[str, int, int], ...]
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
-        return COUNT_BYTES * (1 + self.counts) + n * self.times + torch.where(n < length, n * self.index, 0)
+        index = 4 * self.lists * (self.positions + self.mass)
+        return COUNT_BYTES * (1 + self.counts) + n * 8 * self.lists * self.times + torch.where(n < length, n * index, 0)
+
+    def then(self, later: Layout) -> Layout:
+        """Of a chain: what one link tells apart or writes down stays told apart and written down."""
+        counts, lists = max(self.counts, later.counts), max(self.lists, later.lists)
+        return replace(
+            self, counts=counts, lists=lists, positions=self.positions or later.positions, mass=self.mass or later.mass
+        )
 
     def dense(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] with float32 vectors."""
@@ -113,6 +124,10 @@ class Compressor(ABC):
         """None, or why the pair makes no sense: the row is skipped with that reason."""
         return None
 
+    def accepts(self, budget: Budget) -> str | None:
+        """None, or why the method cannot be sized by such a budget: the row is skipped with that reason."""
+        return None
+
     @abstractmethod
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         """The smaller state; `prefill` is not changed."""
@@ -121,8 +136,11 @@ class Compressor(ABC):
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
         return torch.zeros(len(prefill.state), dtype=torch.long)
 
-    def flops(self, layers: int, heads: int, slots: int, width: int) -> int:
-        """Matmul-like work of `compress` for one user with n = slots events; sorting and element-wise work not counted."""
+    def flops(self, state: UserState, history: int) -> int:
+        """Matmul-like work of making `state` of `history` events, for one user, 2 per multiply-add.
+
+        Not counted: sorting, element-wise work, and the statistics, which the backbone gathers.
+        """
         return 0
 
 
@@ -145,17 +163,18 @@ class Encoder(Compressor):
         return self.encode(prefill.state)
 
 
-def dense_layout(prefill: Prefill, shared: bool, mass: bool = False, consecutive: bool = False) -> Layout:
-    """The layout of kept slots: shared by all layers and heads or kept by each; with mass, or plain events."""
+def dense_layout(
+    prefill: Prefill, per: Literal["state", "layer", "head"], mass: bool = False, consecutive: bool = False
+) -> Layout:
+    """The layout of kept slots: the same in the whole state, or each layer's or each head's own; with mass, or plain events."""
     vectors: list[tuple[str, int, int]] = []
     for layer in prefill.layers:
         vectors += [(name, v.shape[1], v.shape[3]) for name, v in prefill.segment(layer).fields.items()]
     heads = [next(iter(prefill.segment(layer).fields.values())).shape[1] for layer in prefill.layers]
-    counts = 1 if shared else len(heads)
-    lists = 1 if shared else sum(heads)  # one list of indices for each of these
-    slots = prefill.slots(0)
-    index = 4 * (prefill.uses_positions and not consecutive) + 4 * (mass or slots.mass is not None)
-    return Layout(counts, lists * index, lists * 8 * (slots.timestamps is not None), tuple(vectors))
+    counts = 1 if per == "state" else len(heads)
+    lists = {"state": 1, "layer": len(heads), "head": sum(heads)}[per]
+    positions, times = prefill.uses_positions and not consecutive, prefill.slots(0).timestamps is not None
+    return Layout(counts, lists, positions, mass, times, tuple(vectors))
 
 
 def slots_within(target: Tensor, length: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class TokenMethod(Compressor):
     def layout(self, prefill: Prefill) -> Layout:
         """What the kept slots take beside their vectors."""
 
+    def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
+        """Bytes [B] of a state of n [B] slots."""
+        return layout.dense(n, length)
+
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         if budget is None:
             raise ValueError(f"{self.name} needs a budget")
@@ -33,7 +37,12 @@ class TokenMethod(Compressor):
     def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
         """k [B] for a budget; worked out once per Prefill, budget and layout."""
         layout = self.layout(prefill)
-        return prefill.remember(("k", budget, layout), lambda: self._slots(prefill, budget, layout))
+        return prefill.remember(("k", budget, layout, self._costs), lambda: self._slots(prefill, budget, layout))
+
+    @property
+    def _costs(self) -> Any:
+        """Methods of the same layout and equal `_costs` cost the same."""
+        return type(self).cost
 
     def _slots(self, prefill: Prefill, budget: Budget, layout: Layout) -> Tensor:
         length = prefill.slots(0).count[:, 0].long()
@@ -41,18 +50,20 @@ class TokenMethod(Compressor):
         if target is None:
             return length.clamp(max=budget.slots)
         whole = prefill.state.length.long()
-        return slots_within(target, length, lambda n: layout.dense(n, whole))
+        return slots_within(target, length, lambda n: self.cost(layout, n, whole))
 
     def floor(self, prefill: Prefill) -> Tensor:
         length = prefill.state.length.long()
-        return self.layout(prefill).dense(length.clamp(max=1), length)
+        return self.cost(self.layout(prefill), length.clamp(max=1), length)
 
 
 class Eviction(TokenMethod):
     """Keeps the k slots that come first by (forced, score, newer); an implementation writes `scores`.
 
-    `sinks` oldest and `window` newest slots are forced, together at most half of k each side.
+    `forced` slots stay whatever their score, at most half of k. per_head False: `scores` are the same for all heads.
     """
+
+    per_head: ClassVar[bool] = True
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         """[B, H or 1, S], higher stays; what stands beyond a user's count is not read."""
@@ -63,20 +74,21 @@ class Eviction(TokenMethod):
         return 0, 0
 
     def layout(self, prefill: Prefill) -> Layout:
-        return dense_layout(prefill, shared=False)
+        return dense_layout(prefill, "head" if self.per_head else "layer")
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         layers = []
         for layer in prefill.layers:
             index = self._index(prefill, layer, k)
-            layers.append((gather(prefill.segment(layer), index, k, prefill.uses_positions),))
+            slots = kept_slots(prefill.slots(layer), index, k, prefill.state.length if prefill.uses_positions else None)
+            layers.append((gather(prefill.segment(layer), index, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
     def _index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        """Kept slots in time order, [B, H, max k]."""
+        """Kept slots in time order, [B, H or 1, max k]."""
         count = prefill.slots(layer).count.long()
         order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
-        heads = next(iter(prefill.segment(layer).fields.values())).shape[1]
+        heads = next(iter(prefill.segment(layer).fields.values())).shape[1] if self.per_head else 1
         oldest, newest = self.forced(k)
         return chosen(order, count, k, oldest, newest).expand(-1, heads, -1)
 
@@ -111,19 +123,21 @@ def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest
     return index.scatter_(2, place, torch.arange(s, device=order.device).expand(b, h, s))[..., :size]
 
 
-def gather(segment: Segment, index: Tensor, k: Tensor, positions: bool, slots: Slots | None = None) -> Segment:
-    """The segment's slots at index [B, H or 1, K], of which the first k [B] count; `slots`: made before, to be shared."""
-    fields = {name: Dense(take(v.dense(), index)) for name, v in segment.fields.items()}
-    return Segment(fields, slots or kept_slots(segment, index, k, positions))
+def gather(segment: Segment, index: Tensor, slots: Slots) -> Segment:
+    """The segment's vectors at index [B, H or 1, K], and what is known of them."""
+    return Segment({name: Dense(take(v.dense(), index)) for name, v in segment.fields.items()}, slots)
 
 
-def kept_slots(segment: Segment, index: Tensor, k: Tensor, positions: bool) -> Slots:
-    """What is stored of the slots at index [B, H', K] beside their vectors."""
-    old = segment.slots
-    assert old is not None
+def kept_slots(old: Slots, index: Tensor, k: Tensor, length: Tensor | None) -> Slots:
+    """What is stored of the slots at index [B, H', K], of which the first k [B] count, beside their vectors.
+
+    length: [B] events in all; None where positions need not be stored.
+    """
     place = None
-    if positions:
-        place = index.to(torch.int32) if old.positions is None else take(old.positions, index)
+    if length is not None and old.positions is None:
+        place = (index + (length[:, None] - old.count).unsqueeze(-1)).to(torch.int32)
+    elif length is not None and old.positions is not None:
+        place = take(old.positions, index)
     times = None if old.timestamps is None else take(old.timestamps, index)
     mass = None if old.mass is None else take(old.mass, index)
     return Slots(k.to(torch.int32)[:, None], place, times, mass)

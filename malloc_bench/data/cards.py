@@ -169,7 +169,7 @@ class Card(Strict):
 
 def list_datasets() -> list[str]:
     """The names of every known data set, sorted."""
-    return sorted(_files())
+    return sorted(card_files())
 
 
 def load_card(name: str) -> Card:
@@ -177,7 +177,7 @@ def load_card(name: str) -> Card:
 
     Raises UnknownName with the nearest valid name, DataError with file and key where the card itself is wrong.
     """
-    files = _files()
+    files = card_files()
     if name not in files:
         raise UnknownName(f"no dataset is named '{name}'.{suggest(name, files)}")
     path = files[name]
@@ -194,7 +194,7 @@ def load_card(name: str) -> Card:
         raise DataError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _files() -> dict[str, Path]:
+def card_files() -> dict[str, Path]:
     """name -> card; ours, then those of installed packages (entry points that hold a folder's path)."""
     folders = [shipped("datasets")]
     folders += [Path(entry.load()) for entry in metadata.entry_points(group="malloc_bench.datasets")]

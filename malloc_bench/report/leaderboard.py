@@ -14,7 +14,6 @@ from malloc_bench.report.render import (
     csv,
     digits,
     filled,
-    label,
     latex,
     markdown,
     number,
@@ -22,7 +21,7 @@ from malloc_bench.report.render import (
     terminal,
     words,
 )
-from malloc_bench.results import COLUMNS
+from malloc_bench.results import COLUMNS, label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

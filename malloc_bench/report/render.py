@@ -57,22 +57,6 @@ def three_digits(value: float | None, scale: float = 1.0) -> str:
 # ---- labels
 
 
-def label(name: str, params: str | None) -> str:
-    """`snapkv(window=16)` from a name and its parameters as JSON; a chain reads `merge_adjacent + kivi(bits=2)`."""
-    values = json.loads(params) if params else {}
-    if name == "compose" and len(values) == 1 and isinstance(chain := next(iter(values.values())), list):
-        return _show(chain)
-    return f"{name}({', '.join(f'{key}={_show(value)}' for key, value in values.items())})" if values else name
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return " + ".join(map(_show, value))
-    if isinstance(value, dict):
-        return " + ".join(label(name, json.dumps(params)) for name, params in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def budget_label(budget: str | None) -> str:
     """`50 %`, `16 slots`, `4096 bytes`, or blank, from the `budget` column."""
     value = json.loads(budget) if budget else None

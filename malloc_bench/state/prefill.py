@@ -44,7 +44,7 @@ class Prefill:
     column_sum: a layer each, [B, H, S]: sum over the history's queries of the |attention weight| on each slot
         (mean over the query heads that share a kv-head). Softmax weights are their own absolute values.
     window: a layer each, [B, H, W, S]: signed weights of the newest W queries, oldest first; rows of users with fewer
-        than W events start with zeros.
+        than W events start with zeros. Both statistics are 0 on slots that a user does not have.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
     """
@@ -98,6 +98,9 @@ class Prefill:
             raise MissingStatistic(
                 f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain"
             )
+        rows, slots = self.window[layer].shape[2:]
+        if rows < min(window, slots):
+            raise MissingStatistic(f"the newest {window} queries are asked for, only {rows} were observed")
         return self.window[layer][:, :, -window:]
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -50,7 +50,7 @@ class Slots:
 
     def load(self, read: Read, length: Tensor) -> Slots:
         """The inverse of `parts`."""
-        count = read(self.count[..., None, None], _ONE)[..., 0, 0]
+        count = read(self.count[..., None, None], _ONE.to(length.device))[..., 0, 0]
         whole = count >= length[:, None]
         width = int(count.max()) if count.numel() else 0
 
@@ -62,7 +62,9 @@ class Slots:
 
         positions, mass = rows(self.positions, count * ~whole), rows(self.mass, count * ~whole)
         if positions is not None:
-            positions = torch.where(whole[..., None], torch.arange(width, dtype=positions.dtype), positions)
+            positions = torch.where(
+                whole[..., None], torch.arange(width, dtype=positions.dtype, device=count.device), positions
+            )
         if mass is not None:
             mass = torch.where(whole[..., None], 1.0, mass)
         return Slots(count, positions, rows(self.timestamps, count), mass)

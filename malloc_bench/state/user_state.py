@@ -193,6 +193,11 @@ class _Reader:
         users, heads, width = len(self.blobs), like.shape[1], like.shape[3]
         rows = rows.expand(users, heads)
         columns = torch.full_like(rows, width) if cols is None else cols.expand(users, heads)
+        need = (rows.long() * columns.long()).sum(1) * like.element_size()
+        for user, blob in enumerate(self.blobs):  # checked before anything is allocated: counts come from the blob
+            broken = bool((rows[user] < 0).any() | (columns[user] < 0).any())
+            if broken or self.at[user] + int(need[user]) > len(blob):
+                raise ValueError(f"packed state of user {user} ends after {len(blob)} bytes, more were expected")
         out = torch.zeros(
             users,
             heads,
@@ -205,8 +210,6 @@ class _Reader:
                 r, c = int(rows[user, head]), int(columns[user, head])
                 size = r * c * like.element_size()
                 chunk = blob[self.at[user] : self.at[user] + size]
-                if len(chunk) != size:
-                    raise ValueError(f"packed state of user {user} ends after {len(blob)} bytes, more were expected")
                 self.at[user] += size
                 if size:
                     out[user, head, :r, :c] = torch.frombuffer(bytearray(chunk), dtype=like.dtype).view(r, c)

@@ -1,12 +1,13 @@
 """Several methods in a row, sized together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Compressor, Encoder, get_compressor, slots_within
+from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, get_compressor, slots_within
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @register("compose")
 @dataclass(frozen=True)
-class Compose(Compressor):
+class Compose(TokenMethod):
     """Token methods in a row, then at most one encoder; the chain as a whole lands on the budget.
 
     steps: as in a suite: names, {name: {parameter: value}}, or compressors. Where several token methods share a
@@ -35,7 +36,7 @@ class Compose(Compressor):
         steps = tuple(_step(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
         tokens = self._tokens()
-        if len(steps) < 2 or len(tokens) < len(steps) - 1 or not all(isinstance(t, TokenMethod) for t in tokens):
+        if len(steps) < 2 or len(tokens) < len(steps) - 1 or not all(map(_chains, tokens)):
             raise ValueError("compose: token methods, then at most one encoder, two steps or more are needed")
         for later in tokens[1:]:
             if later.needs != Stats():
@@ -60,34 +61,48 @@ class Compose(Compressor):
             raise ValueError("compose needs a budget")
         if budget.fraction is not None and budget.fraction >= 1:
             return prefill.state
-        length = prefill.state.length.long()
-        target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
-        k = length.clamp(max=budget.slots) if target is None else slots_within(target, length, self._cost(prefill))
-        view, tokens = prefill, self._tokens()
+        k = self.slots(prefill, budget)
+        state, target = self.keep(prefill, k), budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+        if target is None or self._encoder() is None:
+            return state
+        layout, length = self.layout(prefill), prefill.state.length.long()
+        while bool(((state.nbytes() > target) & (k > 1)).any()):  # scales that needed float32
+            extra = (state.nbytes() - self.cost(layout, k, length)).clamp(min=0)
+            left = slots_within(target - extra, length, lambda n: self.cost(layout, n, length))
+            k = torch.where(state.nbytes() > target, left, k)
+            state = self.keep(prefill, k)
+        return state
+
+    def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        length, view, tokens = prefill.state.length.long(), prefill, self._tokens()
         for link, method in enumerate(tokens, start=1):
-            share = length.double() * (k / length.clamp(min=1)).double() ** (link / len(tokens))
+            share = length.double() * (k.double() / length.clamp(min=1)) ** (link / len(tokens))
             view = view.over(method.keep(view, share.round().long().maximum(k) if link < len(tokens) else k))
         encoder = self._encoder()
         return view.state if encoder is None else encoder.encode(view.state)
 
-    def _cost(self, prefill: Prefill) -> Any:
-        layout, length, encoder = self._tokens()[-1].layout(prefill), prefill.state.length.long(), self._encoder()
-        if len(self._tokens()) > 1:  # indices or mass that an earlier link made stay
-            layouts = [method.layout(prefill) for method in self._tokens()]
-            layout = replace(
-                layout, **{name: max(getattr(each, name) for each in layouts) for name in ("counts", "index", "times")}
-            )
+    def layout(self, prefill: Prefill) -> Layout:
+        return reduce(Layout.then, (method.layout(prefill) for method in self._tokens()))
 
-        def cost(n: Tensor) -> Tensor:
-            return layout.dense(n, length) if encoder is None else encoder.cost(layout, n, length)
+    def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
+        """Bytes [B] of n [B] slots, where all scales fit float16."""
+        encoder = self._encoder()
+        return layout.dense(n, length) if encoder is None else encoder.cost(layout, n, length)
 
-        return cost
+    @property
+    def _costs(self) -> Any:
+        return self._encoder() or super()._costs
 
     def floor(self, prefill: Prefill) -> Tensor:
-        return self._cost(prefill)(prefill.state.length.long().clamp(max=1))
+        one = prefill.state.length.long().clamp(max=1)
+        return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
-    def flops(self, layers: int, heads: int, slots: int, width: int) -> int:
-        return sum(step.flops(layers, heads, slots, width) for step in self.steps)
+    def flops(self, state: UserState, history: int) -> int:
+        return sum(step.flops(state, history) for step in self.steps)
+
+
+def _chains(step: Compressor) -> bool:
+    return isinstance(step, TokenMethod) and not isinstance(step, Compose)
 
 
 def _step(step: Any) -> Compressor:

@@ -26,6 +26,7 @@ class Random(Eviction):
     """Each slot draws a number from (seed, user id, layer, position), so no batch or order of cells changes it."""
 
     family = "eviction"
+    per_head = False
     paper = "none: the floor of every eviction method"
     formula = "score = hash(seed, user, layer, position)"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
@@ -33,6 +34,6 @@ class Random(Eviction):
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         slots = prefill.slots(layer)
         width = prefill.segment(layer).width
-        place = slots.places(width, slots.count)  # [B, 1, S]
+        place = slots.places(width, prefill.state.length[:, None])[:, :1]  # [B, 1, S]
         user = _hash(prefill.users.to(place.device) + 1_000_003 * (prefill.seed + 1) + 7_919 * layer).view(-1, 1, 1)
         return (_hash(user + place) & 0xFFFFFF).to(torch.float32)  # 24 bits: exact in float32

@@ -46,6 +46,8 @@ class SnapKV(Eviction):
         return torch.where(outside, self._pool(observed * outside), self._pool(observed))
 
     def _pool(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == 0:
+            return x
         return F.avg_pool1d(x, self.kernel, stride=1, padding=self.kernel // 2)
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:

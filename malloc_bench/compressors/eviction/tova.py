@@ -18,6 +18,7 @@ class TOVA(Eviction):
     """
 
     family = "eviction"
+    per_head = False
     paper = "TOVA, Oren et al., Transformers are Multi-State RNNs, EMNLP 2024, arXiv 2401.06104"
     formula = "score = mean over heads of |weight of the newest query|; the newest slot stays"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"

@@ -35,6 +35,9 @@ class SVD(Encoder):
     def takes_budget(self) -> bool:
         return self.rank is None
 
+    def accepts(self, budget: Budget) -> str | None:
+        return None if budget.slots is None else "svd keeps every slot: give its budget as a fraction or in bytes"
+
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         if self.rank is not None:
             return self.encode(prefill.state)
@@ -44,9 +47,9 @@ class SVD(Encoder):
             return prefill.state
         target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
         if target is None:
-            raise ValueError("svd keeps every slot: give its budget as a fraction or in bytes")
+            raise ValueError(self.accepts(budget))
         fixed, step = self._sizes(prefill)
-        most = prefill.state.length.long().clamp(max=max(w for _, _, w in dense_layout(prefill, True).vectors))
+        most = prefill.state.length.long().clamp(max=max(w for _, _, w in dense_layout(prefill, "state").vectors))
         rank = ((target - fixed) // step.clamp(min=1)).clamp(min=1).minimum(most)
         return self._factor(prefill.state, rank)
 
@@ -65,7 +68,7 @@ class SVD(Encoder):
 
     def _sizes(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Bytes [B] at rank 0, and bytes [B] that one more rank takes."""
-        layout, n = dense_layout(prefill, shared=True, consecutive=True), prefill.state.length.long()
+        layout, n = dense_layout(prefill, "state", consecutive=True), prefill.state.length.long()
         ranks = COUNT_BYTES * len(layout.vectors)
         step = torch.zeros_like(n)
         for _, heads, width in layout.vectors:
@@ -83,7 +86,10 @@ class SVD(Encoder):
             total = total + 4 * heads * (n + width) * n.clamp(max=min(self.rank, width))
         return total
 
-    def flops(self, layers: int, heads: int, slots: int, width: int) -> int:
-        """Gram matrix, eigenvectors (about 9 d^3) and projection, for keys and values."""
-        rank = min(self.rank or width, slots, width)
-        return 2 * layers * heads * (2 * slots * width**2 + 9 * width**3 + 2 * slots * width * rank)
+    def flops(self, state: UserState, history: int) -> int:
+        """Gram matrix, eigenvectors (about 9 d^3: tridiagonal QR, Golub and Van Loan) and projection of each field."""
+        total = 0
+        for x in {id(v): v for s in state.segments() for v in s.fields.values() if isinstance(v, LowRank)}.values():
+            _, heads, slots, width = x.shape
+            total += heads * (2 * slots * width * (width + x.left.shape[3]) + 9 * width**3)
+        return total

@@ -26,36 +26,39 @@ class MergeAdjacent(TokenMethod):
     stores = "k mean keys and values, their counts, and mean positions where the backbone reads them"
 
     def layout(self, prefill: Prefill) -> Layout:
-        return dense_layout(prefill, shared=True, mass=True)
+        return dense_layout(prefill, "state", mass=True)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        old = prefill.slots(0)
-        if old.count.shape[1] > 1:
-            raise ValueError("merge_adjacent needs the same slots in every head: put it first in the chain")
-        width, size = prefill.segment(0).width, int(k.max()) if len(k) else 0
-        n, k = old.count.long(), k[:, None]  # [B, 1]
-        slot = torch.arange(width, device=n.device)
+        n, k = prefill.slots(0).count.long(), k[:, None]  # [B, 1]
+        slot, size = torch.arange(prefill.segment(0).width, device=n.device), int(k.max()) if len(k) else 0
         run = torch.where(slot < n, slot * k // n.clamp(min=1), size)  # [B, S], padding to a row that is cut off
-        mass = torch.ones_like(run, dtype=torch.float32) if old.mass is None else old.mass[:, 0]
-        total = _sum(mass[:, None, :, None], run, size)  # [B, 1, K, 1]
-        share = mass / total[:, 0, :, 0].gather(1, run.clamp(max=max(size - 1, 0))) if size else mass  # [B, S]
+        made: dict[int, tuple[Slots, Tensor]] = {}  # layers that share their slots go on sharing them
+        layers = []
+        for layer in prefill.layers:
+            segment, old = prefill.segment(layer), prefill.slots(layer)
+            if id(old) not in made:
+                made[id(old)] = _merged(old, run, k, prefill.state.length, prefill.uses_positions)
+            slots, share = made[id(old)]
+            fields = {f: Dense(_sum(v.dense() * share.unsqueeze(-1), run, size)) for f, v in segment.fields.items()}
+            layers.append((Segment(fields, slots),))
+        return UserState(tuple(layers), prefill.state.length)
 
-        def mean(x: Tensor) -> Tensor:  # [B, 1, S] integers -> [B, 1, K]
-            return _sum((x * share[:, None]).unsqueeze(-1).double(), run, size).squeeze(-1).round().to(x.dtype)
 
-        places = old.places(width, prefill.state.length[:, None])
-        positions = mean(places.to(torch.int32)) if prefill.uses_positions else None
-        times = None if old.timestamps is None else mean(old.timestamps)
-        slots = Slots(k.to(torch.int32), positions, times, total[..., 0])
-        layers = tuple(
-            (
-                Segment(
-                    {f: Dense(_sum(v.dense() * share[:, None, :, None], run, size)) for f, v in s.fields.items()}, slots
-                ),
-            )
-            for (s,) in prefill.state.layers
-        )
-        return UserState(layers, prefill.state.length)
+def _merged(old: Slots, run: Tensor, k: Tensor, length: Tensor, uses_positions: bool) -> tuple[Slots, Tensor]:
+    """One slot for each of the k [B, 1] runs [B, S], and the share of each old slot in its run, [B, H', S]."""
+    size = int(k.max()) if len(k) else 0
+    mass = torch.ones_like(run, dtype=torch.float32)[:, None] if old.mass is None else old.mass
+    total = _sum(mass.unsqueeze(-1), run, size).squeeze(-1)  # [B, H', K]
+    at = run.clamp(max=max(size - 1, 0))[:, None].expand_as(mass)
+    share = mass / total.clamp(min=1).gather(2, at) if size else mass
+
+    def mean(x: Tensor) -> Tensor:  # [B, H', S] integers -> [B, H', K]; float32 would round seconds to minutes
+        sums = _sum((x * mass.double()).unsqueeze(-1), run, size).squeeze(-1)
+        return (sums / total.double().clamp(min=1)).round().to(x.dtype)
+
+    places = old.places(run.shape[1], length[:, None]).to(torch.int32)
+    times = None if old.timestamps is None else mean(old.timestamps)
+    return Slots(k.to(torch.int32), mean(places) if uses_positions else None, times, total), share
 
 
 def _sum(x: Tensor, run: Tensor, size: int) -> Tensor:

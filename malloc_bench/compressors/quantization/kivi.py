@@ -46,7 +46,8 @@ class KIVI(Encoder):
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         tail = n.clamp(max=self.tail)
         body = n - tail
-        total = layout.beside(n, length) + (COUNT_BYTES * layout.counts if self.tail else 0)
+        split = (tail > 0) & (body > 0)  # two segments: neither holds every event, so positions are stored for both
+        total = layout.beside(n, length + split) + (COUNT_BYTES * layout.counts if self.tail else 0)
         for name, heads, width in layout.vectors:
             codes = body * -(-width * self.bits // 8)
             groups = body * -(-width // self.group) if name == "values" else -(-body // self.group) * width
@@ -90,5 +91,7 @@ def _cut(slots: Slots, width: int, tail: int) -> tuple[Slots, _Tail]:
 def _newest(x: Tensor, count: Tensor, tail: int) -> Tensor:
     """The newest min(tail, count) rows of x [B, H, S, D], left-aligned: [B, H, tail, D]."""
     first = (count.long() - tail).clamp(min=0)
+    if x.shape[2] == 0:
+        return x
     rows = (first.unsqueeze(-1) + torch.arange(tail, device=x.device)).clamp(max=max(x.shape[2] - 1, 0))
     return x.gather(2, rows.expand(-1, x.shape[1], -1).unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))

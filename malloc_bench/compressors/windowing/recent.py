@@ -8,7 +8,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import Layout, dense_layout
 from malloc_bench.compressors.selection import TokenMethod, gather, kept_slots
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, UserState
+from malloc_bench.state import Prefill, Slots, UserState
 
 
 class Window(TokenMethod):
@@ -21,13 +21,19 @@ class Window(TokenMethod):
         raise TypeError(f"{type(self).__name__} must define index(count, k)")
 
     def layout(self, prefill: Prefill) -> Layout:
-        return dense_layout(prefill, shared=True, consecutive=self.consecutive)
+        return dense_layout(prefill, "state", consecutive=self.consecutive)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         index = self.index(prefill.slots(0).count[:, 0].long(), k)[:, None]
-        positions = prefill.uses_positions and not self.consecutive
-        slots = kept_slots(prefill.segment(0), index, k, positions)
-        layers = ((gather(prefill.segment(layer), index, k, positions, slots),) for layer in prefill.layers)
+        made: dict[int, Slots] = {}  # layers that share their slots go on sharing them
+        layers = []
+        for layer in prefill.layers:
+            segment, old = prefill.segment(layer), prefill.slots(layer)
+            if id(old) not in made:
+                implied = self.consecutive and old.positions is None
+                positions = prefill.uses_positions and not implied
+                made[id(old)] = kept_slots(old, index, k, prefill.state.length if positions else None)
+            layers.append((gather(segment, index, made[id(old)]),))
         return UserState(tuple(layers), prefill.state.length)
 
 

@@ -1,0 +1,128 @@
+"""What 48 cells cost, in plain evaluations of the same backbone. `make bench`, or by itself:
+
+    python benchmarks/bench_evaluation.py [sasrec|hstu] [ml-1m|long]
+
+The yardstick is the loop anybody writes first: forward, scores, seen items off, rank. Both run in turn, one process.
+Weights do not matter to time, so none are trained; `long` is 400 generated users of 2,000 events.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.data import Dataset, get_dataset
+from malloc_bench.data.batches import window
+from malloc_bench.data.splits import Split, get_split
+from malloc_bench.evaluation import Job, evaluate
+from malloc_bench.training import tune_malloc
+
+METHODS: list[tuple[str, dict]] = [
+    ("recent", {}),
+    ("sink_recent", {}),
+    ("sink_recent", {"sinks": 1}),
+    ("random", {}),
+    ("knorm", {}),
+    ("h2o", {}),
+    ("tova", {}),
+    ("snapkv", {}),
+    ("snapkv", {"window": 8}),
+    ("snapkv", {"kernel": 1}),
+    ("merge_adjacent", {}),
+    ("compose", {"steps": ("recent", "merge_adjacent")}),
+]
+BUDGETS = (0.5, 0.25, 0.125, 0.0625)
+
+
+@torch.no_grad()
+def plain(backbone: Backbone, split: Split, size: int = 128) -> np.ndarray:
+    """Ranks of the test targets, [N]: the 15 lines."""
+    backbone.eval()
+    dataset, table, ranks = split.dataset, backbone.catalogue(), []
+    for start in range(0, len(split.test), size):
+        users, at = split.test.users[start : start + size], split.test.at[start : start + size]
+        events = window(dataset, users, at, backbone.max_length)
+        last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
+        scores = backbone(events).gather(1, last)[:, 0] @ table.T
+        target = torch.from_numpy(dataset.items[at].astype(np.int64) - 1)[:, None]
+        best = scores.gather(1, target)
+        for row, (user, end) in enumerate(zip(users, at)):
+            scores[row, dataset.items[dataset.offsets[user] : end] - 1] = -torch.inf
+        ranks.append((scores >= best).sum(1).numpy() - 1 + 0 * best[:, 0].numpy())
+    return np.concatenate(ranks)
+
+
+def long_histories(users: int = 400, events: int = 2000, items: int = 3706) -> Dataset:
+    """Generated users of equal, long histories."""
+    rng = np.random.default_rng(0)
+    return Dataset(
+        name="long",
+        card=None,  # type: ignore[arg-type]
+        source="generated",
+        user_ids=np.arange(users),
+        item_ids=np.arange(items),
+        offsets=np.arange(users + 1) * events,
+        items=rng.integers(1, items + 1, users * events).astype(np.int32),
+        times=None,
+        ratings=None,
+        hash="",
+    )
+
+
+def jobs(methods: list[tuple[str, dict]] = METHODS) -> list[Job]:
+    return [
+        Job(f"{name}{params or ''}@{budget}", get_compressor(name, **params), Budget.parse(budget))
+        for name, params in methods
+        for budget in BUDGETS
+    ]
+
+
+def measure(name: str, data: str, rounds: int = 3, shares: bool = True) -> dict[str, float]:
+    """Seconds of a plain evaluation and of 48 cells, and their ratio: medians over rounds."""
+    split = get_split("leave_one_out", long_histories() if data == "long" else get_dataset(data))
+    length = 2000 if data == "long" else 200
+    torch.manual_seed(0)
+    backbone = get_backbone(name, split.dataset.n_items, max_length=length).eval()
+    seconds: dict[str, list[float]] = defaultdict(list)
+
+    def clock(label: str, call) -> None:
+        started = time.perf_counter()
+        call()
+        seconds[label].append(time.perf_counter() - started)
+
+    evaluate(backbone, split, jobs()[:4])
+    for _ in range(rounds):
+        clock("plain", lambda: plain(backbone, split))
+        clock("48 cells", lambda: evaluate(backbone, split, jobs()))
+    if shares:
+        for method in METHODS:
+            clock(f"{method[0]} {method[1] or ''}".strip(), lambda method=method: evaluate(backbone, split, jobs([method])))
+        clock("reference only", lambda: evaluate(backbone, split, []))
+    result = {label: float(np.median(each)) for label, each in seconds.items()}
+    result["ratio"] = float(np.median(np.array(seconds["48 cells"]) / np.array(seconds["plain"])))
+    return result
+
+
+def test_48_cells_cost_few_plain_evaluations() -> None:
+    for data in ("ml-1m", "long"):
+        for name in ("sasrec", "hstu"):
+            report(name, data)
+
+
+def report(name: str, data: str, **options) -> None:
+    tune_malloc()
+    result = measure(name, data, **options)
+    print(f"\n{name} on {data}: 48 cells cost {result['ratio']:.1f} plain evaluations, {torch.get_num_threads()} threads")
+    for label, value in result.items():
+        if label != "ratio":
+            print(f"  {label:44s} {value:7.2f} s  {value / result['plain']:6.2f} plain")
+
+
+if __name__ == "__main__":
+    report(*(sys.argv[1:3] if len(sys.argv) > 2 else ("sasrec", "ml-1m")), shares="--shares" in sys.argv)

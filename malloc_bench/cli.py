@@ -1,0 +1,287 @@
+"""The commands: a thin layer over the library. What is imported here is imported before `--help` answers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from malloc_bench.runner import RunResult
+
+app = typer.Typer(
+    help="How small can a recommender's user state get before recommendations suffer? Measured.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data = typer.Typer(help="Fetch, verify and describe data sets.")
+app.add_typer(data, name="data")
+
+SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quick.")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME")]
+MethodArg = Annotated[
+    str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        import malloc_bench
+
+        print(malloc_bench.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def run(
+    suite: SuiteArg,
+    out: Out = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE, repeatable: dataset, task, backbone, compressor, family, budget or seed."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these cells.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    offline: Offline = False,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")] = False,
+) -> int:
+    """Run a suite and print its leaderboard; run again, it goes on where it was."""
+    from malloc_bench import runner
+
+    result = runner.run_suite(
+        suite, out, only=_pairs(only or []), dry_run=dry_run, fresh=fresh, offline=offline, device=device,
+        retry_failed=retry_failed, quiet=quiet,
+    )  # fmt: skip
+    if not dry_run:
+        _finish(result, quiet)
+    return result.exit_code
+
+
+@app.command()
+def compare(
+    method: MethodArg,
+    suite: Annotated[str, typer.Option(help="The suite to measure it on.")] = "quick",
+    against: Annotated[str, typer.Option(help="Compressors of the suite beside it: a,b.")] = "",
+    out: Out = None,
+) -> int:
+    """Measure your own compressor next to a suite's; earlier results and checkpoints are reused."""
+    from malloc_bench import runner
+
+    result = runner.compare(method, suite, [name.strip() for name in against.split(",") if name.strip()], out)
+    _finish(result, quiet=False)
+    return result.exit_code
+
+
+@app.command("list")
+def list_(kind: Annotated[Literal["datasets", "backbones", "compressors", "suites"], typer.Argument()]) -> None:
+    """What there is of a kind."""
+    _list(kind)
+
+
+@app.command()
+def show(name: NameArg) -> None:
+    """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""
+    from malloc_bench import describe
+
+    console = _console()
+    for kind, lines in describe.show(name):
+        _print(console, f"{name} ({kind})", style="bold")
+        _grid(console, lines)
+
+
+@app.command()
+def tables(
+    run: RunArg,
+    table: Annotated[str | None, typer.Option(help="accuracy, resources, taxonomy or slices; else all.")] = None,
+    format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
+) -> None:
+    """The tables of a run, as text."""
+    from malloc_bench.report.tables import TABLES, render_table
+    from malloc_bench.results import load_results
+
+    frame = load_results(run)
+    print("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
+
+
+@app.command()
+def report(run: RunArg) -> None:
+    """Write a run's leaderboard, parquet and figures again from its rows."""
+    from malloc_bench.report import write_report
+
+    for path in write_report(run):
+        print(path)
+
+
+@app.command()
+def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start of a cell's id.")]) -> int:
+    """Run one cell of a run again and say what differs."""
+    from malloc_bench import runner
+
+    differing = runner.reproduce(run, cell)
+    print(f"differs: {', '.join(differing)}" if differing else "reproduced: nothing differs")
+    return 1 if differing else 0
+
+
+@app.command()
+def check(method: MethodArg) -> int:
+    """Hold your own compressor against every promise that a compressor makes."""
+    from malloc_bench import testing
+
+    return testing.main(method)
+
+
+@app.command()
+def env() -> None:
+    """Print what is recorded of this machine."""
+    from malloc_bench.measure import environment
+
+    _grid(_console(), [(key, _text(value)) for key, value in environment().items()])
+
+
+@data.command("list")
+def data_list() -> None:
+    """Every data set with its size."""
+    _list("datasets")
+
+
+@data.command("get")
+def data_get(name: NameArg, offline: Offline = False) -> None:
+    """Fetch a data set and keep it prepared."""
+    from malloc_bench.data import get_dataset
+
+    it = get_dataset(name, offline=offline)
+    print(f"{name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
+
+
+@data.command("verify")
+def data_verify(name: NameArg, offline: Offline = False) -> int:
+    """Compare a data set with what its publisher says of it."""
+    from malloc_bench.data import verify
+
+    differences = verify(name, offline=offline)
+    print("\n".join(differences) or f"{name}: as published")
+    return 1 if differences else 0
+
+
+@data.command("stats")
+def data_stats(name: NameArg, offline: Offline = False) -> None:
+    """Size and history lengths of a data set."""
+    from malloc_bench.data import stats
+
+    _grid(_console(), [(key, _text(value)) for key, value in stats(name, offline=offline).items()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The entry point: an exit code, and one line on stderr for whatever the user can mend.
+
+    0 all well, 1 some cells failed or something differs, 2 the suite, an argument or the folder is wrong, 130 interrupted.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        code = app(args=[word for word in words if word != "--debug"], prog_name="malloc-bench", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe has gone
+        with contextlib.suppress(OSError):
+            sys.stdout = open("/dev/null", "w")  # noqa: PTH123, SIM115
+        return 1
+    except Exception as error:
+        if debug or not _expected(error):
+            raise
+        code = _refuse(getattr(error, "format_message", lambda: str(error))())
+    else:
+        code = code or 0
+    if code == 130:
+        print("malloc-bench: interrupted; finished cells are kept, run again to go on", file=sys.stderr)
+    return code
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message says all that the user needs: SuiteError, DataError, UnknownName, a bad argument ..."""
+    ours = {"DataError", "ResultsError", "LockedError"}  # by name: their modules take seconds to import
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
+
+
+def _refuse(message: str) -> int:
+    print(f"malloc-bench: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _pairs(items: list[str]) -> dict[str, str]:
+    pairs = dict(item.partition("=")[::2] for item in items)
+    if len(pairs) < len(items) or "" in pairs.values():
+        raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, each key once")
+    return pairs
+
+
+def _finish(result: RunResult, quiet: bool) -> None:
+    """The leaderboard, what became of the cells, and where the files are."""
+    if not quiet:
+        from malloc_bench.report.leaderboard import print_leaderboard
+        from malloc_bench.results import load_results
+
+        print_leaderboard(load_results(result.folder), _console())
+    counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} reused"
+    print(f"{counts} in {result.seconds:.0f} s; leaderboard, results.parquet and figures/ are in {result.folder}")
+
+
+def _list(kind: str) -> None:
+    from rich.table import Table
+
+    from malloc_bench import describe
+
+    heads, rows = describe.listing(kind)
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table, markup=False, highlight=False)
+
+
+def _grid(console: Console, lines: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines:
+        table.add_row(Text(label, "bold"), Text(text))
+    console.print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print(console: Console, text: str, style: str) -> None:
+    console.print(text, style=style, markup=False, highlight=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Floating-point operations: a closed form per method and step, and a counter to hold it against.
+
+Counted: matmul-like work, 2 per multiply-add, as the code does it, and eigenvectors by formula (9 d^3 a matrix).
+Not counted: sorting and top-k, softmax, SiLU and all other element-wise work, norms, gathers and sums over runs,
+(un)packing and (de)quantizing, and the catalogue scores that follow a read (2 x items x dim a token, for every method).
+Causal attention by SDPA counts as the full square, though the kernel skips most of its upper half; the blockwise path
+counts the blocks that it multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.compressors import Compressor
+from malloc_bench.measure.latency import Workload
+from malloc_bench.state import Stats, UserState
+
+
+def count_flops(fn: Callable[[], object]) -> int:
+    """FLOPs of the matmul-like operators that fn() runs, attention on CPUs included (torch's counter misses it)."""
+
+    def attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    with FlopCounterMode(display=False, custom_mapping={fused: attention} if fused else {}) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def closed_form(
+    backbone: Backbone, compressor: Compressor, state: UserState, workload: Workload
+) -> dict[str, int | None]:
+    """FLOPs per user of each step of a workload: prefill_flops, compress_flops, append_flops, read_flops.
+
+    state: what the compressor made of the workload's histories; padded widths count, as in the code. Compress includes
+    the attention statistics that the method needs: the matmul-like work that they add to a blockwise prefill. A read of
+    raw events includes their prefill. None: appending to raw events computes nothing; the backbone has no closed form.
+    """
+    n = workload.history
+    prefill = backbone.flops("prefill", n)
+    statistics = backbone.flops("statistics", n, stats=compressor.needs) if compressor.needs != Stats() else 0
+    raw = state.events is not None
+    return {
+        "prefill_flops": prefill,
+        "compress_flops": None if statistics is None else statistics + compressor.flops(state, n),
+        "append_flops": None if raw else backbone.flops("append", workload.appended, state),
+        "read_flops": backbone.flops("read", workload.candidates, state),
+    }
