@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from malloc_bench.runner import RunResult
+    from malloc_bench.plan import RunResult
 
 app = typer.Typer(
     help="How small can a recommender's user state get before recommendations suffer? Measured.",
@@ -57,21 +57,20 @@ def run(
         typer.Option(help="KEY=VALUE, repeatable: dataset, task, backbone, compressor, family, budget or seed."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these cells.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run cells again that are done; checkpoints are kept.")
+    ] = False,
     offline: Offline = False,
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")] = False,
 ) -> int:
-    """Run a suite and print its leaderboard; run again, it goes on where it was."""
+    """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench import runner
 
     result = runner.run_suite(
-        suite, out, only=_pairs(only or []), dry_run=dry_run, fresh=fresh, offline=offline, device=device,
-        retry_failed=retry_failed, quiet=quiet,
-    )  # fmt: skip
-    if not dry_run:
-        _finish(result, quiet)
+        suite, out, only=_pairs(only or []), dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet
+    )
+    (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code
 
 
@@ -136,16 +135,25 @@ def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start o
     from malloc_bench import runner
 
     differing = runner.reproduce(run, cell)
-    print(f"differs: {', '.join(differing)}" if differing else "reproduced: nothing differs")
+    print("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
     return 1 if differing else 0
 
 
 @app.command()
 def check(method: MethodArg) -> int:
     """Hold your own compressor against every promise that a compressor makes."""
-    from malloc_bench import testing
+    from malloc_bench import get_compressor, testing
+    from malloc_bench.registry import load_part
 
-    return testing.main(method)
+    broken, checks = 0, testing.compressor_checks(get_compressor(load_part(method)))
+    for each in checks:
+        try:
+            each()
+        except Exception as error:  # whatever it is, a promise is broken
+            broken += 1
+            print(f"broken: {each}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    print(f"{len(checks) - broken} of {len(checks)} promises kept")
+    return 1 if broken else 0
 
 
 @app.command()
@@ -192,7 +200,8 @@ def data_stats(name: NameArg, offline: Offline = False) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The entry point: an exit code, and one line on stderr for whatever the user can mend.
 
-    0 all well, 1 some cells failed or something differs, 2 the suite, an argument or the folder is wrong, 130 interrupted.
+    0 all well, 1 some cells failed or something differs, 2 the suite, an argument or the folder is wrong, 130
+    interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
@@ -207,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug or not _expected(error):
             raise
-        code = _refuse(getattr(error, "format_message", lambda: str(error))())
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = _refuse(message.replace("Value error, ", ""))
     else:
         code = code or 0
     if code == 130:
@@ -234,15 +244,28 @@ def _pairs(items: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _finish(result: RunResult, quiet: bool) -> None:
-    """The leaderboard, what became of the cells, and where the files are."""
+def _plan(result: RunResult, quiet: bool) -> None:
+    """The cells, which of them are done, and how long the others may take."""
     if not quiet:
+        for each in result.plan:
+            why = f" ({each.cell.impossible})" if each.cell.impossible else ""
+            print(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
+    left = len(result.plan) - result.reused
+    print(f"{len(result.plan)} cells: {result.reused} done, {left} to run: roughly {result.estimate / 60:.1f} minutes")
+
+
+def _finish(result: RunResult, quiet: bool) -> None:
+    """The leaderboard of the cells that were asked for, what became of them, and where the files are."""
+    if not quiet:
+        import polars as pl
+
         from malloc_bench.report.leaderboard import print_leaderboard
         from malloc_bench.results import load_results
 
-        print_leaderboard(load_results(result.folder), _console())
-    counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} reused"
-    print(f"{counts} in {result.seconds:.0f} s; leaderboard, results.parquet and figures/ are in {result.folder}")
+        asked = pl.col("cell_id").is_in([each.id for each in result.plan])
+        print_leaderboard(load_results(result.folder).filter(asked), _console())
+    counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
+    print(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
 
 
 def _list(kind: str) -> None:
@@ -258,10 +281,10 @@ def _list(kind: str) -> None:
 
 
 def _grid(console: Console, lines: list[tuple[str, str]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for label, text in lines:
         table.add_row(Text(label, "bold"), Text(text))
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,10 @@ def _datasets() -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, path in sorted(card_files().items()):
         card = load_card(name)
-        size = card.published or card.parameters
-        events = f"{card.published.events:,}" if card.published else ""
+        counts: Any = card.published or card.parameters
+        size = [f"{counts.users:,}", f"{counts.items:,}", f"{card.published.events:,}" if card.published else ""]
         ours = path.parent == shipped("datasets")
-        rows.append(
-            [name, card.title, f"{size.users:,}", f"{size.items:,}", events, OURS if ours else str(path.parent)]
-        )  # type: ignore[union-attr]
+        rows.append([name, card.title, *size, OURS if ours else str(path.parent)])
     return ["name", "title", "users", "items", "events", "from"], rows
 
 
@@ -122,29 +121,29 @@ def _compressor(cls: type[Compressor]) -> Lines:
 
 
 def _size(cls: type[Compressor]) -> str:
-    try:
-        return "by the budget" if cls().takes_budget else "follows from its parameters: one cell, no budget"
-    except (TypeError, ValueError):  # parameters without defaults
-        return "by the budget" if cls.takes_budget is _base().takes_budget else "depends on its parameters"
+    method = _default(cls)
+    if method is None:
+        return "depends on its parameters"
+    return "by the budget" if method.takes_budget else "follows from its parameters: one cell, no budget"
 
 
 def _reads(cls: type[Compressor]) -> str:
-    try:
-        needs = cls().needs
-    except (TypeError, ValueError):
-        return "what its parameters ask for"
+    method = _default(cls)
+    if method is None:
+        return "the state, and what its parameters ask for"
     words = ["the state"]
-    if needs.column_sum:
+    if method.needs.column_sum:
         words.append("the attention that each slot received, summed over queries")
-    if needs.window:
-        words.append(f"the attention weights of the newest {needs.window} queries")
+    if method.needs.window:
+        words.append(f"the attention weights of the newest {method.needs.window} queries")
     return ", and ".join(words)
 
 
-def _base() -> type[Compressor]:
-    from malloc_bench.compressors import Compressor
-
-    return Compressor
+def _default(cls: type[Compressor]) -> Compressor | None:
+    try:
+        return cls()
+    except (TypeError, ValueError):  # some parameter has no default
+        return None
 
 
 def _backbone(cls: type[Backbone]) -> Lines:
@@ -202,7 +201,8 @@ def _parameters(cls: Any) -> Iterable[tuple[str, str]]:
 
 
 def _doc(of: Any) -> str:
-    return inspect.getdoc(of) or ""
+    """A docstring with its paragraphs on one line each."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(of.__doc__ or ""))
 
 
 def _file(cls: type) -> str:

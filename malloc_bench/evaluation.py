@@ -99,7 +99,8 @@ def evaluate(
         have = dict(store.load(number)) if store else {}
         todo = [job for job in everything if job.id not in have and job.id not in failed]
         if todo:
-            have |= _chunk(backbone, split, rows, table, todo, seed, filter_seen, failed, number, len(parts))
+            packed = _packed_rows(number, parts, seed)
+            have |= _chunk(backbone, split, rows, table, todo, seed, filter_seen, failed, packed)
             if store:
                 store.save(number, have)
         kept.append(have)
@@ -111,7 +112,7 @@ def evaluate(
     values = {
         job.id: {name: np.concatenate([chunk[job.id][name] for chunk in kept]) for name in COLUMNS}
         for job in everything
-        if job.id not in failed and all(job.id in chunk for chunk in kept)
+        if kept and job.id not in failed and all(job.id in chunk for chunk in kept)
     }
     order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     empty = np.zeros(0, dtype=np.int64)
@@ -133,8 +134,7 @@ def _chunk(
     seed: int,
     filter_seen: bool,
     failed: dict[str, str],
-    number: int,
-    total: int,
+    packed: Tensor,
 ) -> dict[str, Values]:
     """Values of the jobs for the users of one chunk."""
     device = table.device
@@ -146,7 +146,6 @@ def _chunk(
     ids = torch.from_numpy(split.dataset.user_ids[users])
     prefill = backbone.prefill(history, ids, needs, seed)
     full_bytes = prefill.remember("full bytes", prefill.state.nbytes)
-    packed = _packed_rows(len(rows), seed, number, total)
 
     reference = backbone.read(token, prefill.state)[:, 0]
     outputs, sizes, done = [reference], [full_bytes], [REFERENCE]
@@ -205,8 +204,8 @@ def _at_floor(job: Job | None, full: Tensor, size: Tensor) -> np.ndarray:
     return (size > target).cpu().numpy()
 
 
-def _packed_rows(users: int, seed: int, number: int, total: int) -> Tensor:
-    """This chunk's share of the users that are packed: 32 over the whole test set, drawn from the seed."""
-    generator = np.random.default_rng([seed, number])
-    count = PACKED_USERS * (number + 1) // total - PACKED_USERS * number // total
-    return torch.from_numpy(generator.choice(users, min(users, count), replace=False))
+def _packed_rows(number: int, parts: list[np.ndarray], seed: int) -> Tensor:
+    """Rows of a chunk that are packed: its share, by users, of 32 over the whole test set, drawn from the seed."""
+    users, before, total = len(parts[number]), sum(map(len, parts[:number])), sum(map(len, parts))
+    count = PACKED_USERS * (before + users) // total - PACKED_USERS * before // total
+    return torch.from_numpy(np.random.default_rng([seed, number]).choice(users, min(users, count), replace=False))

@@ -17,7 +17,7 @@ _ROWS = 64  # outputs at a time: their scores stay in cache
 
 @dataclass(frozen=True)
 class Question:
-    """What B users are asked: target [B] int64 in [0, n_items), penalty [B, N] float32, -inf where an item may not rank."""
+    """What B users are asked: target [B] int64 in [0, n_items), penalty [B, n_items], -inf where an item cannot rank."""
 
     target: Tensor
     penalty: Tensor
@@ -41,12 +41,14 @@ def question(dataset: Dataset, users: np.ndarray, at: np.ndarray, filter_seen: b
 
 
 def rank(hidden: Tensor, table: Tensor, asked: Question, tops: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best, and their top 10 items [C, B, 10].
+    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best, and their top 10 [C, B, 10].
+
+    The top 10 is unordered; where fewer items may rank it is filled up with -1.
 
     A tie counts against the target, so outputs that cannot tell items apart rank last, not first.
-    Raises ValueError where an output is not finite.
+    Raises ValueError where outputs, items or the targets' scores are not finite.
     """
-    if not bool(hidden.isfinite().all()):
+    if not bool(hidden.isfinite().all() and table.isfinite().all()):
         raise ValueError("the model's outputs are not finite")
     cells, users, _ = hidden.shape
     ranks = torch.empty(cells, users, dtype=torch.int32, device=hidden.device)
@@ -68,19 +70,26 @@ def rank(hidden: Tensor, table: Tensor, asked: Question, tops: bool = False) -> 
             ranks[cell, rows] = better.sum(1).to(torch.int32) - 1
             if top is not None:
                 top[cell, rows] = _top(padded[:size])
+    if bool((ranks < 0).any()):  # NaN: not even the target is ahead of itself
+        raise ValueError("the model's scores are not finite")
     return ranks, top
 
 
 def _top(scores: Tensor) -> Tensor:
-    """Columns of the 10 highest scores of each row, unordered; a row's 10 best lie in the 10 folds with the best heads."""
+    """Columns of the 10 highest scores of each row, -1 for scores of -inf.
+
+    A row's 10 best lie in the 10 folds with the best heads.
+    """
     rows, width = scores.shape
     if width < TOP * _FOLD * 2:
-        return scores.topk(TOP, 1, sorted=False).indices
+        values, columns = scores.topk(TOP, 1, sorted=False)
+        return columns.masked_fill_(values == -torch.inf, -1)
     folded = scores.view(rows, _FOLD, width // _FOLD)
     heads = folded.amax(1).topk(TOP, 1, sorted=False).indices  # [rows, 10] columns of the fold
     few = folded.gather(2, heads[:, None].expand(-1, _FOLD, -1)).flatten(1)
-    best = few.topk(TOP, 1, sorted=False).indices
-    return best // TOP * (width // _FOLD) + heads.gather(1, best % TOP)
+    values, best = few.topk(TOP, 1, sorted=False)
+    columns = best // TOP * (width // _FOLD) + heads.gather(1, best % TOP)
+    return columns.masked_fill_(values == -torch.inf, -1)
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:

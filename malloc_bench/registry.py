@@ -40,11 +40,12 @@ def register(name: str) -> Callable[[T], T]:
     """
 
     def add(cls: T) -> T:
-        parts = _parts[cls.kind]  # type: ignore[attr-defined]
+        kind: str = cls.kind  # type: ignore[attr-defined]
+        parts = _parts[kind]
         other = parts.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"{cls.kind}: '{name}' is already {other.__module__}.{other.__qualname__}; choose another name"
+                f"{kind}: '{name}' is already {other.__module__}.{other.__qualname__}; choose another name"
             )
         cls.name = name  # type: ignore[attr-defined]
         parts[name] = cls
@@ -93,11 +94,12 @@ def load_part(spec: str) -> str:
     path = Path(where)
     try:
         if path.suffix == ".py":
-            found = spec_from_file_location(path.stem, path)
+            name = f"malloc_bench_user_{path.stem}"  # a file random.py must not stand in for Python's own
+            found = spec_from_file_location(name, path)
             if found is None or found.loader is None or not path.is_file():
                 raise ValueError(f"{path}: no such file")
             module = module_from_spec(found)
-            sys.modules[path.stem] = module  # so that the class can be pickled and its source found
+            sys.modules[name] = module  # so that the class can be pickled and its source found
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(where)

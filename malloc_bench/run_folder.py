@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Chunks:
                 for key in arrays.files:
                     job, column = key.rsplit("/", 1)
                     done.setdefault(job, {})[column] = arrays[key]
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return {}
         return {job: values for job, values in done.items() if values.keys() == COLUMNS.keys()}

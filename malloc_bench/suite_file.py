@@ -44,7 +44,7 @@ class Measure:
     history: int = 1000
     users: int = 8
     candidates: int = 1
-    seconds: float = 1.0
+    seconds: float = 0.3
 
 
 # ---- the schema
@@ -130,9 +130,12 @@ def read(file: Path) -> SuiteKeys:
 
 def no_twins(where: str, values: Sequence[Any]) -> None:
     """Raises Fault where a list has a value twice."""
+    seen = set()
     for i, value in enumerate(values):
-        if value in values[:i]:
+        key = repr(value) if isinstance(value, list | dict) else value
+        if key in seen:
             raise Fault(f"{where}[{i}]", f"{value!r} is there twice")
+        seen.add(key)
 
 
 class _Loader(yaml.SafeLoader):

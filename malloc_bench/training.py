@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.data.batches import by_length, training_batches, window
+from malloc_bench.data.files import whole_file
 from malloc_bench.data.splits import Split, Targets
 from malloc_bench.ranking import question, rank
 from malloc_bench.state import map_tensors
@@ -95,6 +97,7 @@ def fit(
     done, model = folder / "fit.json", folder / "model.safetensors"
     if done.exists():
         backbone.load_state_dict(load_file(model, device=str(device)))
+        backbone.eval()
         return Fit(**json.loads(done.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
@@ -103,11 +106,11 @@ def fit(
     epoch, best_epoch, best, seconds = _resume(backbone, optimizer, folder)
     amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
     steps = sum(1 for _ in training_batches(split, backbone.max_length, settings.batch_size, seed, 0))
-    while epoch < settings.epochs and epoch - best_epoch <= settings.patience:
+    while epoch < settings.epochs and epoch - best_epoch < max(settings.patience, 1):
         started = time.perf_counter()
         torch.manual_seed(1_000_003 * seed + epoch)
         backbone.train()
-        total, score = 0.0, None
+        total = 0.0
         batches = training_batches(split, backbone.max_length, settings.batch_size, seed, epoch)
         for step, batch in enumerate(batches):
             rate = settings.lr * _schedule(epoch + step / max(steps, 1), settings.epochs)
@@ -124,19 +127,18 @@ def fit(
         epoch += 1
         if score > best:
             best, best_epoch = score, epoch
-            _save(folder / "best.safetensors", backbone.state_dict())
         seconds += time.perf_counter() - started
         _checkpoint(
             backbone, optimizer, folder, {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds}
         )
-    if (folder / "best.safetensors").exists():
-        backbone.load_state_dict(load_file(folder / "best.safetensors", device=str(device)))
+    if best_epoch:
+        backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
     backbone.eval()
     result = Fit(epoch, best_epoch, best, seconds)
     _save(model, backbone.state_dict())
     _write(done, json.dumps(asdict(result)))
-    for leftover in (f"resume-{epoch}.safetensors", "resume.json", "best.safetensors"):
-        (folder / leftover).unlink(missing_ok=True)
+    for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
+        leftover.unlink()
     return result
 
 
@@ -182,7 +184,8 @@ def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) 
     try:
         where = json.loads((folder / "resume.json").read_text())
         tensors = load_file(folder / f"resume-{where['epoch']}.safetensors")
-    except (OSError, ValueError, KeyError):
+        (folder / f"best-{where['best_epoch']}.safetensors").stat()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return 0, 0, -1.0, 0.0
     backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     state = optimizer.state_dict()
@@ -196,23 +199,26 @@ def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) 
 
 
 def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: dict[str, Any]) -> None:
-    """The tensors first, then the small file that names them: a kill between the two leaves the older pair."""
+    """The tensors first, then the small file that names them: a kill between the two leaves the older ones in force."""
+    current, best = (f"{kind}-{where[key]}.safetensors" for kind, key in (("resume", "epoch"), ("best", "best_epoch")))
     tensors = {f"model.{k}": v for k, v in backbone.state_dict().items()}
     for name, parameter in backbone.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    _save(folder / f"resume-{where['epoch']}.safetensors", tensors)
+    if where["best_epoch"] == where["epoch"]:
+        _save(folder / best, backbone.state_dict())
+    _save(folder / current, tensors)
     _write(folder / "resume.json", json.dumps(where))
-    (folder / f"resume-{where['epoch'] - 1}.safetensors").unlink(missing_ok=True)
+    for older in (*folder.glob("resume-*"), *folder.glob("best-*")):
+        if older.name not in (current, best):
+            older.unlink()
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}))
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())

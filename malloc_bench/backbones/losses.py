@@ -28,10 +28,10 @@ class _FullSoftmax(torch.autograd.Function):
             if not bounded:
                 p -= p.amax(1, keepdim=True)
             picked = p.gather(1, t[:, None]).squeeze(1)
-            z = p.exp_().sum(1)
+            z = p.exp_().sum(1, dtype=torch.float32)
             total += (z.log() - picked).sum()
             weight = (mean / z)[:, None]
-            d_table.addmm_(p.T, h * weight)
+            d_table += p.T @ (h * weight)  # not addmm_: in autocast p is a bfloat16
             d_hidden[start : start + _ROWS] = (p @ table) * weight
         d_hidden -= table[targets] * mean
         d_table.index_add_(0, targets, hidden, alpha=-mean)

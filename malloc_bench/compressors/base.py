@@ -66,28 +66,33 @@ class Budget:
 class Layout:
     """What n slots take, in bytes per user, beside how their vectors are encoded.
 
-    counts: stored counts, one for each distinct set of slots. lists: distinct lists of slots: 1, or one for each layer
-    or head that chooses for itself. positions, mass, times: whether each list has them; positions and mass are not
-    stored where every event has its own slot. vectors: (field, heads, width) of every layer.
+    counts: stored counts, one for each distinct set of slots. lists: how many lists of slots the method tells apart: 1,
+    or one for each layer or head. positions, mass, times: how many lists of them are stored; positions and mass are
+    not where every event has its own slot. vectors: (field, heads, width) of every layer.
     """
 
     counts: int
     lists: int
-    positions: bool
-    mass: bool
-    times: bool
+    positions: int
+    mass: int
+    times: int
     vectors: tuple[tuple[str, int, int], ...]
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
-        index = 4 * self.lists * (self.positions + self.mass)
-        return COUNT_BYTES * (1 + self.counts) + n * 8 * self.lists * self.times + torch.where(n < length, n * index, 0)
+        index = 4 * (self.positions + self.mass)
+        return COUNT_BYTES * (1 + self.counts) + n * 8 * self.times + torch.where(n < length, n * index, 0)
 
     def then(self, later: Layout) -> Layout:
         """Of a chain: what one link tells apart or writes down stays told apart and written down."""
-        counts, lists = max(self.counts, later.counts), max(self.lists, later.lists)
+        counts = max(self.counts, later.counts)
         return replace(
-            self, counts=counts, lists=lists, positions=self.positions or later.positions, mass=self.mass or later.mass
+            self,
+            counts=counts,
+            lists=max(self.lists, later.lists),
+            positions=max(self.positions, later.positions),
+            mass=max(self.mass, later.lists) if self.mass else later.mass and max(later.mass, counts),
+            times=max(self.times, later.times),
         )
 
     def dense(self, n: Tensor, length: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ class Encoder(Compressor):
 def dense_layout(
     prefill: Prefill, per: Literal["state", "layer", "head"], mass: bool = False, consecutive: bool = False
 ) -> Layout:
-    """The layout of kept slots: the same in the whole state, or each layer's or each head's own; with mass, or plain events."""
+    """The layout of kept slots, the same in the whole state or each layer's or head's own; with mass, or plain events."""
     vectors: list[tuple[str, int, int]] = []
     for layer in prefill.layers:
         vectors += [(name, v.shape[1], v.shape[3]) for name, v in prefill.segment(layer).fields.items()]
@@ -174,7 +179,7 @@ def dense_layout(
     counts = 1 if per == "state" else len(heads)
     lists = {"state": 1, "layer": len(heads), "head": sum(heads)}[per]
     positions, times = prefill.uses_positions and not consecutive, prefill.slots(0).timestamps is not None
-    return Layout(counts, lists, positions, mass, times, tuple(vectors))
+    return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors))
 
 
 def slots_within(target: Tensor, length: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from malloc_bench.training import tune_malloc
 log = logging.getLogger(__name__)
 
 _ENOUGH = 500  # samples below which a 99th percentile says nothing
+_PLAIN = Stats()
 _PREFILLS = 9  # rounds at least: statistics are small differences of large times
 
 
@@ -63,7 +64,7 @@ class Workload:
         tokens = replace(part(self.history, self.candidates), times=now, next_times=now)
         return part(0, self.history), tokens, part(self.history, self.appended)
 
-    def prefill(self, backbone: Backbone, stats: Stats = Stats()) -> Prefill:
+    def prefill(self, backbone: Backbone, stats: Stats = _PLAIN) -> Prefill:
         """The workload's histories in a backbone of at least `max_length`."""
         device = next(backbone.parameters()).device
         return backbone.prefill(self.events(backbone.n_items, device)[0], stats=stats)
@@ -162,7 +163,6 @@ def interleaved(
     for call in calls.values():
         call()
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
@@ -205,6 +205,7 @@ def latency(
     mapped temporaries would be most of some steps: malloc is told to keep its memory, for the rest of the process.
     """
     tune_malloc()
+    gc.collect()
     timings: dict[str, Timing] = {}
     with threads(n_threads), torch.inference_mode():
         backbone = make_backbone(workload.max_length).to(device).eval()
@@ -213,11 +214,11 @@ def latency(
         def prefills(stats: Stats) -> Callable[[], Prefill]:
             return lambda: backbone.prefill(history, stats=stats)
 
-        needs = {compressor.needs for compressor, _ in compressors.values()} | {Stats()}
+        needs = {compressor.needs for compressor, _ in compressors.values()} | {_PLAIN}
         built = interleaved(
             {str(each): prefills(each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS)
         )
-        plain = built[str(Stats())]
+        plain = built[str(_PLAIN)]
         full = prefills(reduce(Stats.__or__, needs))()
         for name, (compressor, budget) in compressors.items():
             began = load()
@@ -226,7 +227,7 @@ def latency(
             except Exception:
                 log.warning("latency of %s could not be measured", name, exc_info=True)
                 continue
-            statistics = None if compressor.needs == Stats() else _beyond(built[str(compressor.needs)], plain)
+            statistics = None if compressor.needs == _PLAIN else _beyond(built[str(compressor.needs)], plain)
             timings[name] = Timing(
                 users=workload.users,
                 prefill=plain,

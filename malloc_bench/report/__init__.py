@@ -10,13 +10,14 @@ from malloc_bench.results import atomic_write, load_results, to_parquet
 def write_report(rundir: str | Path) -> list[Path]:
     """Write `results.parquet`, `leaderboard.md|csv|tex` and `figures/` of a run folder from its rows.
 
-    Every file is replaced whole. Raises ResultsError where one cannot be written.
+    Every file is replaced whole; a parquet without rows beside it is the truth itself and stays. Raises
+    FileNotFoundError where the folder holds no results, ResultsError where a file cannot be written.
     """
     from malloc_bench.report import figures, leaderboard
 
     rundir = Path(rundir)
-    paths = [to_parquet(rundir)]
     frame = load_results(rundir)
+    paths = [to_parquet(rundir)] if any((rundir / "rows").glob("*.json")) else []
     for name, render in (
         ("leaderboard.md", leaderboard.to_markdown),
         ("leaderboard.csv", leaderboard.to_csv),

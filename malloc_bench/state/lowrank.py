@@ -25,18 +25,18 @@ class LowRank(Vectors):
         return b, h, s, self.right.shape[3]
 
     def _real(self, x: Tensor) -> Tensor:
-        """x [B, H, M, R] with zeros at and beyond each user's rank."""
+        """x [B, H, M, R] with zeros at and beyond each user's rank: what stands there in the other factor counts 0."""
         ranks = torch.arange(self.left.shape[3], device=x.device) < self.rank[..., None, None]
         return torch.where(ranks, x, 0.0)
 
     def dense(self) -> Tensor:
-        return self._real(self.left) @ self._real(self.right.transpose(-1, -2)).transpose(-1, -2)
+        return self._real(self.left) @ self.right
 
     def dot(self, q: Tensor) -> Tensor:
-        return self._real(q @ self.right.transpose(-1, -2)) @ self._real(self.left).transpose(-1, -2)
+        return self._real(q @ self.right.transpose(-1, -2)) @ self.left.transpose(-1, -2)
 
     def mix(self, w: Tensor) -> Tensor:
-        return self._real(w @ self.left) @ self._real(self.right.transpose(-1, -2)).transpose(-1, -2)
+        return self._real(w @ self.left) @ self.right
 
     def flops(self, queries: int) -> int:
         _, heads, slots, width = self.shape

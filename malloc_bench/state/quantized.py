@@ -57,7 +57,7 @@ class Quantized(Vectors):
         heads = self.codes.shape[1]
         one = torch.ones(len(self.codes), 1, dtype=torch.long, device=self.codes.device)
         count = one * self.codes.shape[2] if count is None else count
-        groups = self._groups(count).expand(-1, heads)
+        groups = self.groups(count).expand(-1, heads)
         wide = self.wide[..., 0, 0].long()
         yield Ragged(self.wide, one)
         yield Ragged(self.codes, count)
@@ -73,7 +73,7 @@ class Quantized(Vectors):
         count = one * self.codes.shape[2] if count is None else count
         codes = read(self.codes, count)
         flag = wide[..., 0, 0].long()
-        groups = self._groups(count).expand(flag.shape)
+        groups = self.groups(count).expand(flag.shape)
 
         def numbers(like: Tensor | None) -> Tensor | None:
             if like is None:
@@ -87,7 +87,7 @@ class Quantized(Vectors):
         assert scale is not None
         return replace(self, codes=codes, scale=scale, zero=zero, wide=wide)
 
-    def _groups(self, count: Tensor) -> Tensor:
+    def groups(self, count: Tensor) -> Tensor:
         return (count + self.group - 1) // self.group if self.along == "slots" else count
 
 

@@ -11,7 +11,7 @@ from malloc_bench.measure import Workload, closed_form, count_flops
 from malloc_bench.registry import names
 from malloc_bench.state import Events, LowRank, Stats
 
-ITEMS, DIM, HEADS, LAYERS = 60, 16, 2, 3
+ITEMS, DIM, HEADS, LAYERS = 60, 16, 2, 2
 PARAMS = {  # beside the defaults
     "compose": [
         {"steps": ("recent", "merge_adjacent")},
@@ -46,7 +46,7 @@ def per_user(fn, users):
     return total // users
 
 
-@pytest.mark.parametrize("work", [Workload(3, 40, 4, 3), Workload(1, 40, 1, 1), Workload(2, 300, 5, 2)], ids=str)
+@pytest.mark.parametrize("work", [Workload(3, 40), Workload(2, 300, 5, 2)], ids=str)
 @pytest.mark.parametrize("name, has_time", BACKBONES)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work):
@@ -68,7 +68,7 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
         assert found["compress_flops"] == compressing + eigen(state) + statistics
 
 
-@pytest.mark.parametrize("history", [200, 700])
+@pytest.mark.parametrize("history", [100, 300])
 @pytest.mark.parametrize("name, has_time", BACKBONES)
 @pytest.mark.parametrize("stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8)], ids=str)
 def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, name, has_time, history, monkeypatch):

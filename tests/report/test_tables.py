@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from malloc_bench.report import render, tables
-from malloc_bench.results import frame
+from malloc_bench.results import frame, label
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -65,9 +65,9 @@ def test_slices_by_history_length(row, board_of):
 
 
 def test_labels():
-    assert render.label("full", "{}") == render.label("full", None) == "full"
-    assert render.label("kivi", '{"bits":2,"tail":0.5}') == "kivi(bits=2, tail=0.5)"
-    assert render.label("compose", '{"parts":["h2o",{"kivi":{"bits":2}}]}') == "h2o + kivi(bits=2)"
+    assert label("full", "{}") == label("full", None) == "full"
+    assert label("kivi", '{"bits":2,"tail":0.5}') == "kivi(bits=2, tail=0.5)"
+    assert label("compose", '{"parts":["h2o",{"kivi":{"bits":2}}]}') == "h2o + kivi(bits=2)"
     assert [render.budget_label(b) for b in (None, "0.0625", '{"bytes":4096}')] == ["", "6.25 %", "4096 bytes"]
 
 

@@ -98,6 +98,7 @@ class Compose(TokenMethod):
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
     def flops(self, state: UserState, history: int) -> int:
+        """The sum over its steps."""
         return sum(step.flops(state, history) for step in self.steps)
 
 

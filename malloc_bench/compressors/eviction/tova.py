@@ -28,7 +28,7 @@ class TOVA(Eviction):
         return Stats(window=1)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        return prefill.newest_attention(layer, 1).abs().mean(dim=1)
+        return prefill.newest_attention(layer, 1).abs().sum(dim=2).mean(dim=1, keepdim=True)  # [B, 1, S]
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, (k // 2).clamp(max=1)

@@ -5,13 +5,13 @@ from typing import Any
 
 from malloc_bench.compressors.base import Budget, Compressor
 from malloc_bench.registry import register
-from malloc_bench.state import Events, Prefill, UserState
+from malloc_bench.state import Events, MissingStatistic, Prefill, UserState
 
 
 def raw_events(prefill: Prefill) -> Events:
-    """The history's ids, and its times where the backbone reads them; raises ValueError where they are not known."""
+    """The history's ids, and its times where the backbone reads them; raises MissingStatistic where they are not known."""
     if prefill.events is None:
-        raise ValueError("the raw events are not known: this Prefill was made of tensors")
+        raise MissingStatistic("the raw events are not known: this Prefill was made of tensors")
     timed = prefill.slots(0).timestamps is not None
     return Events(prefill.events.items, prefill.events.count, prefill.events.times if timed else None)
 

@@ -1,0 +1,237 @@
+"""One sitting of a suite: group by group, train or load the backbone, evaluate its cells, measure them, write rows."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malloc_bench import measure
+from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.cells import Cell
+from malloc_bench.data import Dataset
+from malloc_bench.data.splits import Split, get_split
+from malloc_bench.evaluation import Evaluation, Job, evaluate
+from malloc_bench.plan import Planned, RunResult, checkpoint_folder, groups
+from malloc_bench.progress import Watch
+from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
+from malloc_bench.rows import accuracy, per_user
+from malloc_bench.run_folder import Chunks, LockedError, locked, write_manifest
+from malloc_bench.state import Stats, UserState
+from malloc_bench.suite import Suite
+from malloc_bench.training import Fit, fit, tune_malloc
+
+
+class Sitting:
+    """One sitting of a suite in its folder."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Path,
+        datasets: Mapping[str, Dataset],
+        device: torch.device,
+        watch: Watch,
+        result: RunResult,
+        fresh: bool,
+    ) -> None:
+        self.suite, self.folder, self.datasets, self.device = suite, folder, datasets, device
+        self.watch, self.result, self.fresh = watch, result, fresh
+        self.environment = measure.environment()
+        self.fits: dict[str, Any] = {}
+        tune_malloc()
+
+    def all(self) -> None:
+        for cell, group in groups(self.result.plan):
+            self.watch.group(f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells")
+            todo = [each for each in group if not self._skip(each)]
+            if not todo:
+                continue
+            try:
+                self._group(cell, todo)
+            except (ResultsError, LockedError):
+                raise
+            except Exception:  # a group that cannot be trained is failed rows; the other groups go on
+                for each in todo:
+                    self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
+
+    def _skip(self, each: Planned) -> bool:
+        why = each.cell.impossible
+        if why is None:
+            backbone = self._backbone(each.cell)
+            why = each.cell.compressor.build().supports(backbone)
+        if why is not None:
+            self._write(each, {"status": "skipped", "reason": why})
+        return why is not None
+
+    def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
+        """Fresh weights, the same for the same seed."""
+        torch.manual_seed(cell.seed)
+        data = self.datasets[cell.dataset]
+        return get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+
+    def _group(self, cell: Cell, todo: list[Planned]) -> None:
+        data = self.datasets[cell.dataset]
+        split = get_split(cell.split, data)
+        backbone, fitted, key = self._trained(cell, split)
+        store = Chunks(self.folder / "partial" / key)
+        if self.fresh:
+            store.drop()
+        jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget) for each in todo]
+        evaluation = evaluate(
+            backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
+        )
+        columns = accuracy(evaluation, [each.id for each in todo])
+        resources = self._resources(cell, [job for job in jobs if job.id in columns])
+        shared = {
+            "params": sum(p.numel() for p in backbone.parameters()),
+            "train_seconds": fitted.seconds,
+            "device": str(self.device),
+            "hashes": {"data": data.hash, "checkpoint": key},
+        }
+        for each in todo:
+            self._write(
+                each, {**shared, **self._outcome(each, evaluation, columns, data), **resources.get(each.id, {})}
+            )
+        store.drop()
+
+    def _outcome(
+        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], data: Dataset
+    ) -> dict[str, Any]:
+        if each.id in evaluation.failed:
+            trace = evaluation.failed[each.id]
+            return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
+        path = f"per_user/{each.id}.parquet"
+        write_per_user(self.folder / path, per_user(evaluation, each.id, data.user_ids))
+        return {"status": "ok", "per_user": path, **columns[each.id]}
+
+    def _trained(self, cell: Cell, split: Split) -> tuple[Backbone, Fit, str]:
+        """The backbone of a group, trained now or before; a copy of its weights lies in the run folder."""
+        folder = checkpoint_folder(cell, split.dataset)
+        backbone = self._backbone(cell).to(self.device)
+        with locked(folder, wait=True):  # two runs that need the same weights train them once
+            fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit)
+        copy = self.folder / "checkpoints" / folder.name
+        if not (copy / "fit.json").exists():
+            copy.mkdir(parents=True, exist_ok=True)
+            for name in ("model.safetensors", "fit.json"):
+                shutil.copyfile(folder / name, copy / name)
+        self.fits[folder.name] = asdict(fitted)
+        return backbone, fitted, folder.name
+
+    def _resources(self, cell: Cell, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+        """Latency, FLOPs and peak memory on the suite's fixed workload, by job id."""
+        settings = self.suite.measure
+        if not jobs or not (settings.latency or settings.flops):
+            return {}
+        self.watch.measure(len(jobs))
+        workload = measure.Workload(users=settings.users, history=settings.history, candidates=settings.candidates)
+        rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
+
+        def longer(max_length: int) -> Backbone:
+            return self._backbone(cell, max_length=max_length)
+
+        if settings.latency:
+            methods = {job.id: (job.compressor, job.budget) for job in jobs}
+            for each, timing in measure.latency(
+                longer, methods, workload, self.device, seconds=settings.seconds
+            ).items():
+                rows[each] |= {**timing.columns(), "threads": timing.threads, "load": timing.load}
+                atomic_write(self.folder / "latency" / f"{each}.json", json.dumps(asdict(timing)).encode())
+        if settings.flops:
+            backbone = longer(workload.max_length).to(self.device).eval()
+            rows = {each: {**rows[each], **costs} for each, costs in _costs(backbone, jobs, workload)}
+        return rows
+
+    def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
+        cell = each.cell
+        environment = self.environment
+        row: Row = {
+            "cell_id": each.id,
+            "suite": cell.suite,
+            "dataset": cell.dataset,
+            "task": cell.task,
+            "split": cell.split,
+            "backbone": cell.backbone.name,
+            "backbone_params": cell.backbone.params,
+            "family": cell.compressor.family,
+            "compressor": cell.compressor.name,
+            "compressor_params": cell.compressor.params,
+            "structural": False,
+            "budget": cell.budget_text,
+            "seed": cell.seed,
+            "git_commit": environment.get("git_commit"),
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "cell": cell.payload(),
+            "versions": {name: environment.get(name) for name in ("malloc_bench", "python", "torch", "numpy")},
+            "hardware": {name: environment.get(name) for name in ("cpu", "cores", "memory_bytes", "gpu")},
+            **columns,
+        }
+        write_row(self.folder / "rows", row)
+        count = str(columns["status"])
+        setattr(self.result, count, getattr(self.result, count) + 1)
+
+    def finish(self) -> None:
+        """The derived table and the manifest, also after an interrupt."""
+        if any((self.folder / "rows").glob("*.json")):
+            to_parquet(self.folder)
+        before = _read_json(self.folder / "manifest.json")
+        sets = {
+            name: {"hash": data.hash, "source": data.source, "has_time": data.has_time, "users": data.n_users,
+                   "items": data.n_items, "events": data.n_events}
+            for name, data in self.datasets.items()
+        }  # fmt: skip
+        sitting = {
+            "seconds": round(self.result.seconds, 1),
+            **{name: getattr(self.result, name) for name in ("ok", "skipped", "failed", "reused")},
+            "environment": self.environment,
+        }
+        manifest = {
+            "suite": {"name": self.suite.name, "text": _text(self.suite.path)},
+            "datasets": {**before.get("datasets", {}), **sets},
+            "checkpoints": {**before.get("checkpoints", {}), **self.fits},
+            "sittings": [*before.get("sittings", []), sitting],
+        }
+        write_manifest(self.folder, manifest)
+
+
+@torch.inference_mode()
+def _costs(
+    backbone: Backbone, jobs: list[Job], workload: measure.Workload
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
+    device = next(backbone.parameters()).device
+    prefill = workload.prefill(backbone, reduce(Stats.__or__, (job.compressor.needs for job in jobs)))
+    _, tokens, _ = workload.events(backbone.n_items, device)
+    for job in jobs:
+
+        def work(job: Job = job) -> UserState:
+            state = job.compressor.compress(replace(prefill, memo={}), job.budget)
+            backbone.read(tokens, state)
+            return state
+
+        state, peak = measure.peak_memory(work, device)
+        yield job.id, {**measure.closed_form(backbone, job.compressor, state, workload), "peak_bytes": peak}
+
+
+def _last_line() -> str:
+    return traceback.format_exc().strip().splitlines()[-1]
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

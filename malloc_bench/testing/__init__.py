@@ -1,0 +1,18 @@
+"""Contract tests for anyone's compressor or backbone.
+
+`check_compressor(MyMethod())` and `check_backbone(my_backbone)` run everything and raise AssertionError at the first broken
+promise. `compressor_checks` and `backbone_checks` give the single checks, so that pytest shows one test for each:
+
+    @pytest.mark.parametrize("check", compressor_checks(MyMethod()), ids=str)
+    def test_contract(check):
+        check()
+"""
+
+from malloc_bench.testing.backbones import backbone_checks, check_backbone
+from malloc_bench.testing.compressors import check_compressor, compressor_checks
+from malloc_bench.testing.worlds import POISON, Check, World, check_packs, histories, poisoned, resized, worlds
+
+__all__ = [
+    "POISON", "Check", "World", "backbone_checks", "check_backbone", "check_compressor", "check_packs", "compressor_checks",
+    "histories", "poisoned", "resized", "worlds",
+]  # fmt: skip

@@ -1,0 +1,201 @@
+"""What every backbone promises, one function a promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.state import Batch, Dense, Events, Segment, UserState, map_tensors
+from malloc_bench.testing.worlds import LENGTHS, Check, check_packs, close, histories, packed, poisoned
+
+_ALL = torch.tensor(LENGTHS)
+
+
+def backbone_checks(backbone: Backbone, *, label: str | None = None) -> list[Check]:
+    """Every promise; the backbone must keep at least 42 events, and is tried in eval mode."""
+    return [Check(_evaluating(promise), (backbone,), label or backbone.name) for promise in BACKBONE_PROMISES]
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Run all of `backbone_checks`."""
+    for check in backbone_checks(backbone):
+        check()
+
+
+def _evaluating(promise: Callable[[Backbone], None]) -> Callable[[Backbone], None]:
+    def run(backbone: Backbone) -> None:
+        was = backbone.training
+        backbone.eval()
+        try:
+            promise(backbone)
+        finally:
+            backbone.train(was)
+
+    run.__name__ = promise.__name__
+    return run
+
+
+def read_equals_forward(backbone: Backbone) -> None:
+    """Each token behind the full state comes out as the plain causal pass has it."""
+    history, tokens = histories(backbone, LENGTHS)
+    outputs = backbone.read(tokens, backbone.prefill(history).state)
+    for user, n in enumerate(LENGTHS):
+        for m in range(2):
+            line = _followed(history, tokens, user, m)
+            close(outputs[user, m], backbone(line)[0, n], f"user {user}, token {m}", 1e-5)
+
+
+def append_equals_prefill(backbone: Backbone) -> None:
+    """Token by token and in ragged chunks: the same state, bytes and outputs as in one go."""
+    history, tokens = histories(backbone, LENGTHS)
+    whole = backbone.prefill(history).state
+    for chunk in (torch.ones(len(LENGTHS), dtype=torch.int32), torch.tensor([1, 3, 1, 2, 5, 11])):
+        state = backbone.prefill(_part(history, 0 * _ALL, 0 * _ALL)).state
+        while bool((state.length < _ALL).any()):
+            new = _part(history, state.length, (state.length + chunk).minimum(_ALL))
+            state = backbone.append(state, new)
+        assert state.length.tolist() == list(LENGTHS)
+        assert state.nbytes().tolist() == whole.nbytes().tolist()
+        for user, n in enumerate(LENGTHS):
+            for got, want in zip(state.segments(), whole.segments()):
+                for name in want.fields:
+                    a, b = (s.fields[name].dense()[user, :, :n] for s in (got, want))
+                    close(a, b, f"{name} of user {user}", 1e-5)
+        close(backbone.read(tokens, state), backbone.read(tokens, whole), "read after append", 1e-5)
+
+
+def read_needs_every_field(backbone: Backbone) -> None:
+    """Noise of one standard deviation in any one layer and field moves the output by more than 1 %, on every draw.
+
+    For trained weights: fresh or barely trained ones hardly use their state and fail.
+    """
+    history, tokens = histories(backbone, LENGTHS)
+    state = backbone.prefill(history).state
+    clean = backbone.read(tokens, state)
+    longer = _ALL >= 3
+    for at, layer in enumerate(state.layers):
+        for number, segment in enumerate(layer):
+            for name, vectors in segment.fields.items():
+                x = vectors.dense()
+                for draw in range(3):
+                    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(draw)) * x[_ALL > 0].std()
+                    fields = {**segment.fields, name: Dense(x + noise)}
+                    broken = (*layer[:number], Segment(fields, segment.slots), *layer[number + 1 :])
+                    layers = (*state.layers[:at], broken, *state.layers[at + 1 :])
+                    moved = backbone.read(tokens, replace(state, layers=layers)) - clean
+                    share = float(moved[longer].norm() / clean[longer].norm())
+                    assert share > 0.01, f"noise in layer {at}'s {name} moves the output by {share:.2%} only"
+
+
+def tokens_do_not_see_each_other(backbone: Backbone) -> None:
+    history, tokens = histories(backbone, LENGTHS)
+    state = backbone.prefill(history).state
+    together = backbone.read(tokens, state)
+    for m in range(2):
+        one = map_tensors(lambda x: x[:, m : m + 1] if x.dim() == 2 else torch.ones_like(x), tokens)  # noqa: B023
+        close(backbone.read(one, state), together[:, m : m + 1], f"token {m} alone", 1e-5)
+
+
+def batch_and_padding_do_not_matter(backbone: Backbone) -> None:
+    history, tokens = histories(backbone, LENGTHS)
+    state = backbone.prefill(history).state
+    outputs = backbone.read(tokens, state)
+    close(backbone.read(tokens, poisoned(state)), outputs, "poisoned padding", 1e-6)
+    for user, n in enumerate(LENGTHS):
+        row = torch.tensor([user])
+        alone = map_tensors(lambda x: x.index_select(0, row), history)  # noqa: B023
+        alone = Events(*(None if x is None else x[:, :n] if x.dim() == 2 else x for x in _columns(alone)))
+        mine = backbone.prefill(alone).state
+        close(
+            backbone.read(map_tensors(lambda x: x.index_select(0, row), tokens), mine)[0], outputs[user], "alone", 1e-5
+        )
+        assert int(mine.nbytes()) == int(state.nbytes()[user])
+
+
+def refuses_beyond_max_length(backbone: Backbone) -> None:
+    n = backbone.max_length
+    history, tokens = histories(backbone, (n - 1, 2))
+    state = backbone.append(backbone.prefill(history).state, _part(tokens, torch.zeros(2), torch.ones(2)))
+    assert state.length.tolist() == [n, 3]
+    backbone.read(tokens, state)  # a candidate behind a full history
+    for refused in (
+        lambda: backbone.append(state, _part(tokens, torch.zeros(2), torch.ones(2))),
+        lambda: backbone.prefill(histories(backbone, (n + 1,))[0]),
+    ):
+        try:
+            refused()
+        except ValueError:
+            continue
+        raise AssertionError(f"more than max_length={n} events were taken")
+
+
+def states_pack(backbone: Backbone) -> None:
+    history, tokens = histories(backbone, LENGTHS)
+    state = backbone.prefill(history).state
+    back = check_packs(state, lambda s: backbone.read(tokens, s))
+    for got, want in zip(back.segments(), state.segments()):
+        for name in want.fields:
+            for user, n in enumerate(LENGTHS):
+                assert torch.equal(got.fields[name].dense()[user, :, :n], want.fields[name].dense()[user, :, :n])
+
+
+def nothing_is_not_a_problem(backbone: Backbone) -> None:
+    """Users without events, alone or together."""
+    for lengths in ((0, 0), (0,), (0, 1)):
+        history, tokens = histories(backbone, lengths)
+        state: UserState = backbone.prefill(history).state
+        assert bool(backbone.read(tokens, state).isfinite().all())
+        assert len(packed(state)) == len(lengths)
+
+
+def loss_reaches_every_parameter(backbone: Backbone) -> None:
+    """Finite, and with a gradient for all parameters."""
+    history, _ = histories(backbone, LENGTHS)
+    targets = torch.where(history.mask(), history.items.roll(-1, 1).clamp(min=1), 0)
+    with torch.enable_grad():
+        loss = backbone.loss(Batch(history, targets))
+        gradients = torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True)
+    assert bool(loss.isfinite())
+    for (name, _), gradient in zip(backbone.named_parameters(), gradients):
+        assert gradient is not None and bool(gradient.isfinite().all()), name
+        assert bool((gradient != 0).any()), f"{name} has no gradient"
+
+
+def _columns(events: Events) -> tuple[Tensor | None, ...]:
+    return events.items, events.count, events.times, events.next_times
+
+
+def _part(events: Events, start: Tensor, stop: Tensor) -> Events:
+    """Each user's events [start, stop), left-aligned."""
+    count = (stop - start).to(torch.int32)
+    index = start.long()[:, None] + torch.arange(int(count.max()))
+    index = index.clamp(max=max(events.items.shape[1] - 1, 0))
+    items, times, following = (
+        None if x is None else x.gather(1, index) for x in (events.items, events.times, events.next_times)
+    )
+    assert items is not None
+    return Events(items, count, times, following)
+
+
+def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
+    """One user's history with a token behind it, as a plain batch of one."""
+    n = int(history.count[user])
+
+    def line(past: Tensor | None, token: Tensor | None) -> Tensor | None:
+        return None if past is None or token is None else torch.cat([past[user, :n], token[user, m : m + 1]])[None]
+
+    items = line(history.items, tokens.items)
+    assert items is not None
+    times, following = line(history.times, tokens.times), line(history.next_times, tokens.next_times)
+    return Events(items, torch.tensor([n + 1], dtype=torch.int32), times, following)
+
+
+BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (
+    read_equals_forward, append_equals_prefill, read_needs_every_field, tokens_do_not_see_each_other,
+    batch_and_padding_do_not_matter, refuses_beyond_max_length, states_pack, nothing_is_not_a_problem,
+    loss_reaches_every_parameter,
+)  # fmt: skip

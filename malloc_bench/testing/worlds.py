@@ -1,0 +1,215 @@
+"""Where contracts are tried: made-up histories, plain tensors, poisoned padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.state import Dense, Events, Layer, Prefill, Quantized, Segment, Slots, Stats, UserState, map_tensors
+
+T = TypeVar("T")
+
+LENGTHS = (0, 1, 2, 3, 23, 40)  # ragged histories
+POISON = 1e4  # what padding is filled with
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, tried on one thing; calling it raises AssertionError where the promise is broken."""
+
+    promise: Callable[..., None]
+    on: tuple[object, ...]
+    label: str
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.promise(*self.on)
+
+    def __str__(self) -> str:
+        return f"{self.label}-{self.promise.__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Somewhere a compressor can be tried: behind a backbone, or on plain tensors where backbone is None."""
+
+    name: str
+    backbone: Backbone | None = None
+
+    def prefill(self, stats: Stats, lengths: Sequence[int] = LENGTHS, constant: bool = False) -> Prefill:
+        """Full states of users with histories of these lengths; constant: the same event again and again."""
+        if self.backbone is not None:
+            history, _ = histories(self.backbone, lengths, constant)
+            return self.backbone.prefill(history, torch.arange(len(lengths)) + 11, stats, seed=3)
+        shape = (len(lengths), 2, max(lengths, default=0), 8)
+        q, k, v = ([_noise(shape, 3 * layer + i) for layer in range(2)] for i in range(3))
+        if constant:
+            q, k, v = ([torch.ones_like(x) for x in xs] for xs in (q, k, v))
+        return Prefill.from_tensors(
+            k, v, q, lengths=torch.tensor(lengths), users=torch.arange(len(lengths)) + 11, seed=3
+        )
+
+    def read(self, state: UserState, users: Sequence[int] | None = None, lengths: Sequence[int] = LENGTHS) -> Tensor:
+        """What tokens get out of a state of the given users, [B, ...]."""
+        rows = torch.arange(len(lengths)) if users is None else torch.tensor(users)
+        if self.backbone is not None:
+            _, tokens = histories(self.backbone, lengths)
+            return self.backbone.read(map_tensors(lambda x: x.index_select(0, rows), tokens), state)
+        queries = _noise((len(lengths), 2, 3, 8), 99).index_select(0, rows)
+        return torch.stack([_softmax_read(queries, layer) for layer in state.layers], 1)
+
+
+def histories(backbone: Backbone, lengths: Sequence[int], constant: bool = False) -> tuple[Events, Events]:
+    """Made-up histories of these lengths and, behind each, two candidate tokens."""
+    b, s = len(lengths), max(lengths, default=0)
+    generator = torch.Generator().manual_seed(5)
+    items = torch.randint(1, backbone.n_items + 1, (b, s + 2), generator=generator, dtype=torch.int32)
+    gaps = (torch.rand(b, s + 2, generator=generator) * 12).exp().long() + 1  # seconds to days
+    if constant:
+        items[:] = 1
+        gaps[:] = 60
+    times = 1_700_000_000 + gaps.cumsum(1)
+    count = torch.tensor(lengths, dtype=torch.int32)
+    real = torch.arange(s) < count[:, None]
+    now = times.gather(1, count.long()[:, None]).expand(b, 2)
+    history = Events(
+        items[:, :s].where(real, 0), count, times[:, :s].where(real, 0), times[:, 1 : s + 1].where(real, 0)
+    )
+    return history, Events(items[:, s:], torch.full_like(count, 2), now, now)
+
+
+def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
+    """Plain tensors and the given backbones; None: small ones of ours with large random weights."""
+    if backbones is None:
+        ours = (("sasrec", 1, False), ("sasrec", 2, False), ("hstu", 1, True), ("hstu", 2, False))
+        backbones = [_lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
+    named = [World(f"{b.name}{i}", b.eval()) for i, b in enumerate(backbones)]
+    return [World("tensors"), *named]
+
+
+def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.0) -> Prefill:
+    """The full states of some users, padded to `width` slots, the padding filled with `fill`."""
+    rows = torch.tensor(list(users), dtype=torch.long)
+    length = prefill.state.length.index_select(0, rows)
+    real = torch.arange(width) < length[:, None]
+
+    def fit(x: Tensor, axis: int, fill: float = fill) -> Tensor:
+        x = x.index_select(0, rows)
+        short = list(x.shape)
+        short[axis] = max(width - x.shape[axis], 0)
+        x = torch.cat([x.narrow(axis, 0, min(width, x.shape[axis])), x.new_zeros(short)], axis)
+        shape = [1] * x.dim()
+        shape[0], shape[axis] = len(rows), width
+        return torch.where(real.view(shape), x, torch.tensor(fill).to(x.dtype))
+
+    old = prefill.slots(0)
+    slots = Slots(length[:, None], None, None if old.timestamps is None else fit(old.timestamps, 2))
+    layers: list[Layer] = []
+    for layer in prefill.layers:
+        layers.append(
+            (Segment({k: Dense(fit(v.dense(), 2)) for k, v in prefill.segment(layer).fields.items()}, slots),)
+        )
+    events = prefill.events
+    if events is not None:
+        times = None if events.times is None else fit(events.times, 1)
+        events = Events(fit(events.items, 1, 0), length, times)
+    return replace(
+        prefill,
+        state=UserState(tuple(layers), length),
+        users=prefill.users.index_select(0, rows),
+        events=events,
+        column_sum=None if prefill.column_sum is None else [fit(x, 2, 0) for x in prefill.column_sum],
+        window=None if prefill.window is None else [fit(x, 3, 0) for x in prefill.window],
+        memo={},
+    )
+
+
+def poisoned(state: UserState) -> UserState:
+    """A copy with garbage in every cell that `pack` does not write, so that whoever reads padding is seen."""
+    copy = state.map(torch.clone)
+    for slots, vectors in copy._stored():
+        if isinstance(vectors, Quantized):  # its scales are stored in one of two precisions: parts() shows copies
+            assert slots is not None
+            _spoil(vectors.codes, slots.count)
+            for numbers in (vectors.scale, vectors.zero):
+                if numbers is not None:
+                    _spoil(numbers, vectors.groups(slots.count))
+        elif vectors is not None:
+            for part in vectors.parts(None if slots is None else slots.count):
+                _spoil(part.data, part.rows, part.cols)
+        elif slots is not None:
+            for tensor in (slots.positions, slots.mass, slots.timestamps):
+                if tensor is not None:
+                    _spoil(tensor.unsqueeze(-1), slots.count)
+    return copy
+
+
+def _spoil(data: Tensor, rows: Tensor, cols: Tensor | None = None) -> None:
+    """Overwrite data [B, H, R, C] outside the leading rows x cols."""
+    real = (torch.arange(data.shape[2]) < rows.unsqueeze(-1)).unsqueeze(-1)
+    if cols is not None:
+        real = real & (torch.arange(data.shape[3]) < cols.unsqueeze(-1)).unsqueeze(-2)
+    data.masked_fill_(~real, 255 if data.dtype == torch.uint8 else POISON)
+
+
+def check_packs(state: UserState, read: Callable[[UserState], Tensor] | None = None) -> UserState:
+    """Bytes are packed lengths, unpacking restores all that was stored, other lengths raise ValueError."""
+    blobs = packed(state)
+    assert [len(blob) for blob in blobs] == state.nbytes().tolist()
+    back = state.unpack(blobs)
+    assert packed(back) == blobs and back.nbytes().tolist() == state.nbytes().tolist()
+    if read is not None:
+        close(read(back), read(state), "read of the unpacked state", 1e-5)
+    for wrong in (blobs[-1][:-1], blobs[-1] + b"!"):
+        try:
+            state.unpack([*blobs[:-1], wrong])
+        except ValueError:
+            continue
+        raise AssertionError(f"a blob of {len(wrong)} bytes was accepted for one of {len(blobs[-1])}")
+    return back
+
+
+def packed(state: UserState) -> list[bytes]:
+    return [state.pack(user) for user in range(len(state))]
+
+
+def close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
+    """Equal up to tolerance x the largest number wanted (at least 1)."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)}, not {tuple(want.shape)}"
+    assert bool(got.isfinite().all()), f"{what}: not finite"
+    if got.numel():
+        got, want = got.detach(), want.detach()
+        error, scale = float((got - want).abs().max()), max(float(want.abs().max()), 1.0)
+        assert error <= tolerance * scale, f"{what}: off by {error:.2e} of {scale:.2e}"
+
+
+def _noise(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _lively(backbone: Backbone) -> Backbone:
+    """Weights so large that attention is far from uniform: fresh ones hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return backbone
+
+
+def _softmax_read(queries: Tensor, layer: Layer) -> Tensor:
+    """Softmax attention [B, H, M, D] over a layer and one slot of zeros, so that nothing is no problem."""
+    sources = [(segment, segment.slots) for segment in layer if segment.slots is not None]
+    logits = [queries.new_zeros(*queries.shape[:3], 1)]
+    for segment, slots in sources:
+        x = segment.fields["keys"].dot(queries) / queries.shape[-1] ** 0.5
+        if slots.mass is not None:
+            x = x + slots.mass.clamp(min=1e-6).log().unsqueeze(2)
+        logits.append(x.masked_fill(~slots.mask(segment.width).unsqueeze(2), -torch.inf))
+    _, *weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
+    mixed = [segment.fields["values"].mix(w) for w, (segment, _) in zip(weights, sources)]
+    return sum(mixed, torch.zeros_like(queries))

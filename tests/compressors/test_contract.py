@@ -1,0 +1,125 @@
+"""Every registered compressor keeps every promise, on plain tensors and behind every kind of backbone."""
+
+import pytest
+import torch
+
+from malloc_bench.compressors import get_compressor
+from malloc_bench.registry import names
+from malloc_bench.testing import Check, World, check_compressor, compressor_checks
+from malloc_bench.testing.compressors import COMPRESSOR_PROMISES
+
+METHODS = [
+    ("full", {}),
+    ("none", {}),
+    ("random", {}),
+    ("recent", {}),
+    ("sink_recent", {}),
+    ("knorm", {}),
+    ("h2o", {}),
+    ("tova", {}),
+    ("snapkv", {}),
+    ("snapkv", {"window": 4}),
+    ("int8", {}),
+    ("svd", {}),
+    ("svd", {"rank": 4}),
+    ("recompute", {}),
+    ("truncate", {}),
+    ("merge_adjacent", {}),
+    *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
+    *(
+        ("compose", {"steps": steps})
+        for steps in (
+            ("merge_adjacent", {"kivi": {"bits": 2}}),
+            ("recent", "int8"),
+            ("h2o", {"svd": {"rank": 4}}),
+            ("h2o", {"kivi": {"bits": 4, "tail": 8}}),
+            ("recent", "merge_adjacent"),
+            ("merge_adjacent", "recent"),
+            ("merge_adjacent", "knorm"),
+            ("recent", "knorm"),
+            ("h2o", "recent"),
+            ("h2o", "merge_adjacent"),
+            ("sink_recent", "random", "int8"),
+        )
+    ),
+]
+WORLDS = ("tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads")
+
+
+def label(method):
+    name, params = method
+    steps = [next(iter(s)) if isinstance(s, dict) else s for s in params.get("steps", ())]
+    return "-".join([name, *steps, *(f"{k}{v}" for k, v in params.items() if k != "steps")])
+
+
+def test_every_registered_compressor_is_here():
+    assert {name for name, _ in METHODS} == set(names("compressors"))
+
+
+@pytest.mark.parametrize("promise", COMPRESSOR_PROMISES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_promise(method, world, promise, trained):
+    name, params = method
+    if world == "tensors" and name in ("recompute", "truncate"):
+        pytest.skip("rebuilds from raw events, which plain tensors do not have")
+    place = World(world, None if world == "tensors" else trained(world))
+    Check(promise, (get_compressor(name, **params), place), label(method))()
+
+
+class TestTheChecksThemselves:
+    """A broken compressor is caught: the checks can fail."""
+
+    def broken(self, **methods):
+        from malloc_bench.compressors.eviction.knorm import KNorm
+
+        return type("Broken", (KNorm,), methods)()
+
+    def failing(self, compressor):
+        out = set()
+        for check in compressor_checks(compressor):
+            try:
+                check()
+            except Exception:
+                out.add(check.promise.__name__)
+        return out
+
+    def test_a_sound_one_passes(self):
+        check_compressor(get_compressor("knorm"))
+
+    def test_over_budget(self):
+        def compress(self, prefill, budget=None, fitted=None):
+            k = self.slots(prefill, budget) + 1
+            return self.keep(prefill, k.minimum(prefill.state.length.long()))
+
+        assert "keeps_the_budget" in self.failing(self.broken(compress=compress))
+
+    def test_wasteful(self):
+        def slots(self, prefill, budget):
+            return type(self).__mro__[1].slots(self, prefill, budget) // 2
+
+        assert "uses_the_budget" in self.failing(self.broken(slots=slots))
+
+    def test_batch_dependent(self):
+        def scores(self, prefill, layer):
+            return (prefill.keys(layer) - prefill.keys(layer).mean(0)).norm(dim=-1)
+
+        assert "ignores_the_batch" in self.failing(self.broken(scores=scores))
+
+    def test_random_without_seed(self):
+        def scores(self, prefill, layer):
+            return torch.rand(prefill.keys(layer).shape[:3])
+
+        assert "is_deterministic" in self.failing(self.broken(scores=scores))
+
+    def test_writes_into_its_input(self):
+        def scores(self, prefill, layer):
+            return prefill.keys(layer).abs_().norm(dim=-1)
+
+        assert "leaves_its_input" in self.failing(self.broken(scores=scores))
+
+    def test_padding_read(self):
+        def scores(self, prefill, layer):
+            return prefill.keys(layer)[..., 0].roll(-1, 2) - prefill.keys(layer)[..., 1]  # the newest looks beyond
+
+        assert "ignores_padding" in self.failing(self.broken(scores=scores))

@@ -1,0 +1,189 @@
+"""Parts by name: what is found, who may bring more, and what a wrong name is told."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import malloc_bench
+from malloc_bench import describe, registry
+from malloc_bench.compressors.windowing.recent import Recent
+from malloc_bench.registry import UnknownName, find, load_part, names, register, suggest
+
+METHOD = """
+from dataclasses import dataclass
+from malloc_bench import register
+from malloc_bench.compressors.windowing.recent import Recent
+
+@register("{name}")
+@dataclass(frozen=True)
+class Theirs(Recent):
+    step: int = 2
+"""
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, type]]:
+    """The registry, put back as it was afterwards."""
+    names("compressors"), names("backbones")
+    own = copy.deepcopy(registry._parts)
+    monkeypatch.setattr(registry, "_parts", own)
+    return own
+
+
+@pytest.fixture
+def plugin(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> metadata.EntryPoint:
+    """An installed distribution `their-methods` with one compressor under an entry point."""
+    module = "their_" + re.sub(r"\W", "_", request.node.name)
+    (tmp_path / f"{module}.py").write_text(METHOD.format(name="theirs"))
+    info = tmp_path / "their_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-methods\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{module}.py,,\n")
+    (info / "top_level.txt").write_text(f"{module}\n")
+    (info / "entry_points.txt").write_text(f"[malloc_bench.compressors]\ntheirs = {module}:Theirs\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_scanned", set())
+    return metadata.EntryPoint("theirs", f"{module}:Theirs", "malloc_bench.compressors")
+
+
+def test_ours_are_found_without_a_list() -> None:
+    assert {"full", "recent", "snapkv", "kivi", "svd", "compose"} <= set(names("compressors"))
+    assert {"hstu", "sasrec"} <= set(names("backbones"))
+    assert find("compressors", "recent") is Recent
+    assert Recent.name == "recent"
+
+
+def test_a_wrong_name_is_told_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"^no compressor is named 'snapkw'\. Did you mean 'snapkv'\?$"):
+        find("compressors", "snapkw")
+    with pytest.raises(UnknownName, match=r"^no backbone is named 'zzz'\. Valid: .*hstu.*sasrec"):
+        find("backbones", "zzz")
+    assert suggest("x", ()) == " Valid: ."
+
+
+def test_a_name_is_taken_once(parts: Any) -> None:
+    class Other(Recent):
+        pass
+
+    with pytest.raises(ValueError, match=r"'recent' is already malloc_bench\.compressors\.windowing\.recent\.Recent"):
+        register("recent")(Other)
+    assert find("compressors", "recent") is Recent
+
+
+def test_the_same_class_may_come_again(parts: Any) -> None:
+    """As when its module is read again."""
+
+    def fresh() -> type:
+        @dataclass(frozen=True)
+        class Mine(Recent):
+            pass
+
+        return Mine
+
+    register("mine")(fresh())
+    again = register("mine")(fresh())
+    assert find("compressors", "mine") is again
+
+
+def test_an_entry_point_brings_a_part(plugin: metadata.EntryPoint) -> None:
+    assert "theirs" in names("compressors")
+    cls = find("compressors", "theirs")
+    assert malloc_bench.get_compressor("theirs", step=3).step == 3  # type: ignore[attr-defined]
+    assert describe.origin(cls) == "their-methods"
+    assert describe.origin(Recent) == "malloc-bench"
+    heads, rows = describe.listing("compressors")
+    assert dict(zip(heads, next(row for row in rows if row[0] == "theirs")))["from"] == "their-methods"
+
+
+@pytest.mark.parametrize("text", ["import nothing_of_that_name", METHOD.format(name="recent"), "1 +"])
+def test_a_broken_package_does_not_stop_ours(
+    text: str, plugin: metadata.EntryPoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"{plugin.module}.py").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert "recent" in names("compressors")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"compressors 'theirs' of {plugin.value} is left out: ")
+    assert find("compressors", "recent") is Recent
+
+
+def test_a_card_folder_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry point holds the folder's path."""
+    from malloc_bench.data import cards
+    from malloc_bench.paths import shipped
+
+    card = (shipped("datasets") / "synthetic.yaml").read_text()
+    (tmp_path / "theirs.yaml").write_text(card)
+
+    class Entry:
+        def load(self) -> Path:
+            return tmp_path
+
+    monkeypatch.setattr(cards.metadata, "entry_points", lambda group: [Entry()] * (group == "malloc_bench.datasets"))
+    assert "theirs" in cards.list_datasets()
+    (row,) = [row for row in describe.listing("datasets")[1] if row[0] == "theirs"]
+    assert row[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["my_method.py", "random.py"])
+def test_a_class_from_a_file(file: str, parts: Any, tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.write_text(METHOD.format(name="mine"))
+    assert load_part(f"{path}:Theirs") == "mine"
+    assert find("compressors", "mine")().step == 2
+    import random
+
+    assert callable(random.shuffle)  # Python's own still
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("Method", "names no class"),
+        ("/nowhere/mine.py:Method", "no such file"),
+        ("no.such.module:Method", "cannot be imported"),
+        ("malloc_bench.compressors.windowing.recent:Recnt", "Did you mean 'Recent'"),
+        ("malloc_bench.paths:home", "has no compressor or backbone class 'home'"),
+    ],
+)
+def test_a_class_that_cannot_be_had(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_part(spec)
+
+
+# ---- public names
+
+
+def test_public_names() -> None:
+    import malloc_bench.compressors
+    import malloc_bench.state
+
+    assert malloc_bench.Prefill is malloc_bench.state.Prefill
+    assert malloc_bench.get_compressor is malloc_bench.compressors.get_compressor
+    assert malloc_bench.register is register
+    assert malloc_bench.__version__ == metadata.version("malloc-bench")
+    for name in malloc_bench.__all__:
+        assert callable(getattr(malloc_bench, name))
+        assert name in dir(malloc_bench)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        malloc_bench.nothing  # noqa: B018
+    assert malloc_bench.get_backbone("sasrec", n_items=5, dim=8).n_items == 5
+    assert malloc_bench.get_dataset("synthetic").n_users == 300
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    heavy = "torch numpy polars pydantic yaml typer rich matplotlib"
+    code = f"import sys, malloc_bench; print([m for m in {heavy.split()} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

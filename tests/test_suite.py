@@ -1,0 +1,475 @@
+"""Suites: every fault is one line that says where, grids become the right cells, ids depend on content alone."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from malloc_bench import registry
+from malloc_bench.backbones import Backbone
+from malloc_bench.cells import Cell, Part
+from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.paths import shipped
+from malloc_bench.registry import register
+from malloc_bench.report.render import budget_label
+from malloc_bench.results import frame
+from malloc_bench.suite import Suite, SuiteError, load_suite, only
+from malloc_bench.suite_file import MAX_BYTES, Measure, MeasureKeys, TrainingKeys
+from malloc_bench.training import Training
+
+BASE: dict[str, Any] = {
+    "name": "toy",
+    "datasets": ["synthetic"],
+    "split": "leave_one_out",
+    "backbones": [{"sasrec": {"layers": 1, "dim": 8}}, "hstu"],
+    "compressors": ["full", "recent", {"snapkv": {"window": 8}}],
+    "budgets": [0.5, 0.25],
+}
+
+
+def write(folder: Path, text: str | dict[str, Any]) -> Path:
+    path = folder / "toy.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text, sort_keys=False))
+    return path
+
+
+def load(folder: Path, **changes: Any) -> Suite:
+    """The suite BASE with keys changed; None takes a key away."""
+    return load_suite(write(folder, {key: value for key, value in {**BASE, **changes}.items() if value is not None}))
+
+
+def fault(path: Path) -> str:
+    """What is wrong with a file, which the message names first."""
+    with pytest.raises(SuiteError) as caught:
+        load_suite(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+# ---- faults
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"budgts": [0.5]}, "budgts: unknown key. Did you mean 'budgets'?"),
+    ({"training": {"epoch": 3}}, "training.epoch: unknown key. Did you mean 'epochs'?"),
+    ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
+    ({"name": None}, "name: missing"),
+    ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
+    ({"split": None}, "split: missing"),
+    ({"datasets": "synthetic"}, "datasets: expected a list, not 'synthetic'"),
+    ({"datasets": []}, "datasets: expected at least one value, not an empty list"),
+    ({"compressors": []}, "compressors: expected at least one value, not an empty list"),
+    ({"budgets": []}, "budgets: expected at least one value, not an empty list"),
+    ({"seeds": []}, "seeds: expected at least one value, not an empty list"),
+    ({"datasets": ["sintetic"]}, "datasets[0]: no dataset is named 'sintetic'. Did you mean 'synthetic'?"),
+    ({"datasets": ["synthetic", "synthetic"]}, "datasets[1]: 'synthetic' is there twice"),
+    ({"tasks": ["retrival"]}, "tasks[0]: no task is named 'retrival'. Did you mean 'retrieval'?"),
+    ({"split": "leave_1_out"}, "split: no split is named 'leave_1_out'. Did you mean 'leave_one_out'?"),
+    ({"seeds": ["0"]}, "seeds[0]: expected an integer, not '0'"),
+    ({"seeds": [0, -1]}, "seeds[1]: expected greater than or equal to 0, not -1"),
+    ({"seeds": [0, 0]}, "seeds[1]: 0 is there twice"),
+    ({"seeds": [True]}, "seeds[0]: expected an integer, not True"),
+    ({"filter_seen": "yes"}, "filter_seen: expected a boolean, not 'yes'"),
+    ({"training": 3}, "training: expected keys and values, not 3"),
+    ({"training": {"epochs": 0}}, "training.epochs: expected greater than or equal to 1, not 0"),
+    ({"training": {"lr": "fast"}}, "training.lr: expected a number, not 'fast'"),
+    ({"training": {"lr": "2e-3"}}, "training.lr: expected a number, not '2e-3' (YAML reads 2e-3 as text: write 0.002)"),
+    (
+        {"training": {"amp": "bf17"}},
+        "training.amp: expected 'auto', 'bf16' or 'fp32', not 'bf17'. Did you mean 'bf16'?",
+    ),
+    ({"measure": {"seconds": float("inf")}}, "measure.seconds: expected a finite number, not inf"),
+    ({"budgets": [0.5, 0]}, "budgets[1]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not 0"),
+    ({"budgets": [float("nan")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not nan"),
+    ({"budgets": [float("inf")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not inf"),
+    (
+        {"budgets": [{"slot": 3}]},
+        "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not {'slot': 3}",
+    ),
+    ({"budgets": [0.5, 0.50]}, "budgets[1]: 0.5 is there twice"),
+    ({"budgets": None}, "budgets: missing: recent takes one, such as 0.25"),
+    ({"backbones": ["sasreq"]}, "backbones[0]: no backbone is named 'sasreq'. Did you mean 'sasrec'?"),
+    ({"backbones": [{"sasrec": {"layrs": 2}}]}, "backbones[0].sasrec.layrs: unknown parameter. Did you mean 'layers'?"),
+    ({"backbones": [{"sasrec": {"dim": "50"}}]}, "backbones[0].sasrec.dim: expected an integer, not '50'"),
+    ({"backbones": [{"sasrec": {"dim": 5.0}}]}, "backbones[0].sasrec.dim: expected an integer, not 5.0"),
+    (
+        {"backbones": [{"sasrec": {"head": "cosin"}}]},
+        "backbones[0].sasrec.head: expected 'cosine' or 'dot', not 'cosin'. Did you mean 'cosine'?",
+    ),
+    (
+        {"backbones": [{"hstu": {"dim": 50, "heads": 3}}]},
+        "backbones[0].hstu: dim must be a multiple of heads, not 50 with 3 heads",
+    ),
+    ({"backbones": [{"hstu": {"layers": 0}}]}, "backbones[0].hstu: layers must be at least 1, not 0"),
+    ({"compressors": ["snapkw"]}, "compressors[0]: no compressor is named 'snapkw'. Did you mean 'snapkv'?"),
+    ({"compressors": ["full", "full"]}, "compressors[1]: 'full' is there twice"),
+    ({"compressors": [None]}, "compressors[0]: expected a name or {name: {parameter: value}}, not None"),
+    (
+        {"compressors": [{"kivi": None, "int8": None}]},
+        "compressors[0]: expected a name or {name: {parameter: value}}, not {'kivi': None, 'int8': None}",
+    ),
+    ({"compressors": [{"kivi": 4}]}, "compressors[0].kivi: expected {parameter: value}, not 4"),
+    ({"compressors": [{"kivi": {"bit": 4}}]}, "compressors[0].kivi.bit: unknown parameter. Did you mean 'bits'?"),
+    ({"compressors": [{"full": {"bits": 4}}]}, "compressors[0].full.bits: unknown parameter. It has none."),
+    ({"compressors": [{"kivi": {"bits": "4"}}]}, "compressors[0].kivi.bits: expected an integer, not '4'"),
+    (
+        {"compressors": [{"kivi": {"bits": yaml.safe_load("2024-01-01")}}]},
+        "compressors[0].kivi.bits: expected numbers, text, lists or mappings of them, not datetime.date(2024, 1, 1)",
+    ),
+    (
+        {"compressors": [{"snapkv": {"kernel": 4}}]},
+        "compressors[0].snapkv: window >= 1 and an odd kernel >= 1 are needed, not 16 and 4",
+    ),
+    ({"compressors": [{"kivi": {"grid": 4}}]}, "compressors[0].kivi.grid: expected {parameter: [values]}, not 4"),
+    (
+        {"compressors": [{"kivi": {"grid": {"bits": []}}}]},
+        "compressors[0].kivi.grid.bits: expected a list of values, not []",
+    ),
+    ({"compressors": [{"kivi": {"grid": {"bits": [8, 8]}}}]}, "compressors[0].kivi.grid.bits[1]: 8 is there twice"),
+    (
+        {"compressors": [{"kivi": {"grid": {"bits": [8, "4"]}}}]},
+        "compressors[0].kivi.grid.bits[1]: expected an integer, not '4'",
+    ),
+    (
+        {"compressors": [{"kivi": {"bits": 8, "grid": {"bits": [4]}}}]},
+        "compressors[0].kivi.bits: fixed and in the grid: one of them is meant",
+    ),
+    (
+        {"compressors": [{"kivi": {"grid": {"group": list(range(1, 200)), "tail": list(range(200))}}}]},
+        "compressors[0].kivi.grid: a grid of 39,800 points, more than 10,000",
+    ),
+    ({"compressors": [{"compose": "recent"}]}, "compressors[0].compose: expected a list of compressors, not 'recent'"),
+    (
+        {"compressors": [{"compose": ["recent", {"kivi": {"bitz": 2}}]}]},
+        "compressors[0].compose[1].kivi.bitz: unknown parameter. Did you mean 'bits'?",
+    ),
+    (
+        {"compressors": [{"compose": ["recent", "kivvi"]}]},
+        "compressors[0].compose[1]: no compressor is named 'kivvi'. Did you mean 'kivi'?",
+    ),
+    (
+        {"compressors": [{"compose": ["kivi", "recent"]}]},
+        "compressors[0].compose: token methods, then at most one encoder, two steps or more are needed",
+    ),
+    (
+        {"compressors": ["svd"], "budgets": [{"slots": 4}, {"slots": 8}]},
+        "compressors.svd: none of its cells can run: svd keeps every slot: give its budget as a fraction or in bytes",
+    ),
+    ({"seeds": list(range(30_000))}, "300,000 cells, more than 100,000: split the suite"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), FAULTS, ids=[message[:60] for _, message in FAULTS])
+def test_each_fault_is_one_line_that_says_where_and_what(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    content = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
+    assert fault(write(tmp_path, content)) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected keys and values, found nothing"),
+        ("- a\n- b\n", "expected keys and values, found ['a', 'b']"),
+        ("name: toy\ndatasets: [a\nseeds: [0]\n", "line 3: expected ',' or ']', but got ':'"),
+        ("name: a\nsplit: b\nname: c\n", "line 3: the key 'name' is there twice"),
+        ("name: a\ntraining:\n  lr: 1.0\n  lr: 2.0\n", "line 4: the key 'lr' is there twice"),
+        ("name: &n [1]\nseeds: *n\n", "line 2: aliases (*n) are not allowed"),
+        ("name: !!python/object/apply:os.system [ls]\n", "line 1: could not determine a constructor"),
+        ("\tname: a\n", "line 1: found character '\\t' that cannot start any token"),
+        ("a: " + "[" * 20_000, "nested too deeply"),
+        ("name: 2024-13-45\n", "month must be in 1..12"),
+        ("# " + "x" * MAX_BYTES, f"over {MAX_BYTES >> 10} KB is no suite"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    assert fault(write(tmp_path, text)).startswith(message)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert "can't decode" in fault(path)
+
+
+def test_a_suite_that_is_not_there() -> None:
+    with pytest.raises(SuiteError, match=r"^quik: neither a file nor a shipped suite. Did you mean 'quick'\?$"):
+        load_suite("quik")
+    with pytest.raises(SuiteError, match="neither a file nor a shipped suite"):
+        load_suite("/etc")  # a folder
+
+
+# ---- a good suite
+
+
+def test_defaults(tmp_path: Path) -> None:
+    suite = load(tmp_path)
+    assert (suite.tasks, suite.seeds, suite.filter_seen) == (("retrieval",), (0,), True)
+    assert (suite.training, suite.measure) == (Training(), Measure())
+
+
+def test_the_schema_knows_every_setting() -> None:
+    assert TrainingKeys().model_dump() == asdict(Training())
+    assert MeasureKeys().model_dump() == asdict(Measure())
+
+
+def test_cells_stand_in_groups_that_share_a_backbone(tmp_path: Path) -> None:
+    cells = load(tmp_path, seeds=[0, 1]).cells()
+    groups = [(cell.backbone.name, cell.seed) for cell in cells]
+    assert list(dict.fromkeys(groups)) == [("sasrec", 0), ("sasrec", 1), ("hstu", 0), ("hstu", 1)]
+    assert groups == sorted(groups, key=list(dict.fromkeys(groups)).index)
+    first = [(cell.compressor.label, cell.budget_text) for cell in cells[:5]]
+    window = "snapkv(window=8)"
+    assert first == [("full", None), ("recent", "0.5"), ("recent", "0.25"), (window, "0.5"), (window, "0.25")]
+
+
+def test_grids_are_expanded(tmp_path: Path) -> None:
+    suite = load(
+        tmp_path,
+        backbones=[{"sasrec": {"dim": 8, "grid": {"layers": [1, 2]}}}],
+        compressors=[
+            {"kivi": {"group": 16, "grid": {"bits": [8, 4, 2], "tail": [0, 4]}}},
+            {"compose": ["merge_adjacent", {"kivi": {"grid": {"bits": [4, 2]}}}]},
+        ],
+    )
+    assert [part.label for part in suite.backbones] == ["sasrec(dim=8, layers=1)", "sasrec(dim=8, layers=2)"]
+    labels = [part.label for part in suite.compressors]
+    assert labels[:2] == ["kivi(group=16, bits=8, tail=0)", "kivi(group=16, bits=8, tail=4)"]
+    assert labels[6:] == ["merge_adjacent + kivi(bits=4)", "merge_adjacent + kivi(bits=2)"]
+    assert len(suite.cells()) == 2 * (6 + 2 * 2)
+
+
+def test_the_same_cell_is_there_once(tmp_path: Path) -> None:
+    parts = [{"kivi": {"bits": 4}}, "kivi", {"kivi": {"grid": {"bits": [8, 4]}}}, {"snapkv": {"window": 16}}, "snapkv"]
+    cells = load(tmp_path, compressors=parts, backbones=["hstu", {"hstu": {"layers": 2, "dropout": 0.2}}]).cells()
+    assert [cell.compressor.label for cell in cells] == [
+        "kivi(bits=4)", "kivi(bits=8)", "snapkv(window=16)", "snapkv(window=16)",
+    ]  # fmt: skip
+
+
+def test_a_method_without_a_budget_is_one_cell_and_needs_none(tmp_path: Path) -> None:
+    cells = load(tmp_path, compressors=["full", "int8", {"svd": {"rank": 3}}], budgets=None).cells()
+    assert [cell.budget for cell in cells] == [None] * 6
+
+
+def test_an_impossible_pair_is_a_cell_with_a_reason(tmp_path: Path) -> None:
+    cells = load(tmp_path, compressors=["svd", "recent"], budgets=[0.5, {"slots": 4}]).cells()
+    assert {cell.budget_text for cell in cells if cell.impossible} == {'{"slots":4}'}
+    assert {cell.compressor.name for cell in cells if cell.impossible} == {"svd"}
+    assert len(cells) == 8
+
+
+def test_a_backbone_can_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recent = registry.find("compressors", "recent")
+    monkeypatch.setattr(
+        recent, "supports", lambda self, backbone: "no hstu" if backbone.name == "hstu" else None, raising=False
+    )
+    cells = load(tmp_path, compressors=["full", "recent"]).cells()
+    refused = {(cell.backbone.name, cell.compressor.name, cell.impossible) for cell in cells if cell.impossible}
+    assert refused == {("hstu", "recent", "no hstu")}
+    assert fault(write(tmp_path, {**BASE, "backbones": ["hstu"]})) == (
+        "compressors.recent: none of its cells can run: no hstu"
+    )
+
+
+def test_a_backbone_is_only_refused_if_it_is_with_any_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(self: Compressor, backbone: Backbone) -> str | None:
+        return None if backbone.uses_times else "needs times"
+
+    monkeypatch.setattr(registry.find("compressors", "recent"), "supports", timed, raising=False)
+    cells = load(tmp_path, compressors=["full", "recent"]).cells()
+    assert {cell.backbone.name for cell in cells if cell.impossible} == {"sasrec"}
+
+
+# ---- identity
+
+
+def ids(suite: Suite, data: str = "d") -> list[str]:
+    return [cell.id(data) for cell in suite.cells()]
+
+
+def test_ids_know_neither_key_order_nor_the_suite_nor_omitted_defaults(tmp_path: Path) -> None:
+    plain = load(tmp_path)
+    turned = dict(reversed(BASE.items()))
+    turned["backbones"] = [
+        {"sasrec": {"dim": 8, "layers": 1, "heads": 1, "dropout": 0.2}},
+        {"hstu": {"temperature": 0.05}},
+    ]
+    turned["compressors"] = ["full", "recent", {"snapkv": {"kernel": 5, "window": 8}}]
+    other = load_suite(write(tmp_path, {**turned, "name": "other", "seeds": [0], "measure": {"latency": False}}))
+    assert ids(plain) == ids(other)
+    assert len(set(ids(plain))) == len(ids(plain))
+    assert not set(ids(plain)) & set(ids(plain, "other data"))
+
+
+def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
+    a, b = (load(tmp_path, backbones=[{"sasrec": {"dropout": zero}}]) for zero in (0, 0.0))
+    assert ids(a) == ids(b)
+    assert a.cells()[0].payload()["backbone"]["params"]["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"datasets": ["ml-1m"]},
+        {"seeds": [1]},
+        {"filter_seen": False},
+        *({"training": {name: value}} for name, value in {
+            "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
+        }.items()),
+        *({"backbones": [{"sasrec": {"layers": 1, "dim": 8, **change}}, {"hstu": change}]} for change in (
+            {"dim": 16}, {"max_length": 20}, {"dropout": 0.0}, {"head": "dot"}, {"temperature": 1.0}, {"layers": 3},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_other_setting_is_another_cell(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert not set(ids(load(tmp_path))) & set(ids(load(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"kivi": {"bits": 2}}, {"kivi": {"group": 16}}, {"kivi": {"tail": 1}}, "int8"],
+    ids=str,
+)
+def test_any_other_parameter_is_another_cell(other: Any, tmp_path: Path) -> None:
+    assert not set(ids(load(tmp_path, compressors=["kivi"]))) & set(ids(load(tmp_path, compressors=[other])))
+    chains = [load(tmp_path, compressors=[{"compose": ["recent", step]}]) for step in ("kivi", other)]
+    assert not set(ids(chains[0])) & set(ids(chains[1]))
+
+
+@pytest.mark.parametrize("name", ["kivi", "merge_adjacent", "compose"])
+def test_a_new_version_is_another_cell_in_chains_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = [{"compose": ["merge_adjacent", "kivi"]}]
+    before = ids(load(tmp_path, compressors=chain))
+    monkeypatch.setattr(registry.find("compressors", name), "version", 99)
+    assert not set(before) & set(ids(load(tmp_path, compressors=chain)))
+
+
+def test_a_users_file_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressor of a user's own: its file's hash counts, also where it is a step of a chain."""
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    text = (
+        "from dataclasses import dataclass\n"
+        "from malloc_bench.compressors.windowing.recent import Recent\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Recent):\n"
+        "    pass\n"
+    )
+    seen = []
+    for version in (text, text + "# edited\n"):
+        (tmp_path / "mine.py").write_text(version)
+        registry._parts["compressors"].pop("mine", None)
+        name = registry.load_part(f"{tmp_path / 'mine.py'}:Mine")
+        seen += [Part(name).content, Part("compose", {"steps": [name, "kivi"]}).content]
+    assert len({str(content) for content in seen}) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", content["source"]) for content in seen[::2])
+    assert "source" not in Part("recent").content
+
+
+def test_a_class_without_a_file_is_never_taken_for_another_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    typed = type("Typed", (type(Part("recent").build()),), {"__module__": "__main__"})
+    register("typed")(dataclass(frozen=True)(typed))
+    monkeypatch.setattr("inspect.getfile", lambda cls: (_ for _ in ()).throw(TypeError("built-in")))
+    assert Part("typed").content["source"].startswith("unsaved ")
+
+
+def test_a_cell_comes_back_from_its_row(tmp_path: Path) -> None:
+    suite = load(
+        tmp_path,
+        compressors=["full", {"compose": ["recent", {"kivi": {"bits": 2}}]}],
+        budgets=[0.5, {"bytes": 900}],
+        training={"epochs": 3},
+        filter_seen=False,
+    )
+    for cell in suite.cells():
+        row = {
+            "suite": cell.suite, "dataset": cell.dataset, "task": cell.task, "split": cell.split, "seed": cell.seed,
+            "backbone": cell.backbone.name, "backbone_params": cell.backbone.params, "budget": cell.budget_text,
+            "compressor": cell.compressor.name, "compressor_params": cell.compressor.params, "cell": cell.payload(),
+        }  # fmt: skip
+        assert Cell.of_row(row) == cell
+        assert Cell.of_row(row).id("d") == cell.id("d")
+        assert frame([{**row, "cell_id": cell.id("d"), "status": "ok"}])["budget"][0] == cell.budget_text
+        assert budget_label(cell.budget_text) in ("", "50 %", "900 bytes")
+
+
+# ---- a part of a suite
+
+
+def test_only(tmp_path: Path) -> None:
+    cells = load(tmp_path, budgets=[0.5, 0.25, {"slots": 4}], seeds=[0, 1]).cells()
+    assert len(cells) == 28
+    counts = {
+        ("backbone", "hstu"): 14,
+        ("backbone", "sasrec(layers=1, dim=8)"): 14,
+        ("compressor", "snapkv"): 12,
+        ("compressor", "snapkv(window=8)"): 12,
+        ("family", "windowing"): 12,
+        ("budget", "0.25"): 8,
+        ("budget", ".250"): 8,
+        ("budget", "none"): 4,
+        ("budget", '{"slots":4}'): 8,
+        ("seed", "1"): 14,
+        ("dataset", "synthetic"): 28,
+    }
+    assert {each: len(only(cells, dict([each]))) for each in counts} == counts
+    assert [
+        str(cell) for cell in only(cells, {"backbone": "hstu", "compressor": "recent", "budget": "0.5", "seed": "0"})
+    ] == ["synthetic, retrieval, leave_one_out, hstu, recent at 0.5, seed 0"]
+    with pytest.raises(SuiteError, match=r"^--only bakbone=hstu: unknown key. Did you mean 'backbone'\?$"):
+        only(cells, {"bakbone": "hstu"})
+    with pytest.raises(SuiteError, match=r"^--only compressor=recnt: no cell .* Did you mean 'recent'\?$"):
+        only(cells, {"compressor": "recnt"})
+
+
+# ---- what is shipped
+
+SHIPPED = sorted(path.stem for path in shipped("suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_suites_load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # far from a checkout
+    suite = load_suite(name)
+    assert suite.name == name
+    assert load_suite(f"suites/{name}.yaml") == suite == load_suite(f"{name}.yaml") == load_suite(suite.path)
+    assert not [str(cell) for cell in suite.cells() if cell.impossible]
+    first = suite.path.read_text().splitlines()[:3]
+    assert all(line.startswith("# ") for line in first), "a header: what it is, the command, the cost"
+    assert f"malloc-bench run {name}" in first[1]
+
+
+METHODS = (
+    "full", "none", "random", "recent", "sink_recent", "knorm", "h2o", "tova", "snapkv", "kivi", "int8", "svd",
+    "recompute", "truncate", "merge_adjacent", "compose",
+)  # fmt: skip
+
+
+def test_shipped_suites_cover_every_family() -> None:
+    assert {"quick", "smoke", "ml1m"} <= set(SHIPPED)
+    for name in ("quick", "ml1m"):
+        assert set(METHODS) <= {part.name for part in load_suite(name).compressors}
+    assert load_suite("smoke").datasets == ("synthetic",)  # nothing to download
+
+
+def test_a_local_file_goes_before_a_shipped_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, BASE).rename(tmp_path / "quick.yaml")
+    assert load_suite("quick.yaml").name == "toy"
+    assert load_suite("quick").name == "quick"
+
+
+def test_a_suite_can_be_changed_in_python(tmp_path: Path) -> None:
+    suite = replace(load(tmp_path), compressors=(Part("full"), Part("recent")), budgets=(Budget(slots=3),))
+    assert [cell.budget for cell in suite.cells()] == [None, Budget(slots=3)] * 2
+    assert {f.name for f in fields(suite)} >= {"name", "path", "training", "measure"}

@@ -1,0 +1,423 @@
+"""Fitting: it learns, keeps the best epoch, stops, and after a kill ends with the very same weights."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from malloc_bench import training
+from malloc_bench.backbones import get_backbone
+from malloc_bench.backbones.losses import _ROWS, next_item_loss
+from malloc_bench.data import load_card
+from malloc_bench.data.batches import training_batches, window
+from malloc_bench.data.dataset import group
+from malloc_bench.data.splits import Targets, leave_one_out
+from malloc_bench.data.synthetic import generate
+from malloc_bench.training import Fit, Training, fast_bfloat16, fit, validation_ndcg
+
+SETTINGS = Training(epochs=4, batch_size=16, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def split():
+    card = load_card("synthetic")
+    small = card.parameters.model_copy(update={"users": 120, "items": 100, "median": 20, "longest": 50, "shortest": 3})
+    return leave_one_out(group(card, generate(small), "test"))
+
+
+def fresh(split, name="sasrec", **params):
+    torch.manual_seed(0)
+    return get_backbone(name, split.dataset.n_items, True, **{"dim": 16, "max_length": 30, **params})
+
+
+def weights(backbone):
+    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module", params=["sasrec", "hstu"])
+def whole(request, split, tmp_path_factory):
+    """An uninterrupted fit: (backbone's name, folder, Fit, weights)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    backbone = fresh(split, request.param)
+    result = fit(backbone, split, SETTINGS, 7, folder)
+    return request.param, folder, result, weights(backbone)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """scores(0.1, 0.3, ...) are what validation says, epoch after epoch; gives the weights that it was asked about."""
+
+    def use(*values):
+        seen = []
+
+        def say(backbone, split, targets):
+            seen.append(weights(backbone))
+            return values[len(seen) - 1]
+
+        monkeypatch.setattr(training, "validation_ndcg", say)
+        return seen
+
+    return use
+
+
+# --- it learns ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_loss_falls_and_validation_beats_the_untrained_model(split, tmp_path, name):
+    backbone, losses = fresh(split, name), {}
+    before = validation_ndcg(backbone, split, split.valid)
+    result = fit(
+        backbone,
+        split,
+        Training(epochs=8, batch_size=16, lr=5e-3),
+        0,
+        tmp_path,
+        lambda p: losses.update({p.epoch: p.loss}),
+    )
+    assert len(losses) == 8 and losses[7] < losses[0] - 0.2
+    assert list(losses.values()) == sorted(losses.values(), reverse=True)
+    assert result.best_ndcg > 1.5 * before
+    assert result.best_ndcg == pytest.approx(validation_ndcg(backbone, split, split.valid), abs=1e-9)
+    assert not backbone.training and result.seconds > 0
+
+
+def test_a_first_loss_is_that_of_guessing(split):
+    batch = next(training_batches(split, 30, 16, 0, 0))
+    loss = float(fresh(split, head="dot").loss(batch).detach())
+    assert loss == pytest.approx(math.log(split.dataset.n_items), rel=0.1)
+
+
+def test_validation_ndcg_is_the_mean_over_users(split):
+    backbone, gains = fresh(split), []
+    with torch.no_grad():
+        table = backbone.eval().catalogue().double()
+        for user, at in zip(split.valid.users, split.valid.at):
+            scores = table @ backbone(window(split.dataset, np.array([user]), np.array([at]), 30))[0, -1].double()
+            target = split.dataset.items[at] - 1
+            seen = split.dataset.items[split.dataset.offsets[user] : at] - 1
+            scores[seen[seen != target]] = -torch.inf
+            rank = int((scores >= scores[target]).sum()) - 1
+            gains.append(1 / math.log2(rank + 2) if rank < 10 else 0)
+    assert validation_ndcg(backbone, split, split.valid) == pytest.approx(np.mean(gains), abs=1e-5)
+    assert validation_ndcg(backbone, split, Targets(split.valid.users[:0], split.valid.at[:0])) == 0
+    some = np.linspace(0, len(gains) - 1, 10).astype(int)
+    assert validation_ndcg(backbone, split, split.valid, 10) == pytest.approx(np.mean(np.array(gains)[some]), abs=1e-5)
+
+
+def test_training_never_looks_at_test_events(split, tmp_path):
+    """Other test items, the same weights."""
+    other = split.dataset.items.copy()
+    other[split.test.at] = 1 + other[split.test.at] % split.dataset.n_items
+    changed = leave_one_out(type(split.dataset)(**{**vars(split.dataset), "items": other}))
+    a, b = fresh(split), fresh(split)
+    settings = Training(epochs=2, batch_size=16)
+    fit(a, split, settings, 0, tmp_path / "a")
+    fit(b, changed, settings, 0, tmp_path / "b")
+    assert_equal(weights(a), weights(b))
+
+
+# --- the best epoch -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept(split, tmp_path, scores):
+    seen, backbone = scores(0.1, 0.3, 0.2, 0.3), fresh(split)
+    result = fit(backbone, split, SETTINGS, 0, tmp_path)
+    assert (result.epochs, result.best_epoch, result.best_ndcg) == (4, 2, 0.3)  # the earlier of two equals
+    assert_equal(weights(backbone), seen[1])
+    assert any(not torch.equal(seen[1][name], seen[3][name]) for name in seen[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 3), (1, 3), (2, 4), (3, 5), (9, 6)])
+def test_patience_counts_epochs_without_a_better_one(split, tmp_path, scores, patience, epochs):
+    scores(0.1, 0.2, 0.1, 0.2, 0.1, 0.1)
+    result = fit(fresh(split), split, Training(epochs=6, batch_size=64, patience=patience), 0, tmp_path)
+    assert (result.epochs, result.best_epoch) == (epochs, 2)
+
+
+def test_no_epochs_leave_the_weights_alone(split, tmp_path):
+    backbone = fresh(split)
+    before = weights(backbone)
+    assert fit(backbone, split, Training(epochs=0), 0, tmp_path) == Fit(0, 0, -1.0, 0.0)
+    assert_equal(weights(backbone), before)
+
+
+def test_progress(split, tmp_path):
+    steps = []
+    fit(fresh(split), split, Training(epochs=2, batch_size=50), 0, tmp_path, steps.append)
+    n = -(-int((split.train_end - split.dataset.offsets[:-1] > 1).sum()) // 50)
+    assert [(p.epoch, p.step) for p in steps] == [(epoch, step) for epoch in (0, 1) for step in range(1, n + 1)]
+    assert all((p.epochs, p.steps) == (2, n) for p in steps)
+    assert [p.ndcg is None for p in steps] == [p.epoch == 0 for p in steps]
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(epoch, step=1):
+    def report(progress):
+        if (progress.epoch, progress.step) == (epoch, step):
+            raise Killed
+
+    return report
+
+
+def interrupted(split, name, folder, epoch=1, step=3):
+    with pytest.raises(Killed):
+        fit(fresh(split, name), split, SETTINGS, 7, folder, kill_at(epoch, step))
+
+
+def finish(split, name, folder):
+    """Go on in what could be a new process: other weights, another state of the random numbers."""
+    backbone = fresh(split, name)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(1.0)
+    torch.manual_seed(99)
+    epochs = []
+    result = fit(backbone, split, SETTINGS, 7, folder, lambda p: epochs.append(p.epoch))
+    return backbone, result, sorted(set(epochs))
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_killed_fit_ends_as_an_uninterrupted_one(split, tmp_path, whole, epoch):
+    name, _, want, final = whole
+    interrupted(split, name, tmp_path, epoch)
+    backbone, result, epochs = finish(split, name, tmp_path)
+    assert epochs == list(range(epoch, 4))
+    assert_equal(weights(backbone), final)
+    assert (result.epochs, result.best_epoch, result.best_ndcg) == (want.epochs, want.best_epoch, want.best_ndcg)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
+
+
+def test_killed_again_and_again(split, tmp_path, whole):
+    name, _, _, final = whole
+    for epoch in (1, 1, 2, 3):
+        interrupted(split, name, tmp_path, epoch)
+    assert_equal(weights(finish(split, name, tmp_path)[0]), final)
+
+
+@pytest.mark.parametrize("tear", ["resume.json", "resume-2.safetensors", "best", "list", "gone"])
+def test_a_torn_checkpoint_starts_afresh(split, tmp_path, whole, tear):
+    name, _, _, final = whole
+    interrupted(split, name, tmp_path, 2)
+    if tear == "best":
+        next(tmp_path.glob("best-*")).unlink()
+    elif tear == "list":
+        (tmp_path / "resume.json").write_text("[1, 2]")
+    elif tear == "gone":
+        (tmp_path / "resume-2.safetensors").unlink()
+    else:
+        torn = tmp_path / tear
+        torn.write_bytes(torn.read_bytes()[:-20])
+    torch.manual_seed(0)
+    backbone = fresh(split, name)
+    epochs = []
+    fit(backbone, split, SETTINGS, 7, tmp_path, lambda p: epochs.append(p.epoch))
+    assert set(epochs) == {0, 1, 2, 3}
+    assert_equal(weights(backbone), final)
+
+
+@pytest.mark.parametrize("call", range(1, 12))
+def test_killed_between_any_two_files(split, tmp_path, whole, monkeypatch, call):
+    """Every write of the fit is the last one once."""
+    name, _, _, final = whole
+    if name == "hstu":
+        pytest.skip("the same code")
+    inner, calls = training.whole_file, []
+
+    def dies(path):
+        calls.append(path.name)
+        if len(calls) == call:
+            raise Killed
+        return inner(path)
+
+    monkeypatch.setattr(training, "whole_file", dies)
+    with pytest.raises(Killed):
+        fit(fresh(split, name), split, SETTINGS, 7, tmp_path)
+    monkeypatch.setattr(training, "whole_file", inner)
+    if call <= 3:  # nothing to go on from: the weights are those of a fresh backbone
+        backbone = fresh(split, name)
+        fit(backbone, split, SETTINGS, 7, tmp_path)
+    else:
+        backbone = finish(split, name, tmp_path)[0]
+    assert_equal(weights(backbone), final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
+
+
+def test_a_lost_epoch_leaves_no_trace(split, tmp_path, scores, monkeypatch):
+    """An epoch that was killed before its checkpoint was whole is not kept as the best, though it was better."""
+    first = scores(0.3, 0.5)
+    inner = training._write
+    monkeypatch.setattr(training, "_write", lambda path, text: inner(path, text) if '"epoch": 1' in text else dies())
+
+    def dies():
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(fresh(split), split, Training(epochs=2, batch_size=16), 7, tmp_path)
+    monkeypatch.setattr(training, "_write", inner)
+    scores(0.2)
+    backbone = fresh(split)
+    result = fit(backbone, split, Training(epochs=2, batch_size=16), 7, tmp_path)
+    assert (result.best_epoch, result.best_ndcg) == (1, 0.3)
+    assert_equal(weights(backbone), first[0])
+
+
+def test_a_finished_folder_is_only_loaded(split, whole, monkeypatch):
+    name, folder, result, final = whole
+    monkeypatch.setattr(training, "training_batches", lambda *args: pytest.fail("trained again"))
+    backbone = fresh(split, name)
+    with torch.no_grad():
+        backbone.items.weight.zero_()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert fit(backbone, split, SETTINGS, 7, folder) == result and not backbone.training
+    assert_equal(weights(backbone), final)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert Fit(**json.loads((folder / "fit.json").read_text())) == result
+
+
+def test_no_pickle_is_ever_read_or_written(split, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle")
+
+    for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    interrupted(split, "sasrec", tmp_path, 2)
+    finish(split, "sasrec", tmp_path)
+    finish(split, "sasrec", tmp_path)
+    bomb = tmp_path / "bomb"
+    bomb.mkdir()
+    (bomb / "resume.json").write_text('{"epoch": 1, "best_epoch": 1, "best": 0.5, "seconds": 1}')
+    for name in ("resume-1.safetensors", "best-1.safetensors"):
+        (bomb / name).write_bytes(
+            b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R."
+        )
+    epochs = []
+    fit(fresh(split), split, Training(epochs=1, batch_size=64), 0, bomb, lambda p: epochs.append(p.epoch))
+    assert set(epochs) == {0}
+
+
+# --- schedule and precision -----------------------------------------------------------------------------------------
+
+
+def test_the_schedule_warms_up_for_an_epoch_and_falls_to_nothing():
+    rates = [training._schedule(epoch, 10) for epoch in np.linspace(0, 10, 201)]
+    top = int(np.argmax(rates))
+    assert 0.04 < rates[0] < 0.06 and 0.9 < max(rates) <= 1 and 0.9 <= top / 20 <= 1.0
+    assert (np.diff(rates[: top + 1]) > 0).all() and (np.diff(rates[top:]) < 0).all()
+    assert rates[100] == pytest.approx(0.5) and rates[-1] == pytest.approx(0)
+    assert training._schedule(11, 10) == pytest.approx(0) and 0 < training._schedule(0, 1) < 0.06
+
+
+def test_the_schedule_is_what_the_optimizer_gets(split, tmp_path, monkeypatch):
+    rates = []
+    inner = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), inner(self, *a))[1]
+    )
+    fit(fresh(split), split, Training(epochs=3, batch_size=32, lr=0.01), 0, tmp_path)
+    steps = len(rates) // 3
+    assert rates == pytest.approx([0.01 * training._schedule(i / steps, 3) for i in range(len(rates))])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "fast"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("flags\t\t: fpu avx avx2", False),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags\t\t: amx_bf16 amx_tile", True),
+        ("Features\t: asimd fp bf16", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_have_it(monkeypatch, cpu, fast):
+    monkeypatch.setattr(Path, "read_text", lambda self: cpu)
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    assert fast_bfloat16(torch.device("cpu")) is fast
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert not fast_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("amp", "fast", "used"), [("auto", True, True), ("auto", False, False), ("bf16", False, True), ("off", True, False)]
+)
+def test_autocast_follows_the_setting_and_the_probe(split, tmp_path, monkeypatch, amp, fast, used):
+    monkeypatch.setattr(training, "fast_bfloat16", lambda device: fast)
+    backbone, seen = fresh(split), set()
+    inner = backbone.loss
+    monkeypatch.setattr(backbone, "loss", lambda batch: seen.add(torch.is_autocast_enabled("cpu")) or inner(batch))
+    fit(backbone, split, Training(epochs=1, batch_size=64, amp=amp), 0, tmp_path)
+    assert seen == {used}
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("head", ["cosine", "dot"])
+def test_bfloat16_gradients_are_near(split, name, head):
+    """Small products may be emulated here; what counts is that training in autocast is the same to its precision."""
+    backbone = fresh(split, name, head=head, dropout=0.0)
+    batch = next(training_batches(split, 30, 16, 0, 0))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = backbone.loss(batch)
+        assert loss.dtype == torch.float32
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(backbone.parameters()))]))
+    full, half = gradients
+    assert float(F.cosine_similarity(full, half, dim=0)) > 0.99 and half.dtype == torch.float32
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, _ROWS, 2 * _ROWS + 3])
+@pytest.mark.parametrize("size", [0.3, 3.0, 40.0])  # below and above where exp needs the maximum taken off
+def test_the_loss_is_cross_entropy(rows, size):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = (size * torch.randn(rows, 12, generator=generator)).requires_grad_()
+    table = torch.randn(50, 12, generator=generator).requires_grad_()
+    targets = torch.randint(50, (rows,), generator=generator)
+    got = next_item_loss(hidden, table, targets)
+    want = F.cross_entropy(hidden.double() @ table.double().T, targets)
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-5, abs=1e-6)
+    ours = torch.autograd.grad(3 * got, (hidden, table))
+    theirs = torch.autograd.grad(3 * want, (hidden, table))
+    for a, b in zip(ours, theirs):
+        assert float((a - b).abs().max()) <= 3e-6 * max(1.0, float(b.abs().max()))
+
+
+def test_both_ways_to_the_loss_were_tried():
+    bound = [
+        float(size * torch.randn(300, 12).norm(dim=1).max() * torch.randn(50, 12).norm(dim=1).max())
+        for size in (0.3, 40.0)
+    ]
+    assert bound[0] < 60 < bound[1]
+
+
+def test_a_batch_without_targets_costs_nothing():
+    hidden, table = torch.zeros(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = next_item_loss(hidden, table, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert float(loss.detach()) == 0 and not table.grad.any()
+
+
+def test_tuning_malloc_is_harmless():
+    training.tune_malloc()
+    assert float(torch.ones(1 << 20).sum()) == 1 << 20
