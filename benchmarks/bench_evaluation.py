@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 
 import numpy as np
+import pytest
 import torch
 
 from malloc_bench.backbones import Backbone, get_backbone
@@ -102,23 +103,28 @@ def measure(name: str, data: str, rounds: int = 3, shares: bool = True) -> dict[
         clock("48 cells", lambda: evaluate(backbone, split, jobs()))
     if shares:
         for method in METHODS:
-            clock(f"{method[0]} {method[1] or ''}".strip(), lambda method=method: evaluate(backbone, split, jobs([method])))
+            clock(
+                f"{method[0]} {method[1] or ''}".strip(),
+                lambda method=method: evaluate(backbone, split, jobs([method])),
+            )
         clock("reference only", lambda: evaluate(backbone, split, []))
     result = {label: float(np.median(each)) for label, each in seconds.items()}
     result["ratio"] = float(np.median(np.array(seconds["48 cells"]) / np.array(seconds["plain"])))
     return result
 
 
-def test_48_cells_cost_few_plain_evaluations() -> None:
-    for data in ("ml-1m", "long"):
-        for name in ("sasrec", "hstu"):
-            report(name, data)
+@pytest.mark.parametrize("data", ["ml-1m", "long"])
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_48_cells(benchmark, name: str, data: str) -> None:
+    benchmark.pedantic(report, (name, data), rounds=1)
 
 
 def report(name: str, data: str, **options) -> None:
     tune_malloc()
     result = measure(name, data, **options)
-    print(f"\n{name} on {data}: 48 cells cost {result['ratio']:.1f} plain evaluations, {torch.get_num_threads()} threads")
+    print(
+        f"\n{name} on {data}: 48 cells cost {result['ratio']:.1f} plain evaluations, {torch.get_num_threads()} threads"
+    )
     for label, value in result.items():
         if label != "ratio":
             print(f"  {label:44s} {value:7.2f} s  {value / result['plain']:6.2f} plain")

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_training.py [sasrec|hstu] [ml-1m|ml-100k] [batch size]
 
-The naive loop trains the same model: batches of 128 users in random order, padded to max length; cross_entropy over the
-full logits; F.dropout, and dropout inside the attention kernel; stock indexing for HSTU's time bias; Adam, not fused; the
-system's malloc. malloc cannot be untuned, so it lives in a process of its own; both run in turn, never at once.
+The naive loop trains the same model: batches of 128 users in random order, padded to max length; cross_entropy over
+the full logits; F.dropout, and dropout inside the attention kernel; stock indexing for HSTU's time bias; Adam, not
+fused; the system's malloc. malloc cannot be untuned, so it lives in a process of its own; both run in turn.
 """
 
 from __future__ import annotations
@@ -141,10 +141,8 @@ def measure(name: str, data: str = "ml-1m", size: int = 64, rounds: int = 3) -> 
 def report(name: str, data: str = "ml-1m", size: int = 64) -> None:
     before = os.getloadavg()[0]
     result = measure(name, data, size)
-    print(
-        f"\n{name} on {data}, {torch.get_num_threads()} threads, load {before:.1f} before and {os.getloadavg()[0]:.1f} after:"
-        f" {result['ratio']:.1f} times the naive loop"
-    )
+    load = f"load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
+    print(f"\n{name} on {data}, {torch.get_num_threads()} threads, {load}: {result['ratio']:.1f} times the naive loop")
     for label, words in (("ours", f"batches of {size}"), ("naive", f"batches of {NAIVE_USERS}")):
         epoch = result["targets"] / result[label]
         print(f"  {label:6s} {words:16s} {result[label]:8,.0f} targets/s  {epoch:6.1f} s an epoch")

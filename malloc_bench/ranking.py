@@ -17,7 +17,7 @@ _ROWS = 64  # outputs at a time: their scores stay in cache
 
 @dataclass(frozen=True)
 class Question:
-    """What B users are asked: target [B] int64 in [0, n_items), penalty [B, n_items], -inf where an item cannot rank."""
+    """What B users are asked: target [B] int64 in [0, n_items), penalty [B, n_items], -inf where one cannot rank."""
 
     target: Tensor
     penalty: Tensor

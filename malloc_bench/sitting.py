@@ -204,9 +204,7 @@ class Sitting:
 
 
 @torch.inference_mode()
-def _costs(
-    backbone: Backbone, jobs: list[Job], workload: measure.Workload
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _costs(backbone: Backbone, jobs: list[Job], workload: measure.Workload) -> Iterator[tuple[str, dict[str, Any]]]:
     """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
     device = next(backbone.parameters()).device
     prefill = workload.prefill(backbone, reduce(Stats.__or__, (job.compressor.needs for job in jobs)))

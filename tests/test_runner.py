@@ -160,7 +160,9 @@ def test_a_kill_costs_one_chunk(suite: Path, tmp_path: Path, monkeypatch: pytest
     run_suite(suite, tmp_path / "whole", quiet=True)
     once, resumed = ({row["cell_id"]: row for row in read_rows(f / "rows")} for f in (tmp_path / "whole", out))
     for each, row in once.items():
-        assert {k: resumed[each][k] for k in row if k != "created_at"} == {k: v for k, v in row.items() if k != "created_at"}
+        assert {k: resumed[each][k] for k in row if k != "created_at"} == {
+            k: v for k, v in row.items() if k != "created_at"
+        }
 
 
 def test_a_torn_chunk_is_computed_again(suite: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -353,7 +355,9 @@ class Mine(Eviction):
 """
 
 
-def test_compare_runs_only_what_is_new_and_sees_a_changed_file(suite: Path, tmp_path: Path, methods, monkeypatch) -> None:
+def test_compare_runs_only_what_is_new_and_sees_a_changed_file(
+    suite: Path, tmp_path: Path, methods, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(MINE)
     run_suite(suite, quiet=True)
@@ -378,5 +382,3 @@ def test_a_device_that_is_not_there(suite: Path, tmp_path: Path) -> None:
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="device 'cuda' is not there"):
         run_suite(suite, tmp_path / "run", device="cuda", quiet=True)
-
-

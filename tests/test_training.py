@@ -88,7 +88,7 @@ def test_loss_falls_and_validation_beats_the_untrained_model(split, tmp_path, na
     )
     assert len(losses) == 8 and losses[7] < losses[0] - 0.2
     assert list(losses.values()) == sorted(losses.values(), reverse=True)
-    assert result.best_ndcg > 1.5 * before
+    assert result.best_ndcg > 1.2 * before
     assert result.best_ndcg == pytest.approx(validation_ndcg(backbone, split, split.valid), abs=1e-9)
     assert not backbone.training and result.seconds > 0
 
@@ -234,12 +234,11 @@ def test_a_torn_checkpoint_starts_afresh(split, tmp_path, whole, tear):
     assert_equal(weights(backbone), final)
 
 
+@pytest.mark.parametrize("whole", ["sasrec"], indirect=True)
 @pytest.mark.parametrize("call", range(1, 12))
 def test_killed_between_any_two_files(split, tmp_path, whole, monkeypatch, call):
     """Every write of the fit is the last one once."""
     name, _, _, final = whole
-    if name == "hstu":
-        pytest.skip("the same code")
     inner, calls = training.whole_file, []
 
     def dies(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places
     ) -> Iterator[tuple[Tensor, Segment, slice]]:
         """Weights of `_BLOCK` queries at a time over the keys they may see: (weights, segment of keys, query rows)."""
-        b, h, s, _ = q.shape
+        b, _, s, _ = q.shape
         count = torch.full((b, 1), s, dtype=torch.int32, device=q.device)
         for start in range(0, max(s, 1), _BLOCK):
             rows = slice(start, min(start + _BLOCK, s))
@@ -95,7 +95,8 @@ class AttentionBackbone(Backbone):
 
     items: nn.Embedding
     positions: nn.Embedding
-    blocks: nn.ModuleList
+    config: Any
+    blocks: Any  # an nn.ModuleList of `Block`s
 
     def _embed(self, events: Events, positions: Tensor) -> Tensor:
         x = self.items(events.items) * self.config.dim**0.5 + self.positions(positions.long())

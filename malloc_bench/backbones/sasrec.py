@@ -67,7 +67,7 @@ class SASRec(AttentionBackbone):
 
     @dataclass(frozen=True)
     class Config:
-        """layers: blocks; heads: attention heads; dim: width d; max_length: events kept; temperature: of the cosine head."""
+        """layers: blocks; heads: attention heads; dim: width d; max_length: events kept."""
 
         layers: int = 2
         heads: int = 1

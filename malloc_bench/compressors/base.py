@@ -103,16 +103,16 @@ class Layout:
 class Compressor(ABC):
     """A smaller state from a full one; it knows the state only, never a backbone.
 
-    Class attributes: `family`, `paper`, `needs` (attention statistics), `stores` and `formula` in words for
-    `malloc-bench show`, `version` (raise it when results change).
+    Class attributes: `family` (its line in tables and figures), `paper`, `formula` and `stores` (in words, for
+    `malloc-bench show`), `version` (raise it when results change).
     """
 
     kind: ClassVar[str] = "compressors"
     name: ClassVar[str]
-    family: ClassVar[str]
-    paper: ClassVar[str]
-    formula: ClassVar[str]
-    stores: ClassVar[str]
+    family: ClassVar[str] = "custom"
+    paper: ClassVar[str] = "unpublished"
+    formula: ClassVar[str] = "see its source"
+    stores: ClassVar[str] = "see its source"
     version: ClassVar[int] = 1
 
     @property
@@ -171,7 +171,7 @@ class Encoder(Compressor):
 def dense_layout(
     prefill: Prefill, per: Literal["state", "layer", "head"], mass: bool = False, consecutive: bool = False
 ) -> Layout:
-    """The layout of kept slots, the same in the whole state or each layer's or head's own; with mass, or plain events."""
+    """The layout of kept slots, the same in the whole state or each layer's or head's own."""
     vectors: list[tuple[str, int, int]] = []
     for layer in prefill.layers:
         vectors += [(name, v.shape[1], v.shape[3]) for name, v in prefill.segment(layer).fields.items()]

@@ -55,13 +55,16 @@ def split_newest(events: Events) -> tuple[Events, Events]:
 
 
 def training_batches(split: Split, max_length: int, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """One epoch: every user's newest max_length training steps.
+    """One epoch: max_length consecutive training steps of every user, all of those who have no more.
 
-    Users are shuffled, sorted by length within 8 batches (little padding), then the batches are shuffled.
+    A longer history shows another window each epoch, so that no event is left unlearned. Users are shuffled, sorted by
+    length within 8 batches (little padding), then the batches are shuffled.
     """
     dataset = split.dataset
     rng = np.random.default_rng([seed, epoch])
-    steps = np.minimum(split.train_end - dataset.offsets[:-1] - 1, max_length)
+    everything = split.train_end - dataset.offsets[:-1] - 1
+    steps = np.minimum(everything, max_length)
+    skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1)  # newest steps behind this epoch's window
     users = rng.permutation(np.flatnonzero(steps > 0))
     batches: list[np.ndarray] = []
     for start in range(0, len(users), 8 * batch_size):
@@ -70,7 +73,7 @@ def training_batches(split: Split, max_length: int, batch_size: int, seed: int, 
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     for i in rng.permutation(len(batches)):
         batch = batches[i]
-        end = split.train_end[batch]
+        end = split.train_end[batch] - skipped[batch]
         events = window(dataset, batch, end - 1, max_length)
         index, _ = _places(dataset, batch, end - 1, max_length)
         following = dataset.items[np.minimum(index + 1, end[:, None] - 1)]

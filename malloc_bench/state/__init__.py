@@ -9,7 +9,7 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment", "Slots",
-    "Stats", "UserState", "Vectors", "extend", "low_rank",
+    "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment",
+    "Slots", "Stats", "UserState", "Vectors", "extend", "low_rank",
     "map_tensors", "pack_bits", "quantize", "take", "unpack_bits",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Vectors):
-    """x = left @ right; left [B, H, S, R], right [B, H, R, D], of which the leading rank [B, H'] int32 columns count."""
+    """x = left @ right; left [B, H, S, R], right [B, H, R, D], of which `rank` [B, H'] int32 columns count."""
 
     left: Tensor
     right: Tensor

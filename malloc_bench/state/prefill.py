@@ -110,7 +110,7 @@ class Prefill:
         return self.memo[key]
 
     def over(self, state: UserState) -> Prefill:
-        """The same users with the state that another method has made already: no statistics, the next link of a chain."""
+        """The same users with the state that an earlier link of a chain has made: no statistics."""
         return replace(self, state=state, column_sum=None, window=None, memo={})
 
     @staticmethod

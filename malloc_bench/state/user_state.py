@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ class Batch:
 class Segment:
     """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots."""
 
-    fields: dict[str, Vectors]
+    fields: Mapping[str, Vectors]
     slots: Slots | None
 
     @property

@@ -1,7 +1,7 @@
 """Contract tests for anyone's compressor or backbone.
 
-`check_compressor(MyMethod())` and `check_backbone(my_backbone)` run everything and raise AssertionError at the first broken
-promise. `compressor_checks` and `backbone_checks` give the single checks, so that pytest shows one test for each:
+`check_compressor(MyMethod())` and `check_backbone(my_backbone)` run everything and raise AssertionError at the
+first broken promise. `compressor_checks` and `backbone_checks` give the single checks, one test each in pytest:
 
     @pytest.mark.parametrize("check", compressor_checks(MyMethod()), ids=str)
     def test_contract(check):
@@ -13,6 +13,6 @@ from malloc_bench.testing.compressors import check_compressor, compressor_checks
 from malloc_bench.testing.worlds import POISON, Check, World, check_packs, histories, poisoned, resized, worlds
 
 __all__ = [
-    "POISON", "Check", "World", "backbone_checks", "check_backbone", "check_compressor", "check_packs", "compressor_checks",
-    "histories", "poisoned", "resized", "worlds",
+    "POISON", "Check", "World", "backbone_checks", "check_backbone", "check_compressor", "check_packs",
+    "compressor_checks", "histories", "poisoned", "resized", "worlds",
 ]  # fmt: skip

@@ -108,11 +108,10 @@ def batch_and_padding_do_not_matter(backbone: Backbone) -> None:
     for user, n in enumerate(LENGTHS):
         row = torch.tensor([user])
         alone = map_tensors(lambda x: x.index_select(0, row), history)  # noqa: B023
-        alone = Events(*(None if x is None else x[:, :n] if x.dim() == 2 else x for x in _columns(alone)))
+        alone = map_tensors(lambda x: x[:, :n] if x.dim() == 2 else x, alone)  # noqa: B023
         mine = backbone.prefill(alone).state
-        close(
-            backbone.read(map_tensors(lambda x: x.index_select(0, row), tokens), mine)[0], outputs[user], "alone", 1e-5
-        )
+        token = map_tensors(lambda x: x.index_select(0, row), tokens)  # noqa: B023
+        close(backbone.read(token, mine)[0], outputs[user], "alone", 1e-5)
         assert int(mine.nbytes()) == int(state.nbytes()[user])
 
 
@@ -163,10 +162,6 @@ def loss_reaches_every_parameter(backbone: Backbone) -> None:
     for (name, _), gradient in zip(backbone.named_parameters(), gradients):
         assert gradient is not None and bool(gradient.isfinite().all()), name
         assert bool((gradient != 0).any()), f"{name} has no gradient"
-
-
-def _columns(events: Events) -> tuple[Tensor | None, ...]:
-    return events.items, events.count, events.times, events.next_times
 
 
 def _part(events: Events, start: Tensor, stop: Tensor) -> Events:

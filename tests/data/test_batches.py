@@ -80,10 +80,12 @@ def _until(events):
 
 @settings(deadline=None)
 @given(LENGTHS, st.integers(1, 10), st.integers(1, 5), st.integers(0, 3), st.booleans())
-def test_an_epoch_has_every_newest_training_step_once(lengths, max_length, size, epoch, timed):
+def test_an_epoch_has_every_user_s_steps_once(lengths, max_length, size, epoch, timed):
+    """All of them, or a run of max_length of them."""
     dataset = toy(lengths, timed)
     split = leave_one_out(dataset)
-    seen = Counter()
+    seen: set[int] = set()
+    users = 0
     for batch in training_batches(split, max_length, size, 0, epoch):
         assert 1 <= len(batch.targets) <= size and batch.targets.shape == batch.events.items.shape
         assert torch.equal(batch.targets > 0, batch.events.mask())
@@ -92,11 +94,23 @@ def test_an_epoch_has_every_newest_training_step_once(lengths, max_length, size,
             assert [item + 1 for item in items] == targets  # the very next event of the same user
             if timed:
                 assert times == [10 * x for x in items] and following == [10 * x for x in targets]
-            seen.update(targets)
-    want = []
-    for first, end in zip(dataset.offsets[:-1], split.train_end):
-        want += dataset.items[first + 1 : end].tolist()[-max_length:]
-    assert seen == Counter(want)
+            assert not seen & set(targets)
+            seen |= set(targets)
+            users += 1
+    trained = [set(dataset.items[first + 1 : end].tolist()) for first, end in zip(dataset.offsets, split.train_end)]
+    assert users == sum(map(bool, trained)) and seen <= set().union(*trained)
+    for steps in trained:
+        assert len(steps & seen) == min(len(steps), max_length)
+
+
+def test_a_long_history_is_learned_from_whole_over_epochs():
+    dataset = toy([40], False)
+    split = leave_one_out(dataset)
+    seen = Counter()
+    for epoch in range(200):
+        for batch in training_batches(split, 10, 4, 0, epoch):
+            seen.update(batch.targets.flatten().tolist())
+    assert set(seen) == set(dataset.items[1 : split.train_end[0]].tolist())
 
 
 def test_nothing_of_validation_and_test_is_in_any_batch():
@@ -111,8 +125,8 @@ def test_nothing_of_validation_and_test_is_in_any_batch():
             touched |= set(batch.events.items.flatten().tolist()) | set(batch.targets.flatten().tolist())
             moments |= set(batch.events.times.flatten().tolist()) | set(batch.events.next_times.flatten().tolist())
     assert not touched & held_out and not moments & held_times
-    lasts = split.train_end - 1
-    assert set(dataset.items[lasts[split.train_end - dataset.offsets[:-1] >= 2]].tolist()) <= touched
+    short = (split.train_end - dataset.offsets[:-1] >= 2) & (split.train_end - dataset.offsets[:-1] <= 51)
+    assert set(dataset.items[split.train_end[short] - 1].tolist()) <= touched  # all but what is held out
 
 
 def test_validation_sees_no_test_event():

@@ -63,7 +63,7 @@ def _merged(old: Slots, run: Tensor, k: Tensor, length: Tensor, uses_positions: 
 
 def _sum(x: Tensor, run: Tensor, size: int) -> Tensor:
     """Sums of x [B, H, S, D] over the runs [B, S] of neighbours: [B, H, size, D]."""
-    b, h, s, d = x.shape
+    b, h, _, d = x.shape
     row = run[:, None] + torch.arange(b * h, device=x.device).view(b, h, 1) * (size + 1)
     out = x.new_zeros(b * h * (size + 1), d)
     return out.index_add_(0, row.reshape(-1), x.reshape(-1, d)).view(b, h, size + 1, d)[:, :, :size]

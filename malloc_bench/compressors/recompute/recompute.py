@@ -9,7 +9,7 @@ from malloc_bench.state import Events, MissingStatistic, Prefill, UserState
 
 
 def raw_events(prefill: Prefill) -> Events:
-    """The history's ids, and its times where the backbone reads them; raises MissingStatistic where they are not known."""
+    """The history's ids, and its times where the backbone reads them; raises MissingStatistic where unknown."""
     if prefill.events is None:
         raise MissingStatistic("the raw events are not known: this Prefill was made of tensors")
     timed = prefill.slots(0).timestamps is not None

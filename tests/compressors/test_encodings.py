@@ -1,0 +1,141 @@
+"""Merging, encodings and raw events against their definitions, spelled out in float64 on small inputs."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.state import Prefill, Stats
+from malloc_bench.testing import World, histories
+from malloc_bench.testing.worlds import LENGTHS, close
+
+COUNTS = (1, 3, 9, 14)
+
+
+def prefill_of():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = ([torch.randn(4, 2, 14, 4, generator=generator) for _ in range(2)] for _ in range(2))
+    return Prefill.from_tensors(keys, values, lengths=torch.tensor(COUNTS), positions=True)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 20])
+def test_merge_adjacent(k):
+    prefill = prefill_of()
+    state = get_compressor("merge_adjacent").compress(prefill, Budget(slots=k))
+    for layer in prefill.layers:
+        (segment,) = state.layers[layer]
+        for user, n in enumerate(COUNTS):
+            size = min(k, n)
+            runs = [[i for i in range(n) if i * size // n == run] for run in range(size)]
+            lengths = [len(run) for run in runs]
+            assert sum(lengths) == n and max(lengths) - min(lengths) <= 1
+            assert segment.slots.mass[user, 0, :size].tolist() == lengths
+            for slot, run in enumerate(runs):
+                assert segment.slots.positions[user, 0, slot] == round(sum(run) / len(run))  # half to even
+                for name, x in (("keys", prefill.keys(layer)), ("values", prefill.values(layer))):
+                    want = x[user, :, run].double().mean(1)
+                    close(segment.fields[name].dense()[user, :, slot].double(), want, name, 1e-6)
+
+
+def test_merged_times_are_means_to_the_second(trained):
+    """Float32 would round unix seconds to two minutes."""
+    backbone = trained("hstu-times")
+    history, _ = histories(backbone, LENGTHS)
+    state = get_compressor("merge_adjacent").compress(backbone.prefill(history), Budget(slots=7))
+    times = state.layers[0][0].slots.timestamps
+    for user, n in enumerate(LENGTHS):
+        size = min(n, 7)
+        for slot in range(size):
+            run = [int(history.times[user, i]) for i in range(n) if i * size // n == slot]
+            assert abs(int(times[user, 0, slot]) - sum(run) / len(run)) <= 0.5
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_kivi_groups_keys_along_slots_and_values_along_channels(bits):
+    prefill = prefill_of()
+    state = get_compressor("kivi", bits=bits, group=3).compress(prefill)
+    for name, x in (("keys", prefill.keys(0)), ("values", prefill.values(0))):
+        got = state.layers[0][0].fields[name].dense()
+        for user, n in enumerate(COUNTS):
+            y = x[user, :, :n].double()
+            for start in range(0, n if name == "keys" else 4, 3):
+                part = (slice(None), slice(start, start + 3)) if name == "keys" else (..., slice(start, start + 3))
+                block, axis = y[part], 1 if name == "keys" else 2
+                low, high = block.amin(axis, keepdim=True), block.amax(axis, keepdim=True)
+                scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+                want = ((block - low) / scale).round() * scale + low
+                error = (got[user, :, :n][part].double() - want).abs()
+                # float16 moves scale and zero point a little, and with them a code at the edge by one step
+                assert float((error - 4e-3).clamp(min=0).div(scale).max()) <= 1
+                assert float((error < 4e-3).double().mean()) > 0.85
+
+
+def test_kivi_tail_is_exact():
+    prefill = prefill_of()
+    body, tail = get_compressor("kivi", bits=2, tail=4).compress(prefill).layers[0]
+    for user, n in enumerate(COUNTS):
+        assert int(tail.slots.count[user]) == min(n, 4) and int(body.slots.count[user]) == max(n - 4, 0)
+        newest = prefill.keys(0)[user, :, max(n - 4, 0) : n]
+        assert torch.equal(tail.fields["keys"].dense()[user, :, : min(n, 4)], newest)
+
+
+def test_int8():
+    prefill = prefill_of()
+    got = get_compressor("int8").compress(prefill).layers[0][0].fields["values"].dense()
+    x = prefill.values(0).double()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    for user, n in enumerate(COUNTS):
+        error = (got[user, :, :n] - (x / scale).round()[user, :, :n] * scale[user, :, :n]).abs()
+        assert bool((error <= scale[user, :, :n] * 1.07).all()) and float(error.mean()) < float(scale.mean()) / 10
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_svd(rank):
+    prefill = prefill_of()
+    state = get_compressor("svd", rank=rank).compress(prefill)
+    for name, x in (("keys", prefill.keys(1)), ("values", prefill.values(1))):
+        got = state.layers[1][0].fields[name].dense()
+        for user, n in enumerate(COUNTS):
+            u, s, v = torch.linalg.svd(x[user, :, :n].double(), full_matrices=False)
+            want = (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
+            close(got[user, :, :n].double(), want, f"{name} of user {user}", 1e-4)
+
+
+def test_errors_fall_with_bits_and_rank():
+    prefill = prefill_of()
+    x, real = prefill.keys(0), prefill.mask(0).unsqueeze(-1)
+
+    def error(name, **params):
+        got = get_compressor(name, **params).compress(prefill).layers[0][0].fields["keys"].dense()
+        return float(((got - x) * real).norm())
+
+    for errors in ([error("kivi", bits=b) for b in (2, 4, 8)], [error("svd", rank=r) for r in (1, 2, 3, 4)]):
+        assert all(a > b for a, b in pairwise(errors)) and errors[-1] < 0.01 * float((x * real).norm())
+
+
+@pytest.mark.parametrize("case", ["sasrec", "hstu", "hstu-times"])
+def test_recompute_is_the_full_state(case, trained):
+    world = World(case, trained(case))
+    prefill = world.prefill(Stats())
+    state = get_compressor("recompute").compress(prefill)
+    assert torch.equal(world.read(state), world.read(prefill.state))
+    assert state.nbytes().tolist() == [4 + n * (12 if case == "hstu-times" else 4) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("case", ["sasrec", "hstu", "hstu-times"])
+def test_truncate_is_the_prefill_of_the_last_events(case, trained):
+    world = World(case, trained(case))
+    prefill = world.prefill(Stats())
+    short = world.backbone.prefill(prefill.events.last(torch.full((len(LENGTHS),), 5))).state
+    state = get_compressor("truncate").compress(prefill, Budget(slots=5))
+    assert state.length.tolist() == [min(n, 5) for n in LENGTHS]
+    close(world.read(state), world.read(short), "read", 1e-6)
+
+
+def test_none_is_a_new_user(trained):
+    world = World("hstu", trained("hstu"))
+    state = get_compressor("none").compress(world.prefill(Stats()))
+    nobody = world.backbone.prefill(histories(world.backbone, (0,) * len(LENGTHS))[0]).state
+    close(world.read(state), world.read(nobody), "read", 1e-6)
+    assert state.nbytes().tolist() == [4] * len(LENGTHS)
