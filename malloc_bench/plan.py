@@ -53,7 +53,7 @@ def make_plan(
         data = datasets[cell.dataset]
         if not (checkpoint_folder(cell, data) / "fit.json").exists():
             result.estimate += data.n_events * suite.training.epochs / 20_000  # targets a second
-        result.estimate += len(group) * (data.n_users * 1e-4 + suite.measure.seconds * suite.measure.latency)
+        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
     return result
 
 
