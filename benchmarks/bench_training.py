@@ -39,11 +39,13 @@ def prepare(name: str, data: str) -> tuple[Backbone, Split]:
     return get_backbone(name, split.dataset.n_items, split.dataset.has_time, max_length=MAX_LENGTH), split
 
 
-def train(backbone: Backbone, optimizer: torch.optim.Optimizer, batches: Iterator[Batch]) -> tuple[float, float]:
-    """Targets per second and per CPU second over the next BATCHES batches, the making of them included."""
+def train(
+    backbone: Backbone, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], count: int
+) -> tuple[float, float]:
+    """Targets per second and per CPU second over the next `count` batches, the making of them included."""
     targets, started, worked = 0, time.perf_counter(), time.process_time()
     backbone.train()
-    for _ in range(BATCHES):
+    for _ in range(count):
         batch = next(batches)
         loss = backbone.loss(batch)
         optimizer.zero_grad(set_to_none=True)
@@ -98,17 +100,17 @@ def make_naive() -> None:
 
 
 def serve_naive(name: str, data: str) -> None:
-    """Trains the next batches for every line that comes in, and answers with its speed."""
+    """Trains as many batches as each line that comes in says, and answers with its speed."""
     make_naive()
     backbone, split = prepare(name, data)
     optimizer, batches = torch.optim.Adam(backbone.parameters(), 1e-3, foreach=False, fused=False), naive_batches(split)
     print("ready", flush=True)
-    for _ in sys.stdin:
-        print(*train(backbone, optimizer, batches), flush=True)
+    for line in sys.stdin:
+        print(*train(backbone, optimizer, batches, int(line)), flush=True)
 
 
 def measure(name: str, data: str = "ml-1m", size: int = 64, rounds: int = 3) -> dict[str, float]:
-    """Targets per second and per CPU second of both loops, their ratio, seconds of an evaluation: medians over rounds."""
+    """Speeds of both loops by wall and by CPU time, their ratios, seconds of an evaluation: medians over rounds."""
     tune_malloc()
     backbone, split = prepare(name, data)
     optimizer = torch.optim.AdamW(backbone.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -121,8 +123,8 @@ def measure(name: str, data: str = "ml-1m", size: int = 64, rounds: int = 3) -> 
     with naive:
         naive.stdout.readline()
         for turn in range(rounds + 1):
-            ours = train(backbone, optimizer, batches)
-            naive.stdin.write("go\n")
+            ours = train(backbone, optimizer, batches, BATCHES)
+            naive.stdin.write(f"{BATCHES}\n")
             naive.stdin.flush()
             theirs = tuple(map(float, naive.stdout.readline().split()))
             started = time.perf_counter()

@@ -156,7 +156,7 @@ def test_a_dry_run_prints_the_plan(fake: Any, smoke: Any, tmp_path: Path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"done  {plan[0].id[:12]}  {plan[0].cell}"
     assert lines[1].startswith("run   ")
-    assert lines[-1] == "9 cells: 1 done, 8 to run: roughly 2.5 minutes"
+    assert lines[-1] == "9 cells: 1 done, 8 to run: very roughly 2 minutes on 2 cores"
     assert not (tmp_path / "nowhere").exists()
 
 
