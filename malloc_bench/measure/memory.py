@@ -25,8 +25,8 @@ def peak_memory(fn: Callable[[], T], device: str | torch.device = "cpu") -> tupl
     which round every tensor up to 512 bytes and do see scratch.
     """
     device = torch.device(device)
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()  # what would else be freed during the call
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

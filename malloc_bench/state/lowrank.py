@@ -55,14 +55,23 @@ class LowRank(Vectors):
         return LowRank(left, right, rank)
 
 
-def low_rank(x: Tensor, mask: Tensor, rank: Tensor) -> LowRank:
+def low_rank(x: Tensor, mask: Tensor, rank: Tensor, basis: Tensor | None = None) -> LowRank:
     """Best approximation of x [B, H, S, D] of at most `rank` [B, 1] per user and head (Eckart-Young).
 
-    The right factor holds the leading eigenvectors of x'x, cheaper than an SVD of x where S > D; left = x right'.
+    basis: `principal(x, mask)` if it is known already, since it serves every rank.
+    """
+    basis = principal(x, mask) if basis is None else basis
+    width = max(int(rank.max()), 1) if rank.numel() else 1
+    right = basis[..., :width]
+    return LowRank(torch.where(mask.unsqueeze(-1), x, 0.0) @ right, right.mT.contiguous(), rank.to(torch.int32))
+
+
+def principal(x: Tensor, mask: Tensor) -> Tensor:
+    """Right singular vectors of x [B, H, S, D] as columns [B, H, D, D], the leading one first.
+
+    They are the eigenvectors of x'x, cheaper than an SVD of x where S > D.
     """
     x = torch.where(mask.unsqueeze(-1), x, 0.0)
-    gram = x.transpose(-1, -2) @ x  # [B, H, D, D]
+    gram = x.mT @ x
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-30)[..., None, None]
-    width = max(int(rank.max()), 1) if rank.numel() else 1
-    basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :width]  # eigenvalues come in rising order
-    return LowRank(x @ basis, basis.transpose(-1, -2).contiguous(), rank.to(torch.int32))
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1)  # eigenvalues come in rising order

@@ -1,5 +1,6 @@
 """Each user's keys and values as a product of two thin matrices."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,11 @@ from torch import Tensor
 
 from malloc_bench.compressors.base import COUNT_BYTES, Budget, Encoder, Layout, dense_layout, map_vectors
 from malloc_bench.registry import register
-from malloc_bench.state import LowRank, Prefill, Segment, UserState, low_rank
+from malloc_bench.state import LowRank, Prefill, Segment, UserState, low_rank, principal
+
+
+def _made(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    return make()
 
 
 @register("svd")
@@ -51,18 +56,20 @@ class SVD(Encoder):
         fixed, step = self._sizes(prefill)
         most = prefill.state.length.long().clamp(max=max(w for _, _, w in dense_layout(prefill, "state").vectors))
         rank = ((target - fixed) // step.clamp(min=1)).clamp(min=1).minimum(most)
-        return self._factor(prefill.state, rank)
+        return self._factor(prefill.state, rank, prefill.remember)
 
     def encode(self, state: UserState) -> UserState:
         assert self.rank is not None
         return self._factor(state, torch.full_like(state.length, self.rank).long())
 
-    def _factor(self, state: UserState, rank: Tensor) -> UserState:
+    def _factor(self, state: UserState, rank: Tensor, once: Callable[..., Tensor] = _made) -> UserState:
         def factors(name: str, segment: Segment) -> LowRank:
             assert segment.slots is not None
-            x = segment.fields[name].dense()
+            vectors = segment.fields[name]
+            x = vectors.dense()
             fits = rank[:, None].minimum(segment.slots.count.long()).clamp(max=x.shape[3])
-            return low_rank(x, segment.slots.mask(x.shape[2]), fits)
+            mask = segment.slots.mask(x.shape[2])
+            return low_rank(x, mask, fits, once(("principal", id(vectors)), lambda: principal(x, mask)))
 
         return map_vectors(state, factors)
 
