@@ -71,7 +71,7 @@ def long_histories(users: int = 400, events: int = 2000, items: int = 3706) -> D
         offsets=np.arange(users + 1) * events,
         items=rng.integers(1, items + 1, users * events).astype(np.int32),
         times=None,
-        ratings=None,
+        feedback={},
         hash="",
     )
 

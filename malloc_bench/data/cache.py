@@ -12,11 +12,12 @@ from malloc_bench.paths import home
 
 from . import formats
 from .cards import Card, LocalSource, Source
-from .dataset import DataError, Dataset, Events, group
+from .dataset import DataError, Dataset, Rows, group
 from .files import whole_file
 from .sources import local_file
 
-VERSION = 1  # raise it when `group` or this file's layout changes
+KEYS = ("user_id", "item_id", "timestamp")
+VERSION = 2  # raise it when `group` or this file's layout changes
 
 
 def path(card: Card, source: Source) -> Path:
@@ -37,7 +38,7 @@ def write(dataset: Dataset, target: Path) -> None:
         "user_id": np.repeat(dataset.user_ids, np.diff(dataset.offsets)),
         "item_id": dataset.item_ids[dataset.items - 1],
         "timestamp": dataset.times,
-        "rating": dataset.ratings,
+        **dataset.feedback,
     }
     frame = pl.DataFrame({name: column for name, column in columns.items() if column is not None})
     with whole_file(target) as file:
@@ -51,14 +52,14 @@ def read(card: Card, target: Path, source: str) -> Dataset:
     data = target.read_bytes()
     frame = pl.read_parquet(data)
     has_time = "timestamp" in frame.columns
-    events = Events(
+    rows = Rows(
         users=frame["user_id"].to_numpy(),
         items=frame["item_id"].to_numpy(),
         order=frame["timestamp"].to_numpy() if has_time else np.arange(len(frame)),
         has_time=has_time,
-        ratings=frame["rating"].to_numpy() if "rating" in frame.columns else None,
+        feedback={name: frame[name].to_numpy() for name in frame.columns if name not in KEYS},
     )
-    dataset = group(card, events, source)
+    dataset = group(card, rows, source)
     if dataset.hash != pl.read_parquet_metadata(target).get("hash"):
         raise DataError("its content is not what was written")
     return dataset

@@ -145,6 +145,13 @@ class SyntheticWorld(Strict):
         return self
 
 
+class Label(Strict):
+    """Which events count as liked, for the ranking task: `column` >= `at_least`."""
+
+    column: str
+    at_least: float = 1.0
+
+
 class Card(Strict):
     """A data set: what it is, what it may be used for, where it comes from and what must come out."""
 
@@ -157,6 +164,7 @@ class Card(Strict):
     format: Literal[FileFormat, "synthetic"]
     sources: list[AnySource] = []
     published: Counts | None = None
+    label: Label | None = None
     parameters: SyntheticWorld | None = None
 
     @model_validator(mode="after")
@@ -214,6 +222,6 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(map(str, path[:2] + path[3:] if path[:1] == ("sources",) else path))  # the third names the kind
     if problem["type"] != "extra_forbidden":
         return f"{where or 'card'}: {problem['msg'].removeprefix('Value error, ')}"
-    models: dict[str, type[Strict]] = {**SOURCES, "published": Counts, "parameters": SyntheticWorld}
+    models: dict[str, type[Strict]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
     model = models[str(path[-2])] if len(path) > 1 else Card
     return f"{where}: unknown key.{suggest(str(path[-1]), model.model_fields.keys() - {'name'})}"

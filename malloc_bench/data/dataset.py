@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +17,14 @@ class DataError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Events:
+class Rows:
     """A source's rows as they stand in the file, E of them."""
 
     users: np.ndarray  # (E,) int64, original ids
     items: np.ndarray  # (E,) int64, original ids
     order: np.ndarray  # (E,) int64: unix seconds, or the position in the user's history without has_time
     has_time: bool
-    ratings: np.ndarray | None = None  # (E,) float32
+    feedback: dict[str, np.ndarray] = field(default_factory=dict)  # by column name, (E,) float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Dataset:
     offsets: np.ndarray  # (U + 1,) int64
     items: np.ndarray  # (E,) int32, 1..n_items (0 is padding), in time order within the user
     times: np.ndarray | None  # (E,) int64, unix seconds; None where the source knows only the order
-    ratings: np.ndarray | None  # (E,) float32
+    feedback: dict[str, np.ndarray]  # what users did, by column name (`rating`, `is_click` ...), (E,) float32
     hash: str  # sha256 of the columns above: the same on every machine and from every source with the same rows
 
     @property
@@ -54,25 +54,32 @@ class Dataset:
     def n_events(self) -> int:
         return len(self.items)
 
+    def labels(self) -> np.ndarray | None:
+        """(E,) bool: which events the card counts as liked; None where it, or the source, has no such column."""
+        rule = self.card.label
+        column = None if rule is None else self.feedback.get(rule.column)
+        return None if rule is None or column is None else column >= rule.at_least
+
     @property
     def has_time(self) -> bool:
         return self.times is not None
 
 
-def group(card: Card, events: Events, source: str) -> Dataset:
+def group(card: Card, rows: Rows, source: str) -> Dataset:
     """Group rows by user, each in time order with ties in file order; ids become dense by ascending original id."""
-    user_ids, users = _dense(events.users)
-    item_ids, items = _dense(events.items)
-    by_time = np.lexsort((events.order, users))  # stable: ties keep their file order
+    user_ids, users = _dense(rows.users)
+    item_ids, items = _dense(rows.items)
+    by_time = np.lexsort((rows.order, users))  # stable: ties keep their file order
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
         "item_ids": item_ids,
         "offsets": np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(user_ids))))).astype(np.int64),
         "items": (items[by_time] + 1).astype(np.int32),
-        "times": events.order[by_time] if events.has_time else None,
-        "ratings": None if events.ratings is None else events.ratings[by_time],
+        "times": rows.order[by_time] if rows.has_time else None,
     }
-    return Dataset(name=card.name, card=card, source=source, hash=_hash(columns), **columns)  # type: ignore[arg-type]
+    feedback = {name: column[by_time] for name, column in sorted(rows.feedback.items())}
+    digest = _hash({**columns, **feedback})
+    return Dataset(card.name, card, source, hash=digest, feedback=feedback, **columns)  # type: ignore[arg-type]
 
 
 def _dense(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from .dataset import DataError, Events
+from .dataset import DataError, Rows
 
 if TYPE_CHECKING:
     import polars as pl
 
-VERSION = 1  # part of the prepared cache's key: raise it when a parser's result changes
+VERSION = 2  # part of the prepared cache's key: raise it when a parser's result changes
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 
 
-def parse(format: str, data: bytes, file: str) -> Events:
+def parse(format: str, data: bytes, file: str) -> Rows:
     """Rows of a data file in file order; `file` names it in messages.
 
     Raises DataError with file, row and value: an empty file, a wrong encoding, a missing column, a text for a number.
@@ -47,7 +47,7 @@ def _lines(data: bytes, file: str) -> list[str]:
         raise DataError(f"{file}: row {row}: byte 0x{data[error.start]:02x} is no plain text") from None
 
 
-def _delimited(lines: list[str], separator: str, columns: list[str], file: str, first_row: int = 1) -> Events:
+def _delimited(lines: list[str], separator: str, columns: list[str], file: str, first_row: int = 1) -> Rows:
     """Lines with the `columns` in that order. The first bad row is reported, the others are not looked for."""
     import polars as pl
 
@@ -68,16 +68,16 @@ def _delimited(lines: list[str], separator: str, columns: list[str], file: str, 
             raise DataError(f"{file}: row {row + first_row}: {name} is {raw[row]!r}, not a number")
         return column
 
-    return Events(
+    return Rows(
         users=numbers("user_id", pl.Int64).to_numpy(),
         items=numbers("item_id", pl.Int64).to_numpy(),
         order=numbers("timestamp", pl.Int64).to_numpy(),
         has_time=True,
-        ratings=numbers("rating", pl.Float32).to_numpy(),
+        feedback={"rating": numbers("rating", pl.Float32).to_numpy()},
     )
 
 
-def _ordered(data: bytes, file: str) -> Events:
+def _ordered(data: bytes, file: str) -> Rows:
     """A parquet of `user_id, item_id, position`: the order of events is known, their times are not."""
     import polars as pl
 
@@ -96,4 +96,4 @@ def _ordered(data: bytes, file: str) -> Events:
     if frame.is_empty():
         raise DataError(f"{file}: the file is empty")
     users, items, order = (frame[name].cast(pl.Int64).to_numpy() for name in names)
-    return Events(users, items, order, has_time=False)
+    return Rows(users, items, order, has_time=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dataset import Events
+from .dataset import Rows
 
 if TYPE_CHECKING:
     from .cards import SyntheticWorld
@@ -16,7 +16,7 @@ SPAN = 180 * 86_400  # users join over half a year, so that one cut in time find
 GAP = 6 * 3600  # mean seconds between two events of a user
 
 
-def generate(world: SyntheticWorld) -> Events:
+def generate(world: SyntheticWorld) -> Rows:
     """Histories of `world.users` users that never repeat an item, rows by user then time.
 
     The next item is the last one's fixed successor with probability `follow`; otherwise it is drawn by popularity x
@@ -55,7 +55,7 @@ def generate(world: SyntheticWorld) -> Events:
     joined = rng.integers(SPAN, size=U)
     times = START + (joined - waited[firsts])[users] + waited
     number = rng.permutation(U) + 1  # a user's number says nothing of the length
-    return Events(users=number[users], items=items + 1, order=times, has_time=True)
+    return Rows(users=number[users], items=items + 1, order=times, has_time=True)
 
 
 def _successors(cluster: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -10,6 +10,6 @@ from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
     "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment",
-    "Slots", "Stats", "UserState", "Vectors", "extend", "low_rank", "principal",
-    "map_tensors", "pack_bits", "quantize", "take", "unpack_bits",
+    "Slots", "Stats", "UserState", "Vectors", "extend", "low_rank",
+    "map_tensors", "pack_bits", "principal", "quantize", "take", "unpack_bits",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
 def columns(events):
-    return [column.tolist() for column in (events.users, events.items, events.ratings, events.order)]
+    return [column.tolist() for column in (events.users, events.items, events.feedback["rating"], events.order)]
 
 
 EXPECTED = [[1, 2, 1], [1193, 661, 914], [5.0, 3.5, 3.0], [978300760, 978302109, 978301968]]
@@ -37,7 +37,7 @@ def test_rows_come_in_file_order(format, text):
     events = parse(format, text.encode(), "f")
     assert columns(events) == EXPECTED
     assert events.has_time
-    assert [column.dtype for column in (events.users, events.items, events.ratings, events.order)] == [
+    assert [column.dtype for column in (events.users, events.items, events.feedback["rating"], events.order)] == [
         np.int64,
         np.int64,
         np.float32,
@@ -91,7 +91,7 @@ def test_ordered_parquet_has_no_time():
     events = parse(
         "parquet-ordered", parquet(user_id=[1, 1, 2], item_id=[7, 8, 7], position=[1, 0, 0], x=["a"] * 3), "f"
     )
-    assert not events.has_time and events.ratings is None
+    assert not events.has_time and not events.feedback
     assert [events.users.tolist(), events.items.tolist(), events.order.tolist()] == [[1, 1, 2], [7, 8, 7], [1, 0, 0]]
 
 

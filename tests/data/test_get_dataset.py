@@ -38,9 +38,9 @@ def test_events_are_grouped_by_user_in_time_order_with_ties_in_file_order(make_c
     assert data.user_ids.tolist() == [1, 2] and data.item_ids.tolist() == [10, 20, 30]
     assert data.offsets.tolist() == [0, 2, 4]
     assert data.items.tolist() == [3, 1, 2, 1]  # user 1 by time; user 2's two events share a second
-    assert data.times.tolist() == [200, 300, 100, 100] and data.ratings.tolist() == [4, 5, 3, 1]
+    assert data.times.tolist() == [200, 300, 100, 100] and data.feedback["rating"].tolist() == [4, 5, 3, 1]
     assert (data.items.dtype, data.times.dtype, data.offsets.dtype) == (np.int32, np.int64, np.int64)
-    assert (data.ratings.dtype, data.user_ids.dtype, data.item_ids.dtype) == (np.float32, np.int64, np.int64)
+    assert (data.feedback["rating"].dtype, data.user_ids.dtype, data.item_ids.dtype) == (np.float32, np.int64, np.int64)
 
 
 def test_ids_far_apart(make_card, data_folder):
@@ -184,9 +184,12 @@ def test_the_second_time_no_source_is_read(make_card, data_folder, udata, monkey
     second = get_dataset(name)
     assert second.hash == first.hash and second.source == first.source
     assert second.has_time == first.has_time == with_time
-    for column in ("user_ids", "item_ids", "offsets", "items", "times", "ratings"):
+    for column in ("user_ids", "item_ids", "offsets", "items", "times"):
         a, b = getattr(first, column), getattr(second, column)
         assert (a is None and b is None) or (a.dtype == b.dtype and (a == b).all())
+    assert first.feedback.keys() == second.feedback.keys() == ({"rating"} if with_time else set())
+    for name, a in first.feedback.items():
+        assert a.dtype == second.feedback[name].dtype and (a == second.feedback[name]).all()
 
 
 def test_a_changed_local_file_or_card_is_prepared_again(make_card, data_folder, udata):
@@ -291,13 +294,13 @@ def test_ml_100k_from_u_data(real_data):
     assert (np.repeat(data.user_ids, np.diff(data.offsets)) == expected["user_id"].to_numpy()).all()
     assert (data.item_ids[data.items - 1] == expected["item_id"].to_numpy()).all()
     assert (data.times == expected["timestamp"].to_numpy()).all()
-    assert (data.ratings == expected["rating"].to_numpy()).all()
+    assert (data.feedback["rating"] == expected["rating"].to_numpy()).all()
 
 
 def test_ml_1m_by_order_alone(real_data):
     data = get_dataset("ml-1m", offline=True)
     assert (data.n_users, data.n_items, data.n_events) == (6040, 3706, 1_000_209)
-    assert not data.has_time and data.times is None and data.ratings is None
+    assert not data.has_time and data.times is None and not data.feedback
     expected = pl.read_parquet(real_data / "ml-1m/ml-1m_time_ordered.parquet").sort("user_id", "position")
     assert (data.item_ids[data.items - 1] == expected["item_id"].to_numpy()).all()
     assert (np.repeat(data.user_ids, np.diff(data.offsets)) == expected["user_id"].to_numpy()).all()
