@@ -45,7 +45,7 @@ def run_suite(
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     cells = suites.only(suite.cells(), only or {})
     folder = Path(out) if out is not None else Path("runs") / suite.name
-    datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in suite.datasets}
+    datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in dict.fromkeys(cell.dataset for cell in cells)}
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
     started = time.perf_counter()

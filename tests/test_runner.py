@@ -118,6 +118,16 @@ def test_only_and_dry_run(suite: Path, tmp_path: Path) -> None:
     assert [each.cell.compressor.name for each in again.plan if each.done] == ["knorm"]
 
 
+def test_measuring_later_fills_in_what_was_not_measured(suite: Path, tmp_path: Path) -> None:
+    only = {"compressor": "recent"}
+    assert run_suite(suite, tmp_path / "run", only=only, quiet=True).ok == 1
+    suite.write_text(SUITE.replace("latency: false, flops: false", "latency: true, flops: true, history: 20"))
+    assert run_suite(suite, tmp_path / "run", only=only, quiet=True).ok == 1
+    (row,) = read_rows(tmp_path / "run" / "rows")
+    assert row["read_ms_p50"] > 0 and row["read_flops"] > 0 and row["peak_bytes"] > 0
+    assert run_suite(suite, tmp_path / "run", only=only, quiet=True).reused == 1
+
+
 def test_fresh_runs_everything_again(suite: Path, tmp_path: Path) -> None:
     run_suite(suite, tmp_path / "run", quiet=True)
     assert run_suite(suite, tmp_path / "run", fresh=True, quiet=True).ok == 4

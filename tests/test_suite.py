@@ -156,7 +156,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"compressors": [{"compose": ["kivi", "recent"]}]},
-        "compressors[0].compose: token methods, then at most one encoder, two steps or more are needed",
+        "compressors[0].compose: token methods that keep slots, then at most one encoder, two steps or more are needed",
     ),
     (
         {"compressors": ["svd"], "budgets": [{"slots": 4}, {"slots": 8}]},

@@ -80,7 +80,7 @@ def test_mass_is_conserved(steps):
 @pytest.mark.parametrize(
     "steps",
     [(), ("recent",), ("int8", "recent"), ("recent", "int8", "int8"), ("recent", "svd"), ("recent", "h2o"),
-     ("recent", ("recent", "int8")), ("full", "int8")],
+     ("recent", ("recent", "int8")), ("full", "int8"), ("recent", "truncate")],
     ids=str,
 )  # fmt: skip
 def test_senseless_chains_are_refused(steps):

@@ -37,7 +37,7 @@ class Compose(TokenMethod):
         object.__setattr__(self, "steps", steps)
         tokens = self._tokens()
         if len(steps) < 2 or len(tokens) < len(steps) - 1 or not all(map(_chains, tokens)):
-            raise ValueError("compose: token methods, then at most one encoder, two steps or more are needed")
+            raise ValueError("compose: token methods that keep slots, then at most one encoder, two steps or more are needed")
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs attention statistics, so it must come first")
@@ -103,7 +103,7 @@ class Compose(TokenMethod):
 
 
 def _chains(step: Compressor) -> bool:
-    return isinstance(step, TokenMethod) and not isinstance(step, Compose)
+    return isinstance(step, TokenMethod) and step.family not in ("chain", "recompute")  # raw ids have no slots
 
 
 def _step(step: Any) -> Compressor:
