@@ -13,20 +13,23 @@ takes what it does not know for popularity: the true ceiling lies between the tw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .dataset import DataError, Dataset
 from .splits import Targets
 from .synthetic import Catalogue, Histories, catalogue, histories
-from .world import SyntheticWorld
+
+if TYPE_CHECKING:
+    from .world import SyntheticWorld
 
 HITS = (5, 10, 50)
-METRICS = (*(f"hr@{k}" for k in HITS), "auc")
 LIMIT = 4096  # targets that the ceilings are averaged over, at most
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # events known, in the table
 _CELLS = 1 << 22  # numbers of a chunk, at most
 
 Values = dict[str, np.ndarray]  # metric -> (N,) its expectation for each target
@@ -46,11 +49,10 @@ class Sources:
         return sum(self.exact.values(), self.cluster)
 
 
-def sources(world: SyntheticWorld, first: np.ndarray, at: np.ndarray) -> Sources:
-    """What the events at steps `at` (N,) are made from; `first` (N, S + 1): the step that opened the session."""
-    rows, age = np.arange(len(at)), at[:, None] - np.arange(first.shape[1])
+def sources(world: SyntheticWorld, opened: np.ndarray, at: np.ndarray, steps: int) -> Sources:
+    """What the events at steps `at` (N,) are made from; `opened` (N,): the step that opened their session."""
+    rows, age = np.arange(len(at)), at[:, None] - np.arange(steps)
     past = age > 0
-    opened = first[rows, at]
     goes_on = opened < at  # times tell: the predictor knows the moment at which it is asked
     call_back = sum((world.call_back * share * (age == lag) for lag, share in world.lags.items()), np.zeros(age.shape))
     interest = world.interest + world.session * ~goes_on
@@ -93,7 +95,8 @@ class Chunk:
 
     def __init__(self, world: SyntheticWorld, items: Catalogue, history: Histories, at: np.ndarray) -> None:
         self.world, self.catalogue, self.items, self.at = world, items, history.items, at
-        self.sources = sources(world, history.first, at)
+        self.opened = history.first[np.arange(len(at)), at]  # (N,) the step that opened the target's session
+        self.sources = sources(world, self.opened, at, self.items.shape[1])
         self.lineage = lineage(world, history)
         self.past = np.arange(self.items.shape[1]) < at[:, None]
 
@@ -165,101 +168,123 @@ def _reached(root: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.take_along_axis(roots, root, axis=1)
 
 
-def expected(scores: np.ndarray, truth: np.ndarray) -> Values:
+def expected(scores: np.ndarray, truth: np.ndarray, hits: Sequence[int] = HITS) -> Values:
     """What ranking by `scores` (N, items) comes to where items have the probabilities `truth` (N, items)."""
     order = np.argsort(-scores, axis=1, kind="stable")
     mass = np.take_along_axis(truth, order, axis=1)
-    hits = {f"hr@{k}": mass[:, :k].sum(1) for k in HITS}
+    first = {f"hr@{k}": mass[:, :k].sum(1) for k in hits}
     behind = np.arange(mass.shape[1])[::-1] / max(mass.shape[1] - 1, 1)
-    return {**hits, "auc": mass @ behind}
+    return {**first, "auc": mass @ behind}
 
 
 class Ceilings:
     """The ceilings of a generated data set over (at most LIMIT evenly spaced of) some targets.
 
-    `rows` (N,): which of the targets. Raises DataError where the data set is not a generated one.
+    `rows` (N,): which of the targets, in the order of all values. Raises DataError where the data set is not a
+    generated one, or not what its card generates.
     """
 
-    def __init__(self, dataset: Dataset, targets: Targets, limit: int = LIMIT) -> None:
-        world = dataset.card.parameters
-        if world is None:
-            raise DataError(f"{dataset.name}: only a generated data set (format: synthetic) has ceilings that are known")
-        self.world = world
+    def __init__(self, dataset: Dataset, targets: Targets, limit: int = LIMIT, hits: Sequence[int] = HITS) -> None:
+        if dataset.card.parameters is None:
+            raise DataError(
+                f"{dataset.name}: only a generated data set (format: synthetic) has ceilings that are known"
+            )
         rows = np.linspace(0, len(targets) - 1, min(limit, len(targets))).astype(int)
-        number = dataset.user_ids[targets.users[rows]]
-        at = (targets.at - dataset.offsets[targets.users])[rows]
-        chunks = list(_chunks(world, number, at))
-        self.rows = rows[np.concatenate([members for members, _ in chunks])]
-        self.chunks = [chunk for _, chunk in chunks]
+        chunks = list(_chunks(dataset, targets.users[rows], targets.at[rows]))
+        found = np.concatenate([some for some, _ in chunks]) if chunks else np.zeros(0, int)
+        if len(found) < len(rows):
+            raise DataError(f"{dataset.name}: its events are not those that its card's parameters generate")
+        self.rows, self.chunks, self.hits = rows[found], [chunk for _, chunk in chunks], hits
 
     def full(self) -> Values:
         """With the whole history: exact."""
-        return _joined(expected(chunk.truth, chunk.truth) for chunk in self.chunks)
+        return _joined(expected(chunk.truth, chunk.truth, self.hits) for chunk in self.chunks)
 
     def floor(self) -> Values:
         """With no event at all: the items that are most probable over all targets."""
-        return _joined(expected(np.broadcast_to(self._unknown, chunk.truth.shape), chunk.truth) for chunk in self.chunks)
+        return self._reached([np.zeros_like(chunk.past) for chunk in self.chunks])
 
     def window(self, count: np.ndarray | int) -> Values:
         """With the newest `count` events, one number or one for each of `rows`, and a genie's help: an upper bound."""
-        counts = np.split(np.broadcast_to(count, len(self.rows)), np.cumsum([len(c.at) for c in self.chunks])[:-1])
-        known = [chunk.predictive(chunk.newest(n)) for chunk, n in zip(self.chunks, counts)]
-        return _joined(expected(p, p) for p in known)
+        ends = np.cumsum([len(chunk.at) for chunk in self.chunks])[:-1]
+        counts = np.split(np.broadcast_to(count, len(self.rows)), ends)
+        known = (chunk.predictive(chunk.newest(n)) for chunk, n in zip(self.chunks, counts))
+        return _joined(expected(p, p, self.hits) for p in known)
 
     def window_reached(self, count: int) -> Values:
         """What a predictor gets that knows the newest `count` events: a lower bound."""
         return self._reached([chunk.newest(count) for chunk in self.chunks])
 
-    def oracle_reached(self, count: int) -> Values:
-        """What a predictor gets that knows the `count` events on which the next item depends most."""
-        return self._reached([chunk.weightiest(count) for chunk in self.chunks])
-
     def oracle(self, count: int) -> Values:
-        """With any `count` events, whoever chose them, clusters of all events and the genie's help: an upper bound.
+        """With any `count` events, whoever chose them, the clusters of all and a genie's help: an upper bound.
 
-        No hits beyond what the clusters give and all that the `count` weightiest trees tell. The choice itself is
-        taken to say nothing. Of AUC no more is known than the whole history's.
+        No more hits than the clusters give and the `count` weightiest trees tell, nor than the whole history gives;
+        of AUC only the latter is known. That just these events were chosen is taken to say nothing.
         """
         full, parts = self.full(), []
         for chunk in self.chunks:
             clusters = chunk.predictive(np.zeros_like(chunk.past), chunk.past)
             told = chunk.trees()[:, :count].sum(1)
-            parts.append({name: value + told for name, value in expected(clusters, clusters).items()})
-        bound = _joined(iter(parts))
-        return {name: bound[name] if bound[name].mean() < full[name].mean() else full[name] for name in METRICS}
+            parts.append({name: value + told for name, value in expected(clusters, clusters, self.hits).items()})
+        bound = _joined(parts)
+        return {name: min(bound[name], full[name], key=np.mean) for name in full}
+
+    def oracle_reached(self, count: int) -> Values:
+        """What a predictor gets that knows the `count` events of which the process makes most of the next one."""
+        return self._reached([chunk.weightiest(count) for chunk in self.chunks])
+
+    def table(self) -> dict[str, Any]:
+        """All of the above as [mean, standard error] by metric, for SIZES up to the longest history."""
+        longest = max((int(chunk.at.max()) for chunk in self.chunks), default=0)
+        sizes = [size for size in SIZES if size <= longest]
+
+        def bounds(at_most: Any, reached: Any) -> dict[str, Any]:
+            return {str(n): {"at_most": _summary(at_most(n)), "reached": _summary(reached(n))} for n in sizes}
+
+        return {
+            "targets": len(self.rows),
+            "none": _summary(self.floor()),
+            "full": _summary(self.full()),
+            "window": bounds(self.window, self.window_reached),
+            "oracle": bounds(self.oracle, self.oracle_reached),
+        }
 
     def _reached(self, known: list[np.ndarray]) -> Values:
-        scores = []
-        for chunk, mask in zip(self.chunks, known):
-            told = chunk.told(mask)
-            scores.append(told + (1 - told.sum(1, keepdims=True)) * self._unknown)
-        return _joined(expected(p, chunk.truth) for p, chunk in zip(scores, self.chunks))
+        told = [chunk.told(mask) for chunk, mask in zip(self.chunks, known)]
+        scores = (each + (1 - each.sum(1, keepdims=True)) * self._unknown for each in told)
+        return _joined(expected(p, chunk.truth, self.hits) for p, chunk in zip(scores, self.chunks))
 
     @cached_property
     def _unknown(self) -> np.ndarray:
         """(items,) how probable each item is before anything is known of the user."""
-        nothing = [chunk.predictive(np.zeros_like(chunk.past)) for chunk in self.chunks]
-        return np.concatenate(nothing).mean(0)
+        return sum(chunk.predictive(np.zeros_like(chunk.past)).sum(0) for chunk in self.chunks) / len(self.rows)
 
 
-def _chunks(
-    world: SyntheticWorld, number: np.ndarray, at: np.ndarray
-) -> Iterator[tuple[np.ndarray, Chunk]]:
-    """The targets in chunks, each with their indices; a block of users is generated again and let go."""
+def _chunks(dataset: Dataset, users: np.ndarray, places: np.ndarray) -> Iterator[tuple[np.ndarray, Chunk]]:
+    """The targets in chunks, each with their indices, made again block by block; those that come out otherwise not."""
+    world = dataset.card.parameters
+    assert world is not None
     items = catalogue(world)
+    number, at = dataset.user_ids[users], places - dataset.offsets[users]
+    target = dataset.item_ids[dataset.items[places] - 1]
     for block in histories(world):
-        place = np.full(world.users + 1, -1)
-        place[block.users] = np.arange(len(block.users))
-        members = np.flatnonzero(place[number] >= 0)
+        order = np.argsort(block.users)
+        row = order[np.searchsorted(block.users, number, sorter=order).clip(max=len(order) - 1)]
+        members = np.flatnonzero((block.users[row] == number) & (at < block.length[row]))
+        members = members[items.numbers[block.items[row[members], at[members]]] == target[members]]
         width = int(at[members].max(initial=0)) + 1
         size = max(1, _CELLS // max(world.items + world.clusters, 4 * width))
         for start in range(0, len(members), size):
             some = members[start : start + size]
-            users = place[number[some]]
-            cut = {name: getattr(block, name)[users, :width] for name in ("items", "parent", "places", "first", "times")}
-            yield some, Chunk(world, items, replace(block, users=block.users[users], length=block.length[users], **cut), at[some])
+            cut = {f.name: getattr(block, f.name)[row[some]] for f in fields(block)}
+            cut = {name: array[:, :width] if array.ndim > 1 else array for name, array in cut.items()}
+            yield some, Chunk(world, items, Histories(**cut), at[some])
 
 
-def _joined(parts: Iterator[Values]) -> Values:
+def _joined(parts: Iterable[Values]) -> Values:
     every = list(parts)
-    return {name: np.concatenate([part[name] for part in every]) for name in METRICS}
+    return {name: np.concatenate([part[name] for part in every]) for name in every[0]}
+
+
+def _summary(values: Values) -> dict[str, list[float]]:
+    return {name: [float(v.mean()), float(v.std() / max(len(v), 1) ** 0.5)] for name, v in values.items()}

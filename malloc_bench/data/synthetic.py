@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,7 +94,7 @@ def _block(
     kind = np.searchsorted(np.cumsum(world.shares), rng.random(shape), side="right")
     kind = np.where((kind == SESSION) & opens, INTEREST, kind)  # nothing has opened the session yet
     lags = np.array([*world.lags] or [1])
-    ages = {
+    ages: dict[int, Any] = {
         CALL_BACK: rng.choice(lags, shape, p=[*world.lags.values()] or None),
         FOLLOW: 1,
         REPEAT: 1 + np.floor(rng.random(shape) * steps).astype(np.int64),
@@ -112,9 +112,7 @@ def _block(
             made & (places[:, step] >= 0), items.moved(source, places[:, step].clip(min=0)), drawn
         )
 
-    gaps = np.where(
-        opens, BREAK + rng.exponential(BETWEEN, shape), rng.exponential(WITHIN, shape).clip(max=BREAK - 1)
-    )
+    gaps = np.where(opens, BREAK + rng.exponential(BETWEEN, shape), rng.exponential(WITHIN, shape).clip(max=BREAK - 1))
     times = START + rng.integers(SPAN, size=(shape[0], 1)) + np.cumsum(gaps.astype(np.int64), axis=1)
     return Histories(users, length, codes, parent, places, first, times)
 
