@@ -30,6 +30,7 @@ ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "logloss", "overlap@10"),
     *("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm"),
 )
+NOTHING = "Nothing here applies to these results."
 HITS = ("hr@5", "hr@10", "hr@50")
 SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
 TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
@@ -83,7 +84,7 @@ def slices(frame: pl.DataFrame) -> pl.DataFrame:
 def ceilings(frame: pl.DataFrame) -> pl.DataFrame:
     """HR@k beside the best possible without an event, with all, with a window of as many bytes, and as shares of them.
 
-    Rows whose ceilings are not known are left out.
+    Only of generated data is the best possible known; other rows are left out.
     """
     shares = [share_of(known, m).alias(f"{m} of {known}") for m in HITS for known in ("full", "window")]
     numbers = [name for m in HITS for name in (m, *(f"ceiling_{known}_{m}" for known in KNOWN))]
@@ -181,13 +182,14 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
     if format not in FORMATS:
         raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
     data, columns = table(frame, name), _named(name).columns
+    nothing = EMPTY if frame.is_empty() else NOTHING
     if format == "csv":
         return csv(data)
     if format == "latex":
         parts = [latex(group, filled(group, columns), f"{name}: {head}") for head, group in sections(data)]
-        return "\n".join(parts) or f"% {EMPTY}\n"
+        return "\n".join(parts) or f"% {nothing}\n"
     parts = [f"## {head}\n\n{markdown(group, filled(group, columns))}" for head, group in sections(data)]
-    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{EMPTY}\n"])])
+    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{nothing}\n"])])
 
 
 def _named(name: str) -> Table:
