@@ -216,11 +216,11 @@ def test_a_killed_training_goes_on(suite: Path, tmp_path: Path, monkeypatch: pyt
         import sys, time
         from malloc_bench import training, runner
         score, calls = training.validation_ndcg, []
-        def slow(*args):
+        def slow(*args, **settings):
             calls.append(1)
             if len(calls) == 2:
                 time.sleep(300)
-            return score(*args)
+            return score(*args, **settings)
         training.validation_ndcg = slow
         runner.run_suite(sys.argv[1], sys.argv[2], quiet=True)
     """
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(suite: Path, tmp_path: 
         import sys, time
         from malloc_bench import evaluation
         from malloc_bench.cli import main
-        def slow(*args):
+        def slow(*args, **settings):
             open(sys.argv[2] + "/started", "w").close()
             time.sleep(300)
         evaluation._chunk = slow

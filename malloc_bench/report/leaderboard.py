@@ -203,8 +203,7 @@ NOTES = (
 CEILINGS = (
     "Ceilings (generated data): HR@10 as a share of the way from the best guess without any event to the best possible "
     "with the whole history, and to the most that anyone can reach who knows only the newest events that fit, "
-    "uncompressed, into as many bytes: above 100 % a method knows the right older events, or writes them down in fewer "
-    "bytes."
+    "uncompressed, into as many bytes: above 100 % a method knows older events, or writes them down in fewer bytes."
 )
 EMPTY = "No finished cells yet."
 

@@ -247,6 +247,7 @@ def test_only_generated_worlds_have_ceilings(small):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes of work, more on a busy machine
 def test_a_trained_backbone_comes_near_the_ceiling_and_a_window_stays_under_its_own(tmp_path):
     data = get_dataset("synthetic-callback")
     split = leave_one_out(data)
