@@ -76,6 +76,13 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
 
 def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
     """Where the trained backbone of a cell is kept, named by all that its weights depend on."""
-    parts = {"data": dataset.hash, "split": cell.split, "task": cell.task, "backbone": cell.backbone.content}
+    parts: dict[str, Any] = {
+        "data": dataset.hash,
+        "split": cell.split,
+        "task": cell.task,
+        "backbone": cell.backbone.content,
+    }
+    if not cell.filter_seen:  # the best epoch was chosen so
+        parts["filter_seen"] = False
     key = cell_id({**parts, "structural": None, "training": cell.training, "seed": cell.seed})
     return home() / "checkpoints" / f"{cell.dataset}-{cell.backbone.name}-{key[:16]}"

@@ -31,6 +31,7 @@ Row = dict[str, Any]
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed")
 STEPS = ("prefill", "compress", "append", "read")
+KNOWN = ("none", "full", "window")
 
 #: column -> kind (text, whole, real, flag, or json: a nested value, kept as JSON text in the parquet), in their order.
 COLUMNS: dict[str, str] = {
@@ -46,6 +47,8 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr"), "real"),
     **dict.fromkeys(("auc", "gauc", "logloss", "overlap@10"), "real"),
     **dict.fromkeys(("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_value"), "real"),
+    # generated data: the best possible with no event, with all, with the newest in as many bytes
+    **{f"ceiling_{known}_{name}": "real" for known in KNOWN for name in ("hr@5", "hr@10", "hr@50", "auc")},
     **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
     **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},

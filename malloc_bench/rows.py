@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from malloc_bench import metrics
+from malloc_bench.data.ceilings import Ceilings
 from malloc_bench.evaluation import REFERENCE, Evaluation, Values
 
 
@@ -44,6 +45,29 @@ def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
             ),
         }
     return rows
+
+
+def ceilings(known: Ceilings, evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """The best possible on the evaluation's targets, row columns by job id: with no event, with the whole history, and
+
+    with the newest events that, uncompressed, fit into the bytes the job uses of each user. `known` must have been made
+    from the evaluation's targets in their order.
+    """
+    same = _ceiling("none", known.floor()) | _ceiling("full", known.full())
+    length, full = evaluation.length[known.rows], evaluation.bytes_full[known.rows]
+    windows: dict[bytes, dict[str, float]] = {}  # methods that cut to the same size share theirs
+    rows = {}
+    for each in (each for each in ids if each in evaluation.values):
+        size = evaluation.values[each]["bytes"][known.rows]
+        count = 1 + size.clip(max=full) * length // full.clip(1)  # the newest event is the token that reads
+        if count.tobytes() not in windows:
+            windows[count.tobytes()] = _ceiling("window", known.window(count))
+        rows[each] = same | windows[count.tobytes()]
+    return rows
+
+
+def _ceiling(name: str, values: Values) -> dict[str, float]:
+    return {f"ceiling_{name}_{metric}": float(per_target.mean()) for metric, per_target in values.items()}
 
 
 def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray) -> Mapping[str, np.ndarray]:

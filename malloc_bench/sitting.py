@@ -12,18 +12,20 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.cells import Cell
 from malloc_bench.data import Dataset
-from malloc_bench.data.splits import Split, get_split
-from malloc_bench.evaluation import Evaluation, Job, evaluate
+from malloc_bench.data.ceilings import Ceilings
+from malloc_bench.data.splits import Split, Targets, get_split
+from malloc_bench.evaluation import Evaluation, Job, chunks, evaluate
 from malloc_bench.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.progress import Watch
 from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
-from malloc_bench.rows import accuracy, per_user
+from malloc_bench.rows import accuracy, ceilings, per_user
 from malloc_bench.run_folder import Chunks, LockedError, locked, write_manifest
 from malloc_bench.state import Stats, UserState
 from malloc_bench.suite import Suite
@@ -47,6 +49,7 @@ class Sitting:
         self.watch, self.result, self.fresh = watch, result, fresh
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
+        self.ceilings: dict[str, Any] = {}
         tune_malloc()
 
     def all(self) -> None:
@@ -90,6 +93,10 @@ class Sitting:
             backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
         columns = accuracy(evaluation, [each.id for each in todo])
+        if data.card.parameters is not None and not cell.filter_seen and columns:
+            known = self._ceilings(cell, backbone, split)
+            for job, best in ceilings(known, evaluation, list(columns)).items():
+                columns[job] |= best
         resources = self._resources(cell, [job for job in jobs if job.id in columns])
         shared = {
             "params": sum(p.numel() for p in backbone.parameters()),
@@ -102,6 +109,14 @@ class Sitting:
                 each, {**shared, **self._outcome(each, evaluation, columns, data), **resources.get(each.id, {})}
             )
         store.drop()
+
+    def _ceilings(self, cell: Cell, backbone: Backbone, split: Split) -> Ceilings:
+        """The best possible on a generated data set, targets as the evaluation orders them; noted for the manifest."""
+        order = np.concatenate(chunks(backbone, split))
+        known = Ceilings(split.dataset, Targets(split.test.users[order], split.test.at[order]))
+        if cell.dataset not in self.ceilings:
+            self.ceilings[cell.dataset] = known.table()
+        return known
 
     def _outcome(
         self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], data: Dataset
@@ -118,7 +133,7 @@ class Sitting:
         folder = checkpoint_folder(cell, split.dataset)
         backbone = self._backbone(cell).to(self.device)
         with locked(folder, wait=True):  # two runs that need the same weights train them once
-            fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit)
+            fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit, cell.filter_seen)
         copy = self.folder / "checkpoints" / folder.name
         if not (copy / "fit.json").exists():
             copy.mkdir(parents=True, exist_ok=True)
@@ -197,6 +212,7 @@ class Sitting:
         manifest = {
             "suite": {"name": self.suite.name, "text": _text(self.suite.path)},
             "datasets": {**before.get("datasets", {}), **sets},
+            "ceilings": {**before.get("ceilings", {}), **self.ceilings},
             "checkpoints": {**before.get("checkpoints", {}), **self.fits},
             "sittings": [*before.get("sittings", []), sitting],
         }

@@ -83,11 +83,13 @@ def fit(
     seed: int,
     folder: Path,
     report: Callable[[Progress], None] = lambda progress: None,
+    filter_seen: bool = True,
 ) -> Fit:
     """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
 
     A folder with fit.json is only loaded; one with the state of an interrupted fit goes on from its last whole epoch.
-    Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does.
+    Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
+    epoch is chosen as the test will ask.
     """
     device = next(backbone.parameters()).device
 
@@ -123,7 +125,7 @@ def fit(
             optimizer.step()
             total += float(loss.detach())
             report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), best if best >= 0 else None))
-        score = validation_ndcg(backbone, split, split.valid)
+        score = validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
         epoch += 1
         if score > best:
             best, best_epoch = score, epoch
@@ -143,8 +145,10 @@ def fit(
 
 
 @torch.no_grad()
-def validation_ndcg(backbone: Backbone, split: Split, targets: Targets, limit: int = 20_000) -> float:
-    """NDCG@10 over (at most `limit` evenly spaced) targets by the plain forward pass, seen items filtered."""
+def validation_ndcg(
+    backbone: Backbone, split: Split, targets: Targets, limit: int = 20_000, filter_seen: bool = True
+) -> float:
+    """NDCG@10 over (at most `limit` evenly spaced) targets by the plain forward pass, seen items filtered or not."""
     backbone.eval()
     if len(targets) > limit:
         some = np.linspace(0, len(targets) - 1, limit).astype(int)
@@ -160,7 +164,7 @@ def validation_ndcg(backbone: Backbone, split: Split, targets: Targets, limit: i
         events = map_tensors(to_device, window(split.dataset, users, at, backbone.max_length))
         last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
         hidden = backbone(events).gather(1, last).transpose(0, 1)
-        asked = map_tensors(to_device, question(split.dataset, users, at))
+        asked = map_tensors(to_device, question(split.dataset, users, at, filter_seen))
         ranks, _ = rank(hidden, table, asked)
         gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
     return gains / max(len(targets), 1)

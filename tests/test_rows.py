@@ -1,12 +1,13 @@
 """Row columns against definitions, user by user."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from malloc_bench.evaluation import REFERENCE, Evaluation
-from malloc_bench.rows import accuracy, per_user
+from malloc_bench.rows import accuracy, ceilings, per_user
 
 LENGTHS = np.array([0, 10, 49, 50, 120, 199, 200, 499, 500, 900, 30, 60])
 
@@ -30,6 +31,26 @@ def evaluation():
     other = values(rng.integers(0, 80, n), 4 + full // 5, rng.random(n))
     jobs = {REFERENCE: reference, "full": reference, "small": other}
     return Evaluation(np.arange(n)[::-1].copy(), LENGTHS, full, jobs, {"bad": "Traceback ..."})
+
+
+class Known:
+    """Ceilings of every second user; a window of w events is worth w."""
+
+    rows = np.arange(0, len(LENGTHS), 2)
+    asked: list[list[int]]
+
+    def __init__(self):
+        self.asked = []
+
+    def floor(self):
+        return {"hr@10": np.zeros(len(self.rows))}
+
+    def full(self):
+        return {"hr@10": np.full(len(self.rows), 1000.0)}
+
+    def window(self, count):
+        self.asked.append(count.tolist())
+        return {"hr@10": count.astype(float)}
 
 
 def gain(rank, k):
@@ -117,3 +138,27 @@ def test_per_user_columns_carry_the_ids_of_the_source(evaluation):
     assert columns["user"].tolist() == (evaluation.users + 1000).tolist()
     np.testing.assert_array_equal(columns["rank"], evaluation.values["small"]["rank"])
     assert {len(column) for column in columns.values()} == {len(LENGTHS)}
+
+
+def test_a_row_has_the_ceiling_of_the_window_that_fits_into_its_bytes(evaluation):
+    known = Known()
+    full = 100 * LENGTHS  # 100 bytes an event
+    sizes = {
+        "full": full,
+        "none": 0 * full,
+        "five": 100 * LENGTHS.clip(max=5),
+        "almost six": 100 * LENGTHS.clip(max=5) + 99,
+    }
+    sizes["larger"] = full + 1000
+    same = evaluation.values[REFERENCE]
+    jobs = {name: {**same, "bytes": size.astype(np.int64)} for name, size in sizes.items()}
+    judged = replace(evaluation, bytes_full=full, values={REFERENCE: same, **jobs})
+    columns = ceilings(known, judged, [*sizes, "bad"])
+    assert columns.keys() == sizes.keys()
+    some = LENGTHS[::2]
+    want = {"full": some + 1, "none": 1 + 0 * some, "five": some.clip(max=5) + 1, "larger": some + 1}
+    want["almost six"] = np.where(some > 5, 6, some + 1)
+    for name, windows in want.items():  # and the newest event, which reads
+        assert columns[name]["ceiling_window_hr@10"] == pytest.approx(windows.mean()), name
+        assert (columns[name]["ceiling_none_hr@10"], columns[name]["ceiling_full_hr@10"]) == (0, 1000)
+    assert len(known.asked) == 3  # what fits the same window shares the work

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from malloc_bench import evaluation, registry, run_folder
+from malloc_bench import evaluation, registry, run_folder, training
 from malloc_bench.compressors import TokenMethod, get_compressor
 from malloc_bench.compressors.base import Compressor
 from malloc_bench.registry import register
@@ -94,6 +94,27 @@ def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(su
     assert times == {path: path.stat().st_mtime_ns for path in (out / "rows").glob("*.json")}
 
 
+def test_a_generated_data_set_is_judged_by_its_ceilings(suite: Path, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    plain = training.validation_ndcg
+    monkeypatch.setattr(training, "validation_ndcg", lambda *a, **k: asked.append(k["filter_seen"]) or plain(*a, **k))
+    suite.write_text(SUITE + "filter_seen: false\n")
+    run_suite(suite, tmp_path / "run", quiet=True)
+    rows = {row["compressor"]: row for row in read_rows(tmp_path / "run" / "rows")}
+    assert set(asked) == {False}  # the best epoch is chosen as the test asks
+    table = json.loads((tmp_path / "run" / "manifest.json").read_text())["ceilings"]["synthetic"]
+    assert table["targets"] == 300
+    for row in rows.values():
+        assert row["cell"]["evaluation"] == {"filter_seen": False}
+        for known in ("none", "full"):
+            for name, (mean, _) in table[known].items():
+                assert row[f"ceiling_{known}_{name}"] == pytest.approx(mean)
+        assert row["ceiling_none_hr@10"] < row["ceiling_window_hr@10"] <= row["ceiling_full_hr@10"]
+    windows = [rows[name]["ceiling_window_hr@10"] for name in ("recent", "full")]
+    assert windows[0] < windows[1] < rows["full"]["ceiling_full_hr@10"]  # the state holds 29 events, histories more
+    assert "HR@10 of its ceiling (%)" in (tmp_path / "run" / "leaderboard.md").read_text()
+
+
 def test_rows_say_what_they_are(suite: Path, tmp_path: Path) -> None:
     run_suite(suite, tmp_path / "run", quiet=True)
     rows = {row["compressor"]: row for row in read_rows(tmp_path / "run" / "rows")}
@@ -106,6 +127,7 @@ def test_rows_say_what_they_are(suite: Path, tmp_path: Path) -> None:
     assert rows["int8"]["ratio"] < 0.4 and rows["int8"]["overlap@10"] > 0.9
     assert {row["hashes"]["checkpoint"] for row in rows.values()} == {full["hashes"]["checkpoint"]}
     assert set(recent["slices"]) >= {"<50"}
+    assert recent["ceiling_full_hr@10"] is None  # seen items were filtered: the ceilings are of another question
 
 
 def test_only_and_dry_run(suite: Path, tmp_path: Path) -> None:
@@ -204,11 +226,11 @@ def test_a_killed_training_goes_on(suite: Path, tmp_path: Path, monkeypatch: pyt
         import sys, time
         from malloc_bench import training, runner
         score, calls = training.validation_ndcg, []
-        def slow(*args):
+        def slow(*args, **settings):
             calls.append(1)
             if len(calls) == 2:
                 time.sleep(300)
-            return score(*args)
+            return score(*args, **settings)
         training.validation_ndcg = slow
         runner.run_suite(sys.argv[1], sys.argv[2], quiet=True)
     """
@@ -238,7 +260,7 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(suite: Path, tmp_path: 
         import sys, time
         from malloc_bench import evaluation
         from malloc_bench.cli import main
-        def slow(*args):
+        def slow(*args, **settings):
             open(sys.argv[2] + "/started", "w").close()
             time.sleep(300)
         evaluation._chunk = slow

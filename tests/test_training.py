@@ -61,7 +61,7 @@ def scores(monkeypatch):
     def use(*values):
         seen = []
 
-        def say(backbone, split, targets):
+        def say(backbone, split, targets, filter_seen):
             seen.append(weights(backbone))
             return values[len(seen) - 1]
 
@@ -99,7 +99,8 @@ def test_a_first_loss_is_that_of_guessing(split):
     assert loss == pytest.approx(math.log(split.dataset.n_items), rel=0.1)
 
 
-def test_validation_ndcg_is_the_mean_over_users(split):
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_validation_ndcg_is_the_mean_over_users(split, filter_seen):
     backbone, gains = fresh(split), []
     with torch.no_grad():
         table = backbone.eval().catalogue().double()
@@ -107,13 +108,16 @@ def test_validation_ndcg_is_the_mean_over_users(split):
             scores = table @ backbone(window(split.dataset, np.array([user]), np.array([at]), 30))[0, -1].double()
             target = split.dataset.items[at] - 1
             seen = split.dataset.items[split.dataset.offsets[user] : at] - 1
-            scores[seen[seen != target]] = -torch.inf
+            if filter_seen:
+                scores[seen[seen != target]] = -torch.inf
             rank = int((scores >= scores[target]).sum()) - 1
             gains.append(1 / math.log2(rank + 2) if rank < 10 else 0)
-    assert validation_ndcg(backbone, split, split.valid) == pytest.approx(np.mean(gains), abs=1e-5)
+    found = validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
+    assert found == pytest.approx(np.mean(gains), abs=1e-5)
     assert validation_ndcg(backbone, split, Targets(split.valid.users[:0], split.valid.at[:0])) == 0
     some = np.linspace(0, len(gains) - 1, 10).astype(int)
-    assert validation_ndcg(backbone, split, split.valid, 10) == pytest.approx(np.mean(np.array(gains)[some]), abs=1e-5)
+    found = validation_ndcg(backbone, split, split.valid, 10, filter_seen)
+    assert found == pytest.approx(np.mean(np.array(gains)[some]), abs=1e-5)
 
 
 def test_training_never_looks_at_test_events(split, tmp_path):

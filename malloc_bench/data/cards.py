@@ -23,6 +23,7 @@ from malloc_bench.paths import shipped
 from malloc_bench.registry import UnknownName, suggest
 
 from .dataset import DataError
+from .world import SyntheticWorld
 
 MAX_CARD_BYTES = 1 << 20
 
@@ -124,27 +125,6 @@ class Counts(Strict):
     events: PositiveInt
 
 
-class SyntheticWorld(Strict):
-    """Parameters of the generator in `synthetic.py`."""
-
-    users: PositiveInt
-    items: PositiveInt
-    seed: Annotated[int, Field(ge=0)]
-    clusters: PositiveInt  # groups of items that follow one another
-    stay: Annotated[float, Field(ge=1)]  # how much likelier an item of the last event's cluster is
-    follow: Annotated[float, Field(ge=0, le=1)]  # share of events that go to the last item's fixed successor
-    zipf: Annotated[float, Field(ge=0)]  # exponent of item popularity
-    shortest: PositiveInt  # events of a history
-    median: PositiveInt
-    longest: PositiveInt
-
-    @model_validator(mode="after")
-    def _possible(self) -> SyntheticWorld:
-        if not self.shortest <= self.median <= self.longest <= self.items:
-            raise ValueError("needs shortest <= median <= longest <= items: no history repeats an item")
-        return self
-
-
 class Label(Strict):
     """Which events count as liked, for the ranking task: `column` >= `at_least`."""
 
@@ -222,6 +202,6 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(map(str, path[:2] + path[3:] if path[:1] == ("sources",) else path))  # the third names the kind
     if problem["type"] != "extra_forbidden":
         return f"{where or 'card'}: {problem['msg'].removeprefix('Value error, ')}"
-    models: dict[str, type[Strict]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
-    model = models[str(path[-2])] if len(path) > 1 else Card
+    models: dict[str, type[BaseModel]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
+    model: type[BaseModel] = models[str(path[-2])] if len(path) > 1 else Card
     return f"{where}: unknown key.{suggest(str(path[-1]), model.model_fields.keys() - {'name'})}"

@@ -79,10 +79,18 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             for end in ("", "_lo", "_hi")
         ),
         (1 / pl.col("ratio")).alias("smaller_x"),
+        *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
         (pl.col("read_flops") / 1e6).alias("read_mflops"),
     )
     corrected = [group.with_columns(_holm(group["p_value"])) for _, group in _groups(judged)]
     return _sorted(pl.concat(corrected)) if corrected else judged.with_columns(pl.lit(None, pl.Float64).alias("p_holm"))
+
+
+def share_of(known: str, metric: str = "hr@10") -> pl.Expr:
+    """Of the way from the floor to a ceiling, how much a method has gone; null where there is no way to go."""
+    floor = pl.col(f"ceiling_none_{metric}")
+    way = pl.col(f"ceiling_{known}_{metric}") - floor
+    return pl.when(way > 0).then((pl.col(metric) - floor) / way)
 
 
 def _labelled(frame: pl.DataFrame) -> pl.DataFrame:
@@ -127,7 +135,8 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
 SHOWN = (
     *GROUP, "n_users", "seeds", "seeds_total", "compressor", "family", "budget", "bytes_mean", "smaller_x",
     "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm", "lossless",
-    "overlap@10", "read_ms_p50", "compress_ms_p50", "read_mflops",
+    "overlap@10", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
+    "read_ms_p50", "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
 
@@ -177,6 +186,9 @@ COLUMNS_SHOWN = (
     Column("p (Holm)", _p, rank=4),
     Column("lossless", lambda row: "✓" if row["lossless"] else "", rank=3),
     number("overlap@10", "overlap@10", ".3f", rank=2),
+    number("of_full_ceiling", "HR@10 of its ceiling (%)", ".1f", rank=2, scale=100),
+    number("ceiling_window_hr@10", "a window's HR@10 (at most)", ".4f", rank=2),
+    number("of_window_ceiling", "HR@10 of a window's (%)", ".1f", rank=2, scale=100),
     significant("read_ms_p50", "read (ms, p50)", rank=4),
     significant("compress_ms_p50", "compress (ms, p50)", rank=7),
     significant("read_mflops", "read (MFLOPs)", rank=8),
@@ -187,6 +199,11 @@ NOTES = (
     "Δ: difference to the full state, 95 % paired bootstrap interval over users; p: two-sided, Holm-corrected "
     "within each table. ✓ lossless: the interval's lower end is above -1 % of the full state's NDCG@10.",
     "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
+)
+CEILINGS = (
+    "Ceilings (generated data): HR@10 as a share of the way from the best guess without any event to the best possible "
+    "with the whole history, and to the most that anyone can reach who knows only the newest events that fit, "
+    "uncompressed, into as many bytes: above 100 % a method knows older events, or writes them down in fewer bytes."
 )
 EMPTY = "No finished cells yet."
 
@@ -207,9 +224,13 @@ def to_markdown(frame: pl.DataFrame) -> str:
     """The leaderboard of a results frame as a Markdown page."""
     board, faults = leaderboard(frame), problems(frame)
     parts = [f"## {head}\n\n{markdown(group, filled(group, COLUMNS_SHOWN))}" for head, group in sections(board)]
-    notes = "".join(f"- {note}\n" for note in NOTES) if parts else f"{EMPTY}\n"
+    notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"
     listed = "## Skipped and failed\n\n" + "".join(f"- {line}\n" for line in faults) if faults else ""
     return "\n".join(["# Leaderboard\n", *parts, notes, *([listed] if listed else [])])
+
+
+def _notes(board: pl.DataFrame) -> tuple[str, ...]:
+    return (*NOTES, CEILINGS) if board["ceiling_full_hr@10"].is_not_null().any() else NOTES
 
 
 def to_csv(frame: pl.DataFrame) -> str:

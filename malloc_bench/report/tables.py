@@ -10,7 +10,7 @@ import polars as pl
 
 from malloc_bench.metrics import slices as length_slices
 from malloc_bench.registry import suggest
-from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, newest, sections
+from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, newest, sections, share_of
 from malloc_bench.report.render import (
     FORMATS,
     Column,
@@ -22,7 +22,7 @@ from malloc_bench.report.render import (
     significant,
     words,
 )
-from malloc_bench.results import STEPS
+from malloc_bench.results import KNOWN, STEPS
 
 HEAD = (*GROUP, "n_users", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
@@ -30,6 +30,8 @@ ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "logloss", "overlap@10"),
     *("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm"),
 )
+NOTHING = "Nothing here applies to these results."
+HITS = ("hr@5", "hr@10", "hr@50")
 SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
 TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
 SLICES = tuple(length_slices([]))
@@ -79,6 +81,17 @@ def slices(frame: pl.DataFrame) -> pl.DataFrame:
     return aggregate(wide, also=names).select(*HEAD, *names)
 
 
+def ceilings(frame: pl.DataFrame) -> pl.DataFrame:
+    """HR@k beside the best possible without an event, with all, with a window of as many bytes, and as shares of them.
+
+    Only of generated data is the best possible known; other rows are left out.
+    """
+    shares = [share_of(known, m).alias(f"{m} of {known}") for m in HITS for known in ("full", "window")]
+    numbers = [name for m in HITS for name in (m, *(f"ceiling_{known}_{m}" for known in KNOWN))]
+    known = aggregate(frame).filter(pl.col("ceiling_full_hr@10").is_not_null())
+    return known.select(*HEAD, *numbers, *shares)
+
+
 def _by_length(text: str | None) -> dict[str, float | None]:
     return {
         f"{value} {part}": values.get(value)
@@ -119,6 +132,24 @@ TABLES = {
             number("smallest_ndcg_kept", "NDCG@10 kept there (%)", ".1f", scale=100),
         ),
     ),
+    "ceilings": Table(
+        ceilings,
+        (
+            *LABELS,
+            *(
+                column
+                for m in HITS
+                for column in (
+                    number(m, m.upper(), ".4f"),
+                    number(f"ceiling_none_{m}", f"{m.upper()} without events", ".4f"),
+                    number(f"ceiling_window_{m}", "with a window of these bytes, at most", ".4f"),
+                    number(f"ceiling_full_{m}", "with the whole history", ".4f"),
+                    number(f"{m} of window", "of a window's (%)", ".1f", scale=100),
+                    number(f"{m} of full", "of the whole's (%)", ".1f", scale=100),
+                )
+            ),
+        ),
+    ),
     "slices": Table(
         slices,
         (
@@ -151,13 +182,14 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
     if format not in FORMATS:
         raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
     data, columns = table(frame, name), _named(name).columns
+    nothing = EMPTY if frame.is_empty() else NOTHING
     if format == "csv":
         return csv(data)
     if format == "latex":
         parts = [latex(group, filled(group, columns), f"{name}: {head}") for head, group in sections(data)]
-        return "\n".join(parts) or f"% {EMPTY}\n"
+        return "\n".join(parts) or f"% {nothing}\n"
     parts = [f"## {head}\n\n{markdown(group, filled(group, columns))}" for head, group in sections(data)]
-    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{EMPTY}\n"])])
+    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{nothing}\n"])])
 
 
 def _named(name: str) -> Table:

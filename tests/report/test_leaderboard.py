@@ -201,3 +201,12 @@ def test_whole_suite(suite):
     assert board["backbone"].unique(maintain_order=True).to_list() == ["hstu", "sasrec"]
     assert "merge_adjacent + kivi(bits=2)" in board["compressor"].to_list()
     assert board.filter(pl.col("compressor") == "kivi(bits=4)")["lossless"].any()
+
+
+def test_ceilings_are_shown_and_explained_only_where_they_are_known(row, board_of):
+    best = {"ceiling_none_hr@10": 0.1, "ceiling_full_hr@10": 0.9, "ceiling_window_hr@10": 0.3, "hr@10": 0.5}
+    known, unknown = method(row, "h2o", **best), method(row, "tova", dataset="ml-100k")
+    text = lb.to_markdown(board_of(known))
+    assert "| 50.0 | 0.3000 | 200.0 |" in text and lb.CEILINGS in text
+    text = lb.to_markdown(board_of(unknown))
+    assert "ceiling" not in text.lower()

@@ -10,6 +10,7 @@ from malloc_bench.results import frame, label
 @pytest.mark.parametrize("name", tables.TABLES)
 @pytest.mark.parametrize("format", render.FORMATS)
 def test_every_table_in_every_format(suite, name, format):
+    suite = suite.with_columns(pl.lit(0.9).alias("ceiling_full_hr@10"), pl.lit(0.0).alias("ceiling_none_hr@10"))
     text = tables.render_table(suite, name, format)
     assert (
         "hstu" in text and "sasrec" in text and "null" not in text and "None" not in text and "nan" not in text.lower()
@@ -82,3 +83,21 @@ def test_three_digits(value, text):
 def test_markdown_escapes_pipes():
     text = render.markdown(pl.DataFrame({"a": ["x|y"]}), [render.words("a", "a")])
     assert text == "| a |\n| :-- |\n| x\\|y |\n"
+
+
+def test_shares_of_ceilings(row, board_of):
+    def cell(name, hit, window, **more):
+        best = {f"ceiling_{known}_hr@10": value for known, value in (("none", 0.1), ("full", 0.9), ("window", window))}
+        return row(family="eviction", compressor=name, **best, **{"hr@10": hit}, **more)
+
+    board = board_of(
+        cell("h2o", 0.5, 0.3, seed=0), cell("h2o", 0.7, 0.5, seed=1), cell("none", 0.1, 0.1), row(compressor="tova")
+    )
+    found = {each["compressor"]: each for each in tables.ceilings(board).iter_rows(named=True)}
+    assert found["h2o"]["hr@10 of full"] == pytest.approx(5 / 8)  # of the means over seeds
+    assert found["h2o"]["hr@10 of window"] == pytest.approx(5 / 3)
+    assert found["none"]["hr@10 of full"] == 0 and found["none"]["hr@10 of window"] is None  # nowhere to go
+    assert found.keys() == {"h2o", "none"} and found["h2o"]["hr@50 of full"] is None
+    text = tables.render_table(board, "ceilings")
+    assert "166.7" in text and "62.5" in text and "HR@50" not in text
+    assert tables.NOTHING in tables.render_table(board_of(row(compressor="tova")), "ceilings")
