@@ -182,7 +182,7 @@ def _suite(name: str) -> Lines:
     listed = {
         "datasets": suite.datasets,
         "tasks": suite.tasks,
-        "split": [suite.split],
+        "split": [str(suite.split or "temporal where there are times, else leave_one_out")],
         "backbones": [part.label for part in suite.backbones],
         "compressors": [part.label for part in suite.compressors],
         "budgets": [str(budget.value()) for budget in suite.budgets],

@@ -70,6 +70,11 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
 
 def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
     """Where the trained backbone of a cell is kept, named by all that its weights depend on."""
-    parts = {"data": dataset.hash, "split": cell.split, "task": cell.task, "backbone": cell.backbone.content}
+    parts = {
+        "data": dataset.hash,
+        "split": cell.split and cell.split.value(),
+        "task": cell.task,
+        "backbone": cell.backbone.content,
+    }
     key = cell_id({**parts, "structural": None, "training": cell.training, "seed": cell.seed})
     return home() / "checkpoints" / f"{cell.dataset}-{cell.backbone.name}-{key[:16]}"

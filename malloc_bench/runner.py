@@ -46,6 +46,7 @@ def run_suite(
     cells = suites.only(suite.cells(), only or {})
     folder = Path(out) if out is not None else Path("runs") / suite.name
     datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in suite.datasets}
+    cells = [cell.settled(datasets[cell.dataset]) for cell in cells]
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
     started = time.perf_counter()

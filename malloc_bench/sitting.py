@@ -47,6 +47,7 @@ class Sitting:
         self.watch, self.result, self.fresh = watch, result, fresh
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
+        self.cut: tuple[Any, Split] | None = None
         tune_malloc()
 
     def all(self) -> None:
@@ -75,12 +76,20 @@ class Sitting:
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
         """Fresh weights, the same for the same seed."""
         torch.manual_seed(cell.seed)
-        data = self.datasets[cell.dataset]
+        data = self._split(cell).dataset
         return get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
 
+    def _split(self, cell: Cell) -> Split:
+        """The data of a cell, cut; the last one is kept: groups of one data set follow each other."""
+        key = cell.dataset, cell.split
+        if self.cut is None or self.cut[0] != key:
+            assert cell.split is not None, "settled when the run began"
+            self.cut = key, get_split(cell.split, self.datasets[cell.dataset])
+        return self.cut[1]
+
     def _group(self, cell: Cell, todo: list[Planned]) -> None:
+        split = self._split(cell)
         data = self.datasets[cell.dataset]
-        split = get_split(cell.split, data)
         backbone, fitted, key = self._trained(cell, split)
         store = Chunks(self.folder / "partial" / key)
         if self.fresh:
@@ -99,23 +108,23 @@ class Sitting:
         }
         for each in todo:
             self._write(
-                each, {**shared, **self._outcome(each, evaluation, columns, data), **resources.get(each.id, {})}
+                each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
             )
         store.drop()
 
     def _outcome(
-        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], data: Dataset
+        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split
     ) -> dict[str, Any]:
         if each.id in evaluation.failed:
             trace = evaluation.failed[each.id]
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
-        write_per_user(self.folder / path, per_user(evaluation, each.id, data.user_ids))
+        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
         return {"status": "ok", "per_user": path, **columns[each.id]}
 
     def _trained(self, cell: Cell, split: Split) -> tuple[Backbone, Fit, str]:
         """The backbone of a group, trained now or before; a copy of its weights lies in the run folder."""
-        folder = checkpoint_folder(cell, split.dataset)
+        folder = checkpoint_folder(cell, self.datasets[cell.dataset])
         backbone = self._backbone(cell).to(self.device)
         with locked(folder, wait=True):  # two runs that need the same weights train them once
             fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit)
@@ -159,7 +168,7 @@ class Sitting:
             "suite": cell.suite,
             "dataset": cell.dataset,
             "task": cell.task,
-            "split": cell.split,
+            "split": cell.split and cell.split.label,
             "backbone": cell.backbone.name,
             "backbone_params": cell.backbone.params,
             "family": cell.compressor.family,

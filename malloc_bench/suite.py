@@ -10,6 +10,7 @@ from pathlib import Path
 from malloc_bench import suite_file, suite_parts
 from malloc_bench.cells import Cell, Part
 from malloc_bench.compressors import Budget
+from malloc_bench.data.splits import Rule
 from malloc_bench.registry import suggest
 from malloc_bench.results import canonical_json
 from malloc_bench.suite_file import Measure, SuiteError
@@ -28,7 +29,7 @@ class Suite:
     path: Path
     datasets: tuple[str, ...]
     tasks: tuple[str, ...]
-    split: str
+    split: Rule | None  # None: as each data set allows
     backbones: tuple[Part, ...]
     compressors: tuple[Part, ...]
     budgets: tuple[Budget, ...]
@@ -89,7 +90,7 @@ def load_suite(path: str | Path) -> Suite:
             path=file,
             datasets=tuple(content.datasets),
             tasks=tuple(content.tasks),
-            split=content.split,
+            split=suite_file.split(content.split),
             backbones=suite_parts.parts("backbones", content.backbones),
             compressors=suite_parts.parts("compressors", content.compressors),
             budgets=suite_parts.budgets(content.budgets),

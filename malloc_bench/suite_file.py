@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from malloc_bench.data import list_datasets
-from malloc_bench.data.splits import SPLITS
+from malloc_bench.data.options import O, pick
+from malloc_bench.data.splits import RULES, Rule
 from malloc_bench.paths import shipped
 from malloc_bench.registry import suggest
 from malloc_bench.training import Training
@@ -81,7 +82,7 @@ class SuiteKeys(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     datasets: Names
     tasks: Names = ["retrieval"]
-    split: str
+    split: Any = None
     backbones: Entries
     compressors: Entries
     budgets: Entries = []
@@ -117,15 +118,33 @@ def read(file: Path) -> SuiteKeys:
     for where, names, valid in (
         ("datasets", keys.datasets, list_datasets()),
         ("tasks", keys.tasks, TASKS),
-        ("split", [keys.split], SPLITS),
     ):
         for i, name in enumerate(names):
             if name not in valid:
-                place = where if where == "split" else f"{where}[{i}]"
-                raise Fault(place, f"no {where.removesuffix('s')} is named '{name}'.{suggest(name, valid)}")
+                raise Fault(f"{where}[{i}]", f"no {where.removesuffix('s')} is named '{name}'.{suggest(name, valid)}")
     for where in ("datasets", "tasks", "backbones", "compressors", "seeds"):
         no_twins(where, getattr(keys, where))
     return keys
+
+
+def split(value: Any) -> Rule | None:
+    """The split that a suite names, None where it names none; raises Fault."""
+    return None if value is None else option(value, RULES, "split")
+
+
+def option(value: Any, options: Mapping[str, type[O]], where: str) -> O:
+    """One of the options, from `name` or `{name: {setting: value}}`; raises Fault."""
+    try:
+        return pick(value, options)
+    except ValidationError as error:
+        problem = _gravest(error)
+        ((name, _),) = value.items()
+        at = ".".join([where, name, *map(str, problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            raise Fault(at, f"unknown setting.{suggest(str(problem['loc'][-1]), options[name].model_fields)}") from None
+        raise Fault(at, expected(problem)) from None
+    except ValueError as error:
+        raise Fault(where, str(error)) from None
 
 
 def no_twins(where: str, values: Sequence[Any]) -> None:
@@ -183,14 +202,18 @@ def _yaml(file: Path) -> dict[Any, Any]:
 
 
 def _fault(error: ValidationError) -> Fault:
-    # a misspelt key first: that another one is missing follows from it
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = _gravest(error)
     where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"]).removeprefix(".")
     if problem["type"] != "extra_forbidden":
         return Fault(where, expected(problem))
     models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys}
     model: type[BaseModel] = models[str(problem["loc"][0])] if len(problem["loc"]) > 1 else SuiteKeys
     return Fault(where, f"unknown key.{suggest(str(problem['loc'][-1]), model.model_fields)}")
+
+
+def _gravest(error: ValidationError) -> Any:
+    """A misspelt key first: that another one is missing follows from it."""
+    return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 _WORDS = (("a valid integer", "an integer"), ("a valid array", "a list"), ("a valid dictionary", "keys and values"))
@@ -205,6 +228,8 @@ def expected(problem: Any) -> str:
         return "expected at least one value, not an empty list"
     if kind == "string_pattern_mismatch":
         return f"expected letters, digits, '.', '_' and '-', a letter or digit first, not {shown(value)}"
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
     if kind == "model_type":
         return f"expected keys and values, not {shown(value)}"
     text = problem["msg"].removeprefix("Input should be ")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,6 +16,8 @@ from malloc_bench import registry
 from malloc_bench.backbones import Backbone
 from malloc_bench.cells import Cell, Part
 from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.data import DataError, Dataset
+from malloc_bench.data.splits import RULES
 from malloc_bench.paths import shipped
 from malloc_bench.registry import register
 from malloc_bench.report.render import budget_label
@@ -62,7 +65,21 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
-    ({"split": None}, "split: missing"),
+    ({"split": ["temporal"]}, "split: expected a name or {name: {setting: value}}, not ['temporal']"),
+    ({"split": {"ratio": 3}}, "split: expected a name or {name: {setting: value}}, not {'ratio': 3}"),
+    (
+        {"split": {"ratio": {}, "temporal": {}}},
+        "split: expected a name or {name: {setting: value}}, not {'ratio': {}, 'temporal': {}}",
+    ),
+    ({"split": {"temporl": {}}}, "split: no split is named 'temporl'. Did you mean 'temporal'?"),
+    ({"split": {"temporal": {"valyd": 0.1}}}, "split.temporal.valyd: unknown setting. Did you mean 'valid'?"),
+    ({"split": {"temporal": {"test": 1}}}, "split.temporal.test: expected less than 1, not 1"),
+    ({"split": {"leave_one_out": {"long": 0}}}, "split.leave_one_out.long: expected greater than or equal to 1, not 0"),
+    ({"split": {"leave_one_out": {"long": 2.5}}}, "split.leave_one_out.long: expected an integer, not 2.5"),
+    (
+        {"split": {"ratio": {"valid": 0.5, "test": 0.6}}},
+        "split.ratio: valid + test must leave something to train on, not 0.5 + 0.6",
+    ),
     ({"datasets": "synthetic"}, "datasets: expected a list, not 'synthetic'"),
     ({"datasets": []}, "datasets: expected at least one value, not an empty list"),
     ({"compressors": []}, "compressors: expected at least one value, not an empty list"),
@@ -308,6 +325,25 @@ def test_ids_know_neither_key_order_nor_the_suite_nor_omitted_defaults(tmp_path:
     assert not set(ids(plain)) & set(ids(plain, "other data"))
 
 
+def test_a_split_with_its_defaults_spelt_out_is_the_same_cell(tmp_path: Path) -> None:
+    """And a plain leave_one_out goes by its name alone, as it did before it had settings."""
+    for short, long in (
+        ("temporal", {"temporal": {"valid": 0.1, "test": 0.1}}),
+        ("leave_one_out", {"leave_one_out": {}}),
+    ):
+        assert ids(load(tmp_path, split=short)) == ids(load(tmp_path, split=long))
+    assert load(tmp_path).cells()[0].payload()["split"] == "leave_one_out"
+
+
+def test_a_split_that_is_not_named_is_the_data_s(tmp_path: Path) -> None:
+    (cell, *_) = load(tmp_path, split=None).cells()
+    for times, name in ((np.arange(4), "temporal"), (None, "leave_one_out")):
+        data = Dataset("toy", None, "", *(np.zeros(1),) * 4, times, {}, "")
+        assert cell.settled(data).split == RULES[name]()
+    with pytest.raises(DataError, match=r"^toy has no times .*: name the split leave_one_out or ratio$"):
+        load(tmp_path, split="temporal").cells()[0].settled(data)
+
+
 def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     a, b = (load(tmp_path, backbones=[{"sasrec": {"dropout": zero}}]) for zero in (0, 0.0))
     assert ids(a) == ids(b)
@@ -319,6 +355,8 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     [
         {"datasets": ["ml-1m"]},
         {"seeds": [1]},
+        *({"split": split} for split in ("temporal", {"temporal": {"valid": 0.2}}, "ratio", {"ratio": {"test": 0.1}})),
+        *({"split": {"leave_one_out": {name: 7}}} for name in ("k_core", "min_history", "max_history", "long")),
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
@@ -390,11 +428,13 @@ def test_a_cell_comes_back_from_its_row(tmp_path: Path) -> None:
         budgets=[0.5, {"bytes": 900}],
         training={"epochs": 3},
         filter_seen=False,
+        split={"temporal": {"test": 0.2, "long": 50}},
     )
     for cell in suite.cells():
         row = {
-            "suite": cell.suite, "dataset": cell.dataset, "task": cell.task, "split": cell.split, "seed": cell.seed,
-            "backbone": cell.backbone.name, "backbone_params": cell.backbone.params, "budget": cell.budget_text,
+            "suite": cell.suite, "dataset": cell.dataset, "task": cell.task, "split": str(cell.split),
+            "seed": cell.seed, "backbone": cell.backbone.name, "backbone_params": cell.backbone.params,
+            "budget": cell.budget_text,
             "compressor": cell.compressor.name, "compressor_params": cell.compressor.params, "cell": cell.payload(),
         }  # fmt: skip
         assert Cell.of_row(row) == cell
