@@ -19,6 +19,7 @@ from malloc_bench.compressors import Budget, Compressor, get_compressor
 from malloc_bench.data import Dataset
 from malloc_bench.data.options import pick
 from malloc_bench.data.splits import RULES, Rule, default_rule
+from malloc_bench.data.tasks import TASKS, Task
 from malloc_bench.registry import find
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
 
@@ -101,7 +102,7 @@ class Cell:
 
     suite: str
     dataset: str
-    task: str
+    task: Task
     split: Rule | None  # None: to be settled by the data
     backbone: Part
     compressor: Part
@@ -124,7 +125,7 @@ class Cell:
         """What defines the cell's results, but for the data: no name of a suite, no key order, no omitted default."""
         return {
             "dataset": self.dataset,
-            "task": self.task,
+            "task": self.task.value(),
             "split": self.split and self.split.value(),
             "backbone": self.backbone.content,
             "compressor": self.compressor.content,
@@ -138,7 +139,7 @@ class Cell:
         """The cell with what its suite leaves open chosen by the data; raises DataError where they do not fit it."""
         split = self.split or default_rule(dataset)
         split.check(dataset)
-        return replace(self, split=split)
+        return replace(self, split=split, task=self.task.settled(dataset))
 
     def id(self, data_hash: str) -> str:
         """The name of its row: sha256 of the payload, the data's hash and the schema version of rows."""
@@ -151,7 +152,7 @@ class Cell:
         return Cell(
             suite=row["suite"],
             dataset=row["dataset"],
-            task=row["task"],
+            task=pick(payload["task"], TASKS),
             split=pick(payload["split"], RULES),
             backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
             compressor=Part(row["compressor"], row["compressor_params"] or {}),

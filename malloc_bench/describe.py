@@ -181,7 +181,7 @@ def _suite(name: str) -> Lines:
     suite = load_suite(name)
     listed = {
         "datasets": suite.datasets,
-        "tasks": suite.tasks,
+        "tasks": [str(task) for task in suite.tasks],
         "split": [str(suite.split or "temporal where there are times, else leave_one_out")],
         "backbones": [part.label for part in suite.backbones],
         "compressors": [part.label for part in suite.compressors],

@@ -73,7 +73,7 @@ def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
     parts = {
         "data": dataset.hash,
         "split": cell.split and cell.split.value(),
-        "task": cell.task,
+        "task": cell.task.value(),
         "backbone": cell.backbone.content,
     }
     key = cell_id({**parts, "structural": None, "training": cell.training, "seed": cell.seed})

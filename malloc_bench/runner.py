@@ -90,9 +90,8 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         run_cells([cell], Path(folder))
         (again,) = read_rows(Path(folder) / "rows")
-    same = [
-        name for name in row if name.startswith(("hr@", "ndcg@", "mrr", "overlap", "delta", "bytes", "ratio", "status"))
-    ]
+    numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
+    same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
     return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]
 
 

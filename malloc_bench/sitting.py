@@ -18,7 +18,9 @@ from malloc_bench import measure
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.cells import Cell
 from malloc_bench.data import Dataset
-from malloc_bench.data.splits import Split, get_split
+from malloc_bench.data.exposures import Exposures
+from malloc_bench.data.splits import Split
+from malloc_bench.data.tasks import Ranking
 from malloc_bench.evaluation import Evaluation, Job, evaluate
 from malloc_bench.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.progress import Watch
@@ -47,7 +49,7 @@ class Sitting:
         self.watch, self.result, self.fresh = watch, result, fresh
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
-        self.cut: tuple[Any, Split] | None = None
+        self.cut: tuple[Any, Split | Exposures] | None = None
         tune_malloc()
 
     def all(self) -> None:
@@ -77,14 +79,15 @@ class Sitting:
         """Fresh weights, the same for the same seed."""
         torch.manual_seed(cell.seed)
         data = self._split(cell).dataset
-        return get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+        made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+        return made.for_ranking() if isinstance(cell.task, Ranking) else made
 
-    def _split(self, cell: Cell) -> Split:
+    def _split(self, cell: Cell) -> Split | Exposures:
         """The data of a cell, cut; the last one is kept: groups of one data set follow each other."""
-        key = cell.dataset, cell.split
+        key = cell.dataset, cell.split, cell.task
         if self.cut is None or self.cut[0] != key:
             assert cell.split is not None, "settled when the run began"
-            self.cut = key, get_split(cell.split, self.datasets[cell.dataset])
+            self.cut = key, cell.task.cut(self.datasets[cell.dataset], cell.split)
         return self.cut[1]
 
     def _group(self, cell: Cell, todo: list[Planned]) -> None:
@@ -113,7 +116,7 @@ class Sitting:
         store.drop()
 
     def _outcome(
-        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split
+        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split | Exposures
     ) -> dict[str, Any]:
         if each.id in evaluation.failed:
             trace = evaluation.failed[each.id]
@@ -122,7 +125,7 @@ class Sitting:
         write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
         return {"status": "ok", "per_user": path, **columns[each.id]}
 
-    def _trained(self, cell: Cell, split: Split) -> tuple[Backbone, Fit, str]:
+    def _trained(self, cell: Cell, split: Split | Exposures) -> tuple[Backbone, Fit, str]:
         """The backbone of a group, trained now or before; a copy of its weights lies in the run folder."""
         folder = checkpoint_folder(cell, self.datasets[cell.dataset])
         backbone = self._backbone(cell).to(self.device)
@@ -167,7 +170,7 @@ class Sitting:
             "cell_id": each.id,
             "suite": cell.suite,
             "dataset": cell.dataset,
-            "task": cell.task,
+            "task": cell.task.label,
             "split": cell.split and cell.split.label,
             "backbone": cell.backbone.name,
             "backbone_params": cell.backbone.params,

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from malloc_bench.data import list_datasets
 from malloc_bench.data.options import O, pick
 from malloc_bench.data.splits import RULES, Rule
+from malloc_bench.data.tasks import TASKS, Task
 from malloc_bench.paths import shipped
 from malloc_bench.registry import suggest
 from malloc_bench.training import Training
 
 MAX_BYTES = 1 << 18
-TASKS = ("retrieval",)
 
 
 class SuiteError(ValueError):
@@ -81,7 +81,7 @@ class MeasureKeys(_Strict):
 class SuiteKeys(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     datasets: Names
-    tasks: Names = ["retrieval"]
+    tasks: Entries = ["retrieval"]
     split: Any = None
     backbones: Entries
     compressors: Entries
@@ -110,21 +110,25 @@ def locate(path: str | Path) -> Path:
 
 
 def read(file: Path) -> SuiteKeys:
-    """The file's keys, of the right types, and its names of data sets, tasks and splits; raises Fault."""
+    """The file's keys, of the right types, and its names of data sets; raises Fault."""
     try:
         keys = SuiteKeys.model_validate(_yaml(file))
     except ValidationError as error:
         raise _fault(error) from None
-    for where, names, valid in (
-        ("datasets", keys.datasets, list_datasets()),
-        ("tasks", keys.tasks, TASKS),
-    ):
-        for i, name in enumerate(names):
-            if name not in valid:
-                raise Fault(f"{where}[{i}]", f"no {where.removesuffix('s')} is named '{name}'.{suggest(name, valid)}")
-    for where in ("datasets", "tasks", "backbones", "compressors", "seeds"):
+    valid = list_datasets()
+    for i, name in enumerate(keys.datasets):
+        if name not in valid:
+            raise Fault(f"datasets[{i}]", f"no dataset is named '{name}'.{suggest(name, valid)}")
+    for where in ("datasets", "backbones", "compressors", "seeds"):
         no_twins(where, getattr(keys, where))
     return keys
+
+
+def tasks(values: Sequence[Any]) -> tuple[Task, ...]:
+    """The tasks of a suite, each once; raises Fault."""
+    found = tuple(option(value, TASKS, f"tasks[{i}]") for i, value in enumerate(values))
+    no_twins("tasks", [task.value() for task in found])
+    return found
 
 
 def split(value: Any) -> Rule | None:

@@ -167,7 +167,7 @@ def test_a_kill_costs_one_chunk(suite: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_torn_chunk_is_computed_again(suite: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = run_folder.Chunks(tmp_path)
-    store.save(0, {"a": {name: torch.zeros(3).numpy() for name in evaluation.COLUMNS}})
+    store.save(0, {"a": {name: torch.zeros(3).numpy() for name in evaluation.SIZES}})
     whole = (tmp_path / "00000.npz").read_bytes()
     assert store.load(0).keys() == {"a"}
     for size in (0, 10, len(whole) // 2, len(whole) - 5):

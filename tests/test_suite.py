@@ -16,8 +16,9 @@ from malloc_bench import registry
 from malloc_bench.backbones import Backbone
 from malloc_bench.cells import Cell, Part
 from malloc_bench.compressors import Budget, Compressor
-from malloc_bench.data import DataError, Dataset
+from malloc_bench.data import DataError, Dataset, load_card
 from malloc_bench.data.splits import RULES
+from malloc_bench.data.tasks import Ranking, Retrieval
 from malloc_bench.paths import shipped
 from malloc_bench.registry import register
 from malloc_bench.report.render import budget_label
@@ -65,6 +66,15 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
+    ({"tasks": ["ranking", {"ranking": {}}]}, "tasks[1]: {'ranking': {'candidates': 32, 'seed': 0}} is there twice"),
+    (
+        {"tasks": [{"ranking": {"negative": 1}}]},
+        "tasks[0].ranking.negative: unknown setting. Did you mean 'negatives'?",
+    ),
+    (
+        {"tasks": [{"ranking": {"negatives": 4, "candidates": 4}}]},
+        "tasks[0].ranking: 4 candidates have no room for an event and 4 negatives",
+    ),
     ({"split": ["temporal"]}, "split: expected a name or {name: {setting: value}}, not ['temporal']"),
     ({"split": {"ratio": 3}}, "split: expected a name or {name: {setting: value}}, not {'ratio': 3}"),
     (
@@ -227,7 +237,7 @@ def test_a_suite_that_is_not_there() -> None:
 
 def test_defaults(tmp_path: Path) -> None:
     suite = load(tmp_path)
-    assert (suite.tasks, suite.seeds, suite.filter_seen) == (("retrieval",), (0,), True)
+    assert (suite.tasks, suite.seeds, suite.filter_seen) == ((Retrieval(),), (0,), True)
     assert (suite.training, suite.measure) == (Training(), Measure())
 
 
@@ -344,6 +354,25 @@ def test_a_split_that_is_not_named_is_the_data_s(tmp_path: Path) -> None:
         load(tmp_path, split="temporal").cells()[0].settled(data)
 
 
+@pytest.mark.parametrize(
+    ("stars", "named", "settled"),
+    [
+        ([5, 1], {}, 0), ([5, 1], {"negatives": 2}, 2), ([5, 4], {}, 1), ([5, 4], {"negatives": 0}, 0),
+        (None, {}, 1), (None, {"negatives": 3}, 3),
+    ],
+)  # fmt: skip
+def test_the_data_say_whether_negatives_are_sampled(stars: Any, named: Any, settled: int) -> None:
+    """Where the card has labels and both kinds are there, they are the labels."""
+    feedback = {} if stars is None else {"rating": np.array(stars, np.float32)}
+    data = Dataset("toy", load_card("ml-100k"), "test", *(np.zeros(1),) * 4, None, feedback, "")
+    task = Ranking(**named).settled(data)
+    assert task.negatives == settled and task == task.settled(data)
+    assert str(task) == (f"ranking(negatives={settled})" if settled else "ranking")
+    if stars is None:
+        with pytest.raises(DataError, match=r"^toy has no labels .*: give ranking negatives, such as 1$"):
+            Ranking(negatives=0).settled(data)
+
+
 def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     a, b = (load(tmp_path, backbones=[{"sasrec": {"dropout": zero}}]) for zero in (0, 0.0))
     assert ids(a) == ids(b)
@@ -355,6 +384,7 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     [
         {"datasets": ["ml-1m"]},
         {"seeds": [1]},
+        *({"tasks": [task]} for task in ("ranking", {"ranking": {"negatives": 1}}, {"ranking": {"seed": 1}})),
         *({"split": split} for split in ("temporal", {"temporal": {"valid": 0.2}}, "ratio", {"ratio": {"test": 0.1}})),
         *({"split": {"leave_one_out": {name: 7}}} for name in ("k_core", "min_history", "max_history", "long")),
         {"filter_seen": False},
@@ -429,10 +459,11 @@ def test_a_cell_comes_back_from_its_row(tmp_path: Path) -> None:
         training={"epochs": 3},
         filter_seen=False,
         split={"temporal": {"test": 0.2, "long": 50}},
+        tasks=["retrieval", {"ranking": {"negatives": 1}}],
     )
     for cell in suite.cells():
         row = {
-            "suite": cell.suite, "dataset": cell.dataset, "task": cell.task, "split": str(cell.split),
+            "suite": cell.suite, "dataset": cell.dataset, "task": str(cell.task), "split": str(cell.split),
             "seed": cell.seed, "backbone": cell.backbone.name, "backbone_params": cell.backbone.params,
             "budget": cell.budget_text,
             "compressor": cell.compressor.name, "compressor_params": cell.compressor.params, "cell": cell.payload(),

@@ -50,10 +50,12 @@ def panels(board: pl.DataFrame) -> tuple[Panel, Panel, Panel]:
     timed = board["read_ms_p50"].is_not_null().any()
     cost, unit = ("read_ms_p50", "read (ms, p50)") if timed else ("read_flops", "read (FLOPs)")
     size = "state (bytes per user)"
+    ranking = board["gauc"].is_not_null().any()
+    good, alike = ("gauc", "agreement") if ranking else ("ndcg@10", "overlap@10")
     return (
-        Panel("bytes_mean", "ndcg@10", size, "NDCG@10", "Accuracy against memory"),
-        Panel("bytes_mean", "overlap@10", size, "overlap@10 with the full state", "Fidelity against memory"),
-        Panel(cost, "ndcg@10", unit, "NDCG@10", "Accuracy against the cost of a read"),
+        Panel("bytes_mean", good, size, good.upper(), "Accuracy against memory"),
+        Panel("bytes_mean", alike, size, f"{alike} with the full state", "Fidelity against memory"),
+        Panel(cost, good, unit, good.upper(), "Accuracy against the cost of a read"),
     )
 
 
@@ -150,10 +152,10 @@ def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]
 
 
 def _bars(rows: pl.DataFrame, panel: Panel) -> list[list[float]] | None:
-    """Lengths below and above each point: the paired interval, for NDCG@10 only."""
-    if panel.y != "ndcg@10":
+    """Lengths below and above each point: the paired interval, for accuracy only."""
+    if f"delta_{panel.y}" not in rows.columns:
         return None
-    delta, lo, hi = (pl.col(f"delta_ndcg@10{end}") for end in ("", "_lo", "_hi"))
+    delta, lo, hi = (pl.col(f"delta_{panel.y}{end}") for end in ("", "_lo", "_hi"))
     ends = _measured(rows, panel).select((delta - lo).alias("below"), (hi - delta).alias("above")).fill_null(0.0)
     return [ends["below"].clip(0).to_list(), ends["above"].clip(0).to_list()]
 
