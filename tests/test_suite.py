@@ -527,7 +527,7 @@ METHODS = (
 
 
 def test_shipped_suites_cover_every_family() -> None:
-    assert {"quick", "smoke", "ml1m"} <= set(SHIPPED)
+    assert {"quick", "smoke", "ml1m", "ranking", "longhistory"} <= set(SHIPPED)
     for name in ("quick", "ml1m"):
         assert set(METHODS) <= {part.name for part in load_suite(name).compressors}
     assert load_suite("smoke").datasets == ("synthetic",)  # nothing to download
