@@ -83,7 +83,7 @@ def pareto_figure(board: pl.DataFrame, title: str) -> Figure:
         for (family,), rows in methods.group_by("family", maintain_order=True):
             _draw_family(axes, panel, str(family), rows, markers)
         _draw_references(axes, panel, board)
-        _style(axes, panel)
+        _style(axes, panel, measured=bool(_points(board, panel)))
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     _legend(figure, board, methods, markers)
     return figure
@@ -99,16 +99,17 @@ def _draw_family(axes: Axes, panel: Panel, family: str, rows: pl.DataFrame, mark
         axes.plot(x, y, ls="none", color=colour, marker=marker, ms=7, mec="white", mew=0.7, zorder=4, gid=gid)
 
 
-def _style(axes: Axes, panel: Panel) -> None:
+def _style(axes: Axes, panel: Panel, measured: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xscale("log")
-    axes.margins(x=0.06, y=0.05)
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
-    unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    if measured:  # a log axis without any point has no end
+        axes.set_xscale("log")
+        axes.margins(x=0.06, y=0.05)
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
+        unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=11)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.grid(True, which="major", color="#e6e6e6", lw=0.8)
