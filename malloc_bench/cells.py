@@ -7,7 +7,7 @@ import inspect
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,10 @@ import torch
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
+from malloc_bench.data import Dataset
+from malloc_bench.data.options import pick
+from malloc_bench.data.splits import RULES, Rule, default_rule
+from malloc_bench.data.tasks import TASKS, Task
 from malloc_bench.registry import find
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
 
@@ -98,8 +102,8 @@ class Cell:
 
     suite: str
     dataset: str
-    task: str
-    split: str
+    task: Task
+    split: Rule | None  # None: to be settled by the data
     backbone: Part
     compressor: Part
     budget: Budget | None
@@ -121,8 +125,8 @@ class Cell:
         """What defines the cell's results, but for the data: no name of a suite, no key order, no omitted default."""
         return {
             "dataset": self.dataset,
-            "task": self.task,
-            "split": self.split,
+            "task": self.task.value(),
+            "split": self.split and self.split.value(),
             "backbone": self.backbone.content,
             "compressor": self.compressor.content,
             "budget": None if self.budget is None else self.budget.value(),
@@ -130,6 +134,12 @@ class Cell:
             "training": self.training,
             "evaluation": {"filter_seen": self.filter_seen},
         }
+
+    def settled(self, dataset: Dataset) -> Cell:
+        """The cell with what its suite leaves open chosen by the data; raises DataError where they do not fit it."""
+        split = self.split or default_rule(dataset)
+        split.check(dataset)
+        return replace(self, split=split, task=self.task.settled(dataset))
 
     def id(self, data_hash: str) -> str:
         """The name of its row: sha256 of the payload, the data's hash and the schema version of rows."""
@@ -142,8 +152,8 @@ class Cell:
         return Cell(
             suite=row["suite"],
             dataset=row["dataset"],
-            task=row["task"],
-            split=row["split"],
+            task=pick(payload["task"], TASKS),
+            split=pick(payload["split"], RULES),
             backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
             compressor=Part(row["compressor"], row["compressor_params"] or {}),
             budget=None if budget is None else Budget.parse(json.loads(budget)),

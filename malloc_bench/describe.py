@@ -181,8 +181,8 @@ def _suite(name: str) -> Lines:
     suite = load_suite(name)
     listed = {
         "datasets": suite.datasets,
-        "tasks": suite.tasks,
-        "split": [suite.split],
+        "tasks": [str(task) for task in suite.tasks],
+        "split": [str(suite.split or "temporal where there are times, else leave_one_out")],
         "backbones": [part.label for part in suite.backbones],
         "compressors": [part.label for part in suite.compressors],
         "budgets": [str(budget.value()) for budget in suite.budgets],

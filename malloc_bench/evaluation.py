@@ -1,4 +1,4 @@
-"""prefill -> compress -> read -> rank: one prefill per chunk of users serves every method and budget."""
+"""prefill -> compress -> read -> judge: one prefill per chunk of users serves every method and budget."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from malloc_bench.asking import Asked, Candidates, NextItem, Values
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
-from malloc_bench.data.batches import by_length, split_newest, window
+from malloc_bench.data.batches import by_length
+from malloc_bench.data.exposures import Exposures
 from malloc_bench.data.splits import Split
-from malloc_bench.ranking import overlap, question, rank
-from malloc_bench.state import Prefill, Stats, UserState, map_tensors
+from malloc_bench.state import Prefill, Stats, UserState
 
 PACKED_USERS = 32  # users a cell whose packed length is compared with the bytes that are reported
 _USERS = 256  # a chunk
 _SCORES = 1 << 24  # catalogue scores of a chunk, at most
 
-#: What is kept of a user: name -> dtype.
-COLUMNS = {"rank": np.int32, "overlap": np.float32, "bytes": np.int64, "at_floor": np.bool_}
-Values = dict[str, np.ndarray]
+#: What is kept of a request beside the task's own columns: name -> dtype.
+SIZES = {"bytes": np.int64, "at_floor": np.bool_}
 
 
 class OverBudget(RuntimeError):
@@ -51,9 +51,10 @@ class Store(Protocol):
 
 @dataclass
 class Evaluation:
-    """users: row of the dataset per target, [N]; length: events in the state; bytes_full [N]; values per job id.
+    """users: row of the dataset per request, [N]; length: events in the state; bytes_full [N]; values per job id.
 
-    failed: job id -> traceback. A failed job has no values.
+    failed: job id -> traceback. A failed job has no values. items (0: none), labels: of the candidates, [N, M], in
+    ranking only.
     """
 
     users: np.ndarray
@@ -61,21 +62,24 @@ class Evaluation:
     bytes_full: np.ndarray
     values: dict[str, Values]
     failed: dict[str, str] = field(default_factory=dict)
+    items: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 REFERENCE = "reference"
 
 
-def chunks(backbone: Backbone, split: Split) -> list[np.ndarray]:
+def chunks(backbone: Backbone, split: Split | Exposures) -> list[np.ndarray]:
     """Rows of split.test in chunks of users of like length; the same for every run of the same cell."""
-    size = max(16, min(_USERS, _SCORES // split.dataset.n_items))
+    scores = split.width**2 if isinstance(split, Exposures) else split.dataset.n_items
+    size = max(16, min(_USERS, _SCORES // max(scores, 1)))
     return list(by_length(split.test, split.dataset, backbone.max_length, size))
 
 
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
-    split: Split,
+    split: Split | Exposures,
     jobs: list[Job],
     *,
     seed: int = 0,
@@ -83,71 +87,59 @@ def evaluate(
     store: Store | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Every job on every test target; the full state is always read too, as the reference of `overlap`.
+    """Every job on every test target or request; the full state is always read too, as the reference of fidelity.
 
     A job that raises is left out from there on, with its traceback in `failed`; the others go on. Only what is not in
     `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk.
     """
     backbone.eval()
-    table = backbone.catalogue()
     parts = chunks(backbone, split)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
+    columns = {**(Candidates if isinstance(split, Exposures) else NextItem).columns, **SIZES}
     failed: dict[str, str] = {}
     kept: list[dict[str, Values]] = []
-    lengths, full = [], []
     for number, rows in enumerate(parts):
-        have = dict(store.load(number)) if store else {}
+        saved = store.load(number) if store else {}
+        have = {name: values for name, values in saved.items() if values.keys() == columns.keys()}
         todo = [job for job in everything if job.id not in have and job.id not in failed]
         if todo:
             packed = _packed_rows(number, parts, seed)
-            have |= _chunk(backbone, split, rows, table, todo, seed, filter_seen, failed, packed)
+            ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
+            have |= _chunk(backbone, _asked(backbone, split, rows, filter_seen), ids, todo, seed, failed, packed)
             if store:
                 store.save(number, have)
         kept.append(have)
-        lengths.append(
-            np.minimum(split.test.at[rows] - split.dataset.offsets[split.test.users[rows]], backbone.max_length) - 1
-        )
-        full.append(have[REFERENCE]["bytes"])
         report(number + 1, len(parts))
     values = {
-        job.id: {name: np.concatenate([chunk[job.id][name] for chunk in kept]) for name in COLUMNS}
+        job.id: {name: np.concatenate([chunk[job.id][name] for chunk in kept]) for name in columns}
         for job in everything
         if kept and job.id not in failed and all(job.id in chunk for chunk in kept)
     }
     order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    empty = np.zeros(0, dtype=np.int64)
-    return Evaluation(
-        split.test.users[order],
-        np.concatenate(lengths) if lengths else empty,
-        np.concatenate(full) if full else empty,
-        values,
-        failed,
-    )
+    users = split.test.users[order]
+    length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
+    full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
+    if isinstance(split, Exposures):
+        items, labels, _ = split.candidates(split.test.rows(order))
+        return Evaluation(users, length, full, values, failed, items, labels)
+    return Evaluation(users, length - 1, full, values, failed)  # the newest event reads
+
+
+def _asked(backbone: Backbone, split: Split | Exposures, rows: np.ndarray, filter_seen: bool) -> Asked:
+    if isinstance(split, Exposures):
+        return Candidates(backbone, split, rows)
+    return NextItem(backbone, split, rows, filter_seen)
 
 
 def _chunk(
-    backbone: Backbone,
-    split: Split,
-    rows: np.ndarray,
-    table: Tensor,
-    jobs: list[Job],
-    seed: int,
-    filter_seen: bool,
-    failed: dict[str, str],
-    packed: Tensor,
+    backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, failed: dict[str, str], packed: Tensor
 ) -> dict[str, Values]:
     """Values of the jobs for the users of one chunk."""
-    device = table.device
-    users, at = split.test.users[rows], split.test.at[rows]
-    events = window(split.dataset, users, at, backbone.max_length)
-    history, token = map_tensors(lambda x: x.to(device), split_newest(events))
-    asked = map_tensors(lambda x: x.to(device), question(split.dataset, users, at, filter_seen))
     needs = reduce(Stats.__or__, (job.compressor.needs for job in jobs), Stats())
-    ids = torch.from_numpy(split.dataset.user_ids[users])
-    prefill = backbone.prefill(history, ids, needs, seed)
+    prefill = backbone.prefill(asked.history, ids, needs, seed)
     full_bytes = prefill.remember("full bytes", prefill.state.nbytes)
 
-    reference = backbone.read(token, prefill.state)[:, 0]
+    reference = asked.read(prefill.state)
     outputs, sizes, done = [reference], [full_bytes], [REFERENCE]
     for job in jobs:
         if job.id == REFERENCE:
@@ -155,7 +147,7 @@ def _chunk(
         try:
             state = job.compressor.compress(prefill, job.budget)
             size = checked_bytes(job, prefill, state, packed)
-            out = reference if state is prefill.state else backbone.read(token, state)[:, 0]
+            out = reference if state is prefill.state else asked.read(state)
             if not bool(out.isfinite().all()):
                 raise ValueError("outputs read from the compressed state are not finite")
         except Exception:  # a failing cell is a failed row; the others go on
@@ -164,17 +156,13 @@ def _chunk(
         outputs.append(out)
         sizes.append(size)
         done.append(job.id)
-    ranks, top = rank(torch.stack(outputs), table, asked, tops=True)
-    assert top is not None
-    shares = overlap(top, top[0])
     return {
         name: {
-            "rank": ranks[i].cpu().numpy().astype(np.int32),
-            "overlap": shares[i].cpu().numpy().astype(np.float32),
-            "bytes": sizes[i].cpu().numpy().astype(np.int64),
-            "at_floor": _at_floor(next((j for j in jobs if j.id == name), None), full_bytes, sizes[i]),
+            **values,
+            "bytes": size.cpu().numpy().astype(np.int64),
+            "at_floor": _at_floor(next((j for j in jobs if j.id == name), None), full_bytes, size),
         }
-        for i, name in enumerate(done)
+        for name, size, values in zip(done, sizes, asked.judge(torch.stack(outputs)))
     }
 
 

@@ -1,6 +1,6 @@
-"""Pure functions on ranks: accuracy per user, intervals over users, Holm's correction, slices by history length.
+"""Pure functions on ranks and scores: accuracy per user, intervals over users, Holm's correction, slices by length.
 
-A rank is the 0-based place of a user's one target among the catalogue; lower is better. U is the number of users.
+A rank is the 0-based place of a target among the catalogue; lower is better. U is the number of users.
 """
 
 from __future__ import annotations
@@ -34,11 +34,126 @@ def mrr(ranks: npt.ArrayLike) -> Floats:
     return 1.0 / (np.asarray(ranks) + 1.0)
 
 
-def summary(ranks: npt.ArrayLike) -> dict[str, float | None]:
-    """Means over users under the column names of a row; null where there is no user."""
-    values = {f"hr@{k}": hit_rate(ranks, k) for k in CUTOFFS}
-    values |= {f"ndcg@{k}": ndcg(ranks, k) for k in CUTOFFS}
-    return {name: _mean(per_user) for name, per_user in (values | {"mrr": mrr(ranks)}).items()}
+def summary(ranks: npt.ArrayLike, users: npt.ArrayLike | None = None) -> dict[str, float | None]:
+    """Means over users under the column names of a row; null where there is no user.
+
+    users (N,): whose each target is, by default each another's.
+    """
+    users = np.arange(np.size(ranks)) if users is None else users
+    values = {f"hr@{k}": hit_rate(ranks, k) for k in CUTOFFS} | {f"ndcg@{k}": ndcg(ranks, k) for k in CUTOFFS}
+    return {name: _mean(by_user(each, users)) for name, each in (values | {"mrr": mrr(ranks)}).items()}
+
+
+def by_user(values: npt.ArrayLike, users: npt.ArrayLike) -> Floats:
+    """Means (U,) of values (N,) by user, in ascending order of users (N,): who was asked often counts once."""
+    _, rows, count = np.unique(users, return_inverse=True, return_counts=True)
+    return np.bincount(rows, np.asarray(values, np.float64)) / count
+
+
+# ---- ranking: X candidates with a score and a label each; users [X] are whole numbers from 0 to U - 1
+
+
+class Lists(NamedTuple):
+    """Candidates ordered by user, best first. Arrays (X,) but size; a tie is a run of one user's equal scores."""
+
+    order: npt.NDArray[np.int64]  # of the candidates as they were given
+    users: npt.NDArray[np.int64]
+    labels: Floats
+    place: npt.NDArray[np.int64]  # in the user's list, from 0
+    tie: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]  # of each tie
+
+
+def lists(scores: npt.ArrayLike, labels: npt.ArrayLike, users: npt.ArrayLike) -> Lists:
+    """The users' lists of candidates; raises ValueError for scores that are not finite."""
+    scores, users = np.asarray(scores, np.float64), np.asarray(users)
+    if not np.isfinite(scores).all():
+        raise ValueError("scores are not finite")
+    order = np.lexsort((-scores, users))
+    users, scores = users[order], scores[order]
+    starts = np.diff(users, prepend=-1) != 0
+    fresh = starts | (np.diff(scores, prepend=np.nan) != 0)
+    first = np.flatnonzero(starts)
+    place = np.arange(len(users)) - np.repeat(first, np.diff(np.append(first, len(users))))
+    tie = np.cumsum(fresh) - 1
+    return Lists(order, users, np.asarray(labels)[order].astype(np.float64), place, tie, np.bincount(tie))
+
+
+def auc_by_user(found: Lists) -> tuple[Floats, Floats]:
+    """(AUC, candidates) of every user (U,): the share of pairs of a liked and another candidate in the right order, a
+
+    tie counting half; NaN where a user has one class only.
+    """
+    users, labels, place, tie, size = found[1:]
+    everything = np.bincount(users).astype(np.float64)
+    liked = np.bincount(users, labels)
+    start = place[np.cumsum(size) - size]  # place of each tie's first
+    worse = everything[users] - 1 - (start + (size - 1) / 2)[tie]
+    pairs = liked * (everything - liked)
+    right = np.bincount(users, labels * worse) - liked * (liked - 1) / 2
+    return np.divide(right, pairs, out=np.full(len(pairs), math.nan), where=pairs > 0), everything
+
+
+def gauc(found: Lists) -> Floats:
+    """A value for each user who has both classes, whose mean is the GAUC: the mean of users' AUC weighted by their
+
+    candidates. Values are linearised (mean + users x influence), so that a bootstrap over users fits the ratio.
+    """
+    each, weight = auc_by_user(found)
+    both = ~np.isnan(each)
+    each, share = each[both], weight[both] / max(weight[both].sum(), 1)
+    mean = (share * each).sum()
+    return mean + len(each) * share * (each - mean)
+
+
+def auc(found: Lists, users: npt.ArrayLike) -> Floats:
+    """A value for each user (U,), whose mean is the AUC of all candidates in one list; empty where they have one class.
+
+    found: `lists` with one user; users: whose each candidate is, as given to `lists`. Values are mean + users x
+    influence, the influence by the structural components of DeLong et al. 1988, summed by user (Obuchowski 1997), so
+    that a bootstrap over users counts the pairs across users too.
+    """
+    labels, tie = found.labels, found.tie
+    liked, others = labels.sum(), (1 - labels).sum()
+    if not liked or not others:
+        return np.zeros(0)
+    good, bad = np.bincount(tie, labels), np.bincount(tie, 1 - labels)
+    worse = (others - np.cumsum(bad) + bad / 2)[tie] / others  # for a liked one: share of the others below it
+    better = (np.cumsum(good) - good / 2)[tie] / liked
+    mean = (labels * worse).sum() / liked
+    influence = labels * (worse - mean) / liked + (1 - labels) * (better - mean) / others
+    own = np.bincount(np.asarray(users)[found.order], influence)
+    return mean + len(own) * own
+
+
+def logloss(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float | None:
+    """Mean binary cross-entropy of logits (X,); None without any."""
+    z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
+    return _mean(np.logaddexp(0.0, z) - y * z)
+
+
+def list_ndcg(found: Lists, k: int) -> Floats:
+    """NDCG@k (U,) of each user's list with gains 0 and 1, tied candidates in any order alike; NaN with none liked."""
+    discount = np.where(found.place < k, 1.0 / np.log2(found.place + 2.0), 0.0)
+    gained = np.bincount(found.users, _expected(found) * discount)
+    ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))))
+    liked = np.bincount(found.users, found.labels).astype(int)
+    return np.divide(gained, ideal[np.minimum(liked, k)], out=np.full(len(liked), math.nan), where=liked > 0)
+
+
+def list_recall(found: Lists, k: int) -> Floats:
+    """Share (U,) of each user's liked candidates among the first k, tied ones in any order alike; NaN with none."""
+    liked = np.bincount(found.users, found.labels)
+    hits = np.bincount(found.users, _expected(found) * (found.place < k))
+    return np.divide(hits, liked, out=np.full(len(liked), math.nan), where=liked > 0)
+
+
+def _expected(found: Lists) -> Floats:
+    """The mean label of each candidate's tie: what stands at its place on average."""
+    return (np.bincount(found.tie, found.labels) / found.size)[found.tie]
+
+
+# ---- intervals and slices
 
 
 class Bootstrap(NamedTuple):
@@ -119,13 +234,22 @@ def slices(lengths: npt.ArrayLike) -> dict[str, npt.NDArray[np.bool_]]:
     }
 
 
-def by_slice(values: Mapping[str, npt.ArrayLike], lengths: npt.ArrayLike) -> dict[str, dict[str, float | None]]:
-    """Mean of each per-user array (U,) within each slice, and the slice's `n_users`: the row's `slices`."""
-    arrays = {name: np.asarray(per_user) for name, per_user in values.items()}
-    return {
-        name: {"n_users": int(mask.sum())} | {key: _mean(array[mask]) for key, array in arrays.items()}
-        for name, mask in slices(lengths).items()
-    }
+def by_slice(
+    values: Mapping[str, npt.ArrayLike], lengths: npt.ArrayLike, users: npt.ArrayLike | None = None
+) -> dict[str, dict[str, float | None]]:
+    """Mean over users of each array (N,) within each slice, without NaN, and the slice's `n_users`: the row's `slices`.
+
+    users (N,): as in `summary`; one whose history grows past an edge is in two slices.
+    """
+    arrays = {name: np.asarray(each) for name, each in values.items()}
+    owners = np.arange(np.size(lengths)) if users is None else np.asarray(users)
+    found: dict[str, dict[str, float | None]] = {}
+    for name, mask in slices(lengths).items():
+        found[name] = {"n_users": len(np.unique(owners[mask]))}
+        for key, array in arrays.items():
+            some = mask & ~np.isnan(array)
+            found[name][key] = _mean(by_user(array[some], owners[some]))
+    return found
 
 
 def _mean(values: npt.NDArray) -> float | None:

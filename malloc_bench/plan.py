@@ -78,8 +78,8 @@ def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
     """Where the trained backbone of a cell is kept, named by all that its weights depend on."""
     parts: dict[str, Any] = {
         "data": dataset.hash,
-        "split": cell.split,
-        "task": cell.task,
+        "split": cell.split and cell.split.value(),
+        "task": cell.task.value(),
         "backbone": cell.backbone.content,
     }
     if not cell.filter_seen:  # the best epoch was chosen so

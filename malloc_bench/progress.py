@@ -57,7 +57,7 @@ class _Bars:
         self._console.print(text, highlight=False)
 
     def fit(self, step: training.Progress) -> None:
-        best = "" if step.ndcg is None else f", best validation NDCG@10 {step.ndcg:.4f}"
+        best = "" if step.best is None else f", best validation {step.metric} {step.best:.4f}"
         done = step.epoch * step.steps + step.step
         text = f"  train: epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{best}"
         self._show(text, done, step.epochs * step.steps)

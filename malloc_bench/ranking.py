@@ -1,4 +1,4 @@
-"""Full-catalogue ranking in blocked matmuls, by counting: nothing is sorted."""
+"""Full-catalogue ranking in blocked matmuls, by counting: nothing is sorted; how alike two rankings are."""
 
 from __future__ import annotations
 
@@ -95,3 +95,16 @@ def _top(scores: Tensor) -> Tensor:
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """Share of the items of b [B, 10] that are in a [..., B, 10]: [..., B] float32."""
     return (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).sum(-1).float() / b.shape[-1]
+
+
+def agreement(scores: Tensor, reference: Tensor, real: Tensor) -> Tensor:
+    """Share [B] of the pairs of real candidates that scores [B, M] order as the reference [B, M] does, ties half.
+
+    Pairs that the reference does not tell apart do not count; NaN where there is no other.
+    """
+
+    def order(x: Tensor) -> Tensor:
+        return (x[:, :, None] - x[:, None, :]).sign()  # [B, M, M], each pair twice
+
+    want = order(reference) * (real[:, :, None] & real[:, None, :])
+    return (1 + (order(scores) * want).sum((1, 2)) / want.abs().sum((1, 2))) / 2

@@ -43,10 +43,14 @@ COLUMNS: dict[str, str] = {
     "budget": "text",  # see `budget_text`
     "seed": "whole",
     **dict.fromkeys(("status", "reason"), "text"),
-    "n_users": "whole",
+    **dict.fromkeys(("n_users", "n_targets"), "whole"),
+    "state_between": "text",  # of a user's targets: rebuilt or appended
     **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr"), "real"),
-    **dict.fromkeys(("auc", "gauc", "logloss", "overlap@10"), "real"),
-    **dict.fromkeys(("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_value"), "real"),
+    **dict.fromkeys(("auc", "gauc", "logloss", "recall@5", "recall@10", "recall@50"), "real"),
+    "users_one_class": "whole",  # have liked all or no candidates: not in the GAUC
+    **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
+    **{f"delta_{name}{end}": "real" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")},
+    **dict.fromkeys(("p_value", "p_auc"), "real"),  # of delta_ndcg@10 or delta_gauc, and of delta_auc
     # generated data: the best possible with no event, with all, with the newest in as many bytes
     **{f"ceiling_{known}_{name}": "real" for known in KNOWN for name in ("hr@5", "hr@10", "hr@50", "auc")},
     **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
@@ -60,7 +64,7 @@ COLUMNS: dict[str, str] = {
     "threads": "whole",
     "load": "real",
     **dict.fromkeys(("git_commit", "created_at"), "text"),
-    "slices": "json",  # history length -> n_users, ndcg@10, hr@10, overlap@10
+    "slices": "json",  # history length -> n_users and ndcg@10, hr@10, overlap@10 or agreement, logit_error
     "per_user": "text",  # path below the run folder
     "traceback": "text",
     **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),

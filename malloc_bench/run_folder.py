@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from malloc_bench.evaluation import COLUMNS, Values
+from malloc_bench.asking import Values
 from malloc_bench.results import ResultsError, atomic_write
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Chunks:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return {}
-        return {job: values for job, values in done.items() if values.keys() == COLUMNS.keys()}
+        return done
 
     def save(self, chunk: int, done: Mapping[str, Values]) -> None:
         buffer = io.BytesIO()

@@ -45,7 +45,9 @@ def run_suite(
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     cells = suites.only(suite.cells(), only or {})
     folder = Path(out) if out is not None else Path("runs") / suite.name
-    datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in dict.fromkeys(cell.dataset for cell in cells)}
+    needed = dict.fromkeys(cell.dataset for cell in cells)
+    datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in needed}
+    cells = [cell.settled(datasets[cell.dataset]) for cell in cells]
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
     started = time.perf_counter()
@@ -89,9 +91,8 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         run_cells([cell], Path(folder))
         (again,) = read_rows(Path(folder) / "rows")
-    same = [
-        name for name in row if name.startswith(("hr@", "ndcg@", "mrr", "overlap", "delta", "bytes", "ratio", "status"))
-    ]
+    numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
+    same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
     return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]
 
 

@@ -20,7 +20,9 @@ from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.cells import Cell
 from malloc_bench.data import Dataset
 from malloc_bench.data.ceilings import Ceilings
-from malloc_bench.data.splits import Split, Targets, get_split
+from malloc_bench.data.exposures import Exposures
+from malloc_bench.data.splits import Split, Targets
+from malloc_bench.data.tasks import Ranking
 from malloc_bench.evaluation import Evaluation, Job, chunks, evaluate
 from malloc_bench.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.progress import Watch
@@ -50,6 +52,7 @@ class Sitting:
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
         self.ceilings: dict[str, Any] = {}
+        self.cut: tuple[Any, Split | Exposures] | None = None
         tune_malloc()
 
     def all(self) -> None:
@@ -78,12 +81,21 @@ class Sitting:
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
         """Fresh weights, the same for the same seed."""
         torch.manual_seed(cell.seed)
-        data = self.datasets[cell.dataset]
-        return get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+        data = self._split(cell).dataset
+        made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+        return made.for_ranking() if isinstance(cell.task, Ranking) else made
+
+    def _split(self, cell: Cell) -> Split | Exposures:
+        """The data of a cell, cut; the last one is kept: groups of one data set follow each other."""
+        key = cell.dataset, cell.split, cell.task
+        if self.cut is None or self.cut[0] != key:
+            assert cell.split is not None, "settled when the run began"
+            self.cut = key, cell.task.cut(self.datasets[cell.dataset], cell.split)
+        return self.cut[1]
 
     def _group(self, cell: Cell, todo: list[Planned]) -> None:
+        split = self._split(cell)
         data = self.datasets[cell.dataset]
-        split = get_split(cell.split, data)
         backbone, fitted, key = self._trained(cell, split)
         store = Chunks(self.folder / "partial" / key)
         if self.fresh:
@@ -93,7 +105,7 @@ class Sitting:
             backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
         columns = accuracy(evaluation, [each.id for each in todo])
-        if data.card.parameters is not None and not cell.filter_seen and columns:
+        if isinstance(split, Split) and self._knows_ceilings(cell, split) and columns:
             known = self._ceilings(cell, backbone, split)
             for job, best in ceilings(known, evaluation, list(columns)).items():
                 columns[job] |= best
@@ -106,9 +118,14 @@ class Sitting:
         }
         for each in todo:
             self._write(
-                each, {**shared, **self._outcome(each, evaluation, columns, data), **resources.get(each.id, {})}
+                each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
             )
         store.drop()
+
+    def _knows_ceilings(self, cell: Cell, split: Split) -> bool:
+        """On generated data as they are, the whole catalogue ranked."""
+        data = self.datasets[cell.dataset]
+        return data.card.parameters is not None and split.dataset is data and not cell.filter_seen
 
     def _ceilings(self, cell: Cell, backbone: Backbone, split: Split) -> Ceilings:
         """The best possible on a generated data set, targets as the evaluation orders them; noted for the manifest."""
@@ -119,18 +136,18 @@ class Sitting:
         return known
 
     def _outcome(
-        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], data: Dataset
+        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split | Exposures
     ) -> dict[str, Any]:
         if each.id in evaluation.failed:
             trace = evaluation.failed[each.id]
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
-        write_per_user(self.folder / path, per_user(evaluation, each.id, data.user_ids))
+        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
         return {"status": "ok", "per_user": path, **columns[each.id]}
 
-    def _trained(self, cell: Cell, split: Split) -> tuple[Backbone, Fit, str]:
+    def _trained(self, cell: Cell, split: Split | Exposures) -> tuple[Backbone, Fit, str]:
         """The backbone of a group, trained now or before; a copy of its weights lies in the run folder."""
-        folder = checkpoint_folder(cell, split.dataset)
+        folder = checkpoint_folder(cell, self.datasets[cell.dataset])
         backbone = self._backbone(cell).to(self.device)
         with locked(folder, wait=True):  # two runs that need the same weights train them once
             fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit, cell.filter_seen)
@@ -173,8 +190,8 @@ class Sitting:
             "cell_id": each.id,
             "suite": cell.suite,
             "dataset": cell.dataset,
-            "task": cell.task,
-            "split": cell.split,
+            "task": cell.task.label,
+            "split": cell.split and cell.split.label,
             "backbone": cell.backbone.name,
             "backbone_params": cell.backbone.params,
             "family": cell.compressor.family,

@@ -10,6 +10,8 @@ from pathlib import Path
 from malloc_bench import suite_file, suite_parts
 from malloc_bench.cells import Cell, Part
 from malloc_bench.compressors import Budget
+from malloc_bench.data.splits import Rule
+from malloc_bench.data.tasks import Task
 from malloc_bench.registry import suggest
 from malloc_bench.results import canonical_json
 from malloc_bench.suite_file import Measure, SuiteError
@@ -27,8 +29,8 @@ class Suite:
     name: str
     path: Path
     datasets: tuple[str, ...]
-    tasks: tuple[str, ...]
-    split: str
+    tasks: tuple[Task, ...]
+    split: Rule | None  # None: as each data set allows
     backbones: tuple[Part, ...]
     compressors: tuple[Part, ...]
     budgets: tuple[Budget, ...]
@@ -88,8 +90,8 @@ def load_suite(path: str | Path) -> Suite:
             name=content.name,
             path=file,
             datasets=tuple(content.datasets),
-            tasks=tuple(content.tasks),
-            split=content.split,
+            tasks=suite_file.tasks(content.tasks),
+            split=suite_file.split(content.split),
             backbones=suite_parts.parts("backbones", content.backbones),
             compressors=suite_parts.parts("compressors", content.compressors),
             budgets=suite_parts.budgets(content.budgets),
@@ -125,7 +127,7 @@ def _check(suite: Suite) -> None:
 
 _KEYS = {
     "dataset": lambda cell: {cell.dataset},
-    "task": lambda cell: {cell.task},
+    "task": lambda cell: {cell.task.name, cell.task.label},
     "backbone": lambda cell: {cell.backbone.name, cell.backbone.label},
     "compressor": lambda cell: {cell.compressor.name, cell.compressor.label},
     "family": lambda cell: {cell.compressor.family},

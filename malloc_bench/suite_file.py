@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,13 +11,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from malloc_bench.data import list_datasets
-from malloc_bench.data.splits import SPLITS
+from malloc_bench.data.options import O, pick
+from malloc_bench.data.splits import RULES, Rule
+from malloc_bench.data.tasks import TASKS, Task
 from malloc_bench.paths import shipped
 from malloc_bench.registry import suggest
 from malloc_bench.training import Training
 
 MAX_BYTES = 1 << 18
-TASKS = ("retrieval",)
 
 
 class SuiteError(ValueError):
@@ -80,8 +81,8 @@ class MeasureKeys(_Strict):
 class SuiteKeys(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     datasets: Names
-    tasks: Names = ["retrieval"]
-    split: str
+    tasks: Entries = ["retrieval"]
+    split: Any = None
     backbones: Entries
     compressors: Entries
     budgets: Entries = []
@@ -109,23 +110,45 @@ def locate(path: str | Path) -> Path:
 
 
 def read(file: Path) -> SuiteKeys:
-    """The file's keys, of the right types, and its names of data sets, tasks and splits; raises Fault."""
+    """The file's keys, of the right types, and its names of data sets; raises Fault."""
     try:
         keys = SuiteKeys.model_validate(_yaml(file))
     except ValidationError as error:
         raise _fault(error) from None
-    for where, names, valid in (
-        ("datasets", keys.datasets, list_datasets()),
-        ("tasks", keys.tasks, TASKS),
-        ("split", [keys.split], SPLITS),
-    ):
-        for i, name in enumerate(names):
-            if name not in valid:
-                place = where if where == "split" else f"{where}[{i}]"
-                raise Fault(place, f"no {where.removesuffix('s')} is named '{name}'.{suggest(name, valid)}")
-    for where in ("datasets", "tasks", "backbones", "compressors", "seeds"):
+    valid = list_datasets()
+    for i, name in enumerate(keys.datasets):
+        if name not in valid:
+            raise Fault(f"datasets[{i}]", f"no dataset is named '{name}'.{suggest(name, valid)}")
+    for where in ("datasets", "backbones", "compressors", "seeds"):
         no_twins(where, getattr(keys, where))
     return keys
+
+
+def tasks(values: Sequence[Any]) -> tuple[Task, ...]:
+    """The tasks of a suite, each once; raises Fault."""
+    found = tuple(option(value, TASKS, f"tasks[{i}]") for i, value in enumerate(values))
+    no_twins("tasks", [task.value() for task in found])
+    return found
+
+
+def split(value: Any) -> Rule | None:
+    """The split that a suite names, None where it names none; raises Fault."""
+    return None if value is None else option(value, RULES, "split")
+
+
+def option(value: Any, options: Mapping[str, type[O]], where: str) -> O:
+    """One of the options, from `name` or `{name: {setting: value}}`; raises Fault."""
+    try:
+        return pick(value, options)
+    except ValidationError as error:
+        problem = _gravest(error)
+        ((name, _),) = value.items()
+        at = ".".join([where, name, *map(str, problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            raise Fault(at, f"unknown setting.{suggest(str(problem['loc'][-1]), options[name].model_fields)}") from None
+        raise Fault(at, expected(problem)) from None
+    except ValueError as error:
+        raise Fault(where, str(error)) from None
 
 
 def no_twins(where: str, values: Sequence[Any]) -> None:
@@ -183,14 +206,18 @@ def _yaml(file: Path) -> dict[Any, Any]:
 
 
 def _fault(error: ValidationError) -> Fault:
-    # a misspelt key first: that another one is missing follows from it
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = _gravest(error)
     where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"]).removeprefix(".")
     if problem["type"] != "extra_forbidden":
         return Fault(where, expected(problem))
     models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys}
     model: type[BaseModel] = models[str(problem["loc"][0])] if len(problem["loc"]) > 1 else SuiteKeys
     return Fault(where, f"unknown key.{suggest(str(problem['loc'][-1]), model.model_fields)}")
+
+
+def _gravest(error: ValidationError) -> Any:
+    """A misspelt key first: that another one is missing follows from it."""
+    return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 _WORDS = (("a valid integer", "an integer"), ("a valid array", "a list"), ("a valid dictionary", "keys and values"))
@@ -205,6 +232,8 @@ def expected(problem: Any) -> str:
         return "expected at least one value, not an empty list"
     if kind == "string_pattern_mismatch":
         return f"expected letters, digits, '.', '_' and '-', a letter or digit first, not {shown(value)}"
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
     if kind == "model_type":
         return f"expected keys and values, not {shown(value)}"
     text = problem["msg"].removeprefix("Input should be ")

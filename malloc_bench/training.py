@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.data.batches import by_length, training_batches, window
+from malloc_bench.data.exposures import Exposures, ask, ranking_batches
 from malloc_bench.data.files import whole_file
 from malloc_bench.data.splits import Split, Targets
+from malloc_bench.metrics import auc_by_user, lists
 from malloc_bench.ranking import question, rank
 from malloc_bench.state import map_tensors
 
@@ -31,7 +33,7 @@ class Training:
     """Settings of a fit.
 
     epochs: at most so many; the learning rate falls from lr to 0 over them on a cosine, after one epoch of warm-up.
-    patience: stop after so many epochs without a better validation NDCG@10. amp: bfloat16 autocast, "auto" = where
+    patience: stop after so many epochs without a better validation score. amp: bfloat16 autocast, "auto" = where
     the device multiplies it fast.
     """
 
@@ -45,12 +47,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit came to: epochs run, the best of them, its validation NDCG@10, seconds spent (all sittings)."""
+    """What a fit came to: epochs run, the best of them, its validation score, seconds spent (all sittings).
+
+    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None.
+    """
 
     epochs: int
     best_epoch: int
-    best_ndcg: float
+    best_ndcg: float | None
     seconds: float
+    best_auc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Progress:
     step: int
     steps: int
     loss: float
-    ndcg: float | None
+    best: float | None
+    metric: str = "NDCG@10"
 
 
 def tune_malloc() -> None:
@@ -78,7 +85,7 @@ def tune_malloc() -> None:
 
 def fit(
     backbone: Backbone,
-    split: Split,
+    split: Split | Exposures,
     settings: Training,
     seed: int,
     folder: Path,
@@ -107,25 +114,36 @@ def fit(
     )
     epoch, best_epoch, best, seconds = _resume(backbone, optimizer, folder)
     amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
-    steps = sum(1 for _ in training_batches(split, backbone.max_length, settings.batch_size, seed, 0))
+    ranking = isinstance(split, Exposures)
+    metric = "AUC" if ranking else "NDCG@10"
+
+    def batches(epoch: int) -> Iterator[Any]:
+        draw: Any = ranking_batches if ranking else training_batches
+        return draw(split, backbone.max_length, settings.batch_size, seed, epoch)
+
+    steps = sum(1 for _ in batches(0))
     while epoch < settings.epochs and epoch - best_epoch < max(settings.patience, 1):
         started = time.perf_counter()
         torch.manual_seed(1_000_003 * seed + epoch)
         backbone.train()
         total = 0.0
-        batches = training_batches(split, backbone.max_length, settings.batch_size, seed, epoch)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(batches(epoch)):
             rate = settings.lr * _schedule(epoch + step / max(steps, 1), settings.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = backbone.loss(map_tensors(to_device, batch))
+                batch = map_tensors(to_device, batch)
+                loss = backbone.ranking_loss(*batch) if ranking else backbone.loss(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             total += float(loss.detach())
-            report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), best if best >= 0 else None))
-        score = validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
+            so_far = best if best >= 0 else None
+            report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), so_far, metric))
+        if isinstance(split, Exposures):
+            score = validation_auc(backbone, split)
+        else:
+            score = validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
         epoch += 1
         if score > best:
             best, best_epoch = score, epoch
@@ -136,7 +154,7 @@ def fit(
     if best_epoch:
         backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
     backbone.eval()
-    result = Fit(epoch, best_epoch, best, seconds)
+    result = Fit(epoch, best_epoch, None if ranking else best, seconds, best if ranking else None)
     _save(model, backbone.state_dict())
     _write(done, json.dumps(asdict(result)))
     for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
@@ -168,6 +186,28 @@ def validation_ndcg(
         ranks, _ = rank(hidden, table, asked)
         gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
     return gains / max(len(targets), 1)
+
+
+@torch.no_grad()
+def validation_auc(backbone: Backbone, data: Exposures, limit: int = 20_000) -> float:
+    """AUC over (at most `limit` evenly spaced) validation requests by the full state; 0.5 where a class is missing."""
+    backbone.eval()
+    asked = data.valid.rows(np.unique(np.linspace(0, len(data.valid) - 1, min(limit, len(data.valid))).astype(int)))
+    device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
+    scores, labels = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    for rows in by_length(asked, data.dataset, backbone.max_length, _BIG_BATCH):
+        history, tokens, liked = map_tensors(to_device, ask(data, asked.rows(rows), backbone.max_length))
+        logits = backbone.score(backbone.read(tokens, backbone.prefill(history).state), tokens)
+        real = tokens.mask()
+        scores.append(logits[real].double().cpu().numpy())
+        labels.append(liked[real].cpu().numpy())
+    nobody = np.zeros(sum(map(len, scores)), dtype=np.int64)
+    (found,) = auc_by_user(lists(np.concatenate(scores), np.concatenate(labels), nobody))[0] if len(nobody) else (0.5,)
+    return 0.5 if math.isnan(found) else float(found)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

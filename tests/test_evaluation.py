@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from malloc_bench import evaluation
+from malloc_bench.asking import NextItem
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
 from malloc_bench.data import load_card
@@ -14,7 +15,7 @@ from malloc_bench.data.batches import window
 from malloc_bench.data.dataset import group
 from malloc_bench.data.splits import Targets, leave_one_out
 from malloc_bench.data.synthetic import generate
-from malloc_bench.evaluation import COLUMNS, PACKED_USERS, REFERENCE, Job, evaluate
+from malloc_bench.evaluation import PACKED_USERS, REFERENCE, SIZES, Job, evaluate
 from malloc_bench.run_folder import Chunks
 from malloc_bench.state import Dense, UserState, map_tensors
 from malloc_bench.training import Training, fit
@@ -109,7 +110,7 @@ def test_the_columns_are_what_they_say(backbone, split):
     want = np.minimum(split.test.at - first, 40) - 1
     np.testing.assert_array_equal(result.length[np.argsort(result.users)], want)
     for values in result.values.values():
-        assert {name: array.dtype for name, array in values.items()} == COLUMNS
+        assert {name: array.dtype for name, array in values.items()} == {**NextItem.columns, **SIZES}
         assert all(array.shape == (n,) for array in values.values())
         assert values["rank"].min() >= 0 and values["rank"].max() < split.dataset.n_items
     full = result.values["full@None"]

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from malloc_bench import evaluation, registry, run_folder, training
+from malloc_bench import evaluation, registry, run_folder, runner, training
 from malloc_bench.compressors import TokenMethod, get_compressor
 from malloc_bench.compressors.base import Compressor
+from malloc_bench.data import DataError, get_dataset
 from malloc_bench.registry import register
 from malloc_bench.results import ResultsError, read_rows
 from malloc_bench.run_folder import LockedError, locked
@@ -199,7 +200,7 @@ def test_a_kill_costs_one_chunk(suite: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_torn_chunk_is_computed_again(suite: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = run_folder.Chunks(tmp_path)
-    store.save(0, {"a": {name: torch.zeros(3).numpy() for name in evaluation.COLUMNS}})
+    store.save(0, {"a": {name: torch.zeros(3).numpy() for name in evaluation.SIZES}})
     whole = (tmp_path / "00000.npz").read_bytes()
     assert store.load(0).keys() == {"a"}
     for size in (0, 10, len(whole) // 2, len(whole) - 5):
@@ -373,7 +374,7 @@ def test_reproduce_finds_no_difference_and_tells_ids_apart(suite: Path, tmp_path
 
 
 MINE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from malloc_bench import register
 from malloc_bench.compressors import Eviction
 
@@ -414,3 +415,38 @@ def test_a_device_that_is_not_there(suite: Path, tmp_path: Path) -> None:
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="device 'cuda' is not there"):
         run_suite(suite, tmp_path / "run", device="cuda", quiet=True)
+
+
+def test_both_tasks_in_one_run_with_the_split_that_the_data_allow(suite: Path, tmp_path: Path) -> None:
+    """The synthetic world has times and no labels: temporal, and a sampled negative for each event."""
+    both = "tasks: [retrieval, {ranking: {candidates: 8}}]"
+    suite.write_text(SUITE.replace("tasks: [retrieval]", both).replace("split: leave_one_out\n", ""))
+    result = run_suite(suite, tmp_path / "run", quiet=True)
+    assert (result.ok, result.failed, result.skipped) == (8, 0, 0)
+    rows = read_rows(tmp_path / "run" / "rows")
+    assert {(row["task"], row["split"]) for row in rows} == {
+        ("retrieval", "temporal"),
+        ("ranking(negatives=1, candidates=8)", "temporal"),
+    }
+    assert len({row["hashes"]["checkpoint"] for row in rows}) == 2
+    for row in rows:
+        assert row["n_targets"] > row["n_users"] and row["state_between"] == "rebuilt"
+        ranking = row["task"] != "retrieval"
+        assert (row["gauc"] is not None) == (row["delta_auc"] is not None) == ranking == (row["hr@10"] is None)
+        assert row["cell"]["split"] == {"temporal": {"valid": 0.1, "test": 0.1}}
+    one = next(row["cell_id"] for row in rows if row["gauc"] and row["compressor"] == "knorm")
+    assert reproduce(tmp_path / "run", one) == []
+    assert run_suite(suite, tmp_path / "run", quiet=True).reused == 8
+    text = (tmp_path / "run" / "leaderboard.md").read_text()
+    assert "ΔGAUC" in text and "ΔNDCG@10" in text and "agreement" in text
+
+
+def test_a_split_that_the_data_cannot_have_is_refused_before_anything_runs(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeless = replace(get_dataset("synthetic"), times=None)
+    monkeypatch.setattr(runner, "get_dataset", lambda *args, **kwargs: timeless)
+    suite.write_text(SUITE.replace("leave_one_out", "temporal"))
+    with pytest.raises(DataError, match=r"^synthetic has no times .*: name the split leave_one_out or ratio$"):
+        run_suite(suite, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

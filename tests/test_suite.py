@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,6 +16,9 @@ from malloc_bench import registry
 from malloc_bench.backbones import Backbone
 from malloc_bench.cells import Cell, Part
 from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.data import DataError, Dataset, load_card
+from malloc_bench.data.splits import RULES
+from malloc_bench.data.tasks import Ranking, Retrieval
 from malloc_bench.paths import shipped
 from malloc_bench.registry import register
 from malloc_bench.report.render import budget_label
@@ -62,7 +66,30 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
-    ({"split": None}, "split: missing"),
+    ({"tasks": ["ranking", {"ranking": {}}]}, "tasks[1]: {'ranking': {'candidates': 32, 'seed': 0}} is there twice"),
+    (
+        {"tasks": [{"ranking": {"negative": 1}}]},
+        "tasks[0].ranking.negative: unknown setting. Did you mean 'negatives'?",
+    ),
+    (
+        {"tasks": [{"ranking": {"negatives": 4, "candidates": 4}}]},
+        "tasks[0].ranking: 4 candidates have no room for an event and 4 negatives",
+    ),
+    ({"split": ["temporal"]}, "split: expected a name or {name: {setting: value}}, not ['temporal']"),
+    ({"split": {"ratio": 3}}, "split: expected a name or {name: {setting: value}}, not {'ratio': 3}"),
+    (
+        {"split": {"ratio": {}, "temporal": {}}},
+        "split: expected a name or {name: {setting: value}}, not {'ratio': {}, 'temporal': {}}",
+    ),
+    ({"split": {"temporl": {}}}, "split: no split is named 'temporl'. Did you mean 'temporal'?"),
+    ({"split": {"temporal": {"valyd": 0.1}}}, "split.temporal.valyd: unknown setting. Did you mean 'valid'?"),
+    ({"split": {"temporal": {"test": 1}}}, "split.temporal.test: expected less than 1, not 1"),
+    ({"split": {"leave_one_out": {"long": 0}}}, "split.leave_one_out.long: expected greater than or equal to 1, not 0"),
+    ({"split": {"leave_one_out": {"long": 2.5}}}, "split.leave_one_out.long: expected an integer, not 2.5"),
+    (
+        {"split": {"ratio": {"valid": 0.5, "test": 0.6}}},
+        "split.ratio: valid + test must leave something to train on, not 0.5 + 0.6",
+    ),
     ({"datasets": "synthetic"}, "datasets: expected a list, not 'synthetic'"),
     ({"datasets": []}, "datasets: expected at least one value, not an empty list"),
     ({"compressors": []}, "compressors: expected at least one value, not an empty list"),
@@ -210,7 +237,7 @@ def test_a_suite_that_is_not_there() -> None:
 
 def test_defaults(tmp_path: Path) -> None:
     suite = load(tmp_path)
-    assert (suite.tasks, suite.seeds, suite.filter_seen) == (("retrieval",), (0,), True)
+    assert (suite.tasks, suite.seeds, suite.filter_seen) == ((Retrieval(),), (0,), True)
     assert (suite.training, suite.measure) == (Training(), Measure())
 
 
@@ -308,6 +335,44 @@ def test_ids_know_neither_key_order_nor_the_suite_nor_omitted_defaults(tmp_path:
     assert not set(ids(plain)) & set(ids(plain, "other data"))
 
 
+def test_a_split_with_its_defaults_spelt_out_is_the_same_cell(tmp_path: Path) -> None:
+    """And a plain leave_one_out goes by its name alone, as it did before it had settings."""
+    for short, long in (
+        ("temporal", {"temporal": {"valid": 0.1, "test": 0.1}}),
+        ("leave_one_out", {"leave_one_out": {}}),
+    ):
+        assert ids(load(tmp_path, split=short)) == ids(load(tmp_path, split=long))
+    assert load(tmp_path).cells()[0].payload()["split"] == "leave_one_out"
+
+
+def test_a_split_that_is_not_named_is_the_data_s(tmp_path: Path) -> None:
+    (cell, *_) = load(tmp_path, split=None).cells()
+    for times, name in ((np.arange(4), "temporal"), (None, "leave_one_out")):
+        data = Dataset("toy", None, "", *(np.zeros(1),) * 4, times, {}, "")
+        assert cell.settled(data).split == RULES[name]()
+    with pytest.raises(DataError, match=r"^toy has no times .*: name the split leave_one_out or ratio$"):
+        load(tmp_path, split="temporal").cells()[0].settled(data)
+
+
+@pytest.mark.parametrize(
+    ("stars", "named", "settled"),
+    [
+        ([5, 1], {}, 0), ([5, 1], {"negatives": 2}, 2), ([5, 4], {}, 1), ([5, 4], {"negatives": 0}, 0),
+        (None, {}, 1), (None, {"negatives": 3}, 3),
+    ],
+)  # fmt: skip
+def test_the_data_say_whether_negatives_are_sampled(stars: Any, named: Any, settled: int) -> None:
+    """Where the card has labels and both kinds are there, they are the labels."""
+    feedback = {} if stars is None else {"rating": np.array(stars, np.float32)}
+    data = Dataset("toy", load_card("ml-100k"), "test", *(np.zeros(1),) * 4, None, feedback, "")
+    task = Ranking(**named).settled(data)
+    assert task.negatives == settled and task == task.settled(data)
+    assert str(task) == (f"ranking(negatives={settled})" if settled else "ranking")
+    if stars is None:
+        with pytest.raises(DataError, match=r"^toy has no labels .*: give ranking negatives, such as 1$"):
+            Ranking(negatives=0).settled(data)
+
+
 def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     a, b = (load(tmp_path, backbones=[{"sasrec": {"dropout": zero}}]) for zero in (0, 0.0))
     assert ids(a) == ids(b)
@@ -319,6 +384,9 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
     [
         {"datasets": ["ml-1m"]},
         {"seeds": [1]},
+        *({"tasks": [task]} for task in ("ranking", {"ranking": {"negatives": 1}}, {"ranking": {"seed": 1}})),
+        *({"split": split} for split in ("temporal", {"temporal": {"valid": 0.2}}, "ratio", {"ratio": {"test": 0.1}})),
+        *({"split": {"leave_one_out": {name: 7}}} for name in ("k_core", "min_history", "max_history", "long")),
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
@@ -390,11 +458,14 @@ def test_a_cell_comes_back_from_its_row(tmp_path: Path) -> None:
         budgets=[0.5, {"bytes": 900}],
         training={"epochs": 3},
         filter_seen=False,
+        split={"temporal": {"test": 0.2, "long": 50}},
+        tasks=["retrieval", {"ranking": {"negatives": 1}}],
     )
     for cell in suite.cells():
         row = {
-            "suite": cell.suite, "dataset": cell.dataset, "task": cell.task, "split": cell.split, "seed": cell.seed,
-            "backbone": cell.backbone.name, "backbone_params": cell.backbone.params, "budget": cell.budget_text,
+            "suite": cell.suite, "dataset": cell.dataset, "task": str(cell.task), "split": str(cell.split),
+            "seed": cell.seed, "backbone": cell.backbone.name, "backbone_params": cell.backbone.params,
+            "budget": cell.budget_text,
             "compressor": cell.compressor.name, "compressor_params": cell.compressor.params, "cell": cell.payload(),
         }  # fmt: skip
         assert Cell.of_row(row) == cell
@@ -456,7 +527,7 @@ METHODS = (
 
 
 def test_shipped_suites_cover_every_family() -> None:
-    assert {"quick", "smoke", "ml1m"} <= set(SHIPPED)
+    assert {"quick", "smoke", "ml1m", "ranking", "longhistory"} <= set(SHIPPED)
     for name in ("quick", "ml1m"):
         assert set(METHODS) <= {part.name for part in load_suite(name).compressors}
     assert load_suite("smoke").datasets == ("synthetic",)  # nothing to download

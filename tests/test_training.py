@@ -164,7 +164,7 @@ def test_progress(split, tmp_path):
     n = -(-int((split.train_end - split.dataset.offsets[:-1] > 1).sum()) // 50)
     assert [(p.epoch, p.step) for p in steps] == [(epoch, step) for epoch in (0, 1) for step in range(1, n + 1)]
     assert all((p.epochs, p.steps) == (2, n) for p in steps)
-    assert [p.ndcg is None for p in steps] == [p.epoch == 0 for p in steps]
+    assert [p.best is None for p in steps] == [p.epoch == 0 for p in steps]
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------

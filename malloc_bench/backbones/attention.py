@@ -108,10 +108,11 @@ class AttentionBackbone(Backbone):
 
     def _places(self, events: Events, positions: Tensor) -> tuple[Places, Places]:
         """Of the events as slots, and of the events as queries (with the time at which they are asked)."""
-        uses = self.uses_times
-        times = events.times[:, None] if uses and events.times is not None else None
-        asked = events.next_times[:, None] if uses and events.next_times is not None else None
-        return Places(positions[:, None], times), Places(positions[:, None], asked)
+        if not self.uses_times:
+            return Places(positions[:, None], None), Places(positions[:, None], None)
+        if events.times is None or events.next_times is None:
+            raise ValueError(f"this {self.name} was made for data with times: events need `times` and `next_times`")
+        return Places(positions[:, None], events.times[:, None]), Places(positions[:, None], events.next_times[:, None])
 
     def forward(self, events: Events) -> Tensor:
         positions = torch.arange(events.items.shape[1], device=events.items.device)[None]

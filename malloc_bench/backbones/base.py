@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from malloc_bench.registry import find, suggest
 from malloc_bench.state import Batch, Events, Prefill, Stats, UserState
+
+
+class Scoring(nn.Module):
+    """The head of the ranking task: a linear map of what a candidate read, and a bias for each item."""
+
+    def __init__(self, dim: int, n_items: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(dim), nn.Linear(dim, 1)
+        self.bias = nn.Parameter(torch.zeros(n_items + 1))
+
+    def forward(self, hidden: Tensor, items: Tensor) -> Tensor:
+        return self.linear(self.norm(hidden)).squeeze(-1) + self.bias[items.long()]
 
 
 class Backbone(nn.Module, ABC):
@@ -29,6 +43,10 @@ class Backbone(nn.Module, ABC):
     uses_times: bool = False
     n_items: int
     max_length: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scoring: Scoring | None = None
 
     @abstractmethod
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
@@ -53,6 +71,26 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def catalogue(self) -> Tensor:
         """[n_items, d]: an output's scores are hidden @ catalogue.T; row i is item i + 1."""
+
+    def for_ranking(self) -> Self:
+        """Itself with a fresh scoring head: retrieval has none, so its weights do not depend on it."""
+        self.scoring = Scoring(self.catalogue().shape[1], self.n_items).to(self.catalogue().device)
+        return self
+
+    def score(self, hidden: Tensor, tokens: Events) -> Tensor:
+        """Logits [B, M] of candidates from what they read, [B, M, d]; raises ValueError without a scoring head."""
+        if self.scoring is None:
+            raise ValueError(f"this {self.name} has no scoring head: make it with for_ranking()")
+        return self.scoring(hidden, tokens.items)
+
+    def ranking_loss(self, history: Events, tokens: Events, labels: Tensor) -> Tensor:
+        """Mean binary cross-entropy over the real candidates of B users; labels [B, M] bool.
+
+        Candidates are read from the full state, as they are when a method is tried: no backbone needs code of its own.
+        """
+        real = tokens.mask()
+        logits = self.score(self.read(tokens, self.prefill(history).state), tokens)
+        return F.binary_cross_entropy_with_logits(logits[real].float(), labels[real].float())
 
     def flops(
         self,

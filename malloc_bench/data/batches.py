@@ -20,10 +20,13 @@ def _places(dataset: Dataset, users: np.ndarray, end: np.ndarray, length: int) -
     return np.minimum(index, dataset.offsets[users + 1][:, None] - 1), count
 
 
-def window(dataset: Dataset, users: np.ndarray, end: np.ndarray, length: int) -> Events:
+def window(
+    dataset: Dataset, users: np.ndarray, end: np.ndarray, length: int, asked: np.ndarray | None = None
+) -> Events:
     """The newest `length` events of each user before the flat place `end` [B], left-aligned.
 
-    `next_times` of the last event is the time of the event at `end`: the moment at which the prediction is asked for.
+    `next_times` of the last event is the moment at which the prediction is asked for: `asked` [B], by default the time
+    of the event at `end`.
     """
     index, count = _places(dataset, users, end, length)
     real = np.arange(index.shape[1]) < count[:, None]
@@ -32,6 +35,9 @@ def window(dataset: Dataset, users: np.ndarray, end: np.ndarray, length: int) ->
         last = dataset.offsets[users + 1][:, None] - 1
         times = torch.from_numpy(np.where(real, dataset.times[index], 0))
         following = torch.from_numpy(np.where(real, dataset.times[np.minimum(index + 1, last)], 0))
+        if asked is not None:
+            some = torch.from_numpy(np.flatnonzero(count))
+            following[some, torch.from_numpy(count)[some] - 1] = torch.from_numpy(asked)[some]
     items = np.where(real, dataset.items[index], 0).astype(np.int32)
     return Events(torch.from_numpy(items), torch.from_numpy(count.astype(np.int32)), times, following)
 
@@ -57,8 +63,7 @@ def split_newest(events: Events) -> tuple[Events, Events]:
 def training_batches(split: Split, max_length: int, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
     """One epoch: max_length consecutive training steps of every user, all of those who have no more.
 
-    A longer history shows another window each epoch, so that no event is left unlearned. Users are shuffled, sorted by
-    length within 8 batches (little padding), then the batches are shuffled.
+    A longer history shows another window each epoch, so that no event is left unlearned.
     """
     dataset = split.dataset
     rng = np.random.default_rng([seed, epoch])
@@ -66,18 +71,23 @@ def training_batches(split: Split, max_length: int, batch_size: int, seed: int, 
     steps = np.minimum(everything, max_length)
     skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1)  # newest steps behind this epoch's window
     users = rng.permutation(np.flatnonzero(steps > 0))
-    batches: list[np.ndarray] = []
-    for start in range(0, len(users), 8 * batch_size):
-        chunk = users[start : start + 8 * batch_size]
-        chunk = chunk[np.argsort(steps[chunk], kind="stable")]
-        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    for i in rng.permutation(len(batches)):
-        batch = batches[i]
+    for batch in alike(rng, users, steps, batch_size):
         end = split.train_end[batch] - skipped[batch]
         events = window(dataset, batch, end - 1, max_length)
         index, _ = _places(dataset, batch, end - 1, max_length)
         following = dataset.items[np.minimum(index + 1, end[:, None] - 1)]
         yield Batch(events, torch.where(events.mask(), torch.from_numpy(following), 0))
+
+
+def alike(rng: np.random.Generator, rows: np.ndarray, length: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Shuffled rows in batches of like length [of any row]: sorted within 8 batches, then the batches are shuffled."""
+    batches: list[np.ndarray] = []
+    for start in range(0, len(rows), 8 * size):
+        chunk = rows[start : start + 8 * size]
+        chunk = chunk[np.argsort(length[chunk], kind="stable")]
+        batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    for i in rng.permutation(len(batches)):
+        yield batches[i]
 
 
 def by_length(targets: Targets, dataset: Dataset, max_length: int, size: int) -> Iterator[np.ndarray]:

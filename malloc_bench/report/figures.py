@@ -50,10 +50,12 @@ def panels(board: pl.DataFrame) -> tuple[Panel, Panel, Panel]:
     timed = board["read_ms_p50"].is_not_null().any()
     cost, unit = ("read_ms_p50", "read (ms, p50)") if timed else ("read_flops", "read (FLOPs)")
     size = "state (bytes per user)"
+    ranking = board["gauc"].is_not_null().any()
+    good, alike = ("gauc", "agreement") if ranking else ("ndcg@10", "overlap@10")
     return (
-        Panel("bytes_mean", "ndcg@10", size, "NDCG@10", "Accuracy against memory"),
-        Panel("bytes_mean", "overlap@10", size, "overlap@10 with the full state", "Fidelity against memory"),
-        Panel(cost, "ndcg@10", unit, "NDCG@10", "Accuracy against the cost of a read"),
+        Panel("bytes_mean", good, size, good.upper(), "Accuracy against memory"),
+        Panel("bytes_mean", alike, size, f"{alike} with the full state", "Fidelity against memory"),
+        Panel(cost, good, unit, good.upper(), "Accuracy against the cost of a read"),
     )
 
 
@@ -81,7 +83,7 @@ def pareto_figure(board: pl.DataFrame, title: str) -> Figure:
         for (family,), rows in methods.group_by("family", maintain_order=True):
             _draw_family(axes, panel, str(family), rows, markers)
         _draw_references(axes, panel, board)
-        _style(axes, panel)
+        _style(axes, panel, measured=bool(_points(board, panel)))
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     _legend(figure, board, methods, markers)
     return figure
@@ -97,16 +99,17 @@ def _draw_family(axes: Axes, panel: Panel, family: str, rows: pl.DataFrame, mark
         axes.plot(x, y, ls="none", color=colour, marker=marker, ms=7, mec="white", mew=0.7, zorder=4, gid=gid)
 
 
-def _style(axes: Axes, panel: Panel) -> None:
+def _style(axes: Axes, panel: Panel, measured: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xscale("log")
-    axes.margins(x=0.06, y=0.05)
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
-    unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    if measured:  # a log axis without any point has no end
+        axes.set_xscale("log")
+        axes.margins(x=0.06, y=0.05)
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
+        unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=11)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.grid(True, which="major", color="#e6e6e6", lw=0.8)
@@ -150,10 +153,10 @@ def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]
 
 
 def _bars(rows: pl.DataFrame, panel: Panel) -> list[list[float]] | None:
-    """Lengths below and above each point: the paired interval, for NDCG@10 only."""
-    if panel.y != "ndcg@10":
+    """Lengths below and above each point: the paired interval, for accuracy only."""
+    if f"delta_{panel.y}" not in rows.columns:
         return None
-    delta, lo, hi = (pl.col(f"delta_ndcg@10{end}") for end in ("", "_lo", "_hi"))
+    delta, lo, hi = (pl.col(f"delta_{panel.y}{end}") for end in ("", "_lo", "_hi"))
     ends = _measured(rows, panel).select((delta - lo).alias("below"), (hi - delta).alias("above")).fill_null(0.0)
     return [ends["below"].clip(0).to_list(), ends["above"].clip(0).to_list()]
 

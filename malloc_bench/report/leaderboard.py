@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 GROUP = ("dataset", "task", "split", "backbone")
 METHOD = ("family", "compressor", "compressor_params", "budget")
-LOSSLESS = -0.01  # the most of the full state's NDCG@10 that a lossless method may lose, relative
+LOSSLESS = -0.01  # the most that a lossless method may lose, relative: of NDCG@10, or of GAUC above guessing's 0.5
 MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
 
+P_VALUES = {"p_value": "p_holm", "p_auc": "p_auc_holm"}
 _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 
 
@@ -47,7 +49,7 @@ def newest(frame: pl.DataFrame) -> pl.DataFrame:
 def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
 
-    Adds `seeds` (how many the means cover), `seeds_total`, `method` (the bare name), `lossless`, `p_holm` (corrected
+    Adds `seeds` (how many the means cover), `seeds_total`, `method` (the bare name), `lossless`, P_VALUES (corrected
     within dataset, task, split and backbone). Over several seeds, p is twice the mean of theirs, valid however they
     depend; interval ends are averaged, which leaves the interval as wide as one seed's.
     `also` names further columns of numbers to average.
@@ -59,7 +61,7 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
         .agg(
             ok.sum().cast(pl.Int64).alias("seeds"),
             pl.len().cast(pl.Int64).alias("seeds_total"),
-            pl.col("n_users").filter(ok).max(),
+            *(pl.col(name).filter(ok).max() for name in ("n_users", "n_targets", "users_one_class")),
             pl.col("structural").filter(ok).any(),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )
@@ -67,23 +69,39 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
         .rename({"compressor": "method", "compressor_params": "compressor"})
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
-    several = pl.min_horizontal(2 * pl.col("p_value"), pl.lit(1.0))
-    full = pl.col("ndcg@10") - pl.col("delta_ndcg@10")
     reference = pl.col("method") == "full"
-    p = pl.when(pl.col("seeds") > 1).then(several).otherwise(pl.col("p_value"))
     judged = means.with_columns(
-        pl.when(~noisy & ~reference).then(p).alias("p_value"),
-        pl.when(~noisy & ~reference & (full > 0)).then(pl.col("delta_ndcg@10_lo") / full > LOSSLESS).alias("lossless"),
-        *(
-            pl.when(~reference).then(pl.col(f"delta_ndcg@10{end}")).alias(f"delta_ndcg@10{end}")
-            for end in ("", "_lo", "_hi")
-        ),
+        *(pl.when(~noisy & ~reference).then(_several(name)).alias(name) for name in P_VALUES),
+        pl.when(~noisy & ~reference & (full() > 0)).then(_delta("_lo") / full() > LOSSLESS).alias("lossless"),
+        *(pl.when(~reference).then(pl.col(name)).alias(name) for name in _REALS if name.startswith("delta_")),
         (1 / pl.col("ratio")).alias("smaller_x"),
         *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
         (pl.col("read_flops") / 1e6).alias("read_mflops"),
     )
-    corrected = [group.with_columns(_holm(group["p_value"])) for _, group in _groups(judged)]
-    return _sorted(pl.concat(corrected)) if corrected else judged.with_columns(pl.lit(None, pl.Float64).alias("p_holm"))
+    corrected = [group.with_columns(_holm(group, *pair) for pair in P_VALUES.items()) for _, group in _groups(judged)]
+    if not corrected:
+        return judged.with_columns(pl.lit(None, pl.Float64).alias(name) for name in P_VALUES.values())
+    return _sorted(pl.concat(corrected))
+
+
+def main() -> pl.Expr:
+    """What a task is judged by: GAUC above guessing's 0.5 where there is one, else NDCG@10."""
+    return pl.coalesce(pl.col("gauc") - 0.5, "ndcg@10")
+
+
+def full() -> pl.Expr:
+    """The full state's `main`."""
+    return main() - _delta("")
+
+
+def _delta(end: str) -> pl.Expr:
+    """The difference in `main` to the full state, or an end of its interval."""
+    return pl.when(pl.col("gauc").is_not_null()).then(f"delta_gauc{end}").otherwise(f"delta_ndcg@10{end}")
+
+
+def _several(p: str) -> pl.Expr:
+    """p over the seeds: twice the mean of theirs."""
+    return pl.when(pl.col("seeds") > 1).then(pl.min_horizontal(2 * pl.col(p), pl.lit(1.0))).otherwise(pl.col(p))
 
 
 def share_of(known: str, metric: str = "hr@10") -> pl.Expr:
@@ -112,8 +130,8 @@ def _compressor(row: Mapping[str, Any]) -> str:
     return label(row["compressor"], row["compressor_params"])
 
 
-def _holm(p: pl.Series) -> pl.Series:
-    return pl.Series("p_holm", holm(p), nan_to_null=True)
+def _holm(group: pl.DataFrame, p: str, corrected: str) -> pl.Series:
+    return pl.Series(corrected, holm(group[p]), nan_to_null=True)
 
 
 def _groups(frame: pl.DataFrame) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:
@@ -127,15 +145,16 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
         *(pl.col(name) for name in GROUP),
         pl.col("method") != "full",
         -size.fill_null(pl.col("ratio")),
-        -pl.col("ndcg@10"),
+        -main(),
     ]
     return board.sort(*keys, nulls_last=True, maintain_order=True)
 
 
 SHOWN = (
     *GROUP, "n_users", "seeds", "seeds_total", "compressor", "family", "budget", "bytes_mean", "smaller_x",
-    "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm", "lossless",
-    "overlap@10", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
+    "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc",
+    "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss", "p_holm", "lossless", "overlap@10", "agreement",
+    "logit_error", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
     "read_ms_p50", "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
@@ -158,8 +177,8 @@ def _problem(row: Mapping[str, Any]) -> str:
     return f"{row['status']}: {where}: {reason.splitlines()[0]}"
 
 
-def _difference(row: Mapping[str, Any]) -> str:
-    delta, lo, hi = (row[f"delta_ndcg@10{end}"] for end in ("", "_lo", "_hi"))
+def _difference(name: str, row: Mapping[str, Any]) -> str:
+    delta, lo, hi = (row[f"delta_{name}{end}"] for end in ("", "_lo", "_hi"))
     interval = "" if lo is None or hi is None else f" [{lo:+z.4f}, {hi:+z.4f}]"
     return digits(delta, "+z.4f") + interval
 
@@ -181,14 +200,19 @@ COLUMNS_SHOWN = (
     number("smaller_x", "× smaller", ".1f", rank=2),
     number("share_at_floor", "at floor (% users)", ".0f", rank=9, scale=100),
     number("hr@10", "HR@10", ".4f", rank=5),
+    number("gauc", "GAUC", ".4f"),
+    Column("ΔGAUC [95 % interval]", partial(_difference, "gauc"), rank=1),
+    number("auc", "AUC", ".4f", rank=5),
+    number("logloss", "LogLoss", ".4f", rank=6),
     number("ndcg@10", "NDCG@10", ".4f"),
-    Column("ΔNDCG@10 [95 % interval]", _difference, rank=1),
+    Column("ΔNDCG@10 [95 % interval]", partial(_difference, "ndcg@10"), rank=1),
     Column("p (Holm)", _p, rank=4),
     Column("lossless", lambda row: "✓" if row["lossless"] else "", rank=3),
     number("overlap@10", "overlap@10", ".3f", rank=2),
     number("of_full_ceiling", "HR@10 of its ceiling (%)", ".1f", rank=2, scale=100),
     number("ceiling_window_hr@10", "a window's HR@10 (at most)", ".4f", rank=2),
     number("of_window_ceiling", "HR@10 of a window's (%)", ".1f", rank=2, scale=100),
+    number("agreement", "agreement", ".3f", rank=2),
     significant("read_ms_p50", "read (ms, p50)", rank=4),
     significant("compress_ms_p50", "compress (ms, p50)", rank=7),
     significant("read_mflops", "read (MFLOPs)", rank=8),
@@ -197,7 +221,8 @@ COLUMNS_SHOWN = (
 NOTES = (
     "State: measured mean bytes per user (1 KB = 1000 bytes). × smaller: sum of full bytes / sum of bytes.",
     "Δ: difference to the full state, 95 % paired bootstrap interval over users; p: two-sided, Holm-corrected "
-    "within each table. ✓ lossless: the interval's lower end is above -1 % of the full state's NDCG@10.",
+    "within each table. ✓ lossless: the interval's lower end is above -1 % of the full state's NDCG@10, or of its GAUC "
+    "above 0.5. Agreement: pairs of a request's candidates in the full state's order.",
     "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
 )
 CEILINGS = (

@@ -10,7 +10,7 @@ import polars as pl
 
 from malloc_bench.metrics import slices as length_slices
 from malloc_bench.registry import suggest
-from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, newest, sections, share_of
+from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, full, main, newest, sections, share_of
 from malloc_bench.report.render import (
     FORMATS,
     Column,
@@ -27,15 +27,17 @@ from malloc_bench.results import KNOWN, STEPS
 HEAD = (*GROUP, "n_users", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
 ACCURACY = (
-    *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "logloss", "overlap@10"),
-    *("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "p_holm"),
+    *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "users_one_class", "logloss"),
+    *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "logit_error"),
+    *(f"delta_{name}{end}" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")),
+    *("p_holm", "p_auc_holm"),
 )
 NOTHING = "Nothing here applies to these results."
 HITS = ("hr@5", "hr@10", "hr@50")
 SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
 TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
 SLICES = tuple(length_slices([]))
-SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10")
+SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10", "agreement")
 
 
 def accuracy(frame: pl.DataFrame) -> pl.DataFrame:
@@ -50,9 +52,8 @@ def resources(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
-    """How small each method gets: its smallest lossless state, its smallest state, and the NDCG@10 kept there."""
-    full = pl.col("ndcg@10") - pl.col("delta_ndcg@10")
-    measured = aggregate(frame).with_columns(pl.when(full > 0).then(pl.col("ndcg@10") / full).alias("kept"))
+    """How small each method gets: its smallest lossless state, its smallest state, and what is kept there."""
+    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(main() / full()).alias("kept"))
     smallest = pl.col("bytes_mean").arg_min()
     lossless = pl.col("lossless").fill_null(False)
     return (
@@ -65,14 +66,14 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
             pl.col("bytes_mean").filter(lossless).min().alias("lossless_bytes"),
             pl.col("bytes_mean").get(smallest).alias("smallest_bytes"),
             pl.col("smaller_x").get(smallest).alias("smallest_smaller_x"),
-            pl.col("kept").get(smallest).alias("smallest_ndcg_kept"),
+            pl.col("kept").get(smallest).alias("smallest_kept"),
         )
         .sort(*GROUP, "family", "method")
     )
 
 
 def slices(frame: pl.DataFrame) -> pl.DataFrame:
-    """Users, NDCG@10, HR@10 and overlap@10 by history length in events, means over seeds."""
+    """Users, accuracy and fidelity by history length in events, means over seeds."""
     names = [f"{value} {part}" for part in SLICES for value in SLICE_VALUES]
     rows = newest(frame).filter(pl.col("status") == "ok")
     # aggregated as a metric would be: each value of each slice stands in for a column of numbers
@@ -129,7 +130,7 @@ TABLES = {
             significant("lossless_bytes", "lossless down to (KB/user)", scale=1e-3),
             significant("smallest_bytes", "smallest state (KB/user)", scale=1e-3),
             number("smallest_smaller_x", "smallest (× smaller)", ".1f"),
-            number("smallest_ndcg_kept", "NDCG@10 kept there (%)", ".1f", scale=100),
+            number("smallest_kept", "NDCG@10, or GAUC above 0.5, kept there (%)", ".1f", scale=100),
         ),
     ),
     "ceilings": Table(
@@ -161,6 +162,7 @@ TABLES = {
                     ("ndcg@10", "NDCG@10", ".4f"),
                     ("hr@10", "HR@10", ".4f"),
                     ("overlap@10", "overlap@10", ".3f"),
+                    ("agreement", "agreement", ".3f"),
                 )
                 for part in SLICES
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -100,6 +101,67 @@ def tokens_do_not_see_each_other(backbone: Backbone) -> None:
         close(backbone.read(one, state), together[:, m : m + 1], f"token {m} alone", 1e-5)
 
 
+def candidates_are_scored_alone(backbone: Backbone) -> None:
+    """Ranking: a candidate's logit is the same beside others, in another place, and with any number of padding ones."""
+    ranker = _ranker(backbone)
+    history, tokens = histories(ranker, LENGTHS)
+    state = ranker.prefill(history).state
+    logits = ranker.score(ranker.read(tokens, state), tokens)
+    assert logits.shape == tokens.items.shape
+    four = map_tensors(lambda x: torch.cat([x, x], 1) if x.dim() == 2 else x, tokens)
+    four = replace(four, items=torch.cat([tokens.items, tokens.items.flip(0)], 1))
+    for order in ([1, 0], [0, 2], [3, 1], [2, 2, 1, 3, 0]):
+        some = map_tensors(lambda x: x[:, order] if x.dim() == 2 else torch.full_like(x, len(order)), four)  # noqa: B023
+        got = ranker.score(ranker.read(some, state), some)
+        for at, m in enumerate(order):
+            if m < 2:
+                close(got[:, at], logits[:, m], f"candidate {m} in {order}", 1e-5)
+
+
+def ranking_trains_by_the_same_calls(backbone: Backbone) -> None:
+    """The loss has a finite gradient for all parameters, through prefill and read; padding counts for nothing."""
+    ranker = _ranker(backbone).requires_grad_(True)
+    history, tokens = histories(ranker, LENGTHS)
+    labels = torch.arange(2 * len(LENGTHS)).view(-1, 2) % 3 == 0
+    with torch.enable_grad():
+        loss = ranker.ranking_loss(history, tokens, labels)
+        _check_gradients(ranker, loss)
+    padded = map_tensors(lambda x: torch.cat([x, x], 1) if x.dim() == 2 else x, tokens)
+    close(ranker.ranking_loss(history, padded, torch.cat([labels, ~labels], 1)), loss, "loss with padding", 1e-5)
+
+
+def retrieval_has_no_scoring_head(backbone: Backbone) -> None:
+    """Its weights are those of the backbone alone, and scoring without a head is refused in a word."""
+    bare = copy.deepcopy(backbone)
+    bare.scoring = None
+    names = set(bare.state_dict())
+    assert set(_ranker(bare).state_dict()) - names and set(bare.state_dict()) == names
+    _, tokens = histories(bare, LENGTHS)
+    try:
+        bare.score(torch.zeros(len(LENGTHS), 2, 1), tokens)
+    except ValueError:
+        return
+    raise AssertionError("a backbone without a scoring head scored candidates")
+
+
+def refuses_to_forget_times(backbone: Backbone) -> None:
+    """A backbone that reads times does not go on without them as if nothing were missing."""
+    history, tokens = histories(backbone, LENGTHS)
+    state = backbone.prefill(history).state
+    if not backbone.uses_times:
+        bare = replace(history, times=None, next_times=None)
+        close(backbone(bare), backbone(history), "without times", 0.0)
+        return
+    for call in (backbone.prefill, backbone, lambda events: backbone.read(events, state)):
+        for events in (history, tokens):
+            for bare in (replace(events, times=None), replace(events, next_times=None)):
+                try:
+                    call(bare)
+                except ValueError:
+                    continue
+                raise AssertionError("events without times were taken")
+
+
 def batch_and_padding_do_not_matter(backbone: Backbone) -> None:
     history, tokens = histories(backbone, LENGTHS)
     state = backbone.prefill(history).state
@@ -155,13 +217,30 @@ def loss_reaches_every_parameter(backbone: Backbone) -> None:
     """Finite, and with a gradient for all parameters."""
     history, _ = histories(backbone, LENGTHS)
     targets = torch.where(history.mask(), history.items.roll(-1, 1).clamp(min=1), 0)
+    bare = copy.deepcopy(backbone)
+    bare.scoring = None
     with torch.enable_grad():
-        loss = backbone.loss(Batch(history, targets))
-        gradients = torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True)
+        _check_gradients(bare, bare.loss(Batch(history, targets)))
+
+
+def _check_gradients(backbone: Backbone, loss: Tensor) -> None:
+    gradients = torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True)
     assert bool(loss.isfinite())
     for (name, _), gradient in zip(backbone.named_parameters(), gradients):
         assert gradient is not None and bool(gradient.isfinite().all()), name
         assert bool((gradient != 0).any()), f"{name} has no gradient"
+
+
+def _ranker(backbone: Backbone) -> Backbone:
+    """A copy with a scoring head, its own or a fresh one that tells items apart."""
+    copied = copy.deepcopy(backbone)
+    if copied.scoring is None:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            copied.for_ranking()
+            assert copied.scoring is not None
+            copied.scoring.bias.normal_()
+    return copied
 
 
 def _part(events: Events, start: Tensor, stop: Tensor) -> Events:
@@ -191,6 +270,7 @@ def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
 
 BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (
     read_equals_forward, append_equals_prefill, read_needs_every_field, tokens_do_not_see_each_other,
-    batch_and_padding_do_not_matter, refuses_beyond_max_length, states_pack, nothing_is_not_a_problem,
-    loss_reaches_every_parameter,
+    batch_and_padding_do_not_matter, refuses_beyond_max_length, refuses_to_forget_times, states_pack,
+    nothing_is_not_a_problem, loss_reaches_every_parameter, candidates_are_scored_alone,
+    ranking_trains_by_the_same_calls, retrieval_has_no_scoring_head,
 )  # fmt: skip

@@ -118,6 +118,20 @@ def ignores_padding(compressor: Compressor, world: World) -> None:
         close(world.read(poisoned(clean)), world.read(clean), f"poisoned compressed state at {budget}", 1e-6)
 
 
+def candidates_are_read_alone(compressor: Compressor, world: World) -> None:
+    """Ranking reads many candidates of a compressed state at once: each as if it were the only one."""
+    if world.backbone is None:
+        return
+    prefill = world.prefill(compressor.needs)
+    _, tokens = histories(world.backbone, LENGTHS)
+    for budget in _budgets(compressor, some=True):
+        state = compressor.compress(prefill, budget)
+        together = world.backbone.read(tokens, state)
+        for m in range(tokens.items.shape[1]):
+            one = map_tensors(lambda x: x[:, m : m + 1] if x.dim() == 2 else torch.ones_like(x), tokens)  # noqa: B023
+            close(world.backbone.read(one, state), together[:, m : m + 1], f"candidate {m} at {budget}", 1e-5)
+
+
 def is_deterministic(compressor: Compressor, world: World) -> None:
     for budget in _budgets(compressor, some=True):
         first, second = (compressor.compress(world.prefill(compressor.needs), budget) for _ in range(2))
@@ -189,7 +203,8 @@ def can_be_appended_to(compressor: Compressor, world: World) -> None:
 
 COMPRESSOR_PROMISES: tuple[Callable[..., None], ...] = (
     keeps_the_budget, uses_the_budget, returns_full_for_a_whole_budget, ignores_the_batch, ignores_padding,
-    is_deterministic, leaves_its_input, survives_degenerate_histories, pickles, packs, can_be_appended_to,
+    candidates_are_read_alone, is_deterministic, leaves_its_input, survives_degenerate_histories, pickles, packs,
+    can_be_appended_to,
 )  # fmt: skip
 
 

@@ -88,6 +88,26 @@ def test_sparse_results_still_draw(row, board_of):
     figures.pareto_figure(aggregate(only), "x").draw_without_rendering()
 
 
+def test_without_any_cost_measured_the_others_still_draw(row, board_of):
+    """A level that spans an axis without points must not be taken for one."""
+    cells = [("full", 100.0, 0.2), ("none", 4.0, 0.1), ("h2o", 20.0, 0.15)]
+    rows = [row(compressor=name, bytes_mean=size, **{"ndcg@10": gain}) for name, size, gain in cells]
+    figures.pareto_figure(aggregate(board_of(rows)), "x").draw_without_rendering()
+
+
+def test_ranking_is_drawn_by_gauc_and_agreement(row, board_of):
+    cells = [("full", 100.0, 0.7, 1.0), ("h2o", 20.0, 0.68, 0.9)]
+    rows = [
+        row(task="ranking", compressor=name, bytes_mean=size, gauc=gauc, agreement=alike, delta_gauc=gauc - 0.7,
+            delta_gauc_lo=gauc - 0.71, delta_gauc_hi=gauc - 0.69, read_flops=size, **{"ndcg@10": 0.5})
+        for name, size, gauc, alike in cells
+    ]  # fmt: skip
+    figure = figures.pareto_figure(aggregate(board_of(rows)), "x")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["GAUC", "agreement with the full state", "GAUC"]
+    (bars,) = figure.axes[0].containers
+    assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.67, 0.69])
+
+
 def test_the_same_results_make_the_same_file(suite, tmp_path):
     one = suite.filter(pl.col("backbone") == "hstu")
     first, again = (figures.write_figures(one, tmp_path / name, formats=("svg",))[0] for name in "ab")

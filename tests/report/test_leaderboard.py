@@ -157,6 +157,34 @@ def test_skipped_and_failed_are_listed_with_their_reason(row, board_of):
     assert "% skipped: ml-1m, retrieval, sasrec, mla" in lb.to_latex(data)
 
 
+def ranked(row, name="snapkv", gauc=0.68, **values):
+    deltas = dict(zip((f"delta_gauc{end}" for end in ("", "_lo", "_hi")), (gauc - 0.7, gauc - 0.7015, gauc - 0.69)))
+    measured = {"task": "ranking", "family": "eviction", "compressor": name, "gauc": gauc, "auc": 0.74, "logloss": 0.51}
+    measured |= {"agreement": 0.9, "ndcg@10": 0.5, "bytes_mean": 40_000, "ratio": 0.25, "budget": 0.25}
+    return row(**{**measured, **deltas, **values})
+
+
+def test_ranking_is_ordered_and_judged_by_gauc(row, board_of):
+    """Lossless is less than 1 % lost of what the full state has above guessing: here 0.002 of 0.2."""
+    rows = [
+        ranked(row, "worse", 0.69, p_value=0.02, p_auc=0.5), ranked(row, "better", 0.6999, p_value=0.03, p_auc=0.01),
+        ranked(row, "full", 0.7, budget=None, ratio=1.0), full(row), method(row),
+    ]  # fmt: skip
+    board = lb.aggregate(board_of(rows))
+    ranking = board.filter(pl.col("task") == "ranking")
+    assert ranking["method"].to_list() == ["full", "better", "worse"]
+    assert ranking["lossless"].to_list() == [None, True, False]
+    assert ranking["p_holm"].to_list() == pytest.approx([None, 0.04, 0.04])
+    assert ranking["p_auc_holm"].to_list() == pytest.approx([None, 0.02, 0.5])
+    text = lb.to_markdown(board_of(rows))
+    ranking, retrieval = text.index("· ranking ·"), text.index("· retrieval ·")
+    assert ranking < retrieval and "GAUC |" not in text[retrieval:].split("\n- ")[0]
+    cells = cells_of(text[ranking:retrieval], "better")
+    assert cells["GAUC"] == "0.6999" and cells["ΔGAUC [95 % interval]"] == "-0.0001 [-0.0016, +0.0099]"
+    assert cells["agreement"] == "0.900" and cells["lossless"] == "✓"
+    assert not {"HR@10", "overlap@10", "ΔNDCG@10 [95 % interval]"} & cells.keys()
+
+
 def test_csv_is_unrounded_and_blank_for_null(row, board_of):
     text = lb.to_csv(board_of(method(row, ndcg=0.123456789)))
     head, line = text.splitlines()

@@ -46,7 +46,7 @@ def test_taxonomy_finds_the_smallest_lossless_state(row, board_of):
 
     one = tables.taxonomy(board_of(cell(0.5, -0.001), cell(0.25, -0.0015), cell(0.125, -0.01))).row(0, named=True)
     assert one["lossless_smaller_x"] == 4 and one["lossless_bytes"] == 250 and one["cells"] == 3
-    assert one["smallest_smaller_x"] == 8 and one["smallest_ndcg_kept"] == 1
+    assert one["smallest_smaller_x"] == 8 and one["smallest_kept"] == 1
 
 
 def test_a_method_that_is_never_lossless_is_blank(row, board_of):

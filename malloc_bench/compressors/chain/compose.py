@@ -37,7 +37,9 @@ class Compose(TokenMethod):
         object.__setattr__(self, "steps", steps)
         tokens = self._tokens()
         if len(steps) < 2 or len(tokens) < len(steps) - 1 or not all(map(_chains, tokens)):
-            raise ValueError("compose: token methods that keep slots, then at most one encoder, two steps or more are needed")
+            raise ValueError(
+                "compose: token methods that keep slots, then at most one encoder, two steps or more are needed"
+            )
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs attention statistics, so it must come first")
