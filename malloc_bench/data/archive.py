@@ -64,8 +64,12 @@ def _safe(archive: str, names: Sequence[str]) -> None:
             raise DataError(f"{archive} has a member outside its folder: {name!r}")
 
 
-def _missing(member: str, names: Sequence[str]) -> DataError:
-    return DataError(f"no member '{member}'; the archive holds {', '.join(names[:5])}")
+def _find(member: str, names: Sequence[str]) -> str:
+    """The member of that path, or the only one whose path ends so: repackaged archives differ in the folder on top."""
+    ends = [name for name in names if name.endswith(f"/{member}")]
+    if member in names or len(ends) == 1:
+        return member if member in names else ends[0]
+    raise DataError(f"no member '{member}'; the archive holds {', '.join(names[:5])}")
 
 
 def _zip(opened: zipfile.ZipFile, archive: str, members: Sequence[str]) -> list[Part]:
@@ -73,9 +77,7 @@ def _zip(opened: zipfile.ZipFile, archive: str, members: Sequence[str]) -> list[
     _safe(archive, names)
     parts = []
     for member in members:
-        if member not in names:
-            raise _missing(member, names)
-        info = opened.getinfo(member)
+        info = opened.getinfo(_find(member, names))
         if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
             raise DataError(f"member '{member}' is a link, a folder or encrypted, not a plain file")
         if info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1):
@@ -90,9 +92,7 @@ def _tar(opened: tarfile.TarFile, archive: str, members: Sequence[str]) -> list[
     _safe(archive, list(infos))
     parts = []
     for member in members:
-        if member not in infos:
-            raise _missing(member, list(infos))
-        info = infos[member]
+        info = infos[_find(member, list(infos))]
         if not info.isreg():
             raise DataError(f"member '{member}' is a link or a folder, not a plain file")
         if info.size > MAX_MEMBER_BYTES:
@@ -110,8 +110,8 @@ def read_whole(part: Part) -> bytes:
         raise DataError(f"{part.name} cannot be unpacked: {error}") from None
 
 
-def blocks(part: Part, size: int) -> Iterator[bytes]:
-    """Whole lines of a part, about `size` bytes at a time; raises DataError where the part is cut in the middle."""
+def blocks(part: Part, size: int) -> Iterator[tuple[bytes, int]]:
+    """Whole lines of a part, about `size` bytes at a time, and how many; DataError where the part is cut or wrong."""
     rest, row = b"", 0
     digest = hashlib.md5(usedforsecurity=False)
     try:
@@ -120,16 +120,19 @@ def blocks(part: Part, size: int) -> Iterator[bytes]:
                 if part.md5:
                     digest.update(data)
                 cut = data.rfind(b"\n") + 1
-                block = rest + data[:cut] if cut else b""
-                rest = data[cut:] if cut else rest + data
-                if len(rest) > 4 * size:
-                    raise DataError(f"{part.name}: row {row + 1}: no line ends within {len(rest)} bytes: no text file?")
-                if block:
-                    yield block
-                    row += block.count(b"\n")
+                if not cut:
+                    rest += data
+                    if len(rest) > 4 * size:
+                        raise DataError(f"{part.name}: row {row + 1}: no line ends in {len(rest)} bytes: no text file?")
+                    continue
+                block = b"".join((rest, memoryview(data)[:cut]))
+                rest = data[cut:]
+                lines = block.count(b"\n")
+                yield block, lines
+                row += lines
     except DAMAGE as error:
         raise DataError(f"{part.name}: cut in the middle, after row {row}: {error or 'the stream ends'}") from None
     if part.md5 and digest.hexdigest() != part.md5:
         raise DataError(f"{part.name}: wrong md5: {digest.hexdigest()} where {part.md5} is published")
     if rest:
-        yield rest
+        yield rest, 1

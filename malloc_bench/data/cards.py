@@ -21,7 +21,7 @@ from .policies import POLICIES
 __all__ = ["Card", "Counts", "Label", "LocalSource", "PipSource", "Source", "SyntheticWorld", "UrlSource"]
 
 MAX_CARD_BYTES = 1 << 20
-VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "homepage", "format")
+VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "format")  # its own keys
 
 
 class Counts(Strict):
@@ -64,6 +64,7 @@ class Card(Strict):
     """A data set: what it is, what it may be used for, where it comes from and what must come out."""
 
     name: str
+    family: str  # the card file's name: its data sets share their downloads
     title: str
     description: str
     licence: str
@@ -122,7 +123,7 @@ def load_card(name: str) -> Card:
     path = files[name]
     try:
         content = _variant(_content(path), name.removeprefix(path.stem).removeprefix("-"))
-        return Card.model_validate({**content, "name": content.get("name", name)})
+        return Card.model_validate({**content, "name": name, "family": path.stem})
     except ValidationError as error:
         raise DataError(f"{path}: {_first_problem(error)}") from None
     except ValueError as error:
@@ -174,7 +175,7 @@ def _read(path: Path, changed: int, size: int) -> Any:
 
 
 def _variant(content: dict[str, Any], variant: str) -> dict[str, Any]:
-    """A card's content with a variant's keys in it, and its other words put in for their {names}."""
+    """A card's content with a variant's keys in it, its sources after the common ones, its other words for {names}."""
     own = (content.get("variants") or {}).get(variant)
     if own is None:
         return content
@@ -192,7 +193,10 @@ def _variant(content: dict[str, Any], variant: str) -> dict[str, Any]:
         return [put(each) for each in value] if isinstance(value, list) else value
 
     keys = {key: value for key, value in content.items() if key != "variants"}
-    return put({**keys, **{key: value for key, value in own.items() if key in VARIANT}})
+    keys |= {key: value for key, value in own.items() if key in VARIANT}
+    if "sources" in own:
+        keys["sources"] = [*content.get("sources", []), *own["sources"]]
+    return put(keys)
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -18,7 +18,8 @@ class Ids:
     So the numbers are the same on every machine, whatever the order in which a file was read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted: bool = True) -> None:
+        self.counted = counted  # else only which ids there are: `events` means nothing then
         self.counts = np.zeros(1 << 10, np.int32)  # by id, for small ids
         self.sparse: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, counts), for the others
         self.categories: Any = None
@@ -34,7 +35,9 @@ class Ids:
                 grown = np.zeros(min(TABLE, max(2 * len(self.counts), high + 1)), np.int32)
                 grown[: len(self.counts)] = self.counts
                 self.counts = grown
-            if high < 4 * len(codes):
+            if not self.counted:
+                self.counts[codes] = 1
+            elif high < 4 * len(codes):
                 counted = np.bincount(codes)
                 self.counts[: len(counted)] += counted.astype(np.int32)
             else:

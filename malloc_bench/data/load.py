@@ -81,7 +81,7 @@ def _from_source(card: Card, source: Source, offline: bool, progress: bool) -> D
             return cache.read(card, target, label)
         except Exception as error:  # whatever is wrong with a cache, the source mends it
             log.warning("%s is damaged and will be made again: %s", target, " ".join(str(error).split()))
-    with sources.opened(source, card.name, offline=offline, progress=progress) as parts:
+    with sources.opened(source, card.family, offline=offline, progress=progress) as parts:
         reader = Reader(LAYOUTS[source.format or card.format], Judge(card.on_bad), card.keep)
 
         def write(folder: Path) -> tuple[str, dict[str, int]]:
@@ -98,7 +98,7 @@ def _label(card: Card, source: Source) -> str:
     if isinstance(source, LocalSource):
         files = sources.local_files(source)
         return f"local {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    trusted = sources.trusted_hash(source, card.name) if isinstance(source, UrlSource) else None
+    trusted = sources.trusted_hash(source, card.family) if isinstance(source, UrlSource) else None
     return f"{source} (sha256 {trusted}, none published)" if trusted else str(source)
 
 

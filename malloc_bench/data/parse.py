@@ -22,7 +22,7 @@ from .policies import Judge
 if TYPE_CHECKING:
     import polars as pl
 
-BLOCK = 32 << 20  # bytes of text at a time
+BLOCK = 8 << 20  # bytes of text at a time: small enough that memory is used again, not asked for
 LATEST = 4_102_444_800  # unix seconds of 2100-01-01: no event is that late
 
 
@@ -68,25 +68,25 @@ class Reader:
 
         columns: Sequence[str] | None = self.layout.columns
         row = 1
-        for block in blocks(part, BLOCK):
+        for block, lines in blocks(part, BLOCK):
             if columns is None:
                 head, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
                 columns = self._header(head, part.name)
-                row += 1
-            if block.strip():
+                row, lines = row + 1, lines - 1
+            if block and not block.isspace():
                 names, schema = columns, self._schema(columns)
-                yield self._checked(block, part.name, row, lambda text: self._read(text, schema), names)
-            row += block.count(b"\n")
+                yield self._checked(block, part.name, row, lines, lambda text, n: self._read(text, schema, n), names)
+            row += lines
         self._not_empty(row - (self.layout.columns is None), columns, part.name)
 
     def _json(self, part: Part) -> Iterator[pl.DataFrame]:
         import polars as pl
 
         types, row = self._types(), 1
-        for block in blocks(part, BLOCK):
-            if block.strip():
-                yield self._checked(block, part.name, row, lambda text: pl.read_ndjson(text, schema=types), list(types))
-            row += block.count(b"\n")
+        for block, lines in blocks(part, BLOCK):
+            if not block.isspace():
+                yield self._checked(block, part.name, row, lines, lambda text, n: pl.read_ndjson(text, schema=types), list(types))
+            row += lines
         self._not_empty(row, [""], part.name)
 
     def _not_empty(self, row: int, columns: Sequence[str] | None, file: str) -> None:
@@ -105,7 +105,7 @@ class Reader:
         try:
             for part in parts:
                 row = 1
-                for block in blocks(part, BLOCK):
+                for block, _ in blocks(part, BLOCK):
                     lines = block.splitlines()
                     yield self._history(lines, list(islice(times, len(lines))) if times else None, part.name, row)
                     row += len(lines)
@@ -184,12 +184,11 @@ class Reader:
 
     # ---- one block
 
-    def _read(self, text: bytes, schema: dict[str, Any]) -> pl.DataFrame | None:
+    def _read(self, text: bytes, schema: dict[str, Any], lines: int) -> pl.DataFrame | None:
         """The columns that are wanted, or None where some line has more or fewer than it must."""
         import polars as pl
 
         single = self.layout.separator[0]
-        lines = text.count(b"\n") + (not text.endswith(b"\n"))
         if np.count_nonzero(np.frombuffer(text, np.uint8) == ord(single)) != lines * (len(schema) - 1):
             return None  # polars takes a line that ends too soon for one with empty columns
         frame = pl.scan_csv(
@@ -236,24 +235,26 @@ class Reader:
             schema[name] = types.get(name, pl.String)
         return schema
 
-    def _checked(self, block: bytes, file: str, row: int, read: Any, columns: Sequence[str]) -> pl.DataFrame:
+    def _checked(
+        self, block: bytes, file: str, row: int, lines: int, read: Any, columns: Sequence[str]
+    ) -> pl.DataFrame:
         """The events of a block; what its lines have amiss meets its policy, then the rest is read again."""
         import polars as pl
 
-        def tried(text: bytes) -> pl.DataFrame | None:
+        def tried(text: bytes, lines: int) -> pl.DataFrame | None:
             try:
-                found = read(text)
+                found = read(text, lines)
                 return None if found is None else self._converted(found)
             except pl.exceptions.PolarsError:
                 return None
 
-        rows, frame = None, tried(block)
+        rows, frame = None, tried(block, lines)
         if frame is None:
             kept, rows = examine(block, file, row, self.layout, self._types(), columns, self.judge)
             self.starts.append((self.events, file, row))
             if not len(rows):
                 return pl.DataFrame()
-            frame = tried(kept)
+            frame = tried(kept, len(rows))
             if frame is None:
                 raise DataError(f"{file}: rows {row} to {rows[-1]}: cannot be read, for a reason no line shows")
         if self.layout.history:

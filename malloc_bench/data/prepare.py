@@ -22,8 +22,8 @@ from .policies import Judge
 if TYPE_CHECKING:
     import polars as pl
 
-BUCKET = 4_000_000  # events sorted at once; a user with more has a bucket of its own
-CHUNK = 500_000  # events dealt at once
+BUCKET = 1_000_000  # events sorted at once, few enough to lie in a cache; a user with more has a bucket of its own
+CHUNK = 200_000  # events dealt at once
 
 
 def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tuple[str, dict[str, int]]:
@@ -38,7 +38,7 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
         + [(name, "<f4") for name in sorted(reader.feedback.values())]
         + [("row", "<i8")] * rejects  # only to say where it stood
     )
-    users, items = Ids(), Ids()
+    users, items = Ids(), Ids(counted=False)
     with tempfile.TemporaryDirectory(prefix="spill-", dir=folder) as temporary:
         spill = Path(temporary) / "all"
         with spill.open("wb") as file:
@@ -48,11 +48,11 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
         if _without_single(users, items, spill, record, reader):
             users.close()
         items.close()
-        _write_ids(folder / "items.parquet", items)
+        _write_ids(folder / "items.parquet", id=items.ids)
         buckets = _deal(spill, record, users, items)
         counts = _sort(buckets, record, users, reader, folder / "events.parquet")
     users.events = counts
-    _write_ids(folder / "users.parquet", users)
+    _write_ids(folder / "users.parquet", id=users.ids, events=counts)
     return _hash(folder, users, items, reader), judge.notes
 
 
@@ -185,12 +185,12 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     return np.delete(rows, repeats)
 
 
-def _write_ids(path: Path, ids: Ids) -> None:
+def _write_ids(path: Path, **columns: np.ndarray) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = {"id": pa.array(ids.ids, pa.int64()), "events": pa.array(ids.events, pa.int64())}
-    pq.write_table(pa.table(table), path, compression="lz4", use_dictionary=False)
+    table = pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()})
+    pq.write_table(table, path, compression="lz4", use_dictionary=False)
 
 
 def _hash(folder: Path, users: Ids, items: Ids, reader: Reader) -> str:

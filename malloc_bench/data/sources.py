@@ -27,12 +27,12 @@ PIP_SECONDS = 120
 
 
 @contextmanager
-def opened(source: Source, dataset: str, *, offline: bool, progress: bool) -> Iterator[list[Part]]:
-    """The parts of a source; what was fetched is kept under home()/downloads/`dataset` and verified at each use.
+def opened(source: Source, family: str, *, offline: bool, progress: bool) -> Iterator[list[Part]]:
+    """The parts of a source; what was fetched is kept under home()/downloads/`family` and verified at each use.
 
     Raises DataError with the reason why this source does not answer.
     """
-    kept = home() / "downloads" / dataset
+    kept = home() / "downloads" / family
     md5: Sequence[str] | None = None
     members: Sequence[str] = ()
     try:
@@ -62,9 +62,9 @@ def local_files(source: LocalSource) -> list[Path]:
     return paths
 
 
-def trusted_hash(source: UrlSource, dataset: str) -> str | None:
+def trusted_hash(source: UrlSource, family: str) -> str | None:
     """The sha256 that was written down at the first download of a file whose publisher gives none."""
-    note = _noted(_target(source, home() / "downloads" / dataset))
+    note = _noted(_target(source, home() / "downloads" / family))
     return note.read_text().strip() if source.sha256 == "none-published" and note.is_file() else None
 
 
