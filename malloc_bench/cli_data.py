@@ -52,7 +52,7 @@ def data_stats(
 ) -> None:
     """Size, history lengths, repeats and times of a data set, and a histogram of the lengths."""
     from malloc_bench.data import get_dataset
-    from malloc_bench.data.stats import describe, histogram
+    from malloc_bench.data.summary import describe, histogram
 
     dataset = get_dataset(name, offline=offline)
     grid([(key, plain(value)) for key, value in describe(dataset).items()])

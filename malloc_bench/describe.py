@@ -49,8 +49,9 @@ def _datasets() -> tuple[list[str], list[list[str]]]:
     from malloc_bench.data.cards import card_files, load_card
 
     rows = []
-    for name, path in sorted(card_files().items()):
-        card = load_card(name)
+    files = card_files()
+    for name, path in sorted(files.items()):
+        card = load_card(name, files)
         counts: Any = card.published or card.parameters
         size = ["" if (n := getattr(counts, key, None)) is None else f"{n:,}" for key in ("users", "items", "events")]
         ours = path.parent == shipped("datasets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -112,12 +113,12 @@ def list_datasets() -> list[str]:
     return sorted(card_files())
 
 
-def load_card(name: str) -> Card:
-    """The card of a data set.
+def load_card(name: str, files: Mapping[str, Path] | None = None) -> Card:
+    """The card of a data set; `files` is what `card_files` gives, where it is at hand.
 
     Raises UnknownName with the nearest valid name, DataError with file and key where the card itself is wrong.
     """
-    files = card_files()
+    files = card_files() if files is None else files
     if name not in files:
         raise UnknownName(f"no dataset is named '{name}'.{suggest(name, files)}")
     path = files[name]

@@ -15,6 +15,8 @@ from .policies import Judge
 if TYPE_CHECKING:
     import polars as pl
 
+HISTORY = r"^\d{1,18}(\^\d{1,18})*$"
+
 
 def examine(
     block: bytes,
@@ -32,12 +34,11 @@ def examine(
     import polars as pl
 
     try:
-        text = block.decode(layout.encoding)
+        text = block.decode()
     except UnicodeDecodeError:
-        raise no_text(block, layout.encoding, file, row) from None
+        raise no_text(block, "utf-8", file, row) from None
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     fields, broken, why = (_objects if layout.lines == "json" else _split)(lines, layout, columns)
-    found: dict[str, tuple[np.ndarray, str]] = {"bad_row": (broken, "")}
     message = {int(i): f"{lines[i][:80]!r} {why}" for i in np.flatnonzero(broken)[:1]}
     huge, wrong = np.zeros(len(lines), bool), broken.copy()
     for name, dtype in types.items():
@@ -54,17 +55,16 @@ def examine(
             at = int(new.argmax())
             message[at] = f"{name} is {raw[at]!r}, {what}"
         wrong = wrong | new
-    found = {"bad_row": (wrong, "bad_row"), "huge_id": (huge, "huge_id")}
     for at in sorted(message):  # of all that is amiss, the first row that is rejected is told
         case = "huge_id" if huge[at] else "bad_row"
         if judge.answer(case) == "reject":
             judge.meet(case, 1, f"{file}: row {row + at}: {message[at]}")
-    for case, (mask, _) in found.items():
+    for case, mask in (("bad_row", wrong), ("huge_id", huge)):
         if mask.any():
-            judge.meet(case, int(mask.sum()), f"{file}: {case}")
+            judge.meet(case, int(mask.sum()), "")
     good = np.flatnonzero(~(wrong | huge))
     kept = "\n".join(lines[i] for i in good) + "\n"
-    return kept.encode(layout.encoding), good + row
+    return kept.encode(), good + row
 
 
 def no_text(data: bytes, encoding: str, file: str, row: int) -> DataError:
@@ -112,7 +112,7 @@ def _bad(raw: pl.Series, name: str, dtype: Any, layout: Layout) -> tuple[np.ndar
     import polars as pl
 
     if name == layout.history and name:
-        return ~raw.str.contains(r"^\d{1,18}(\^\d{1,18})*$").fill_null(False).to_numpy(), "not numbers joined by ^"
+        return ~raw.str.contains(HISTORY).fill_null(False).to_numpy(), "not numbers joined by ^"
     if name in layout.codes:
         words = list(layout.codes[name])
         return ~raw.is_in(words).fill_null(False).to_numpy(), f"not one of {', '.join(words)}"

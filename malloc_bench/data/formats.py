@@ -35,6 +35,15 @@ class Layout:
     label: str = ""
     times_in: bool = False  # the second file has the times of the first's items, line by line
 
+    @property
+    def has_time(self) -> bool:
+        return self.unit != "order" and (self.time is not None or self.times_in)
+
+    @property
+    def per_second(self) -> int:
+        """What events are ordered by is finer than the seconds that are kept."""
+        return 1000 if self.unit in {"ms", "s.fraction"} else 1
+
 
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}

@@ -23,6 +23,7 @@ class Ids:
         self.counts = np.zeros(1 << 10, np.int32)  # by id, for small ids
         self.sparse: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, counts), for the others
         self.categories: Any = None
+        self.held: pl.Series | None = None
         self.ids = np.zeros(0, np.int64)
         self.events = np.zeros(0, np.int64)  # how many events each of `ids` has
 
@@ -55,7 +56,10 @@ class Ids:
             return column.to_numpy()
         if self.categories is None:
             self.categories = pl.Categories.random()  # one numbering for all blocks of this column
-        return column.cast(pl.Categorical(self.categories)).to_physical().cast(pl.Int64).to_numpy()
+        cast = column.cast(pl.Categorical(self.categories))
+        if self.held is None:
+            self.held = cast  # the numbering is forgotten with the last column that has it
+        return cast.to_physical().cast(pl.Int64).to_numpy()
 
     def _merge(self) -> None:
         ids, back = np.unique(np.concatenate([ids for ids, _ in self.sparse]), return_inverse=True)

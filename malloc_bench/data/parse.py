@@ -15,7 +15,7 @@ import numpy as np
 
 from .archive import DAMAGE, Part, blocks, read_whole
 from .dataset import DataError
-from .examine import examine, no_text
+from .examine import HISTORY, examine, no_text
 from .formats import Layout
 from .policies import Judge
 
@@ -73,11 +73,13 @@ class Reader:
                 head, _, block = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
                 columns = self._header(head, part.name)
                 row, lines = row + 1, lines - 1
+            if self.layout.encoding == "latin-1":
+                block = block.decode("latin-1").encode()
             if block and not block.isspace():
                 names, schema = columns, self._schema(columns)
                 yield self._checked(block, part.name, row, lines, lambda text, n: self._read(text, schema, n), names)
             row += lines
-        self._not_empty(row - (self.layout.columns is None), columns, part.name)
+        self._not_empty(part.name, header=self.layout.columns is None and columns is not None)
 
     def _json(self, part: Part) -> Iterator[pl.DataFrame]:
         import polars as pl
@@ -85,14 +87,15 @@ class Reader:
         types, row = self._types(), 1
         for block, lines in blocks(part, BLOCK):
             if not block.isspace():
-                yield self._checked(block, part.name, row, lines, lambda text, n: pl.read_ndjson(text, schema=types), list(types))
+                yield self._checked(
+                    block, part.name, row, lines, lambda text, n: pl.read_ndjson(text, schema=types), list(types)
+                )
             row += lines
-        self._not_empty(row, [""], part.name)
+        self._not_empty(part.name)
 
-    def _not_empty(self, row: int, columns: Sequence[str] | None, file: str) -> None:
-        if self.starts[-1:] == [] or self.starts[-1][1] != file:
-            only = " but for its header" if columns and row > 1 and self.layout.columns is None else ""
-            raise DataError(f"{file}: the file is empty{only}")
+    def _not_empty(self, file: str, header: bool = False) -> None:
+        if not any(part == file for _, part, _ in self.starts[-1:]):
+            raise DataError(f"{file}: the file is empty" + (" but for its header" if header else ""))
 
     def _histories(self, parts: Sequence[Part]) -> Iterator[pl.DataFrame]:
         """`user item item ...` a line; with times, the second part says them in the same shape."""
@@ -109,7 +112,7 @@ class Reader:
                     lines = block.splitlines()
                     yield self._history(lines, list(islice(times, len(lines))) if times else None, part.name, row)
                     row += len(lines)
-                self._not_empty(row, None, part.name)
+                self._not_empty(part.name)
         except DAMAGE as error:
             raise DataError(f"a file of times is cut in the middle: {error}") from None
         finally:
@@ -161,7 +164,9 @@ class Reader:
             if layout.lines == "npy":
                 rows = np.load(io.BytesIO(data), allow_pickle=False)
                 if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in "iu":
-                    raise DataError(f"{part.name}: holds {rows.dtype}{list(rows.shape)}, not rows of {', '.join(names)}")
+                    raise DataError(
+                        f"{part.name}: holds {rows.dtype}{list(rows.shape)}, not rows of {', '.join(names)}"
+                    )
                 frame = pl.DataFrame(rows, schema=names)
             else:
                 frame = pl.read_parquet(io.BytesIO(data))
@@ -290,11 +295,13 @@ class Reader:
             columns[new] = told.cast(pl.Float32)
         frame = frame.select(**columns)
         floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
+        if layout.history and not frame["history"].str.contains(HISTORY).all():
+            return None
         finite = all(frame[name].is_finite().all() for name in floats)
         return frame if finite and not sum(frame.null_count().row(0)) else None
 
     def _in_time(self, frame: pl.DataFrame, file: str, rows: np.ndarray | None) -> pl.DataFrame:
-        """`order` as whole seconds, or as integers that compare as the file's numbers do."""
+        """`order` as whole seconds (or milliseconds), or as integers that compare as the file's numbers do."""
         import polars as pl
 
         unit, raw = self.layout.unit, frame["order"]
@@ -304,15 +311,15 @@ class Reader:
             order, bad = pl.Series(raw.to_numpy().view(np.int64)), raw < 0  # floats from 0 on compare as their bits do
             must = "a number from 0 on"
         else:
-            order = raw // 1000 if unit == "ms" else raw * 60 if unit == "minutes" else raw
-            bad = (order < 0) | (order >= LATEST)
-            order = order.cast(pl.Int64, strict=False).fill_null(LATEST)
+            order = (raw * 1000).round() if unit == "s.fraction" else raw * 60 if unit == "minutes" else raw
+            bad = (order < 0) | (order >= LATEST * self.layout.per_second)
+            order = order.cast(pl.Int64, strict=False).fill_null(2**62)
             must = "a time between 1970 and 2099"
         frame = frame.with_columns(order=order)
         if bad.any():
             at = bad.arg_max() or 0
             where = self.place(self.events + at) if rows is None else f"{file}: row {rows[at]}"
-            message = f"{where}: {self.layout.time} is {raw[at]}, not {must}"
+            message = f"{where}: {self.layout.time or 'time'} is {raw[at]}, not {must}"
             if self.judge.meet("bad_time", int(bad.sum()), message) == "drop":
                 frame = frame.filter(~bad)
         return frame

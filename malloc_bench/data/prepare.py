@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dataset import content_hash
+from .dataset import DataError, content_hash
 from .ids import Ids
 from .parse import Reader
-from .policies import Judge
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,16 +43,24 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
         with spill.open("wb") as file:
             for frame in frames:
                 _records(frame, record, users, items, reader).tofile(file)
+        if not spill.stat().st_size:
+            raise _nothing(reader)
         users.close()
         if _without_single(users, items, spill, record, reader):
             users.close()
         items.close()
+        if not len(users.ids):
+            raise _nothing(reader)
         _write_ids(folder / "items.parquet", id=items.ids)
         buckets = _deal(spill, record, users, items)
         counts = _sort(buckets, record, users, reader, folder / "events.parquet")
     users.events = counts
     _write_ids(folder / "users.parquet", id=users.ids, events=counts)
     return _hash(folder, users, items, reader), judge.notes
+
+
+def _nothing(reader: Reader) -> DataError:
+    return DataError(f"{reader.starts[0][1]}: no event is left of it: {reader.judge.notes}")
 
 
 def _records(frame: pl.DataFrame, record: np.dtype, users: Ids, items: Ids, reader: Reader) -> np.ndarray:
@@ -129,7 +136,7 @@ def _sort(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    timed = has_time(reader)
+    timed = reader.layout.has_time
     names = ["item", *(["time"] if timed else []), *sorted(reader.feedback.values())]
     types = {"item": pa.int32(), "time": pa.int64()}
     schema = pa.schema([(name, types.get(name, pa.float32())) for name in names])
@@ -142,19 +149,18 @@ def _sort(
             if timed:
                 rows = _without_duplicates(rows, reader, users)
             counts[first:end] = np.bincount(rows["user"] - first, minlength=end - first)
-            columns = [np.ascontiguousarray(rows["order" if name == "time" else name]) for name in names]
-            writer.write_table(pa.table([pa.array(c, t.type) for c, t in zip(columns, schema)], schema=schema))
+            held = {name: rows[name] for name in names if name != "time"}
+            if timed:
+                held["time"] = rows["order"] // reader.layout.per_second
+            arrays = [pa.array(np.ascontiguousarray(held[each.name]), each.type) for each in schema]
+            writer.write_table(pa.table(arrays, schema=schema))
     return counts
-
-
-def has_time(reader: Reader) -> bool:
-    return reader.layout.unit != "order" and (reader.layout.time is not None or reader.layout.times_in)
 
 
 def stable_order(*keys: np.ndarray) -> np.ndarray:
     """As np.lexsort(reversed(keys)), for integers: by 16 bits at a time, which numpy sorts in linear time."""
     order = np.arange(len(keys[0]))
-    for key in reversed(keys):
+    for key in reversed(keys) if len(order) else ():
         left = (key - key.min()).astype(np.uint64)  # the difference is right also where it wraps
         high = int(left.max())
         for shift in range(0, max(high.bit_length(), 1), 16):
@@ -179,7 +185,9 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     if reader.judge.answer("duplicates") == "reject":
         one = rows[repeats[0]]
         user = users.ids[one["user"]]
-        message = f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {one['order']} twice"
+        message = (
+            f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {one['order']} twice"
+        )
     if reader.judge.meet("duplicates", len(repeats), message) == "keep":
         return rows
     return np.delete(rows, repeats)
@@ -208,7 +216,7 @@ def _hash(folder: Path, users: Ids, items: Ids, reader: Reader) -> str:
             for name, ids in (("user_ids", users.ids), ("item_ids", items.ids), ("offsets", offsets)):
                 yield name, "<i8", len(ids), [ids.astype("<i8")]
             yield "items", "<i4", int(offsets[-1]), column("item")
-            if has_time(reader):
+            if reader.layout.has_time:
                 yield "times", "<i8", int(offsets[-1]), column("time")
             for name in sorted(reader.feedback.values()):
                 yield name, "<f4", int(offsets[-1]), column(name)

@@ -42,7 +42,10 @@ LOCAL = [{"local": "u.data"}]
         ({"sources": ["u.data"]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
         ({"sources": []}, "card: format synthetic needs parameters"),
         ({"sources": LOCAL, "format": "synthetic"}, "card: format synthetic needs parameters"),
-        ({"sources": [{"url": "https://x/y"}]}, "sources.0: needs md5, sha256 or file_md5, or says sha256: none-published"),
+        (
+            {"sources": [{"url": "https://x/y"}]},
+            "sources.0: needs md5, sha256 or file_md5, or says sha256: none-published",
+        ),
         ({"sources": [{"url": "https://x/y", "md5": "abc"}]}, "sources.0.md5: String should match"),
         ({"sources": [{"local": "../u.data"}]}, "sources.0.local.0: must be a relative path without '..'"),
         ({"sources": [{"local": "/etc/passwd"}]}, "sources.0.local.0: must be a relative path without '..'"),
