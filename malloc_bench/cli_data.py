@@ -55,5 +55,7 @@ def data_stats(
     from malloc_bench.data.summary import describe, histogram
 
     dataset = get_dataset(name, offline=offline)
-    grid([(key, plain(value)) for key, value in describe(dataset).items()])
+    told = describe(dataset)
+    told["notes"] = [f"{count:,} {what}" for what, count in dataset.notes.items()] or "none"
+    grid([(key, plain(value)) for key, value in told.items()])
     print(f"histogram of lengths: {histogram(dataset, figure)}")

@@ -41,6 +41,4 @@ def grid(lines: list[tuple[str, str]], on: Console | None = None) -> None:
 def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{count:,} {what}" for what, count in value.items()) or "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

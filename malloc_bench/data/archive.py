@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from .dataset import DataError
 
@@ -50,7 +50,10 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
-    return (lambda: gzip.open(path)) if path.suffix == ".gz" else (lambda: path.open("rb"))
+    def opened() -> IO[bytes]:
+        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+    return opened
 
 
 def _is_tar(path: Path) -> bool:

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ VERSION = 3  # raise it when the order of events or the layout of these files ch
 def path(card: Card, source: Source) -> Path:
     """Where the prepared data belong; the name changes with all they depend on: card, code, local files."""
     asked = [card.format, card.keep, card.on_bad, source.model_dump()]
-    key = [VERSION, formats.VERSION, card.name, *asked]
+    key: list[Any] = [VERSION, formats.VERSION, card.name, *asked]
     if isinstance(source, LocalSource):
         key += [[state.st_size, state.st_mtime_ns] for state in (each.stat() for each in local_files(source))]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -60,39 +61,29 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
 
 def read(card: Card, folder: Path, source: str) -> Dataset:
     """Raises whatever is wrong with the files; DataError where their content is not what was written."""
-    import pyarrow.parquet as pq
+    import polars as pl
 
     about = json.loads((folder / "about.json").read_text())
     for name in FILES:
         if _crc(folder / name) != about["crc32"][name]:
             raise DataError(f"{name} is not what was written")
-    users, items = (pq.read_table(folder / name) for name in FILES[1:])
-    counts = users["events"].to_numpy()
-    with pq.ParquetFile(folder / FILES[0], memory_map=True) as file:
-        names = file.schema_arrow.names
-        columns = {
-            name: np.empty(file.metadata.num_rows, file.schema_arrow.field(name).type.to_pandas_dtype())
-            for name in names
-        }
-        start = 0
-        for group in range(file.metadata.num_row_groups):  # one after the other into its place: nothing is held twice
-            table = file.read_row_group(group)
-            for name in names:
-                offset = start
-                for piece in table[name].chunks:
-                    columns[name][offset : offset + len(piece)] = piece.to_numpy()
-                    offset += len(piece)
-            start += len(table)
+
+    def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
+        path = folder / file
+        names = pl.read_parquet_schema(path)
+        return {name: pl.read_parquet(path, columns=[name]).to_series().to_numpy(writable=True) for name in names}
+
+    events, users, items = (columns(file) for file in FILES)
     return Dataset(
         name=card.name,
         card=card,
         source=source,
-        user_ids=users["id"].to_numpy(),
-        item_ids=items["id"].to_numpy(),
-        offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-        items=columns.pop("item"),
-        times=columns.pop("time", None),
-        feedback=columns,
+        user_ids=users["id"],
+        item_ids=items["id"],
+        offsets=np.concatenate(([0], np.cumsum(users["events"]))).astype(np.int64),
+        items=events.pop("item"),
+        times=events.pop("time", None),
+        feedback=events,
         hash=about["hash"],
         notes=about["notes"],
     )

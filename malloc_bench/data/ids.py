@@ -28,10 +28,10 @@ class Ids:
         self.events = np.zeros(0, np.int64)  # how many events each of `ids` has
 
     def add(self, column: pl.Series) -> np.ndarray:
-        """Count a column's ids; gives them as int64 codes for `index`: themselves, or where they are strings, others."""
+        """Count a column's ids; gives int64 codes for `index`: the ids themselves, or numbers for strings."""
         codes = self._codes(column)
         low, high = int(codes.min()), int(codes.max())
-        if 0 <= low and high < TABLE:
+        if low >= 0 and high < TABLE:
             if high >= len(self.counts):
                 grown = np.zeros(min(TABLE, max(2 * len(self.counts), high + 1)), np.int32)
                 grown[: len(self.counts)] = self.counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,6 @@ class Reader:
     # ---- kinds of files
 
     def _table(self, part: Part) -> Iterator[pl.DataFrame]:
-        import polars as pl
-
         columns: Sequence[str] | None = self.layout.columns
         row = 1
         for block, lines in blocks(part, BLOCK):
@@ -76,8 +75,8 @@ class Reader:
             if self.layout.encoding == "latin-1":
                 block = block.decode("latin-1").encode()
             if block and not block.isspace():
-                names, schema = columns, self._schema(columns)
-                yield self._checked(block, part.name, row, lines, lambda text, n: self._read(text, schema, n), names)
+                read = partial(self._read, schema=self._schema(columns))
+                yield self._checked(block, part.name, row, lines, read, columns)
             row += lines
         self._not_empty(part.name, header=self.layout.columns is None and columns is not None)
 
@@ -189,7 +188,7 @@ class Reader:
 
     # ---- one block
 
-    def _read(self, text: bytes, schema: dict[str, Any], lines: int) -> pl.DataFrame | None:
+    def _read(self, text: bytes, lines: int, schema: dict[str, Any]) -> pl.DataFrame | None:
         """The columns that are wanted, or None where some line has more or fewer than it must."""
         import polars as pl
 

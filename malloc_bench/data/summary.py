@@ -79,7 +79,7 @@ def histogram(dataset: Dataset, path: Path | None = None) -> Path:
     axes = figure.add_subplot()
     low, high = int(lengths.min()), int(lengths.max())
     edges = np.unique(np.geomspace(low, high + 1, 41).round())
-    axes.hist(lengths, bins=edges if len(edges) > 1 else [low, low + 1], color="tab:blue")
+    axes.hist(lengths, bins=edges.tolist() if len(edges) > 1 else [low, low + 1], color="tab:blue")
     median = float(np.median(lengths))
     axes.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:g}")
     axes.set(xscale="log", yscale="log", xlabel="events of a user", ylabel="users", title=dataset.card.title)

@@ -127,16 +127,16 @@ LIKEHATE = (
     "duration_ms\tcomment_stay_time\tis_profile_enter\tlabel\ttimestamp\n"
 )
 REVIEW_2014 = (
-    '{"reviewerID": "A2SU", "asin": "0000013714", "reviewerName": "J. \\"Mc\\" D", "helpful": [2, 3], "reviewText": "a\\nb, c", '
-    '"overall": 5.0, "summary": "caf\\u00e9", "unixReviewTime": 1252800000, "reviewTime": "09 13, 2009"}\n'
+    '{"reviewerID": "A2SU", "asin": "0000013714", "reviewerName": "J. \\"Mc\\" D", "helpful": [2, 3], "reviewText": '
+    '"a\\nb, c", "overall": 5.0, "summary": "caf\\u00e9", "unixReviewTime": 1252800000, "reviewTime": "09 13, 2009"}\n'
 )
 REVIEW_2018 = (
-    '{"overall": 4.0, "vote": "2", "verified": true, "reviewTime": "10 20, 2014", "reviewerID": "A1YJ", "asin": "B00E", '
-    '"style": {"Size:": " 7"}, "unixReviewTime": 1413763200}\n'
+    '{"overall": 4.0, "vote": "2", "verified": true, "reviewTime": "10 20, 2014", "reviewerID": "A1YJ", "asin": '
+    '"B00E", "style": {"Size:": " 7"}, "unixReviewTime": 1413763200}\n'
 )
 REVIEW_2023 = (
-    '{"rating": 5.0, "title": "é", "text": "t", "images": [], "asin": "B00Y", "parent_asin": "B00P", "user_id": "AGKH", '
-    '"timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": true}\n'
+    '{"rating": 5.0, "title": "é", "text": "t", "images": [], "asin": "B00Y", "parent_asin": "B00P", "user_id": '
+    '"AGKH", "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": true}\n'
 )
 CHECK_IN = "470\t49bb\t4bf5\tCaf\xe9\t40.71\t-74.00\t-240\tTue Apr 03 18:00:09 +0000 2012\n".encode("latin-1")
 DIN = "label,user_id,item_id,cate_id,item_history,cate_history\n1,5,30,7,10^20,7^7\n0,5,99,7,10^20,7^7\n1,6,10,7,20,7\n"
@@ -161,7 +161,8 @@ OFFICIAL = {
          "profile_stay_time": 5, "comment_stay_time": 6, "is_profile_enter": 1, "is_rand": 0, "tab": 4},
     ),
     "kuairand-likehate": (
-        LIKEHATE + "111\t3892024\t20220410\t1700\t1649581149287\t1\t0\t0\t0\t1\t46186\t45916\t7639\t0\t1\t2022-04-10 08:59:09\n",
+        LIKEHATE + "111\t3892024\t20220410\t1700\t1649581149287\t1\t0\t0\t0\t1\t46186\t45916\t7639\t0\t1\t"
+        "2022-04-10 08:59:09\n",
         111, 3892024, 1649581149287, {"is_click": 1, "is_like": 1, "play_time_ms": 46186},
     ),
     "kuairec-matrix": (
@@ -239,7 +240,7 @@ def test_order_without_times_compares_as_the_numbers_do():
     times = ["3", "0.5", "1512345678901", "20", "0"]
     order = parse("reczoo-kuaivideo", (head + "".join(f"{t},1,2,0,0,0,1^2,\n" for t in times)).encode())["order"]
     assert np.argsort(order.to_numpy()).tolist() == np.argsort([float(t) for t in times]).tolist()
-    with pytest.raises(DataError, match="row 2: timestamp is -1.0, not a number from 0 on"):
+    with pytest.raises(DataError, match=r"row 2: timestamp is -1\.0, not a number from 0 on"):
         parse("reczoo-kuaivideo", (head + "-1,1,2,0,0,0,1,1\n").encode())
 
 

@@ -93,7 +93,7 @@ def test_dropped_rows_count_towards_the_published_events(make_card, folder):
 
 def test_a_file_of_which_nothing_is_left(make_card, folder):
     (folder / "u.data").write_bytes(b"a\tb\tc\td\n")
-    with pytest.raises(DataError, match="u.data: no event is left of it"):
+    with pytest.raises(DataError, match=r"u\.data: no event is left of it"):
         get_dataset(make_card(sources=SOURCES, on_bad={"bad_row": "drop"}))
 
 

@@ -1,4 +1,4 @@
-"""Where files come from: archives with several parts, hashes of the files in them, downloads that nobody vouches for."""
+"""Where files come from: archives with several parts, hashes of files in them, downloads that nobody vouches for."""
 
 import gzip
 import hashlib

@@ -59,7 +59,9 @@ def toy(users, items, times=None):
     ids, places = np.unique(users, return_inverse=True)
     offsets = np.r_[0, np.cumsum(np.bincount(places))]
     item_ids, items = np.unique(items, return_inverse=True)
-    return Dataset("toy", load_card("synthetic"), "x", ids, item_ids, offsets, items.astype(np.int32) + 1, times, {}, "")
+    return Dataset(
+        "toy", load_card("synthetic"), "x", ids, item_ids, offsets, items.astype(np.int32) + 1, times, {}, ""
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 10**6])
