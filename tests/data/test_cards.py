@@ -89,3 +89,55 @@ def test_installed_packages_add_cards(make_card, tmp_path, monkeypatch):
     (tmp_path / "theirs" / "toy.yaml").write_text(text)
     with pytest.raises(DataError, match="two cards are named 'toy'"):
         list_datasets()
+
+
+def test_one_card_may_stand_for_many_data_sets(make_card):
+    variants = {
+        "beauty": {"category": "Beauty", "published": {"events": 3}},
+        "toys": {"category": "Toys_and_Games", "sources": [{"local": "{category}.txt", "format": "user-items"}]},
+    }
+    sources = [{"url": "https://x/{category}_5.json.gz", "sha256": "none-published"}]
+    make_card(title="Reviews, {category}", format="amazon-json", sources=sources, variants=variants)
+    assert list_datasets() == ["toy-beauty", "toy-toys"]
+    beauty, toys = load_card("toy-beauty"), load_card("toy-toys")
+    assert (beauty.name, beauty.family, beauty.title) == ("toy-beauty", "toy", "Reviews, Beauty")
+    assert [str(source) for source in beauty.sources] == ["https://x/Beauty_5.json.gz"]
+    assert [str(source) for source in toys.sources] == [
+        "https://x/Toys_and_Games_5.json.gz",
+        "local Toys_and_Games.txt",
+    ]
+    assert beauty.published.events == 3 and beauty.published.users is None and toys.published is None
+    with pytest.raises(UnknownName, match=r"no dataset is named 'toy'"):
+        load_card("toy")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"keep": ["ratng"]}, "card: keep: format movielens-udata has no feedback 'ratng'. Did you mean 'rating'?"),
+        ({"keep": [], "label": {"column": "rating"}}, "card: keep has not the label's column 'rating'"),
+        ({"format": "movielens-udta"}, "format: no format is named 'movielens-udta'. Did you mean 'movielens-udata'?"),
+        ({"sources": [{"local": []}]}, "sources.0.local: List should have at least 1 item"),
+        ({"variants": {"a": 3}}, "variants.a: expected keys and values"),
+    ],
+)
+def test_a_wrong_key_of_a_streaming_card(make_card, keys, message):
+    make_card(**{"sources": LOCAL, **keys})
+    with pytest.raises(DataError) as caught:
+        load_card("toy-a" if "variants" in keys else "toy")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_the_shipped_cards_promise():
+    names = list_datasets()
+    for name in ("ml-10m", "ml-20m", "ml-25m", "ml-32m", "kuairand-pure", "kuairand-1k", "kuairand-27k", "kuairec-big"):
+        card = load_card(name)
+        assert any(getattr(source, "md5", None) for source in card.sources) and card.published.events
+    for name in ("amazonelectronics-x1", "kuaivideo-x1", "microvideo-x1"):
+        assert all(source.file_md5 for source in load_card(name).sources)
+    for year in (2014, 2018, 2023):
+        for category in ("beauty" if year == 2014 else "video-games", "sports", "toys", "electronics", "books"):
+            assert {f"amazon-{year}-{category}", f"amazon-{year}-ratings-{category}"} <= set(names)
+    for name in names:
+        card = load_card(name)
+        assert "{" not in f"{card.title}{card.description}{[str(source) for source in card.sources]}"
