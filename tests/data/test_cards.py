@@ -117,7 +117,7 @@ def test_one_card_may_stand_for_many_data_sets(make_card):
         ({"keep": ["ratng"]}, "card: keep: format movielens-udata has no feedback 'ratng'. Did you mean 'rating'?"),
         ({"keep": [], "label": {"column": "rating"}}, "card: keep has not the label's column 'rating'"),
         ({"format": "movielens-udta"}, "format: no format is named 'movielens-udta'. Did you mean 'movielens-udata'?"),
-        ({"sources": [{"local": []}]}, "sources.0.local: List should have at least 1 item"),
+        ({"sources": [{"local": []}]}, "sources.0.local: Value should have at least 1 item"),
         ({"variants": {"a": 3}}, "variants.a: expected keys and values"),
     ],
 )
