@@ -6,13 +6,14 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from malloc_bench.cli_data import NameArg, Offline, data
+from malloc_bench.cli_text import console, grid, listing, plain
 
+if TYPE_CHECKING:
     from malloc_bench.plan import RunResult
 
 app = typer.Typer(
@@ -21,17 +22,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Fetch, verify and describe data sets.")
 app.add_typer(data, name="data")
 
 SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quick.")]
-NameArg = Annotated[str, typer.Argument(metavar="NAME")]
 MethodArg = Annotated[
     str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
 
 
@@ -93,7 +91,7 @@ def compare(
 @app.command("list")
 def list_(kind: Annotated[Literal["datasets", "backbones", "compressors", "suites"], typer.Argument()]) -> None:
     """What there is of a kind."""
-    _list(kind)
+    listing(kind)
 
 
 @app.command()
@@ -101,10 +99,10 @@ def show(name: NameArg) -> None:
     """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""
     from malloc_bench import describe
 
-    console = _console()
+    on = console()
     for kind, lines in describe.show(name):
-        _print(console, f"{name} ({kind})", style="bold")
-        _grid(console, lines)
+        on.print(f"{name} ({kind})", style="bold", markup=False, highlight=False)
+        grid(lines, on)
 
 
 @app.command()
@@ -162,40 +160,7 @@ def env() -> None:
     """Print what is recorded of this machine."""
     from malloc_bench.measure import environment
 
-    _grid(_console(), [(key, _text(value)) for key, value in environment().items()])
-
-
-@data.command("list")
-def data_list() -> None:
-    """Every data set with its size."""
-    _list("datasets")
-
-
-@data.command("get")
-def data_get(name: NameArg, offline: Offline = False) -> None:
-    """Fetch a data set and keep it prepared."""
-    from malloc_bench.data import get_dataset
-
-    it = get_dataset(name, offline=offline)
-    print(f"{name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
-
-
-@data.command("verify")
-def data_verify(name: NameArg, offline: Offline = False) -> int:
-    """Compare a data set with what its publisher says of it."""
-    from malloc_bench.data import verify
-
-    differences = verify(name, offline=offline)
-    print("\n".join(differences) or f"{name}: as published")
-    return 1 if differences else 0
-
-
-@data.command("stats")
-def data_stats(name: NameArg, offline: Offline = False) -> None:
-    """Size and history lengths of a data set."""
-    from malloc_bench.data import stats
-
-    _grid(_console(), [(key, _text(value)) for key, value in stats(name, offline=offline).items()])
+    grid([(key, plain(value)) for key, value in environment().items()])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,47 +232,9 @@ def _finish(result: RunResult, quiet: bool) -> None:
         from malloc_bench.results import load_results
 
         asked = pl.col("cell_id").is_in([each.id for each in result.plan])
-        print_leaderboard(load_results(result.folder).filter(asked), _console())
+        print_leaderboard(load_results(result.folder).filter(asked), console())
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
     print(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
-
-
-def _list(kind: str) -> None:
-    from rich.table import Table
-
-    from malloc_bench import describe
-
-    heads, rows = describe.listing(kind)
-    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table, markup=False, highlight=False)
-
-
-def _grid(console: Console, lines: list[tuple[str, str]]) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    table = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
-    for label, text in lines:
-        table.add_row(Text(label, "bold"), Text(text))
-    console.print(table)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _print(console: Console, text: str, style: str) -> None:
-    console.print(text, style=style, markup=False, highlight=False)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,11 @@ def _datasets() -> tuple[list[str], list[list[str]]]:
     from malloc_bench.data.cards import card_files, load_card
 
     rows = []
-    for name, path in sorted(card_files().items()):
-        card = load_card(name)
+    files = card_files()
+    for name, path in sorted(files.items()):
+        card = load_card(name, files)
         counts: Any = card.published or card.parameters
-        size = [f"{counts.users:,}", f"{counts.items:,}", f"{card.published.events:,}" if card.published else ""]
+        size = ["" if (n := getattr(counts, key, None)) is None else f"{n:,}" for key in ("users", "items", "events")]
         ours = path.parent == shipped("datasets")
         rows.append([name, card.title, *size, OURS if ours else str(path.parent)])
     return ["name", "title", "users", "items", "events", "from"], rows
@@ -164,12 +165,14 @@ def _dataset(name: str) -> Lines:
     card = load_card(name)
     lines = [("", card.title), ("", card.description)]
     if card.published:
-        lines.append(("published", ", ".join(f"{n:,} {what}" for what, n in card.published.model_dump().items())))
+        counts = card.published.model_dump(exclude_none=True)
+        lines.append(("published", ", ".join(f"{n:,} {what}" for what, n in counts.items())))
     if card.parameters:
         lines.append(("generated", ", ".join(f"{key} {value}" for key, value in card.parameters.model_dump().items())))
     lines += [
-        ("source", f"{source} (member {m})" if (m := getattr(source, "member", None)) else str(source))
+        ("source", f"{source} (member {m if isinstance(m, str) else ', '.join(m)})" if m else str(source))
         for source in card.sources
+        for m in [getattr(source, "member", None)]
     ]
     lines += [("licence", card.licence), ("citation", card.citation), ("homepage", card.homepage)]
     return [*lines, ("from", str(card_files()[name]))]

@@ -218,7 +218,7 @@ class Sitting:
         before = _read_json(self.folder / "manifest.json")
         sets = {
             name: {"hash": data.hash, "source": data.source, "has_time": data.has_time, "users": data.n_users,
-                   "items": data.n_items, "events": data.n_events}
+                   "items": data.n_items, "events": data.n_events, "notes": dict(data.notes)}
             for name, data in self.datasets.items()
         }  # fmt: skip
         sitting = {

@@ -326,13 +326,15 @@ def test_env_names_the_machine(capsys: Capture) -> None:
     assert all(word in shown for word in ("torch", "threads", "load", "git_commit"))
 
 
-def test_data(capsys: Capture) -> None:
+def test_data(capsys: Capture, tmp_path: Path) -> None:
     assert cli.main(["data", "get", "synthetic", "--offline"]) == 0
     assert capsys.readouterr().out.startswith("synthetic: 300 users, 500 items, ")
     assert cli.main(["data", "verify", "synthetic"]) == 0
-    assert capsys.readouterr().out == "synthetic: as published\n"
-    assert cli.main(["data", "stats", "synthetic"]) == 0
-    assert "length_p50" in capsys.readouterr().out
+    assert capsys.readouterr().out == "synthetic: nothing is published\n"
+    assert cli.main(["data", "stats", "synthetic", "--figure", str(tmp_path / "lengths.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "length_p50" in shown and "repeat_rate" in shown and f"histogram of lengths: {tmp_path}" in shown
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["data", "list"]) == 0
     assert "1,000,209" in capsys.readouterr().out
 

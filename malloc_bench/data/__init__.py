@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .dataset import DataError, Dataset
-from .load import get_dataset, stats, verify
+from .load import get_dataset, verify
+from .summary import stats
 
 if TYPE_CHECKING:
     from .cards import Card, list_datasets, load_card

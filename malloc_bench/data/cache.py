@@ -1,10 +1,16 @@
-"""Prepared data: one parquet per card and source, rows in history order with the publisher's ids."""
+"""Prepared data: a folder per card and source, whose parquet files load without sorting or parsing anything."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,54 +18,80 @@ from malloc_bench.paths import home
 
 from . import formats
 from .cards import Card, LocalSource, Source
-from .dataset import DataError, Dataset, Rows, group
-from .files import whole_file
-from .sources import local_file
+from .dataset import DataError, Dataset
+from .sources import local_files
 
-KEYS = ("user_id", "item_id", "timestamp")
-VERSION = 2  # raise it when `group` or this file's layout changes
+log = logging.getLogger(__name__)
+
+FILES = ("events.parquet", "users.parquet", "items.parquet")
+VERSION = 3  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:
-    """Where the prepared data belong; the name changes with the card, the code's version and the local file."""
-    key = [VERSION, formats.VERSION, card.model_dump(), source.model_dump()]
+    """Where the prepared data belong; the name changes with all they depend on: card, code, local files."""
+    asked = [card.format, card.keep, card.on_bad, source.model_dump()]
+    key: list[Any] = [VERSION, formats.VERSION, card.name, *asked]
     if isinstance(source, LocalSource):
-        state = local_file(source).stat()
-        key += [state.st_size, state.st_mtime_ns]
+        key += [[state.st_size, state.st_mtime_ns] for state in (each.stat() for each in local_files(source))]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return home() / "prepared" / f"{card.name}-{digest[:16]}.parquet"
+    return home() / "prepared" / f"{card.name}-{digest[:16]}"
 
 
-def write(dataset: Dataset, target: Path) -> None:
-    """Raises OSError where the cache cannot be written."""
+def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[str, dict[str, int]]]) -> Dataset:
+    """What `write` puts into a folder and says of it (hash, notes), kept as `target` where that can be written."""
+    keep = True
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        log.warning("%s is not cached: %s", card.name, error)
+        keep, folder = False, Path(tempfile.mkdtemp())
+    try:
+        digest, notes = write(folder)
+        about = {"hash": digest, "notes": notes, "crc32": {name: _crc(folder / name) for name in FILES}}
+        (folder / "about.json").write_text(json.dumps(about, indent=1))
+        dataset = read(card, folder, source)
+        if keep:
+            shutil.rmtree(target, ignore_errors=True)  # damaged, or another process's, which has the same content
+            folder.replace(target)
+        return dataset
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read(card: Card, folder: Path, source: str) -> Dataset:
+    """Raises whatever is wrong with the files; DataError where their content is not what was written."""
     import polars as pl
 
-    columns = {
-        "user_id": np.repeat(dataset.user_ids, np.diff(dataset.offsets)),
-        "item_id": dataset.item_ids[dataset.items - 1],
-        "timestamp": dataset.times,
-        **dataset.feedback,
-    }
-    frame = pl.DataFrame({name: column for name, column in columns.items() if column is not None})
-    with whole_file(target) as file:
-        frame.write_parquet(file, metadata={"hash": dataset.hash})
+    about = json.loads((folder / "about.json").read_text())
+    for name in FILES:
+        if _crc(folder / name) != about["crc32"][name]:
+            raise DataError(f"{name} is not what was written")
 
+    def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
+        path = folder / file
+        names = pl.read_parquet_schema(path)
+        return {name: pl.read_parquet(path, columns=[name]).to_series().to_numpy(writable=True) for name in names}
 
-def read(card: Card, target: Path, source: str) -> Dataset:
-    """Raises whatever is wrong with the file; DataError where its content is not what was written."""
-    import polars as pl
-
-    data = target.read_bytes()
-    frame = pl.read_parquet(data)
-    has_time = "timestamp" in frame.columns
-    rows = Rows(
-        users=frame["user_id"].to_numpy(),
-        items=frame["item_id"].to_numpy(),
-        order=frame["timestamp"].to_numpy() if has_time else np.arange(len(frame)),
-        has_time=has_time,
-        feedback={name: frame[name].to_numpy() for name in frame.columns if name not in KEYS},
+    events, users, items = (columns(file) for file in FILES)
+    return Dataset(
+        name=card.name,
+        card=card,
+        source=source,
+        user_ids=users["id"],
+        item_ids=items["id"],
+        offsets=np.concatenate(([0], np.cumsum(users["events"]))).astype(np.int64),
+        items=events.pop("item"),
+        times=events.pop("time", None),
+        feedback=events,
+        hash=about["hash"],
+        notes=about["notes"],
     )
-    dataset = group(card, rows, source)
-    if dataset.hash != pl.read_parquet_metadata(target).get("hash"):
-        raise DataError("its content is not what was written")
-    return dataset
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            crc = zlib.crc32(data, crc)
+    return crc

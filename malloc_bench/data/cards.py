@@ -2,127 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PositiveInt,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, PositiveInt, ValidationError, field_validator, model_validator
 
 from malloc_bench.paths import shipped
 from malloc_bench.registry import UnknownName, suggest
 
+from .card_sources import SOURCES, AnySource, LocalSource, PipSource, Source, Strict, UrlSource, known_format
 from .dataset import DataError
+from .formats import LAYOUTS
+from .policies import POLICIES
 from .world import SyntheticWorld
 
+__all__ = ["Card", "Counts", "Label", "LocalSource", "PipSource", "Source", "SyntheticWorld", "UrlSource"]
+
 MAX_CARD_BYTES = 1 << 20
-
-
-def _inside(path: str) -> str:
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise ValueError("must be a relative path without '..'")
-    return path
-
-
-FileFormat = Literal["movielens-udata", "movielens-dat", "recbole-inter", "parquet-ordered"]
-InnerPath = Annotated[str, AfterValidator(_inside)]
-Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class UrlSource(Strict):
-    """A file to download, verified by what its publisher says of it; `member` where it is a zip archive."""
-
-    url: str
-    md5: Md5 | None = None
-    sha256: Sha256 | None = None
-    member: InnerPath | None = None
-    format: FileFormat | None = None
-
-    @model_validator(mode="after")
-    def _verifiable(self) -> UrlSource:
-        if not (self.md5 or self.sha256):
-            raise ValueError("needs md5 or sha256: an unverified download is never used")
-        return self
-
-    @property
-    def file(self) -> str:
-        """The data file's name, for messages; so in every source."""
-        return self.member or self.url
-
-    def __str__(self) -> str:
-        return self.url
-
-
-class PipSource(Strict):
-    """One member of a wheel on the user's package index; nothing is installed."""
-
-    pip: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
-    member: InnerPath
-    sha256: Sha256
-    format: FileFormat | None = None
-
-    @property
-    def file(self) -> str:
-        return self.member
-
-    def __str__(self) -> str:
-        return f"pip {self.pip}"
-
-
-class LocalSource(Strict):
-    """A file under `MALLOC_BENCH_DATA`."""
-
-    local: InnerPath
-    format: FileFormat | None = None
-
-    @property
-    def file(self) -> str:
-        return self.local
-
-    def __str__(self) -> str:
-        return f"local {self.local}"
-
-
-def _kind(source: Any) -> str | None:
-    """The key that tells a source's kind, in YAML's mapping or in the finished model."""
-    keys = source if isinstance(source, dict) else getattr(source, "__dict__", {})
-    return next((kind for kind in SOURCES if kind in keys), None)
-
-
-SOURCES: dict[str, type[Strict]] = {"url": UrlSource, "pip": PipSource, "local": LocalSource}
-Source = UrlSource | PipSource | LocalSource
-AnySource = Annotated[
-    Annotated[UrlSource, Tag("url")] | Annotated[PipSource, Tag("pip")] | Annotated[LocalSource, Tag("local")],
-    Discriminator(
-        _kind,
-        custom_error_type="source_kind",
-        custom_error_message="a source is a mapping with one of the keys url, pip, local",
-    ),
-]
+VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "format")  # its own keys
 
 
 class Counts(Strict):
-    """What the publisher says the data set holds."""
+    """What the publisher says the data set holds, of what it says."""
 
-    users: PositiveInt
-    items: PositiveInt
-    events: PositiveInt
+    users: PositiveInt | None = None
+    items: PositiveInt | None = None
+    events: PositiveInt | None = None
 
 
 class Label(Strict):
@@ -136,22 +45,46 @@ class Card(Strict):
     """A data set: what it is, what it may be used for, where it comes from and what must come out."""
 
     name: str
+    family: str  # the card file's name: its data sets share their downloads
     title: str
     description: str
     licence: str
     citation: str
     homepage: str
-    format: Literal[FileFormat, "synthetic"]
+    format: str
     sources: list[AnySource] = []
     published: Counts | None = None
     label: Label | None = None
+    keep: list[str] | None = None  # of the format's feedback, which columns; all without it
+    on_bad: dict[str, str] = {}  # by the names in policies.py
     parameters: SyntheticWorld | None = None
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, name: str) -> str:
+        return name if name == "synthetic" else known_format(name)
+
+    @field_validator("on_bad")
+    @classmethod
+    def _policies(cls, on_bad: dict[str, str]) -> dict[str, str]:
+        for case, answer in on_bad.items():
+            if case not in POLICIES:
+                raise ValueError(f"no policy is named '{case}'.{suggest(case, POLICIES)}")
+            if answer not in POLICIES[case]:
+                raise ValueError(f"{case} can be answered with {', '.join(POLICIES[case])}, not '{answer}'")
+        return on_bad
 
     @model_validator(mode="after")
     def _complete(self) -> Card:
         synthetic = self.format == "synthetic"
         if synthetic != (self.parameters is not None) or synthetic == bool(self.sources):
             raise ValueError("format synthetic needs parameters and no sources, every other format the reverse")
+        names = set() if synthetic else {*LAYOUTS[self.format].feedback.values()}
+        for name in self.keep or []:
+            if name not in names:
+                raise ValueError(f"keep: format {self.format} has no feedback '{name}'.{suggest(name, names)}")
+        if self.keep is not None and self.label and self.label.column not in self.keep:
+            raise ValueError(f"keep has not the label's column '{self.label.column}'")
         return self
 
 
@@ -160,39 +93,91 @@ def list_datasets() -> list[str]:
     return sorted(card_files())
 
 
-def load_card(name: str) -> Card:
-    """The card of a data set.
+def load_card(name: str, files: Mapping[str, Path] | None = None) -> Card:
+    """The card of a data set; `files` is what `card_files` gives, where it is at hand.
 
     Raises UnknownName with the nearest valid name, DataError with file and key where the card itself is wrong.
     """
-    files = card_files()
+    files = card_files() if files is None else files
     if name not in files:
         raise UnknownName(f"no dataset is named '{name}'.{suggest(name, files)}")
     path = files[name]
     try:
-        if path.stat().st_size > MAX_CARD_BYTES:
-            raise DataError(f"{path}: over {MAX_CARD_BYTES} bytes is no card")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: expected keys and values, found {type(content).__name__}")
-        return Card.model_validate({**content, "name": content.get("name", name)})
+        content = _variant(_content(path), name.removeprefix(path.stem).removeprefix("-"))
+        return Card.model_validate({**content, "name": name, "family": path.stem})
     except ValidationError as error:
         raise DataError(f"{path}: {_first_problem(error)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def card_files() -> dict[str, Path]:
-    """name -> card; ours, then those of installed packages (entry points that hold a folder's path)."""
+    """name -> card; ours, then those of installed packages (entry points that hold a folder's path).
+
+    A card with `variants` stands for `<file>-<variant>`, one data set each.
+    """
     folders = [shipped("datasets")]
     folders += [Path(entry.load()) for entry in metadata.entry_points(group="malloc_bench.datasets")]
     files: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.glob("*.yaml")):
-            if path.stem in files:
-                raise DataError(f"two cards are named '{path.stem}': {files[path.stem]} and {path}")
-            files[path.stem] = path
+            for name in _names(path):
+                if name in files:
+                    raise DataError(f"two cards are named '{name}': {files[name]} and {path}")
+                files[name] = path
     return files
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        variants = _content(path).get("variants")
+    except DataError:  # it is said when the card is asked for
+        return [path.stem]
+    return [f"{path.stem}-{each}" for each in variants] if isinstance(variants, dict) and variants else [path.stem]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        state = path.stat()
+        if state.st_size > MAX_CARD_BYTES:
+            raise DataError(f"{path}: over {MAX_CARD_BYTES} bytes is no card")
+        content = _read(path, state.st_mtime_ns, state.st_size)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, changed: int, size: int) -> Any:
+    """Cards stand for dozens of data sets each, and are asked for by name: one parse a file."""
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _variant(content: dict[str, Any], variant: str) -> dict[str, Any]:
+    """A card's content with a variant's keys in it, its sources after the common ones, its other words for {names}."""
+    own = (content.get("variants") or {}).get(variant)
+    if own is None:
+        return content
+    if not isinstance(own, dict):
+        raise ValueError(f"variants.{variant}: expected keys and values")
+    words = {key: value for key, value in own.items() if key not in VARIANT}
+
+    def put(value: Any) -> Any:
+        if isinstance(value, str):
+            for key, word in words.items():
+                value = value.replace(f"{{{key}}}", str(word))
+            return value
+        if isinstance(value, dict):
+            return {key: put(each) for key, each in value.items()}
+        return [put(each) for each in value] if isinstance(value, list) else value
+
+    keys = {key: value for key, value in content.items() if key != "variants"}
+    keys |= {key: value for key, value in own.items() if key in VARIANT}
+    if "sources" in own:
+        keys["sources"] = [*content.get("sources", []), *own["sources"]]
+    return put(keys)
 
 
 def _first_problem(error: ValidationError) -> str:

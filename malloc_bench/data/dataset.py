@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Dataset:
     times: np.ndarray | None  # (E,) int64, unix seconds; None where the source knows only the order
     feedback: dict[str, np.ndarray]  # what users did, by column name (`rating`, `is_click` ...), (E,) float32
     hash: str  # sha256 of the columns above: the same on every machine and from every source with the same rows
+    notes: Mapping[str, int] = field(default_factory=dict)  # bad input that was kept or dropped, by policy
 
     @property
     def n_users(self) -> int:
@@ -78,7 +80,8 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
         "times": rows.order[by_time] if rows.has_time else None,
     }
     feedback = {name: column[by_time] for name, column in sorted(rows.feedback.items())}
-    digest = _hash({**columns, **feedback})
+    found = {name: column for name, column in {**columns, **feedback}.items() if column is not None}
+    digest = content_hash((name, _little(column), len(column), [column]) for name, column in found.items())
     return Dataset(card.name, card, source, hash=digest, feedback=feedback, **columns)  # type: ignore[arg-type]
 
 
@@ -91,11 +94,15 @@ def _dense(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(seen) + low, (np.cumsum(seen) - 1)[ids - low]
 
 
-def _hash(columns: dict[str, np.ndarray | None]) -> str:
+def content_hash(columns: Iterable[tuple[str, str, int, Iterable[np.ndarray]]]) -> str:
+    """sha256 of (name, little-endian dtype, length, the column in pieces), in the order of `Dataset`."""
     digest = hashlib.sha256()
-    for name, column in columns.items():
-        if column is not None:
-            little = np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<"))
-            digest.update(f"{name} {little.dtype.str} {len(little)}\n".encode())
-            digest.update(little.data)
+    for name, dtype, length, pieces in columns:
+        digest.update(f"{name} {dtype} {length}\n".encode())
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece, dtype=dtype).data)
     return digest.hexdigest()
+
+
+def _little(column: np.ndarray) -> str:
+    return column.dtype.newbyteorder("<").str

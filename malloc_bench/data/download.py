@@ -19,7 +19,7 @@ SILENCE = 6.0  # seconds without an answer, to connect and between any two reads
 STALL = 30.0  # seconds in which at least STALL_BYTES must come
 STALL_BYTES = 30_000
 MAX_REDIRECTS = 5
-MAX_BYTES = 4 << 30
+MAX_BYTES = 32 << 30
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 

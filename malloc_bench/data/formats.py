@@ -1,99 +1,110 @@
-"""The files of publishers, parsed strictly: a row that is not what the format says is an error with its number."""
+"""The files of publishers: one layout each, as they document it. How a layout is read is in `parse.py`."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from .dataset import DataError, Rows
+VERSION = 3  # part of the prepared cache's key: raise it when a layout's result changes
 
-if TYPE_CHECKING:
-    import polars as pl
-
-VERSION = 2  # part of the prepared cache's key: raise it when a parser's result changes
-
-COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+Unit = Literal["s", "ms", "s.fraction", "minutes", "date", "order"]  # order: comparable numbers, but no times
 
 
-def parse(format: str, data: bytes, file: str) -> Rows:
-    """Rows of a data file in file order; `file` names it in messages.
+@dataclass(frozen=True)
+class Layout:
+    """Where a file has the user, the item, the time and the feedback of an event.
 
-    Raises DataError with file, row and value: an empty file, a wrong encoding, a missing column, a text for a number.
+    `lines`: delimited text, JSON objects, a user's whole history, or (arrays) one numpy or parquet table.
+    Ids are whole numbers unless named in `text`; those become the place among the sorted strings.
     """
-    if not data.strip():
-        raise DataError(f"{file}: the file is empty")
-    match format:
-        case "movielens-udata":
-            return _delimited(_lines(data, file), "\t", COLUMNS, file)
-        case "movielens-dat":
-            return _delimited(_lines(data, file), "::", COLUMNS, file)
-        case "recbole-inter":
-            header, *lines = _lines(data, file)
-            columns = [field.partition(":")[0] for field in header.split("\t")]
-            for name in COLUMNS:
-                if name not in columns:
-                    raise DataError(f"{file}: row 1: no column '{name}' among {', '.join(columns)}")
-            return _delimited(lines, "\t", columns, file, first_row=2)
-        case "parquet-ordered":
-            return _ordered(data, file)
-    raise ValueError(f"no parser for format '{format}'")
+
+    lines: Literal["table", "json", "history", "npy", "parquet"] = "table"
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str | None = "timestamp"
+    unit: Unit = "s"
+    feedback: Mapping[str, str] = field(default_factory=dict)  # column -> the name it gets
+    codes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # feedback that is words -> its numbers
+    text: tuple[str, ...] = ()  # id columns that are no numbers
+    columns: tuple[str, ...] | None = None  # None: the first line names them
+    separator: str = ","
+    date: str = ""  # strptime's, for unit date
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+    history: str = ""  # a column with the items before `item`, joined by ^; only rows with `label` 1 are read
+    label: str = ""
+    times_in: bool = False  # the second file has the times of the first's items, line by line
+
+    @property
+    def has_time(self) -> bool:
+        return self.unit != "order" and (self.time is not None or self.times_in)
+
+    @property
+    def per_second(self) -> int:
+        """What events are ordered by is finer than the seconds that are kept."""
+        return 1000 if self.unit in {"ms", "s.fraction"} else 1
 
 
-def _lines(data: bytes, file: str) -> list[str]:
-    try:
-        return data.decode("ascii").splitlines()
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}: row {row}: byte 0x{data[error.start]:02x} is no plain text") from None
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
-def _delimited(lines: list[str], separator: str, columns: list[str], file: str, first_row: int = 1) -> Rows:
-    """Lines with the `columns` in that order. The first bad row is reported, the others are not looked for."""
-    import polars as pl
+RATING = _same("rating")
+RATED = ("user_id", "item_id", "rating", "timestamp")
+KUAIRAND = _same(
+    "is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "play_time_ms",
+    "duration_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter", "is_rand", "tab",
+)  # fmt: skip
 
-    width = len(columns)
-    text = pl.Series(lines, dtype=pl.String)
-    fields = text.str.split_exact(separator, width).struct.unnest()  # one field more: null unless a row is too long
-    uneven = fields[f"field_{width}"].is_not_null() | fields[f"field_{width - 1}"].is_null()
-    if uneven.any():
-        row = uneven.arg_max() or 0
-        raise DataError(f"{file}: row {row + first_row}: {lines[row]!r} has not {width} columns: {', '.join(columns)}")
-
-    def numbers(name: str, dtype: type[pl.DataType]) -> pl.Series:
-        raw = fields[f"field_{columns.index(name)}"]
-        column = raw.cast(dtype, strict=False)
-        bad = ~column.is_finite().fill_null(False)
-        if bad.any():
-            row = bad.arg_max() or 0
-            raise DataError(f"{file}: row {row + first_row}: {name} is {raw[row]!r}, not a number")
-        return column
-
-    return Rows(
-        users=numbers("user_id", pl.Int64).to_numpy(),
-        items=numbers("item_id", pl.Int64).to_numpy(),
-        order=numbers("timestamp", pl.Int64).to_numpy(),
-        has_time=True,
-        feedback={"rating": numbers("rating", pl.Float32).to_numpy()},
-    )
-
-
-def _ordered(data: bytes, file: str) -> Rows:
-    """A parquet of `user_id, item_id, position`: the order of events is known, their times are not."""
-    import polars as pl
-
-    names = ["user_id", "item_id", "position"]
-    try:
-        frame = pl.read_parquet(io.BytesIO(data))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{file}: no readable parquet: {str(error).splitlines()[0]}") from None
-    for name in names:
-        if name not in frame.columns:
-            raise DataError(f"{file}: no column '{name}' among {', '.join(frame.columns)}")
-        if not frame[name].dtype.is_integer():
-            raise DataError(f"{file}: {name} holds {frame[name].dtype}, not whole numbers")
-        if frame[name].has_nulls():
-            raise DataError(f"{file}: row {(frame[name].is_null().arg_max() or 0) + 1}: {name} is missing")
-    if frame.is_empty():
-        raise DataError(f"{file}: the file is empty")
-    users, items, order = (frame[name].cast(pl.Int64).to_numpy() for name in names)
-    return Rows(users, items, order, has_time=False)
+LAYOUTS: dict[str, Layout] = {
+    # grouplens.org: u.data, ratings.dat and ratings.csv
+    "movielens-udata": Layout(columns=RATED, separator="\t", feedback=RATING),
+    "movielens-dat": Layout(columns=RATED, separator="::", feedback=RATING),
+    "movielens-csv": Layout(user="userId", item="movieId", feedback=RATING),
+    # recbole.io: fields are `name:type`
+    "recbole-inter": Layout(separator="\t", feedback=RATING),
+    # McAuley lab: reviews as JSON lines (5-core), and ratings only, where 2018 has the item first
+    "amazon-json": Layout(
+        "json", "reviewerID", "asin", "unixReviewTime", feedback={"overall": "rating"}, text=("reviewerID", "asin")
+    ),
+    "amazon-2014-ratings": Layout(columns=RATED, feedback=RATING, text=("user_id", "item_id")),
+    "amazon-2018-ratings": Layout(
+        columns=("item_id", "user_id", "rating", "timestamp"), feedback=RATING, text=("user_id", "item_id")
+    ),
+    "amazon-2023-ratings": Layout(item="parent_asin", unit="ms", feedback=RATING, text=("user_id", "parent_asin")),
+    "amazon-2023-json": Layout(
+        "json", item="parent_asin", unit="ms", feedback=RATING, text=("user_id", "parent_asin")
+    ),
+    # SASRec, and ICLRec and TiCoSeRec: `user item` or `user item item ...` a line, in time order
+    "user-item": Layout(columns=("user_id", "item_id"), separator=" ", time=None),
+    "user-items": Layout("history", separator=" ", time=None),
+    "user-items-times": Layout("history", separator=" ", times_in=True),
+    # kuairand.com, kuairec.com
+    "kuairand-log": Layout(item="video_id", time="time_ms", unit="ms", feedback=KUAIRAND),
+    "kuairand-likehate": Layout(
+        item="video_id", time="time_ms", unit="ms", separator="\t",
+        feedback=_same("is_click", "is_follow", "is_comment", "is_forward", "long_view", "play_time_ms", "duration_ms",
+                       "comment_stay_time", "is_profile_enter") | {"label": "is_like"},
+    ),
+    "kuairec-matrix": Layout(
+        item="video_id", unit="s.fraction", feedback=_same("play_duration", "video_duration", "watch_ratio")
+    ),
+    # github.com/reczoo/Datasets: exposures with a click label whose order is known, and DIN's samples
+    "reczoo-kuaivideo": Layout(unit="order", feedback=_same("is_click", "is_like", "is_follow")),
+    "reczoo-microvideo": Layout(unit="order", feedback=_same("is_click")),
+    "reczoo-din": Layout(time=None, history="item_history", label="label"),
+    # tianchi.aliyun.com/dataset/649
+    "taobao-userbehavior": Layout(
+        columns=("user_id", "item_id", "category_id", "behavior", "timestamp"), feedback=_same("behavior"),
+        codes={"behavior": {"pv": 1, "fav": 2, "cart": 3, "buy": 4}},
+    ),
+    # Dingqi Yang's TSMC 2014 check-ins, and the filtered array that STAN publishes: user, place, minute
+    "foursquare-tsmc": Layout(
+        columns=("user_id", "venue_id", "category_id", "category", "latitude", "longitude", "offset", "utc_time"),
+        item="venue_id", time="utc_time", unit="date", date="%a %b %d %H:%M:%S %z %Y", text=("venue_id",),
+        separator="\t", encoding="latin-1",
+    ),
+    "foursquare-npy": Layout("npy", columns=("user_id", "item_id", "minute"), time="minute", unit="minutes"),
+    # our own hand-over format: the order is known, the times are not
+    "parquet-ordered": Layout("parquet", time="position", unit="order"),
+}  # fmt: skip

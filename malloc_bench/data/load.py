@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .dataset import DataError, Dataset, group
+from .policies import Judge, dropped
 
 if TYPE_CHECKING:
     from .cards import Card, Source
@@ -29,27 +29,6 @@ def verify(name: str, *, offline: bool = False) -> list[str]:
     return _differences(_load(name, offline, progress=True, strict=False))
 
 
-def stats(name: str, *, offline: bool = False) -> dict[str, Any]:
-    """Size and history lengths of a data set; lengths in events, shares of users in 0..1."""
-    dataset = get_dataset(name, offline=offline)
-    lengths = np.diff(dataset.offsets)
-    quantiles = {f"length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
-    return {
-        "users": dataset.n_users,
-        "items": dataset.n_items,
-        "events": dataset.n_events,
-        "density": dataset.n_events / (dataset.n_users * dataset.n_items),
-        "length_min": int(lengths.min()),
-        "length_mean": float(lengths.mean()),
-        **quantiles,
-        "length_max": int(lengths.max()),
-        **{f"users_from_{n}": float((lengths >= n).mean()) for n in (200, 500, 1000)},
-        "has_time": dataset.has_time,
-        "source": dataset.source,
-        "hash": dataset.hash,
-    }
-
-
 def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
     from .cards import load_card
 
@@ -69,6 +48,9 @@ def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
         else:
             if failures:
                 log.warning("%s: taken from %s, because of %s", name, dataset.source, "; ".join(failures))
+            if dataset.notes:
+                told = ", ".join(f"{count:,} {what}" for what, count in dataset.notes.items())
+                log.log(logging.WARNING if dropped(dataset.notes) else logging.INFO, "%s: %s", name, told)
             return dataset
     without = "suites/smoke.yaml runs on synthetic data: nothing to download"
     raise DataError(f"{name}: no source answered: {'; '.join(failures)}. {without}")
@@ -87,37 +69,46 @@ def _effort(card: Card, source: Source) -> int:
 
 
 def _from_source(card: Card, source: Source, offline: bool, progress: bool) -> Dataset:
-    from . import cache, formats, sources
-    from .cards import LocalSource
+    from . import cache, sources
+    from .formats import LAYOUTS
+    from .parse import Reader
+    from .prepare import prepare
 
-    label = f"local {sources.local_file(source)}" if isinstance(source, LocalSource) else str(source)
+    label = _label(card, source)
     target = cache.path(card, source)
     if target.exists():
         try:
             return cache.read(card, target, label)
         except Exception as error:  # whatever is wrong with a cache, the source mends it
             log.warning("%s is damaged and will be made again: %s", target, " ".join(str(error).split()))
-    data = sources.read(source, card.name, offline=offline, progress=progress)
-    dataset = group(card, formats.parse(source.format or card.format, data, source.file), label)
-    log.info("%s: %d repeated (user, item, time) rows kept", card.name, _repeats(dataset))
-    try:
-        cache.write(dataset, target)
-    except OSError as error:
-        log.warning("%s is not cached: %s", card.name, error)
-    return dataset
+    with sources.opened(source, card.family, offline=offline, progress=progress) as parts:
+        reader = Reader(LAYOUTS[source.format or card.format], Judge(card.on_bad), card.keep)
+
+        def write(folder: Path) -> tuple[str, dict[str, int]]:
+            return prepare(reader.frames(parts), reader, folder)
+
+        return cache.make(card, target, _label(card, source), write)
+
+
+def _label(card: Card, source: Source) -> str:
+    """Which source answered, as the manifest has it: with the hash that nobody but this machine vouches for."""
+    from . import sources
+    from .cards import LocalSource, UrlSource
+
+    if isinstance(source, LocalSource):
+        files = sources.local_files(source)
+        return f"local {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    trusted = sources.trusted_hash(source, card.family) if isinstance(source, UrlSource) else None
+    return f"{source} (sha256 {trusted}, none published)" if trusted else str(source)
 
 
 def _differences(dataset: Dataset) -> list[str]:
+    """Of the published counts, those that are not met; dropped rows count as events, for they were in the files."""
     published = dataset.card.published
-    found = {"users": dataset.n_users, "items": dataset.n_items, "events": dataset.n_events}
-    expected = published.model_dump() if published else found
-    return [f"{found[key]} {key} where {expected[key]} are published" for key in found if found[key] != expected[key]]
-
-
-def _repeats(dataset: Dataset) -> int:
-    if dataset.times is None:
-        return 0
-    users = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
-    rows = np.stack((users, dataset.times, dataset.items))
-    rows = rows[:, np.lexsort(rows)]
-    return int((rows[:, 1:] == rows[:, :-1]).all(axis=0).sum())
+    found = {
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "events": dataset.n_events + dropped(dataset.notes),
+    }
+    expected = {key: count for key, count in published.model_dump().items() if count} if published else {}
+    return [f"{found[key]} {key} where {count} are published" for key, count in expected.items() if found[key] != count]

@@ -17,8 +17,9 @@ def problem(make_card, **keys):
 
 def test_shipped_cards_load():
     assert {"ml-100k", "ml-1m", "synthetic"} <= set(list_datasets())
-    for name in list_datasets():
-        assert load_card(name).name == name
+    files = cards.card_files()
+    for name in files:
+        assert load_card(name, files).name == name
 
 
 def test_an_unknown_name_suggests():
@@ -37,18 +38,21 @@ LOCAL = [{"local": "u.data"}]
         ({"sources": [{"url": "https://x/y", "sha265": SHA}]}, "sources.0.sha265: unknown key. Did you mean 'sha256'?"),
         ({"sources": LOCAL, "published": {"user": 3}}, "published.user: unknown key. Did you mean 'users'?"),
         ({"sources": LOCAL, "title": 3}, "title: Input should be a valid string"),
-        ({"sources": LOCAL, "format": "csv"}, "format: Input should be"),
+        ({"sources": LOCAL, "format": "csv"}, "format: no format is named 'csv'."),
         ({"sources": [{"file": "u.data"}]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
         ({"sources": ["u.data"]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
         ({"sources": []}, "card: format synthetic needs parameters"),
         ({"sources": LOCAL, "format": "synthetic"}, "card: format synthetic needs parameters"),
-        ({"sources": [{"url": "https://x/y"}]}, "sources.0: needs md5 or sha256"),
+        (
+            {"sources": [{"url": "https://x/y"}]},
+            "sources.0: needs md5, sha256 or file_md5, or says sha256: none-published",
+        ),
         ({"sources": [{"url": "https://x/y", "md5": "abc"}]}, "sources.0.md5: String should match"),
-        ({"sources": [{"local": "../u.data"}]}, "sources.0.local: must be a relative path without '..'"),
-        ({"sources": [{"local": "/etc/passwd"}]}, "sources.0.local: must be a relative path without '..'"),
+        ({"sources": [{"local": "../u.data"}]}, "sources.0.local.0: must be a relative path without '..'"),
+        ({"sources": [{"local": "/etc/passwd"}]}, "sources.0.local.0: must be a relative path without '..'"),
         (
             {"sources": [{"url": "https://x/y", "sha256": SHA, "member": "../x"}]},
-            "sources.0.member: must be a relative",
+            "sources.0.member.0: must be a relative",
         ),
         ({"sources": [{"pip": "x==1", "sha256": SHA, "member": "a/../../x"}]}, "sources.0.member: must be a relative"),
         ({"sources": [{"pip": "x>=1", "sha256": SHA, "member": "a"}]}, "sources.0.pip: String should match"),
@@ -86,3 +90,56 @@ def test_installed_packages_add_cards(make_card, tmp_path, monkeypatch):
     (tmp_path / "theirs" / "toy.yaml").write_text(text)
     with pytest.raises(DataError, match="two cards are named 'toy'"):
         list_datasets()
+
+
+def test_one_card_may_stand_for_many_data_sets(make_card):
+    variants = {
+        "beauty": {"category": "Beauty", "published": {"events": 3}},
+        "toys": {"category": "Toys_and_Games", "sources": [{"local": "{category}.txt", "format": "user-items"}]},
+    }
+    sources = [{"url": "https://x/{category}_5.json.gz", "sha256": "none-published"}]
+    make_card(title="Reviews, {category}", format="amazon-json", sources=sources, variants=variants)
+    assert list_datasets() == ["toy-beauty", "toy-toys"]
+    beauty, toys = load_card("toy-beauty"), load_card("toy-toys")
+    assert (beauty.name, beauty.family, beauty.title) == ("toy-beauty", "toy", "Reviews, Beauty")
+    assert [str(source) for source in beauty.sources] == ["https://x/Beauty_5.json.gz"]
+    assert [str(source) for source in toys.sources] == [
+        "https://x/Toys_and_Games_5.json.gz",
+        "local Toys_and_Games.txt",
+    ]
+    assert beauty.published.events == 3 and beauty.published.users is None and toys.published is None
+    with pytest.raises(UnknownName, match=r"no dataset is named 'toy'"):
+        load_card("toy")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"keep": ["ratng"]}, "card: keep: format movielens-udata has no feedback 'ratng'. Did you mean 'rating'?"),
+        ({"keep": [], "label": {"column": "rating"}}, "card: keep has not the label's column 'rating'"),
+        ({"format": "movielens-udta"}, "format: no format is named 'movielens-udta'. Did you mean 'movielens-udata'?"),
+        ({"sources": [{"local": []}]}, "sources.0.local: Value should have at least 1 item"),
+        ({"variants": {"a": 3}}, "variants.a: expected keys and values"),
+    ],
+)
+def test_a_wrong_key_of_a_streaming_card(make_card, keys, message):
+    make_card(**{"sources": LOCAL, **keys})
+    with pytest.raises(DataError) as caught:
+        load_card("toy-a" if "variants" in keys else "toy")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_the_shipped_cards_promise():
+    names = list_datasets()
+    for name in ("ml-10m", "ml-20m", "ml-25m", "ml-32m", "kuairand-pure", "kuairand-1k", "kuairand-27k", "kuairec-big"):
+        card = load_card(name)
+        assert any(getattr(source, "md5", None) for source in card.sources) and card.published.events
+    for name in ("amazonelectronics-x1", "kuaivideo-x1", "microvideo-x1"):
+        assert all(source.file_md5 for source in load_card(name).sources)
+    for year in (2014, 2018, 2023):
+        for category in ("beauty" if year == 2014 else "video-games", "sports", "toys", "electronics", "books"):
+            assert {f"amazon-{year}-{category}", f"amazon-{year}-ratings-{category}"} <= set(names)
+    files = cards.card_files()
+    for name in names:
+        card = load_card(name, files)
+        assert "{" not in f"{card.title}{card.description}{[str(source) for source in card.sources]}"

@@ -1,0 +1,89 @@
+"""What a data set is like: sizes, history lengths, repeats, and a figure of the lengths."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from malloc_bench.paths import home
+
+from .dataset import Dataset
+from .load import get_dataset
+
+LONG = (200, 500, 1000, 5000)
+CHUNK = 4_000_000  # events looked at once for repeats
+
+
+def stats(name: str, *, offline: bool = False) -> dict[str, Any]:
+    """Size and history lengths of a data set; lengths in events, shares of users and of events in 0..1."""
+    return describe(get_dataset(name, offline=offline))
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """`stats` of a data set at hand."""
+    lengths = np.diff(dataset.offsets)
+    quantiles = {f"length_p{q}": float(np.percentile(lengths, q)) for q in (10, 25, 50, 75, 90, 99)}
+    times = dataset.times
+    return {
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "events": dataset.n_events,
+        "density": dataset.n_events / (dataset.n_users * dataset.n_items),
+        "length_min": int(lengths.min()),
+        "length_mean": float(lengths.mean()),
+        **quantiles,
+        "length_max": int(lengths.max()),
+        **{f"users_from_{n}": float((lengths >= n).mean()) for n in LONG},
+        "repeat_rate": repeat_rate(dataset),
+        "has_time": dataset.has_time,
+        "first": None if times is None else _date(times.min()),
+        "last": None if times is None else _date(times.max()),
+        "feedback": sorted(dataset.feedback),
+        "notes": dict(dataset.notes),
+        "source": dataset.source,
+        "hash": dataset.hash,
+    }
+
+
+def repeat_rate(dataset: Dataset) -> float:
+    """The share of events whose item the same user has met before."""
+    new, first = 0, 0
+    while first < dataset.n_users:
+        after = np.searchsorted(dataset.offsets, dataset.offsets[first] + CHUNK, "right") - 1
+        last = max(int(after), first + 1)
+        start, end = dataset.offsets[first], dataset.offsets[last]
+        users = np.repeat(np.arange(last - first), np.diff(dataset.offsets[first : last + 1]))
+        new += len(np.unique(users * (dataset.n_items + 1) + dataset.items[start:end]))
+        first = last
+    return 1 - new / dataset.n_events
+
+
+def _date(seconds: int) -> str:
+    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return (start + datetime.timedelta(seconds=int(seconds))).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def histogram(dataset: Dataset, path: Path | None = None) -> Path:
+    """Save how many users have how long a history, both axes logarithmic, as PNG; gives the path.
+
+    Without one it is home()/figures/NAME-lengths.png.
+    """
+    from matplotlib.figure import Figure
+
+    path = path or home() / "figures" / f"{dataset.name}-lengths.png"
+    lengths = np.diff(dataset.offsets)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = int(lengths.min()), int(lengths.max())
+    edges = np.unique(np.geomspace(low, high + 1, 41).round())
+    axes.hist(lengths, bins=edges.tolist() if len(edges) > 1 else [low, low + 1], color="tab:blue")
+    median = float(np.median(lengths))
+    axes.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:g}")
+    axes.set(xscale="log", yscale="log", xlabel="events of a user", ylabel="users", title=dataset.card.title)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)
+    return path
