@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.backbones import Backbone, attention, get_backbone, hstu, sasrec
+from malloc_bench.backbones import Backbone, attention, block, get_backbone, hstu, sasrec
 from malloc_bench.data import get_dataset
 from malloc_bench.data.batches import training_batches, window
 from malloc_bench.data.splits import Split, get_split
@@ -87,15 +87,15 @@ def make_naive() -> None:
     def loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(hidden @ table.T, targets)
 
-    def causal(block, q, own, places, asked) -> Tensor:
-        rate = block.rate if block.training else 0.0
+    def causal(self, q, own, places, asked) -> Tensor:
+        rate = self.rate if self.training else 0.0
         return F.scaled_dot_product_attention(q, own["keys"], own["values"], dropout_p=rate, is_causal=True, scale=1.0)
 
     for module in (attention, sasrec, hstu):
         module.dropout = dropped
     attention.next_item_loss = loss
     sasrec.SASRecBlock.causal = causal
-    hstu.HSTUBlock.causal = attention.Block.causal
+    hstu.HSTUBlock.causal = block.Block.causal
     hstu._TimeBias.apply = lambda table, buckets: table[buckets]
 
 

@@ -3,100 +3,55 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.base import Backbone
+from malloc_bench.backbones.base import Backbone, check_sizes
+from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.losses import dropout, next_item_loss
+from malloc_bench.backbones.statistics import newest, observed
 from malloc_bench.state import Batch, Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
 
-_BLOCK = 256  # queries at a time in the plain pass
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where tokens or slots stand: positions [B, H or 1, S] and times [B, H or 1, S] (None without times)."""
+class Sizes:
+    """layers: blocks; heads: attention heads; dim: width d; max_length: events kept.
 
-    positions: Tensor
-    times: Tensor | None
-
-    def rows(self, part: slice) -> Places:
-        return Places(self.positions[..., part], None if self.times is None else self.times[..., part])
-
-
-class Block(nn.Module):
-    """One layer: what is stored of an event, how a token weighs the slots, what becomes of the mixture.
-
-    A structural compressor swaps this module for one of its own.
+    head: outputs and items are compared by cosine over a temperature, or by their dot product.
     """
 
-    @abstractmethod
-    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """x [B, M, d] -> queries [B, H, M, D], fields to store [B, H, M, D] each, and a gate for `combine`."""
+    layers: int = 2
+    heads: int = 1
+    dim: int = 50
+    max_length: int = 200
+    dropout: float = 0.2
+    head: Literal["cosine", "dot"] = "cosine"
+    temperature: float = 0.05
 
-    @abstractmethod
-    def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """The layer's output [B, M, d] from its input and the mixed values [B, H, M, D]."""
-
-    @abstractmethod
-    def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
-        """Attention weights over several sources that are attended together; logits [B, H, M, S_i], 0 where masked."""
-
-    def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
-        """[B, H, M, S] before masking; queries' times are those at which the prediction is asked for."""
-        return segment.fields["keys"].dot(q)
-
-    def mix(self, weights: Tensor, segment: Segment) -> Tensor:
-        """[B, H, M, S] -> [B, H, M, D]"""
-        return segment.fields["values"].mix(weights)
-
-    def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
-        """Plain causal attention of a left-aligned batch onto itself, [B, H, S, D]; subclasses have faster ones."""
-        return torch.cat([self.mix(w, part) for w, part, _ in self.causal_blocks(q, own, places, asked)], dim=2)
-
-    def causal_blocks(
-        self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places
-    ) -> Iterator[tuple[Tensor, Segment, slice]]:
-        """Weights of `_BLOCK` queries at a time over the keys they may see: (weights, segment of keys, query rows)."""
-        b, _, s, _ = q.shape
-        count = torch.full((b, 1), s, dtype=torch.int32, device=q.device)
-        for start in range(0, max(s, 1), _BLOCK):
-            rows = slice(start, min(start + _BLOCK, s))
-            part = Segment({k: Dense(v[:, :, : rows.stop]) for k, v in own.items()}, Slots(count))
-            keys = torch.arange(rows.stop, device=q.device)
-            mask = (keys <= keys[rows, None])[None, None]  # left-aligned: no real query sees padding
-            logits = self.logits(q[:, :, rows], part, asked.rows(rows), places.rows(slice(0, rows.stop)))
-            (weights,) = self.weigh([logits], [mask], [None])
-            yield weights, part, rows
-
-    def linear_flops(self, tokens: int) -> int:
-        """Of `project` and `combine`: each linear map sees each token once."""
-        return 2 * tokens * sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
-
-    def attend_flops(self, queries: int, segment: Segment) -> int:
-        """Of `logits` and `mix` over a segment, per user."""
-        return sum(vectors.flops(queries) for vectors in segment.fields.values())
-
-    def causal_pairs(self, slots: int) -> int:
-        """Pairs of query and key that `causal` multiplies."""
-        return _block_pairs(slots)
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
 
 class AttentionBackbone(Backbone):
-    """A stack of `Block`s over item and position embeddings, scored by cosine or dot product with the item table.
+    """A stack of `layers` blocks over item and learned position embeddings."""
 
-    Config fields used here: dim, layers, max_length, dropout, head ("cosine" or "dot"), temperature.
-    """
-
-    items: nn.Embedding
-    positions: nn.Embedding
-    config: Any
+    Config = Sizes
     blocks: Any  # an nn.ModuleList of `Block`s
+
+    def __init__(self, config: Sizes, n_items: int, block: Callable[[], Block]) -> None:
+        super().__init__()
+        self.config, self.n_items, self.max_length = config, n_items, config.max_length
+        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
+        self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
+        self.blocks = nn.ModuleList(block() for _ in range(config.layers))
+        for table in (self.items, self.positions):
+            nn.init.trunc_normal_(table.weight, std=0.02)
 
     def _embed(self, events: Events, positions: Tensor) -> Tensor:
         x = self.items(events.items) * self.config.dim**0.5 + self.positions(positions.long())
@@ -148,12 +103,12 @@ class AttentionBackbone(Backbone):
         for block in self.blocks:
             q, own, gate = block.project(x)
             if stats.column_sum:
-                mixed, received = _observed(block, q, own, places, asked, events.mask())
+                mixed, received = observed(block, q, own, places, asked, events.mask())
                 sums.append(received)
             else:
                 mixed = block.causal(q, own, places, asked)
             if stats.window:
-                windows.append(_newest(block, q, own, places, asked, events.count, stats.window))
+                windows.append(newest(block, q, own, places, asked, events.count, stats.window))
             x = block.combine(x, mixed, gate)
             layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
         ids = torch.arange(b) if users is None else users
@@ -195,7 +150,7 @@ class AttentionBackbone(Backbone):
             event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
             pair = block.attend_flops(1, event)
             if step == "statistics":
-                total += 2 * own["keys"].shape[1] * _block_pairs(tokens) * stats.column_sum
+                total += 2 * own["keys"].shape[1] * block_pairs(tokens) * stats.column_sum
                 total += event.fields["keys"].flops(stats.window * tokens)
                 continue
             total += block.linear_flops(tokens)
@@ -227,12 +182,6 @@ class AttentionBackbone(Backbone):
             x = block.combine(x, _attend(block, q, own, own_mask, layer, state.length, places, asked), gate)
             stored.append(own)
         return x, stored
-
-
-def _block_pairs(slots: int) -> int:
-    """Pairs of query and key that `causal_blocks` multiplies."""
-    ends = [min(start + _BLOCK, slots) for start in range(0, slots, _BLOCK)]
-    return sum((end - start) * end for start, end in zip([0, *ends], ends))
 
 
 def _attend(
@@ -268,34 +217,3 @@ def _attend(
             mixed = mixed + block.mix(w, segment)
         out.append(mixed)
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-
-def _observed(
-    block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, real: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Plain causal attention with the sum of |weights| that each key received: ([B, H, S, D], [B, H, S])."""
-    received = q.new_zeros(q.shape[:3])
-    mixed: list[Tensor] = []
-    for weights, part, rows in block.causal_blocks(q, own, places, asked):
-        mixed.append(block.mix(weights, part))
-        asks = real[:, None, None, rows].to(q.dtype)  # padding asks nothing
-        received[:, :, : rows.stop] += (asks @ weights.abs()).squeeze(2)
-    return torch.cat(mixed, dim=2), received
-
-
-def _newest(
-    block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, count: Tensor, window: int
-) -> Tensor:
-    """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; zeros where there is no such."""
-    b, h, s, d = q.shape
-    if s == 0:
-        return q.new_zeros(b, h, window, 0)
-    at = count.long()[:, None] - window + torch.arange(window, device=q.device)  # [B, W]
-    index = at.clamp(min=0)
-    queries = q.gather(2, index[:, None, :, None].expand(-1, h, -1, d))
-    times = None if asked.times is None else asked.times[:, 0].gather(1, index)[:, None]
-    everything = Segment({k: Dense(v) for k, v in own.items()}, None)
-    logits = block.logits(queries, everything, Places(index[:, None], times), places)
-    mask = (torch.arange(s, device=q.device) <= at[..., None])[:, None]  # [B, 1, W, S]
-    (weights,) = block.weigh([logits], [mask | (at < 0)[:, None, :, None]], [None])
-    return weights * (at >= 0)[:, None, :, None]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import _BLOCK, AttentionBackbone, Block, Places
-from malloc_bench.backbones.base import check_sizes
+from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.block import BLOCK, Block, Places
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
@@ -64,8 +62,8 @@ class HSTUBlock(Block):
         """As `weigh` and `mix` do it, but masked by the bias and divided on the thin side: fewer passes."""
         keys, values = own["keys"], own["values"] / self.normaliser
         mixed = []
-        for start in range(0, max(q.shape[2], 1), _BLOCK):
-            rows, seen = slice(start, start + _BLOCK), slice(0, start + _BLOCK)
+        for start in range(0, max(q.shape[2], 1), BLOCK):
+            rows, seen = slice(start, start + BLOCK), slice(0, start + BLOCK)
             bias = self._bias(asked.rows(rows), places.rows(seen))
             future = torch.ones_like(bias[:1, :1], dtype=torch.bool).triu(start + 1)
             logits = q[:, :, rows] @ keys[:, :, seen].transpose(-1, -2) + bias.masked_fill(future, _NEVER)
@@ -107,32 +105,10 @@ class HSTU(AttentionBackbone):
     paper = "Zhai et al., Actions Speak Louder than Words (HSTU), ICML 2024, arXiv 2402.17152"
     uses_positions = True
 
-    @dataclass(frozen=True)
-    class Config:
-        """layers: blocks; heads: attention heads; dim: width d; max_length: events kept, N."""
-
-        layers: int = 2
-        heads: int = 1
-        dim: int = 50
-        max_length: int = 200
-        dropout: float = 0.2
-        head: Literal["cosine", "dot"] = "cosine"
-        temperature: float = 0.05
-
-        def __post_init__(self) -> None:
-            check_sizes(self)
-
-    def __init__(self, config: Config, n_items: int, has_time: bool = False) -> None:
-        super().__init__()
-        self.config, self.n_items, self.max_length, self.uses_times = config, n_items, config.max_length, has_time
-        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
-        self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
-        self.blocks = nn.ModuleList(
-            HSTUBlock(config.dim, config.heads, config.dropout, config.max_length, has_time)
-            for _ in range(config.layers)
-        )
-        for table in (self.items, self.positions):
-            nn.init.trunc_normal_(table.weight, std=0.02)
+    def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
+        sizes = config.dim, config.heads, config.dropout, config.max_length
+        super().__init__(config, n_items, lambda: HSTUBlock(*sizes, has_time))
+        self.uses_times = has_time
 
     def _output(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.head == "cosine" else x

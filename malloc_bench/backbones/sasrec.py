@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Block, Places
-from malloc_bench.backbones.base import check_sizes
+from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.block import Block, Places
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 
@@ -65,30 +63,9 @@ class SASRec(AttentionBackbone):
 
     paper = "Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781"
 
-    @dataclass(frozen=True)
-    class Config:
-        """layers: blocks; heads: attention heads; dim: width d; max_length: events kept."""
-
-        layers: int = 2
-        heads: int = 1
-        dim: int = 50
-        max_length: int = 200
-        dropout: float = 0.2
-        head: Literal["cosine", "dot"] = "cosine"
-        temperature: float = 0.05
-
-        def __post_init__(self) -> None:
-            check_sizes(self)
-
-    def __init__(self, config: Config, n_items: int, has_time: bool = False) -> None:
-        super().__init__()
-        self.config, self.n_items, self.max_length = config, n_items, config.max_length
-        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
-        self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
-        self.blocks = nn.ModuleList(SASRecBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers))
+    def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
+        super().__init__(config, n_items, lambda: SASRecBlock(config.dim, config.heads, config.dropout))
         self.norm = nn.LayerNorm(config.dim)
-        for table in (self.items, self.positions):
-            nn.init.trunc_normal_(table.weight, std=0.02)
 
     def _output(self, x: Tensor) -> Tensor:
         x = self.norm(x)

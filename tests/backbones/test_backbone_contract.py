@@ -2,7 +2,7 @@
 
 import pytest
 
-from malloc_bench.backbones import attention
+from malloc_bench.backbones import attention, block, hstu
 from malloc_bench.registry import names
 from malloc_bench.testing import Check, backbone_checks, check_backbone, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES
@@ -34,7 +34,8 @@ def test_blocks_do_not_change_results(case, trained, monkeypatch):
     prefill = backbone.prefill(history, stats=stats)
     outputs, plain = backbone.read(tokens, prefill.state), backbone(history)
     monkeypatch.setattr(attention, "_CELLS", 1)
-    monkeypatch.setattr(attention, "_BLOCK", 7)
+    for module in (block, hstu):
+        monkeypatch.setattr(module, "BLOCK", 7)
     close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-6)
     close(backbone(history), plain, "plain pass, 7 queries at a time", 1e-5)
     again = backbone.prefill(history, stats=stats)

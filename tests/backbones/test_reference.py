@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.attention import Places
+from malloc_bench.backbones.block import Places
 from malloc_bench.backbones.hstu import _TimeBias
 from malloc_bench.backbones.losses import next_item_loss
 from malloc_bench.state import Batch, Dense, Events, Segment, Slots, Stats, UserState

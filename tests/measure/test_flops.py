@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.attention import Block
+from malloc_bench.backbones.block import Block
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload, closed_form, count_flops
 from malloc_bench.registry import names

@@ -1,0 +1,89 @@
+"""One attention layer: what it stores of an event, how a token weighs slots, what becomes of the mixture."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from malloc_bench.state import Dense, Segment, Slots
+
+BLOCK = 256  # queries at a time in the plain pass
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens or slots stand: positions [B, H or 1, S] and times [B, H or 1, S] (None without times)."""
+
+    positions: Tensor
+    times: Tensor | None
+
+    def rows(self, part: slice) -> Places:
+        return Places(self.positions[..., part], None if self.times is None else self.times[..., part])
+
+
+class Block(nn.Module):
+    """One layer: what is stored of an event, how a token weighs the slots, what becomes of the mixture.
+
+    A structural compressor swaps this module for one of its own.
+    """
+
+    @abstractmethod
+    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """x [B, M, d] -> queries [B, H, M, D], fields to store [B, H, M, D] each, and a gate for `combine`."""
+
+    @abstractmethod
+    def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """The layer's output [B, M, d] from its input and the mixed values [B, H, M, D]."""
+
+    @abstractmethod
+    def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
+        """Attention weights over several sources that are attended together; logits [B, H, M, S_i], 0 where masked."""
+
+    def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
+        """[B, H, M, S] before masking; queries' times are those at which the prediction is asked for."""
+        return segment.fields["keys"].dot(q)
+
+    def mix(self, weights: Tensor, segment: Segment) -> Tensor:
+        """[B, H, M, S] -> [B, H, M, D]"""
+        return segment.fields["values"].mix(weights)
+
+    def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
+        """Plain causal attention of a left-aligned batch onto itself, [B, H, S, D]; subclasses have faster ones."""
+        return torch.cat([self.mix(w, part) for w, part, _ in self.causal_blocks(q, own, places, asked)], dim=2)
+
+    def causal_blocks(
+        self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places
+    ) -> Iterator[tuple[Tensor, Segment, slice]]:
+        """Weights of `BLOCK` queries at a time over the keys they may see: (weights, segment of keys, query rows)."""
+        b, _, s, _ = q.shape
+        count = torch.full((b, 1), s, dtype=torch.int32, device=q.device)
+        for start in range(0, max(s, 1), BLOCK):
+            rows = slice(start, min(start + BLOCK, s))
+            part = Segment({k: Dense(v[:, :, : rows.stop]) for k, v in own.items()}, Slots(count))
+            keys = torch.arange(rows.stop, device=q.device)
+            mask = (keys <= keys[rows, None])[None, None]  # left-aligned: no real query sees padding
+            logits = self.logits(q[:, :, rows], part, asked.rows(rows), places.rows(slice(0, rows.stop)))
+            (weights,) = self.weigh([logits], [mask], [None])
+            yield weights, part, rows
+
+    def linear_flops(self, tokens: int) -> int:
+        """Of `project` and `combine`: each linear map sees each token once."""
+        return 2 * tokens * sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
+
+    def attend_flops(self, queries: int, segment: Segment) -> int:
+        """Of `logits` and `mix` over a segment, per user."""
+        return sum(vectors.flops(queries) for vectors in segment.fields.values())
+
+    def causal_pairs(self, slots: int) -> int:
+        """Pairs of query and key that `causal` multiplies."""
+        return block_pairs(slots)
+
+
+def block_pairs(slots: int) -> int:
+    """Pairs of query and key that `causal_blocks` multiplies."""
+    ends = [min(start + BLOCK, slots) for start in range(0, slots, BLOCK)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends))

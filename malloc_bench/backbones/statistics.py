@@ -1,0 +1,40 @@
+"""The attention statistics that some compressors ask for, gathered beside a prefill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones.block import Block, Places
+from malloc_bench.state import Dense, Segment
+
+
+def observed(
+    block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Plain causal attention with the sum of |weights| that each key received: ([B, H, S, D], [B, H, S])."""
+    received = q.new_zeros(q.shape[:3])
+    mixed: list[Tensor] = []
+    for weights, part, rows in block.causal_blocks(q, own, places, asked):
+        mixed.append(block.mix(weights, part))
+        asks = real[:, None, None, rows].to(q.dtype)  # padding asks nothing
+        received[:, :, : rows.stop] += (asks @ weights.abs()).squeeze(2)
+    return torch.cat(mixed, dim=2), received
+
+
+def newest(
+    block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, count: Tensor, window: int
+) -> Tensor:
+    """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; zeros where there is no such."""
+    b, h, s, d = q.shape
+    if s == 0:
+        return q.new_zeros(b, h, window, 0)
+    at = count.long()[:, None] - window + torch.arange(window, device=q.device)  # [B, W]
+    index = at.clamp(min=0)
+    queries = q.gather(2, index[:, None, :, None].expand(-1, h, -1, d))
+    times = None if asked.times is None else asked.times[:, 0].gather(1, index)[:, None]
+    everything = Segment({k: Dense(v) for k, v in own.items()}, None)
+    logits = block.logits(queries, everything, Places(index[:, None], times), places)
+    mask = (torch.arange(s, device=q.device) <= at[..., None])[:, None]  # [B, 1, W, S]
+    (weights,) = block.weigh([logits], [mask | (at < 0)[:, None, :, None]], [None])
+    return weights * (at >= 0)[:, None, :, None]
