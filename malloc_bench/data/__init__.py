@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .dataset import DataError, Dataset
+from .dataset import Dataset
+from .errors import DataError
 from .load import get_dataset, verify
 from .summary import stats
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from .dataset import DataError
+from .errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 30
 MAX_RATIO = 100  # unpacked to packed; rating files are near 4, zeros 1000

@@ -18,7 +18,8 @@ from malloc_bench.paths import home
 
 from . import formats
 from .cards import Card, LocalSource, Source
-from .dataset import DataError, Dataset
+from .dataset import Dataset
+from .errors import DataError
 from .sources import local_files
 
 log = logging.getLogger(__name__)

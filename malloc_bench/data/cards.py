@@ -15,7 +15,7 @@ from malloc_bench.paths import shipped
 from malloc_bench.registry import UnknownName, suggest
 
 from .card_sources import SOURCES, AnySource, LocalSource, PipSource, Source, Strict, UrlSource, known_format
-from .dataset import DataError
+from .errors import DataError
 from .formats import LAYOUTS
 from .policies import POLICIES
 from .world import SyntheticWorld

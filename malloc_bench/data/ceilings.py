@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dataset import DataError, Dataset
+from .dataset import Dataset
+from .errors import DataError
 from .splits import Targets
 from .synthetic import Catalogue, Histories, catalogue, histories
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .cards import Card
-
-
-class DataError(RuntimeError):
-    """A data set that cannot be had, or a file that is not what it should be; the message is one line."""
+from .cards import Card
 
 
 @dataclass(frozen=True)

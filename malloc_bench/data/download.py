@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 from urllib.parse import urlsplit
 
-from .dataset import DataError
+from .errors import DataError
 from .files import whole_file
 
 SILENCE = 6.0  # seconds without an answer, to connect and between any two reads

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dataset import DataError
+from .errors import DataError
 from .formats import Layout
 from .policies import Judge
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from malloc_bench.data.batches import alike, window
-from malloc_bench.data.dataset import DataError, Dataset
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.errors import DataError
 from malloc_bench.data.splits import Rule, Targets, between, k_core, only
 from malloc_bench.state import Events
 

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .dataset import DataError, Dataset, group
+from .dataset import Dataset, group
+from .errors import DataError
 from .policies import Judge, dropped
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .archive import DAMAGE, Part, blocks, read_whole
-from .dataset import DataError
+from .errors import DataError
 from .examine import HISTORY, examine, no_text
 from .formats import Layout
 from .policies import Judge

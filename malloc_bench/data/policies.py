@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .dataset import DataError
+from .errors import DataError
 
 POLICIES: dict[str, tuple[str, ...]] = {
     "empty_file": ("reject",),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dataset import DataError, content_hash
+from .dataset import content_hash
+from .errors import DataError
 from .ids import Ids
 from .parse import Reader
 

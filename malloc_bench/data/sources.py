@@ -17,8 +17,8 @@ from malloc_bench.paths import home, local_data
 
 from .archive import Part, open_parts, read_whole
 from .card_sources import LocalSource, PipSource, Source, UrlSource
-from .dataset import DataError
 from .download import download, file_hash
+from .errors import DataError
 from .files import whole_file
 
 log = logging.getLogger(__name__)

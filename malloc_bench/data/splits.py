@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from malloc_bench.data.dataset import DataError, Dataset
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.errors import DataError
 from malloc_bench.data.options import Option, Whole, pick
 
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from malloc_bench.data.dataset import DataError, Dataset
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.errors import DataError
 from malloc_bench.data.exposures import Exposures, expose
 from malloc_bench.data.options import Option, Whole
 from malloc_bench.data.splits import Rule, Split, get_split
