@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,21 +96,7 @@ class AttentionBackbone(Backbone):
         positions = torch.arange(s, device=events.items.device)[None]
         places, asked = self._places(events, positions)
         slots = Slots(events.count[:, None], None, places.times)
-        x = self._embed(events, positions)
-        layers: list[Layer] = []
-        sums: list[Tensor] = []
-        windows: list[Tensor] = []
-        for block in self.blocks:
-            q, own, gate = block.project(x)
-            if stats.column_sum:
-                mixed, received = observed(block, q, own, places, asked, events.mask())
-                sums.append(received)
-            else:
-                mixed = block.causal(q, own, places, asked)
-            if stats.window:
-                windows.append(newest(block, q, own, places, asked, events.count, stats.window))
-            x = block.combine(x, mixed, gate)
-            layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
+        layers, sums, windows = fill(self.blocks, self._embed(events, positions), places, asked, slots, stats)
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
         return Prefill(state, ids, events, sums or None, windows or None, seed, self.uses_positions)
@@ -133,6 +119,11 @@ class AttentionBackbone(Backbone):
         behind = torch.ones(m, m, dtype=torch.bool, device=events.items.device).tril()[None, None]
         positions = state.length.long()[:, None] + torch.arange(m, device=events.items.device)
         _, own = self._over(events, positions.clamp(max=self.max_length), state, behind)  # padding may stand beyond
+        return self._grown(state, own, events, positions)
+
+    def _grown(
+        self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor
+    ) -> UserState:
         return extend(state, own, events, self.uses_times)
 
     def flops(
@@ -175,13 +166,50 @@ class AttentionBackbone(Backbone):
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another."""
         places, asked = self._places(tokens, positions)
-        x = self._embed(tokens, positions)
-        stored: list[dict[str, Tensor]] = []
-        for block, layer in zip(self.blocks, state.layers):
-            q, own, gate = block.project(x)
-            x = block.combine(x, _attend(block, q, own, own_mask, layer, state.length, places, asked), gate)
-            stored.append(own)
-        return x, stored
+        return over(self.blocks, self._embed(tokens, positions), own_mask, state.layers, state.length, places, asked)
+
+
+def fill(
+    blocks: Iterable[Block], x: Tensor, places: Places, asked: Places, slots: Slots, stats: Stats
+) -> tuple[list[Layer], list[Tensor], list[Tensor]]:
+    """Left-aligned events x [B, S, d] through a stack onto themselves: its layers, their column sums and windows."""
+    count = slots.count[:, 0]
+    layers: list[Layer] = []
+    sums: list[Tensor] = []
+    windows: list[Tensor] = []
+    for block in blocks:
+        q, own, gate = block.project(x)
+        if stats.column_sum:
+            mixed, received = observed(block, q, own, places, asked, slots.mask(x.shape[1])[:, 0])
+            sums.append(received)
+        else:
+            mixed = block.causal(q, own, places, asked)
+        if stats.window:
+            windows.append(newest(block, q, own, places, asked, count, stats.window))
+        x = block.combine(x, mixed, gate)
+        layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
+    return layers, sums, windows
+
+
+def over(
+    blocks: Iterable[Block],
+    x: Tensor,
+    own_mask: Tensor,
+    layers: Iterable[Layer],
+    length: Tensor,
+    places: Places,
+    asked: Places,
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another.
+
+    Returns the outputs [B, M, d] and what each layer would store of the tokens.
+    """
+    stored: list[dict[str, Tensor]] = []
+    for block, layer in zip(blocks, layers):
+        q, own, gate = block.project(x)
+        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked), gate)
+        stored.append(own)
+    return x, stored
 
 
 def _attend(

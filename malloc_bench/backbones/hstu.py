@@ -14,7 +14,7 @@ from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
 
-_BUCKETS = 128
+TIME_BUCKETS = 128
 _OCTAVE = 0.301
 _NEVER = -1e4  # SiLU and its gradient are exactly 0 here
 
@@ -34,6 +34,15 @@ class _TimeBias(torch.autograd.Function):
         return grad.new_zeros(ctx.size).scatter_add_(0, buckets.flatten(), grad.flatten()), None
 
 
+def relative_bias(position_bias: Tensor, time_bias: Tensor | None, distance: Tensor, gap: Tensor | None) -> Tensor:
+    """Learned numbers of distances in events and gaps in seconds, integers of one shape (gap None: no times)."""
+    bias = position_bias[distance.long().clamp(0, len(position_bias) - 1)]  # below 0: masked later
+    if time_bias is None or gap is None:
+        return bias
+    buckets = (gap.abs().clamp(min=1).float().log() / _OCTAVE).long().clamp(max=TIME_BUCKETS)
+    return bias + _TimeBias.apply(time_bias, buckets)
+
+
 class HSTUBlock(Block):
     """U, V, Q, K = SiLU(LN(x) W); A = SiLU(QK' + bias) / N; output x + W_o dropout(U * LN(AV)) (paper, eq. 1-3)."""
 
@@ -44,7 +53,7 @@ class HSTUBlock(Block):
         self.uvqk = nn.Linear(dim, 4 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
         self.position_bias = nn.Parameter(torch.empty(max_length + 1).normal_(std=0.02))  # by distance
-        self.time_bias = nn.Parameter(torch.empty(_BUCKETS + 1).normal_(std=0.02)) if times else None
+        self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS + 1).normal_(std=0.02)) if times else None
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.xavier_uniform_(self.out.weight)
 
@@ -75,14 +84,11 @@ class HSTUBlock(Block):
 
     def _bias(self, queries: Places, slots: Places) -> Tensor:
         """[B or 1, H or 1, M, S]"""
-        distance = (queries.positions.unsqueeze(-1) - slots.positions.unsqueeze(-2)).long()
-        distance = distance.clamp(0, len(self.position_bias) - 1)  # below 0: masked later
-        bias = self.position_bias[distance]
-        if self.time_bias is not None and queries.times is not None and slots.times is not None:
-            gap = (queries.times.unsqueeze(-1) - slots.times.unsqueeze(-2)).abs().clamp(min=1)
-            buckets = (gap.float().log() / _OCTAVE).long().clamp(max=_BUCKETS)
-            bias = bias + _TimeBias.apply(self.time_bias, buckets)
-        return bias
+        distance = queries.positions.unsqueeze(-1) - slots.positions.unsqueeze(-2)
+        gap = None
+        if queries.times is not None and slots.times is not None:
+            gap = queries.times.unsqueeze(-1) - slots.times.unsqueeze(-2)
+        return relative_bias(self.position_bias, self.time_bias, distance, gap)
 
     def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
         """SiLU(logit) / N for every slot by itself; a slot that stands for m events counts m times: x m."""

@@ -33,8 +33,9 @@ def newest(
     index = at.clamp(min=0)
     queries = q.gather(2, index[:, None, :, None].expand(-1, h, -1, d))
     times = None if asked.times is None else asked.times[:, 0].gather(1, index)[:, None]
+    places_asked = asked.positions[:, 0].expand(b, -1).gather(1, index)[:, None]
     everything = Segment({k: Dense(v) for k, v in own.items()}, None)
-    logits = block.logits(queries, everything, Places(index[:, None], times), places)
+    logits = block.logits(queries, everything, Places(places_asked, times), places)
     mask = (torch.arange(s, device=q.device) <= at[..., None])[:, None]  # [B, 1, W, S]
     (weights,) = block.weigh([logits], [mask | (at < 0)[:, None, :, None]], [None])
     return weights * (at >= 0)[:, None, :, None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Compressor, Layout, dense_layout, slots_within
+from malloc_bench.compressors.base import COUNT_BYTES, Budget, Compressor, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
 
@@ -17,15 +18,26 @@ class TokenMethod(Compressor):
 
     @abstractmethod
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        """A state of k [B] slots (0 <= k <= the user's own) in every layer and head."""
+        """A state of k [B] slots (0 <= k <= the user's length) in every layer and head, or all where there are fewer."""
 
     @abstractmethod
     def layout(self, prefill: Prefill) -> Layout:
-        """What the kept slots take beside their vectors."""
+        """What the kept slots of a Prefill of one stack take beside their vectors."""
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of a state of n [B] slots."""
         return layout.dense(n, length)
+
+    def sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
+        """n [B] -> bytes [B] of a state of at most n slots in every layer: the sum over stacks, one length for all."""
+        length = prefill.state.length.long()
+        stacks = [(self.layout(view), view.slots(0).count[:, 0].long()) for view in prefill.apart()]
+
+        def bytes_of(n: Tensor) -> Tensor:
+            total = sum((self.cost(layout, n.minimum(own), length) for layout, own in stacks), torch.zeros_like(n))
+            return total - COUNT_BYTES * (len(stacks) - 1)
+
+        return bytes_of
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         if budget is None:
@@ -35,26 +47,24 @@ class TokenMethod(Compressor):
         return self.keep(prefill, self.slots(prefill, budget))
 
     def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
-        """k [B] for a budget; worked out once per Prefill, budget and layout."""
-        layout = self.layout(prefill)
-        return prefill.remember(("k", budget, layout, self._costs), lambda: self._slots(prefill, budget, layout))
+        """k [B] for a budget; worked out once per Prefill, budget and layouts."""
+        layouts = tuple(self.layout(view) for view in prefill.apart())
+        return prefill.remember(("k", budget, layouts, self._costs), lambda: self._slots(prefill, budget))
 
     @property
     def _costs(self) -> Any:
         """Methods of the same layout and equal `_costs` cost the same."""
         return type(self).cost
 
-    def _slots(self, prefill: Prefill, budget: Budget, layout: Layout) -> Tensor:
-        length = prefill.slots(0).count[:, 0].long()
+    def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
+        length = torch.stack([view.slots(0).count[:, 0].long() for view in prefill.apart()]).sum(0)
         target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
         if target is None:
             return length.clamp(max=budget.slots)
-        whole = prefill.state.length.long()
-        return slots_within(target, length, lambda n: self.cost(layout, n, whole))
+        return slots_within(target, length, self.sizes(prefill))
 
     def floor(self, prefill: Prefill) -> Tensor:
-        length = prefill.state.length.long()
-        return self.cost(self.layout(prefill), length.clamp(max=1), length)
+        return self.sizes(prefill)(prefill.state.length.long().clamp(max=1))
 
 
 class Eviction(TokenMethod):
@@ -79,8 +89,10 @@ class Eviction(TokenMethod):
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         layers = []
         for layer in prefill.layers:
-            index = self._index(prefill, layer, k)
-            slots = kept_slots(prefill.slots(layer), index, k, prefill.state.length if prefill.uses_positions else None)
+            own = prefill.slots(layer)
+            kept = k.minimum(own.count.amin(1))  # stacks of fewer events keep all of theirs
+            index = self._index(prefill, layer, kept)
+            slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
             layers.append((gather(prefill.segment(layer), index, slots),))
         return UserState(tuple(layers), prefill.state.length)
 

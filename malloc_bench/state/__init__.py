@@ -1,6 +1,6 @@
 """The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours."""
 
-from malloc_bench.state.extend import extend
+from malloc_bench.state.extend import extend, grow
 from malloc_bench.state.lowrank import LowRank, low_rank, principal
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
@@ -10,6 +10,6 @@ from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
     "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment",
-    "Slots", "Stats", "UserState", "Vectors", "extend", "low_rank",
+    "Slots", "Stats", "UserState", "Vectors", "extend", "grow", "low_rank",
     "map_tensors", "pack_bits", "principal", "quantize", "take", "unpack_bits",
 ]  # fmt: skip

@@ -47,6 +47,7 @@ class Prefill:
         than W events start with zeros. Both statistics are 0 on slots that a user does not have.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
+    stacks: the layers are this many stacks of equal depth, each over slots of its own (Climber's blocks).
     """
 
     state: UserState
@@ -56,11 +57,26 @@ class Prefill:
     window: Sequence[Tensor] | None = None
     seed: int = 0
     uses_positions: bool = False
+    stacks: int = 1
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> range:
         return range(len(self.state.layers))
+
+    def apart(self) -> tuple[Prefill, ...]:
+        """Each stack by itself, with its share of the statistics."""
+        if self.stacks == 1:
+            return (self,)
+        depth = len(self.layers) // self.stacks
+        views = []
+        for first in range(0, len(self.layers), depth):
+            part = slice(first, first + depth)
+            state = UserState(self.state.layers[part], self.state.length)
+            sums = None if self.column_sum is None else self.column_sum[part]
+            window = None if self.window is None else self.window[part]
+            views.append(replace(self, state=state, column_sum=sums, window=window, stacks=1, memo={}))
+        return tuple(views)
 
     def segment(self, layer: int) -> Segment:
         """The only segment of a layer."""

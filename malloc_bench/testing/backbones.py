@@ -61,8 +61,10 @@ def append_equals_prefill(backbone: Backbone) -> None:
             state = backbone.append(state, new)
         assert state.length.tolist() == list(LENGTHS)
         assert state.nbytes().tolist() == whole.nbytes().tolist()
-        for user, n in enumerate(LENGTHS):
+        for user in range(len(LENGTHS)):
             for got, want in zip(state.segments(), whole.segments()):
+                n = _stored(want, user)
+                assert _stored(got, user) == n
                 for name in want.fields:
                     a, b = (s.fields[name].dense()[user, :, :n] for s in (got, want))
                     close(a, b, f"{name} of user {user}", 1e-5)
@@ -200,7 +202,8 @@ def states_pack(backbone: Backbone) -> None:
     back = check_packs(state, lambda s: backbone.read(tokens, s))
     for got, want in zip(back.segments(), state.segments()):
         for name in want.fields:
-            for user, n in enumerate(LENGTHS):
+            for user in range(len(LENGTHS)):
+                n = _stored(want, user)
                 assert torch.equal(got.fields[name].dense()[user, :, :n], want.fields[name].dense()[user, :, :n])
 
 
@@ -241,6 +244,12 @@ def _ranker(backbone: Backbone) -> Backbone:
             assert copied.scoring is not None
             copied.scoring.bias.normal_()
     return copied
+
+
+def _stored(segment: Segment, user: int) -> int:
+    """Slots of a user in a full state's segment."""
+    assert segment.slots is not None
+    return int(segment.slots.count[user, 0])
 
 
 def _part(events: Events, start: Tensor, stop: Tensor) -> Events:

@@ -96,9 +96,9 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
     """The full states of some users, padded to `width` slots, the padding filled with `fill`."""
     rows = torch.tensor(list(users), dtype=torch.long)
     length = prefill.state.length.index_select(0, rows)
-    real = torch.arange(width) < length[:, None]
 
-    def fit(x: Tensor, axis: int, fill: float = fill) -> Tensor:
+    def fit(x: Tensor, axis: int, count: Tensor, fill: float = fill) -> Tensor:
+        real = torch.arange(width) < count[:, None]
         x = x.index_select(0, rows)
         short = list(x.shape)
         short[axis] = max(width - x.shape[axis], 0)
@@ -107,24 +107,27 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         shape[0], shape[axis] = len(rows), width
         return torch.where(real.view(shape), x, torch.tensor(fill).to(x.dtype))
 
-    old = prefill.slots(0)
-    slots = Slots(length[:, None], None, None if old.timestamps is None else fit(old.timestamps, 2))
+    counts = [prefill.slots(layer).count[rows, 0] for layer in prefill.layers]
+    made: dict[int, Slots] = {}  # layers that share their slots go on sharing them
     layers: list[Layer] = []
-    for layer in prefill.layers:
-        layers.append(
-            (Segment({k: Dense(fit(v.dense(), 2)) for k, v in prefill.segment(layer).fields.items()}, slots),)
-        )
+    for layer, count in zip(prefill.layers, counts):
+        old = prefill.slots(layer)
+        if id(old) not in made:
+            places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))
+            made[id(old)] = Slots(count[:, None], places, times)
+        fields = {k: Dense(fit(v.dense(), 2, count)) for k, v in prefill.segment(layer).fields.items()}
+        layers.append((Segment(fields, made[id(old)]),))
     events = prefill.events
     if events is not None:
-        times = None if events.times is None else fit(events.times, 1)
-        events = Events(fit(events.items, 1, 0), length, times)
+        times = None if events.times is None else fit(events.times, 1, length)
+        events = Events(fit(events.items, 1, length, 0), length, times)
     return replace(
         prefill,
         state=UserState(tuple(layers), length),
         users=prefill.users.index_select(0, rows),
         events=events,
-        column_sum=None if prefill.column_sum is None else [fit(x, 2, 0) for x in prefill.column_sum],
-        window=None if prefill.window is None else [fit(x, 3, 0) for x in prefill.window],
+        column_sum=None if prefill.column_sum is None else [fit(x, 2, n, 0) for x, n in zip(prefill.column_sum, counts)],
+        window=None if prefill.window is None else [fit(x, 3, n, 0) for x, n in zip(prefill.window, counts)],
         memo={},
     )
 

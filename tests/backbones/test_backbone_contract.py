@@ -2,13 +2,13 @@
 
 import pytest
 
-from malloc_bench.backbones import attention, block, hstu
+from malloc_bench.backbones import attention, block, climber, hstu
 from malloc_bench.registry import names
 from malloc_bench.testing import Check, backbone_checks, check_backbone, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES
 from malloc_bench.testing.worlds import LENGTHS, close
 
-CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads")
+CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "climber", "climber-times-2-heads")
 
 
 def test_every_registered_backbone_is_here():
@@ -34,7 +34,7 @@ def test_blocks_do_not_change_results(case, trained, monkeypatch):
     prefill = backbone.prefill(history, stats=stats)
     outputs, plain = backbone.read(tokens, prefill.state), backbone(history)
     monkeypatch.setattr(attention, "_CELLS", 1)
-    for module in (block, hstu):
+    for module in (block, hstu, climber):
         monkeypatch.setattr(module, "BLOCK", 7)
     close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-6)
     close(backbone(history), plain, "plain pass, 7 queries at a time", 1e-5)

@@ -67,10 +67,10 @@ class Compose(TokenMethod):
         state, target = self.keep(prefill, k), budget.target(prefill.remember("full bytes", prefill.state.nbytes))
         if target is None or self._encoder() is None:
             return state
-        layout, length = self.layout(prefill), prefill.state.length.long()
+        sizes, length = self.sizes(prefill), prefill.state.length.long()
         while bool(((state.nbytes() > target) & (k > 1)).any()):  # scales that needed float32
-            extra = (state.nbytes() - self.cost(layout, k, length)).clamp(min=0)
-            left = slots_within(target - extra, length, lambda n: self.cost(layout, n, length))
+            extra = (state.nbytes() - sizes(k)).clamp(min=0)
+            left = slots_within(target - extra, length, sizes)
             k = torch.where(state.nbytes() > target, left, k)
             state = self.keep(prefill, k)
         return state

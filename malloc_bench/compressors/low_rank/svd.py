@@ -75,16 +75,19 @@ class SVD(Encoder):
 
     def _sizes(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Bytes [B] at rank 0, and bytes [B] that one more rank takes."""
-        layout, n = dense_layout(prefill, "state", consecutive=True), prefill.state.length.long()
-        ranks = COUNT_BYTES * len(layout.vectors)
-        step = torch.zeros_like(n)
-        for _, heads, width in layout.vectors:
-            step += 4 * heads * (n + width)
-        return layout.beside(n, n) + ranks, step
+        length = prefill.state.length.long()
+        step = torch.zeros_like(length)
+        fixed = step - COUNT_BYTES * (prefill.stacks - 1)  # one length for all stacks
+        for view in prefill.apart():
+            layout, n = dense_layout(view, "state", consecutive=True), view.slots(0).count[:, 0].long()
+            fixed = fixed + layout.beside(n, length) + COUNT_BYTES * len(layout.vectors)
+            for _, heads, width in layout.vectors:
+                step += 4 * heads * (n + width) * (n > 0)
+        return fixed, step
 
     def floor(self, prefill: Prefill) -> Tensor:
         fixed, step = self._sizes(prefill)
-        return fixed + step * (prefill.state.length > 0)
+        return fixed + step
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         assert self.rank is not None

@@ -29,16 +29,18 @@ class MergeAdjacent(TokenMethod):
         return dense_layout(prefill, "state", mass=True)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        n, k = prefill.slots(0).count.long(), k[:, None]  # [B, 1]
-        slot, size = torch.arange(prefill.segment(0).width, device=n.device), int(k.max()) if len(k) else 0
-        run = torch.where(slot < n, slot * k // n.clamp(min=1), size)  # [B, S], padding to a row that is cut off
-        made: dict[int, tuple[Slots, Tensor]] = {}  # layers that share their slots go on sharing them
+        made: dict[int, tuple[Slots, Tensor, Tensor]] = {}  # layers that share their slots go on sharing them
         layers = []
         for layer in prefill.layers:
             segment, old = prefill.segment(layer), prefill.slots(layer)
             if id(old) not in made:
-                made[id(old)] = _merged(old, run, k, prefill.state.length, prefill.uses_positions)
-            slots, share = made[id(old)]
+                n = old.count.long()
+                kept = k[:, None].minimum(n)  # [B, 1]
+                slot, size = torch.arange(segment.width, device=n.device), int(kept.max()) if len(k) else 0
+                run = torch.where(slot < n, slot * kept // n.clamp(min=1), size)  # [B, S], padding: a row to cut off
+                made[id(old)] = *_merged(old, run, kept, prefill.state.length, prefill.uses_positions), run
+            slots, share, run = made[id(old)]
+            size = int(slots.count.max()) if len(k) else 0
             fields = {f: Dense(_sum(v.dense() * share.unsqueeze(-1), run, size)) for f, v in segment.fields.items()}
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)

@@ -24,16 +24,18 @@ class Window(TokenMethod):
         return dense_layout(prefill, "state", consecutive=self.consecutive)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        index = self.index(prefill.slots(0).count[:, 0].long(), k)[:, None]
-        made: dict[int, Slots] = {}  # layers that share their slots go on sharing them
+        made: dict[int, tuple[Tensor, Slots]] = {}  # layers that share their slots go on sharing them
         layers = []
         for layer in prefill.layers:
             segment, old = prefill.segment(layer), prefill.slots(layer)
             if id(old) not in made:
                 implied = self.consecutive and old.positions is None
                 positions = prefill.uses_positions and not implied
-                made[id(old)] = kept_slots(old, index, k, prefill.state.length if positions else None)
-            layers.append((gather(segment, index, made[id(old)]),))
+                count = old.count[:, 0].long()
+                kept = k.minimum(count)
+                index = self.index(count, kept)[:, None]
+                made[id(old)] = index, kept_slots(old, index, kept, prefill.state.length if positions else None)
+            layers.append((gather(segment, *made[id(old)]),))
         return UserState(tuple(layers), prefill.state.length)
 
 
