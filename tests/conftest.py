@@ -26,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 #: After 200 steps HSTU's upper layer hardly reads its keys yet: noise in them moves outputs by 0.3 to 2 %.
 STEPS = 600
-FEW = 150  # softmax attention reads its keys sooner, and Climber's steps take three times as long
+FEW = 250  # softmax attention reads its keys sooner, and Climber's steps take three times as long
 
 #: name -> (registered name, heads, times, and parameters beside the small sizes): what `trained` knows.
 BACKBONES: dict[str, tuple[Any, ...]] = {
@@ -38,8 +38,11 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     "hstu-2-heads": ("hstu", 2, False),
     "climber": ("climber", 1, False),
     "climber-times-2-heads": (
-        "climber", 2, True, {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"},
-    ),  # fmt: skip
+        "climber",
+        2,
+        True,
+        {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"},
+    ),
 }
 
 

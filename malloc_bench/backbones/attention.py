@@ -121,9 +121,7 @@ class AttentionBackbone(Backbone):
         _, own = self._over(events, positions.clamp(max=self.max_length), state, behind)  # padding may stand beyond
         return self._grown(state, own, events, positions)
 
-    def _grown(
-        self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor
-    ) -> UserState:
+    def _grown(self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor) -> UserState:
         return extend(state, own, events, self.uses_times)
 
     def flops(

@@ -234,8 +234,9 @@ class Climber(AttentionBackbone):
             places, asked = self._places(own, index)
             slots = Slots(count[:, None], index[:, None].int(), places.times)
             made = fill(list(self.blocks)[part], self._embed(own, index), places, asked, slots, stats)
-            for whole, more in zip((layers, sums, windows), made):
-                whole += more  # type: ignore[arg-type]
+            layers += made[0]
+            sums += made[1]
+            windows += made[2]
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
         known = sums or None, windows or None

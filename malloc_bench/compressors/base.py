@@ -179,7 +179,8 @@ def dense_layout(
     counts = 1 if per == "state" else len(heads)
     lists = {"state": 1, "layer": len(heads), "head": sum(heads)}[per]
     old = prefill.slots(0)
-    positions, times = prefill.uses_positions and not (consecutive and old.positions is None), old.timestamps is not None
+    implied, times = consecutive and old.positions is None, old.timestamps is not None
+    positions = prefill.uses_positions and not implied
     return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors))
 
 

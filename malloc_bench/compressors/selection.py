@@ -18,7 +18,7 @@ class TokenMethod(Compressor):
 
     @abstractmethod
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        """A state of k [B] slots (0 <= k <= the user's length) in every layer and head, or all where there are fewer."""
+        """A state of k [B] slots (0 <= k <= the length) in every layer and head; layers that have fewer keep all."""
 
     @abstractmethod
     def layout(self, prefill: Prefill) -> Layout:

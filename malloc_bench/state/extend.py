@@ -53,8 +53,11 @@ def _plain(segment: Segment, tail: Slots) -> bool:
     slots = segment.slots
     if slots is None or slots.mass is not None or slots.count.shape[1] != 1:
         return False
-    alike = (slots.positions is None) == (tail.positions is None)
-    return alike and all(isinstance(v, Dense) for v in segment.fields.values())
+    if (slots.positions is None) != (tail.positions is None):
+        return False
+    if slots.positions is not None and slots.positions.shape[1] != 1:  # each head kept events of its own
+        return False
+    return all(isinstance(v, Dense) for v in segment.fields.values())
 
 
 def _place(old: Tensor, new: Tensor, slots: Slots, tail: Slots) -> Tensor:

@@ -121,13 +121,17 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
     if events is not None:
         times = None if events.times is None else fit(events.times, 1, length)
         events = Events(fit(events.items, 1, length, 0), length, times)
+    sums, windows = (
+        None if known is None else [fit(x, axis, n, 0) for x, n in zip(known, counts)]
+        for known, axis in ((prefill.column_sum, 2), (prefill.window, 3))
+    )
     return replace(
         prefill,
         state=UserState(tuple(layers), length),
         users=prefill.users.index_select(0, rows),
         events=events,
-        column_sum=None if prefill.column_sum is None else [fit(x, 2, n, 0) for x, n in zip(prefill.column_sum, counts)],
-        window=None if prefill.window is None else [fit(x, 3, n, 0) for x, n in zip(prefill.window, counts)],
+        column_sum=sums,
+        window=windows,
         memo={},
     )
 
