@@ -30,9 +30,12 @@ def measure(longest: int, seconds: float = 0.3) -> list[str]:
             }
             full = {label: work.prefill(backbone.eval()).state for label, backbone in makers.items()}
             steps = {label: lambda work=work, backbone=b: work.prefill(backbone) for label, b in makers.items()}
+            flops = {
+                label: b.flops("prefill", length, full[label] if b.name == "climber" else None) or 0
+                for label, b in makers.items()
+            }
             found = interleaved(steps, seconds=seconds, repeats=3)
         time = {label: summary(samples.cpu, 1)["p50"] or 0.0 for label, samples in found.items()}
-        flops = {label: backbone.flops("prefill", length, full[label]) or 0 for label, backbone in makers.items()}
         for label in makers:
             lines.append(
                 f"n {length:5d}  {label:10s} {time[label]:9.2f} ms CPU  x{time[label] / time['climber-1']:5.2f}"
