@@ -63,6 +63,15 @@ def fault(path: Path) -> str:
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"budgts": [0.5]}, "budgts: unknown key. Did you mean 'budgets'?"),
     ({"training": {"epoch": 3}}, "training.epoch: unknown key. Did you mean 'epochs'?"),
+    (
+        {"backbones": [{"sasrec": {"training": {"epoch": 3}}}]},
+        "backbones[0].sasrec.training.epoch: unknown key. Did you mean 'epochs'?",
+    ),
+    (
+        {"backbones": [{"sasrec": {"training": {"lr": 0}}}]},
+        "backbones[0].sasrec.training.lr: expected greater than 0, not 0",
+    ),
+    ({"backbones": [{"sasrec": {"training": 3}}]}, "backbones[0].sasrec.training: expected keys and values, not 3"),
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
@@ -254,6 +263,17 @@ def test_cells_stand_in_groups_that_share_a_backbone(tmp_path: Path) -> None:
     first = [(cell.compressor.label, cell.budget_text) for cell in cells[:5]]
     window = "snapkv(window=8)"
     assert first == [("full", None), ("recent", "0.5"), ("recent", "0.25"), (window, "0.5"), (window, "0.25")]
+
+
+def test_a_backbone_may_train_otherwise_than_the_others(tmp_path: Path) -> None:
+    suite = load(
+        tmp_path,
+        backbones=["hstu", {"sasrec": {"layers": 1, "training": {"epochs": 7}}}],
+        training={"epochs": 3, "lr": 0.1},
+    )
+    settings = {cell.backbone.name: (cell.training["epochs"], cell.training["lr"]) for cell in suite.cells()}
+    assert settings == {"hstu": (3, 0.1), "sasrec": (7, 0.1)}
+    assert suite.backbones[1].params == {"layers": 1}
 
 
 def test_grids_are_expanded(tmp_path: Path) -> None:
