@@ -1,4 +1,4 @@
-"""SASRec, HSTU and LSRM against plain float64 code written from the papers, and statistics from whole attention matrices."""
+"""Backbones against plain float64 code written from the papers, and statistics from whole attention matrices."""
 
 import pytest
 import torch
