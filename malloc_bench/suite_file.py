@@ -67,6 +67,8 @@ class TrainingKeys(_Strict):
     patience: Annotated[int, Field(ge=0)] = Training.patience
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Training.weight_decay
     amp: Literal["auto", "bf16", "fp32"] = "auto"
+    optimizer: Literal["adam", "adam_then_sgd"] = Training.optimizer
+    sgd_lr: Positive = Training.sgd_lr
 
 
 class MeasureKeys(_Strict):

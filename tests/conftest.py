@@ -34,6 +34,7 @@ BACKBONES = {
     "hstu-times-2-heads": ("hstu", 2, True),
     "hstu": ("hstu", 1, False),
     "hstu-2-heads": ("hstu", 2, False),
+    "lsrm-2-heads": ("lsrm", 2, False),
 }
 
 

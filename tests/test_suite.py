@@ -121,6 +121,12 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"training": {"amp": "bf17"}},
         "training.amp: expected 'auto', 'bf16' or 'fp32', not 'bf17'. Did you mean 'bf16'?",
     ),
+    (
+        {"training": {"optimizer": "adam_than_sgd"}},
+        "training.optimizer: expected 'adam' or 'adam_then_sgd', not 'adam_than_sgd'. Did you mean 'adam_then_sgd'?",
+    ),
+    ({"training": {"sgd_lr": 0}}, "training.sgd_lr: expected greater than 0, not 0"),
+    ({"training": {"sgd_rate": 0.1}}, "training.sgd_rate: unknown key. Did you mean 'sgd_lr'?"),
     ({"measure": {"seconds": float("inf")}}, "measure.seconds: expected a finite number, not inf"),
     ({"budgets": [0.5, 0]}, "budgets[1]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not 0"),
     ({"budgets": [float("nan")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not nan"),
@@ -410,6 +416,7 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
+            "optimizer": "adam_then_sgd", "sgd_lr": 1.0,
         }.items()),
         *({"backbones": [{"sasrec": {"layers": 1, "dim": 8, **change}}, {"hstu": change}]} for change in (
             {"dim": 16}, {"max_length": 20}, {"dropout": 0.0}, {"head": "dot"}, {"temperature": 1.0}, {"layers": 3},

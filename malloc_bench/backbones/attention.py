@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Sizes:
 class AttentionBackbone(Backbone):
     """A stack of `layers` blocks over item and learned position embeddings."""
 
-    Config = Sizes
+    Config: ClassVar[type] = Sizes
     blocks: Any  # an nn.ModuleList of `Block`s
 
     def __init__(self, config: Sizes, n_items: int, block: Callable[[], Block]) -> None:

@@ -43,7 +43,7 @@ METHODS = [
         )
     ),
 ]
-WORLDS = ("tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads")
+WORLDS = ("tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads", "lsrm-2-heads")
 
 
 def label(method):
