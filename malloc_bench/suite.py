@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Suite:
         pairs = {pair: refused(*pair) for pair in product(self.backbones, self.compressors)}
         cells: dict[str, Cell] = {}
         for dataset, task, backbone, seed in product(self.datasets, self.tasks, self.backbones, self.seeds):
-            training = asdict(self.training) | backbone.training
+            training = replace(self.training, **backbone.training).content()
             for part, budget, why in methods:
                 cell = Cell(
                     self.name, dataset, task, self.split, backbone, part, budget, seed, training, self.filter_seen,

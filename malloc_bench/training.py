@@ -47,6 +47,13 @@ class Training:
     optimizer: Literal["adam", "adam_then_sgd"] = "adam"
     sgd_lr: float = 0.1
 
+    def content(self) -> dict[str, Any]:
+        """What weights depend on: without SGD, nothing of it."""
+        settings = asdict(self)
+        if self.optimizer == "adam":
+            del settings["optimizer"], settings["sgd_lr"]
+        return settings
+
 
 @dataclass(frozen=True)
 class Fit:

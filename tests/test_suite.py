@@ -271,6 +271,14 @@ def test_cells_stand_in_groups_that_share_a_backbone(tmp_path: Path) -> None:
     assert first == [("full", None), ("recent", "0.5"), ("recent", "0.25"), (window, "0.5"), (window, "0.25")]
 
 
+def test_the_rate_of_sgd_only_counts_where_sgd_is_used(tmp_path: Path) -> None:
+    def ids(training: dict[str, Any]) -> list[str]:
+        return [cell.id("data") for cell in load(tmp_path, split="leave_one_out", training=training).cells()]
+
+    assert ids({"sgd_lr": 1.0}) == ids({}) != ids({"optimizer": "adam_then_sgd"})
+    assert ids({"optimizer": "adam_then_sgd"}) != ids({"optimizer": "adam_then_sgd", "sgd_lr": 1.0})
+
+
 def test_a_backbone_may_train_otherwise_than_the_others(tmp_path: Path) -> None:
     suite = load(
         tmp_path,
@@ -416,7 +424,7 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
-            "optimizer": "adam_then_sgd", "sgd_lr": 1.0,
+            "optimizer": "adam_then_sgd",
         }.items()),
         *({"backbones": [{"sasrec": {"layers": 1, "dim": 8, **change}}, {"hstu": change}]} for change in (
             {"dim": 16}, {"max_length": 20}, {"dropout": 0.0}, {"head": "dot"}, {"temperature": 1.0}, {"layers": 3},
