@@ -34,6 +34,8 @@ BACKBONES = {
     "hstu-times-2-heads": ("hstu", 2, True),
     "hstu": ("hstu", 1, False),
     "hstu-2-heads": ("hstu", 2, False),
+    "marm": ("marm", 1, False),
+    "marm-2-heads": ("marm", 2, False),
 }
 
 

@@ -22,7 +22,7 @@ PARAMS = {  # beside the defaults
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
-BACKBONES = [("sasrec", False), ("hstu", False), ("hstu", True)]
+BACKBONES = [("sasrec", False), ("hstu", False), ("hstu", True), ("marm", False)]
 
 
 def build(name, has_time, length):

@@ -1,0 +1,162 @@
+"""MARM, the memory augmented recommendation model (Kuaishou, CIKM 2025, arXiv 2411.09425)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.sasrec import SASRecBlock
+from malloc_bench.registry import register
+from malloc_bench.state import Dense, Events, Prefill, Segment, Stats, take
+
+_GATHER = 8  # a gathered row costs about as much as so many that are multiplied in place
+
+
+@dataclass(frozen=True)
+class MARMSizes(Sizes):
+    """As `Sizes`; search: each layer's own, over what it stores (GSU), before it attends to top_k slots (ESU).
+
+    "dot": the slots whose product with the layer's query is largest, head by head. "group": the newest slots in the
+    token's own of `groups` hashed groups. The token itself is one of the top_k.
+    """
+
+    search: Literal["none", "dot", "group"] = "none"
+    top_k: int = 32
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.search not in ("none", "dot", "group"):
+            raise ValueError(f"search must be none, dot or group, not {self.search!r}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if self.groups % 2 or not 2 <= self.groups <= 2 * self.dim:
+            raise ValueError(f"groups must be even, from 2 to 2 x dim = {2 * self.dim}, not {self.groups}")
+
+
+class MARMBlock(SASRecBlock):
+    """SASRec's block and weights, its key and value maps absorbed: it attends to hidden vectors as they are stored.
+
+    q.(W_k h) = (W_k' q).h and sum w (W_v h) = W_v (sum w h): a token costs O(n d) a head, and no key or value is made.
+    """
+
+    def __init__(self, config: MARMSizes) -> None:
+        super().__init__(config.dim, config.heads, config.dropout)
+        self.search, self.top_k, self.groups = config.search, config.top_k, config.groups
+
+    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
+        """Queries [B, H, M, d] (with a channel more for the token's group) and one field `hidden` [B, 1, M, d]."""
+        hidden = self.norm_attention(x)
+        w_q, w_k, _ = self.qkv.weight.chunk(3)
+        q = F.linear(hidden, w_q, self.qkv.bias.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = (q * self.scale) @ w_k.unflatten(0, (self.heads, -1))  # a key's bias is the same for all slots: softmax
+        hidden = hidden.unsqueeze(1).contiguous()
+        if self.search == "group":
+            q = torch.cat([q, self._group(hidden).to(q.dtype).unsqueeze(-1).expand(*q.shape[:3], 1)], -1)
+        return q, {"hidden": hidden}, None
+
+    def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        w_v, b_v = (y.chunk(3)[2].unflatten(0, (self.heads, -1)) for y in (self.qkv.weight, self.qkv.bias))
+        return super().combine(x, mixed @ w_v.mT + b_v.unsqueeze(1), gate)  # weights sum to 1: the bias as it is
+
+    def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
+        hidden = segment.fields["hidden"]
+        if self.search != "group":
+            return hidden.dot(q)
+        elsewhere = q[..., -1:] != self._group(hidden.dense()).unsqueeze(-2)
+        return hidden.dot(q[..., :-1]).masked_fill(elsewhere, -torch.inf)
+
+    def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
+        """Softmax over all sources, or over the top_k slots of all sources that the search finds."""
+        if self.search == "none":
+            return super().weigh(logits, masks, masses)
+        counted = [x if m is None else x + m.clamp(min=1e-6).log().unsqueeze(2) for x, m in zip(logits, masses)]
+        joined = torch.cat([x.masked_fill(~mask, -torch.inf) for x, mask in zip(counted, masks)], -1)
+        score = joined.detach()
+        if self.search == "group":  # sources and slots come in time order
+            score = torch.where(score.isfinite(), torch.arange(score.shape[-1], device=score.device), -1)
+        found = score.topk(min(self.top_k, score.shape[-1]), -1).indices
+        kept = torch.zeros_like(joined, dtype=torch.bool).scatter_(-1, found, True)
+        weights = joined.masked_fill(~kept, -torch.inf).softmax(-1)
+        return list(weights.split([x.shape[-1] for x in logits], -1))
+
+    def mix(self, weights: Tensor, segment: Segment) -> Tensor:
+        """[B, H, M, S] -> [B, H, M, d]; after a search in a state only the slots found are touched."""
+        hidden = segment.fields["hidden"]
+        if not self._gathers(segment):
+            return hidden.mix(weights)
+        top = weights.topk(self.top_k, -1)
+        rows = take(hidden.dense(), top.indices.flatten(2)).unflatten(2, top.indices.shape[2:])
+        return (top.values.unsqueeze(-2) @ rows).squeeze(-2)
+
+    def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
+        if self.search != "none":
+            return Block.causal(self, q, own, places, asked)
+        hidden = own["hidden"].expand(-1, self.heads, -1, -1)
+        return F.scaled_dot_product_attention(q, hidden, hidden, is_causal=True, scale=1.0)
+
+    def causal_blocks(
+        self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places
+    ) -> Iterator[tuple[Tensor, Segment, slice]]:
+        for weights, part, rows in super().causal_blocks(q, own, places, asked):
+            yield weights, replace(part, slots=None), rows  # no state: many queries share the slots
+
+    def logit_flops(self, queries: int, segment: Segment) -> int:
+        return segment.fields["hidden"].flops(queries * self.heads)
+
+    def attend_flops(self, queries: int, segment: Segment) -> int:
+        search = self.logit_flops(queries, segment)
+        if not self._gathers(segment):
+            return 2 * search
+        return search + 2 * queries * self.heads * self.top_k * segment.fields["hidden"].shape[3]
+
+    def causal_pairs(self, slots: int) -> int:
+        return super().causal_pairs(slots) if self.search == "none" else block_pairs(slots)
+
+    def _group(self, hidden: Tensor) -> Tensor:
+        """Cross-polytope hash, [B, 1, S] int64: the largest of the leading coordinates in size, and its sign."""
+        leading = hidden[..., : self.groups // 2]
+        return torch.cat([leading, -leading], -1).argmax(-1)
+
+    def _gathers(self, segment: Segment) -> bool:
+        stored = segment.slots is not None and isinstance(segment.fields["hidden"], Dense)
+        return self.search != "none" and stored and _GATHER * self.top_k <= segment.width
+
+
+@register("marm")
+class MARM(AttentionBackbone):
+    """The newest item attends, layer by layer, to the cached outputs that the layer below gave for each past item.
+
+    From the paper: what is cached per user, item and layer is the attention block's output, so a state is L x n x d
+    numbers; layer 0 is the item itself; multi-layer target attention, O(n d) a layer; results are written back; with
+    SIM, each layer searches its own history. Ours, where the paper is silent: the masked self-attention stack is
+    SASRec's (pre-norm, learned positions, the same weights by the same names); an output is stored as the next layer
+    reads it, normalised; key and value maps are absorbed into query and mixture; training goes through the stack, not
+    through cached outputs; a search by group hashes the layer's stored vectors (cross-polytope), as ids are no part of
+    a state. The search is computed for every slot; what it saves is the mixture.
+    """
+
+    paper = "MARM, the Memory Augmented Recommendation Model, Kuaishou, CIKM 2025, arXiv 2411.09425"
+    Config = MARMSizes
+    fields = ("hidden",)
+
+    def __init__(self, config: MARMSizes, n_items: int, has_time: bool = False) -> None:
+        super().__init__(config, n_items, lambda: MARMBlock(config))
+        self.norm = torch.nn.LayerNorm(config.dim)
+
+    def _output(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+
+    def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
+        """Built afresh by the masked self-attention stack. Statistics are means over heads, which share what is stored."""
+        built = super().prefill(events, users, stats, seed)
+        shared = [None if xs is None else [x.mean(1, keepdim=True) for x in xs] for xs in (built.column_sum, built.window)]
+        return replace(built, column_sum=shared[0], window=shared[1])
