@@ -156,7 +156,9 @@ class MARM(AttentionBackbone):
         return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        """Built afresh by the masked self-attention stack. Statistics are means over heads, which share what is stored."""
+        """Built afresh by the masked self-attention stack. Statistics are means over heads: they share the slots."""
         built = super().prefill(events, users, stats, seed)
-        shared = [None if xs is None else [x.mean(1, keepdim=True) for x in xs] for xs in (built.column_sum, built.window)]
+        shared = [
+            None if xs is None else [x.mean(1, keepdim=True) for x in xs] for xs in (built.column_sum, built.window)
+        ]
         return replace(built, column_sum=shared[0], window=shared[1])
