@@ -197,8 +197,8 @@ class MARM(AttentionBackbone):
     SIM, each layer searches its own history. Ours, where the paper is silent: the masked self-attention stack is
     SASRec's (pre-norm, learned positions, the same weights by the same names); an output is stored as the next layer
     reads it, normalised; key and value maps are absorbed into query and mixture; training goes through the stack, not
-    through cached outputs; a search by group hashes the layer's stored vectors (cross-polytope), as ids are no part of
-    a state. The search is computed for every slot; what it saves is the mixture.
+    through cached outputs; what a cache misses is built by the stack; a search by group hashes the layer's stored
+    vectors (cross-polytope), as ids are no part of a state. Searches score every slot: they save the mixture only.
     """
 
     paper = "MARM, the Memory Augmented Recommendation Model, Kuaishou, CIKM 2025, arXiv 2411.09425"
