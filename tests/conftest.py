@@ -35,6 +35,8 @@ BACKBONES = {
     "hstu": ("hstu", 1, False),
     "hstu-2-heads": ("hstu", 2, False),
     "lsrm-2-heads": ("lsrm", 2, False),
+    "marm": ("marm", 1, False),
+    "marm-2-heads": ("marm", 2, False),
 }
 
 

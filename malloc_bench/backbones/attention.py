@@ -150,11 +150,14 @@ class AttentionBackbone(Backbone):
             event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
             pair = block.attend_flops(1, event)
             if step == "statistics":
-                total += 2 * own["keys"].shape[1] * block_pairs(tokens) * stats.column_sum
-                total += event.fields["keys"].flops(stats.window * tokens)
+                total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
+                total += block.logit_flops(stats.window * tokens, event)
                 continue
             total += block.linear_flops(tokens)
-            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * (tokens + raw))
+            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * tokens)
+            if raw:
+                rebuilt = {k: Dense(v.expand(-1, -1, raw, -1)) for k, v in own.items()}
+                total += block.attend_flops(tokens, Segment(rebuilt, Slots(torch.full((1, 1), raw))))
             if state is not None and state.layers:
                 total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
         return total
