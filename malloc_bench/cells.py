@@ -31,14 +31,18 @@ _UNSAVED = secrets.token_hex(8)  # stands for the source of a class that was typ
 
 @dataclass(frozen=True)
 class Part:
-    """A compressor or backbone by name, with the parameters that the suite gives it (JSON values only)."""
+    """A compressor or backbone by name, with the parameters that the suite gives it (JSON values only).
+
+    training: a backbone's own settings, in place of the suite's.
+    """
 
     name: str
     params: dict[str, Any] = field(default_factory=dict)
     kind: str = "compressors"
+    training: dict[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.name, canonical_json(self.params)))
+        return hash((self.kind, self.name, canonical_json([self.params, self.training])))
 
     @property
     def label(self) -> str:

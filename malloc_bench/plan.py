@@ -52,7 +52,7 @@ def make_plan(
     for cell, group in groups(plan):
         data = datasets[cell.dataset]
         if not (checkpoint_folder(cell, data) / "fit.json").exists():
-            result.estimate += data.n_events * suite.training.epochs / 20_000  # targets a second
+            result.estimate += data.n_events * cell.training["epochs"] / 20_000  # targets a second
         result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
     return result
 

@@ -31,7 +31,7 @@ from malloc_bench.rows import accuracy, ceilings, per_user
 from malloc_bench.run_folder import Chunks, LockedError, locked, write_manifest
 from malloc_bench.state import Stats, UserState
 from malloc_bench.suite import Suite
-from malloc_bench.training import Fit, fit, tune_malloc
+from malloc_bench.training import Fit, Training, fit, tune_malloc
 
 
 class Sitting:
@@ -150,7 +150,9 @@ class Sitting:
         folder = checkpoint_folder(cell, self.datasets[cell.dataset])
         backbone = self._backbone(cell).to(self.device)
         with locked(folder, wait=True):  # two runs that need the same weights train them once
-            fitted = fit(backbone, split, self.suite.training, cell.seed, folder, self.watch.fit, cell.filter_seen)
+            fitted = fit(
+                backbone, split, Training(**cell.training), cell.seed, folder, self.watch.fit, cell.filter_seen
+            )
         copy = self.folder / "checkpoints" / folder.name
         if not (copy / "fit.json").exists():
             copy.mkdir(parents=True, exist_ok=True)

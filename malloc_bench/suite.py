@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -45,13 +45,13 @@ class Suite:
         A compressor that takes no budget is one cell. A pair that makes no sense is a cell with the reason in
         `impossible`.
         """
-        training = asdict(self.training)
         methods = [
             (part, budget, _refusal(part, budget)) for part in self.compressors for budget in self._budgets(part)
         ]
         pairs = {pair: refused(*pair) for pair in product(self.backbones, self.compressors)}
         cells: dict[str, Cell] = {}
         for dataset, task, backbone, seed in product(self.datasets, self.tasks, self.backbones, self.seeds):
+            training = replace(self.training, **backbone.training).content()
             for part, budget, why in methods:
                 cell = Cell(
                     self.name, dataset, task, self.split, backbone, part, budget, seed, training, self.filter_seen,

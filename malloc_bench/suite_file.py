@@ -67,6 +67,8 @@ class TrainingKeys(_Strict):
     patience: Annotated[int, Field(ge=0)] = Training.patience
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Training.weight_decay
     amp: Literal["auto", "bf16", "fp32"] = "auto"
+    optimizer: Literal["adam", "adam_then_sgd"] = Training.optimizer
+    sgd_lr: Positive = Training.sgd_lr
 
 
 class MeasureKeys(_Strict):
@@ -114,7 +116,7 @@ def read(file: Path) -> SuiteKeys:
     try:
         keys = SuiteKeys.model_validate(_yaml(file))
     except ValidationError as error:
-        raise _fault(error) from None
+        raise fault(error) from None
     valid = list_datasets()
     for i, name in enumerate(keys.datasets):
         if name not in valid:
@@ -205,13 +207,17 @@ def _yaml(file: Path) -> dict[Any, Any]:
 # ---- words
 
 
-def _fault(error: ValidationError) -> Fault:
+def fault(error: ValidationError, under: str = "") -> Fault:
+    """The gravest problem of a suite's keys, or of the training settings `under` a key path."""
     problem = _gravest(error)
-    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"]).removeprefix(".")
+    where = under + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"])
+    where = where.removeprefix(".")
     if problem["type"] != "extra_forbidden":
         return Fault(where, expected(problem))
     models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys}
-    model: type[BaseModel] = models[str(problem["loc"][0])] if len(problem["loc"]) > 1 else SuiteKeys
+    model: type[BaseModel] = SuiteKeys if not under else TrainingKeys
+    if len(problem["loc"]) > 1:
+        model = models[str(problem["loc"][0])]
     return Fault(where, f"unknown key.{suggest(str(problem['loc'][-1]), model.model_fields)}")
 
 

@@ -15,7 +15,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from malloc_bench.cells import Part
 from malloc_bench.compressors import Budget
 from malloc_bench.registry import find, suggest
-from malloc_bench.suite_file import Fault, expected, no_twins, shown
+from malloc_bench.suite_file import Fault, TrainingKeys, expected, fault, no_twins, shown
 
 MAX_PARTS = 10_000  # of one grid
 
@@ -64,9 +64,12 @@ def _expanded(kind: str, entry: Any, where: str) -> list[Part]:
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise Fault(where, f"expected {{parameter: value}}, not {shown(given)}")
+    training = _training(given["training"], f"{where}.training") if kind == "backbones" and "training" in given else {}
     hints = _parameters(cls if kind == "compressors" else cls.Config)
     grid = _grid(given.get("grid", {}), f"{where}.grid")
-    fixed = {key: value for key, value in given.items() if key != "grid"}
+    fixed = {
+        key: value for key, value in given.items() if key != "grid" and not (key == "training" and kind == "backbones")
+    }
     if both := fixed.keys() & grid.keys():
         raise Fault(f"{where}.{min(both, key=str)}", "fixed and in the grid: one of them is meant")
     fixed = {key: _typed(value, key, hints, f"{where}.{key}") for key, value in fixed.items()}
@@ -74,7 +77,15 @@ def _expanded(kind: str, entry: Any, where: str) -> list[Part]:
         [(key, _typed(value, key, hints, f"{where}.grid.{key}[{i}]")) for i, value in enumerate(values)]
         for key, values in grid.items()
     ]
-    return [Part(name, fixed | dict(point), kind) for point in product(*axes)]
+    return [Part(name, fixed | dict(point), kind, training) for point in product(*axes)]
+
+
+def _training(given: Any, where: str) -> dict[str, Any]:
+    """A backbone's own training settings."""
+    try:
+        return TrainingKeys.model_validate(given).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise fault(error, where) from None
 
 
 def _chains(given: Any, where: str) -> list[Part]:

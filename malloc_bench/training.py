@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class Training:
 
     epochs: at most so many; the learning rate falls from lr to 0 over them on a cosine, after one epoch of warm-up.
     patience: stop after so many epochs without a better validation score. amp: bfloat16 autocast, "auto" = where
-    the device multiplies it fast.
+    the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
+    SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
     """
 
     epochs: int = 20
@@ -43,13 +44,23 @@ class Training:
     patience: int = 10
     weight_decay: float = 0.0
     amp: str = "auto"
+    optimizer: Literal["adam", "adam_then_sgd"] = "adam"
+    sgd_lr: float = 0.1
+
+    def content(self) -> dict[str, Any]:
+        """What weights depend on: without SGD, nothing of it."""
+        settings = asdict(self)
+        if self.optimizer == "adam":
+            del settings["optimizer"], settings["sgd_lr"]
+        return settings
 
 
 @dataclass(frozen=True)
 class Fit:
     """What a fit came to: epochs run, the best of them, its validation score, seconds spent (all sittings).
 
-    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None.
+    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None. sgd_after: the epochs that Adam had
+    run when SGD took over; None: it never did.
     """
 
     epochs: int
@@ -57,6 +68,7 @@ class Fit:
     best_ndcg: float | None
     seconds: float
     best_auc: float | None = None
+    sgd_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +121,9 @@ def fit(
         backbone.eval()
         return Fit(**json.loads(done.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(
-        backbone.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
-    )
-    epoch, best_epoch, best, seconds = _resume(backbone, optimizer, folder)
+    optimizer, where = _resume(backbone, settings, folder)
+    epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
+    sgd_after: int | None = where["sgd_after"]
     amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
     ranking = isinstance(split, Exposures)
     metric = "AUC" if ranking else "NDCG@10"
@@ -122,13 +133,19 @@ def fit(
         return draw(split, backbone.max_length, settings.batch_size, seed, epoch)
 
     steps = sum(1 for _ in batches(0))
-    while epoch < settings.epochs and epoch - best_epoch < max(settings.patience, 1):
+    while epoch < settings.epochs:
+        if epoch - max(best_epoch, sgd_after or 0) >= max(settings.patience, 1):
+            if settings.optimizer == "adam" or sgd_after is not None:
+                break
+            backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
+            sgd_after, optimizer = epoch, _optimizer(backbone, settings, sgd=True)
+        top = settings.lr if sgd_after is None else settings.sgd_lr
         started = time.perf_counter()
         torch.manual_seed(1_000_003 * seed + epoch)
         backbone.train()
         total = 0.0
         for step, batch in enumerate(batches(epoch)):
-            rate = settings.lr * _schedule(epoch + step / max(steps, 1), settings.epochs)
+            rate = top * _schedule(epoch + step / max(steps, 1), settings.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -148,13 +165,12 @@ def fit(
         if score > best:
             best, best_epoch = score, epoch
         seconds += time.perf_counter() - started
-        _checkpoint(
-            backbone, optimizer, folder, {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds}
-        )
+        where = {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
+        _checkpoint(backbone, optimizer, folder, where)
     if best_epoch:
         backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
     backbone.eval()
-    result = Fit(epoch, best_epoch, None if ranking else best, seconds, best if ranking else None)
+    result = Fit(epoch, best_epoch, None if ranking else best, seconds, best if ranking else None, sgd_after)
     _save(model, backbone.state_dict())
     _write(done, json.dumps(asdict(result)))
     for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
@@ -223,23 +239,33 @@ def _schedule(epoch: float, epochs: int) -> float:
     return min(epoch + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
 
 
-def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, int, float, float]:
-    """(epoch, best epoch, best score, seconds) of an interrupted fit, or of a fresh one."""
+def _optimizer(backbone: Backbone, settings: Training, sgd: bool) -> torch.optim.Optimizer:
+    parameters, decay = backbone.parameters(), settings.weight_decay
+    if sgd:
+        return torch.optim.SGD(parameters, settings.sgd_lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(parameters, settings.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+
+def _resume(backbone: Backbone, settings: Training, folder: Path) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+    """The optimizer and the whereabouts of an interrupted fit, or of a fresh one."""
     try:
         where = json.loads((folder / "resume.json").read_text())
         tensors = load_file(folder / f"resume-{where['epoch']}.safetensors")
         (folder / f"best-{where['best_epoch']}.safetensors").stat()
+        optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return 0, 0, -1.0, 0.0
+        fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None}
+        return _optimizer(backbone, settings, sgd=False), fresh
     backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    state = optimizer.state_dict()
-    names = [name for name, _ in backbone.named_parameters()]
-    state["state"] = {
-        i: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for i, name in enumerate(names)
-    }
-    optimizer.load_state_dict(state)
-    return where["epoch"], where["best_epoch"], where["best"], where["seconds"]
+    numbers = {name: i for i, (name, _) in enumerate(backbone.named_parameters())}
+    state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in numbers.values()}
+    for label, tensor in tensors.items():
+        kind, _, rest = label.partition(".")
+        if kind == "optimizer":
+            key, _, name = rest.partition(".")
+            state[numbers[name]][key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return optimizer, where
 
 
 def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: dict[str, Any]) -> None:

@@ -43,6 +43,9 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
         True,
         {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"},
     ),
+    "lsrm-2-heads": ("lsrm", 2, False),
+    "marm": ("marm", 1, False),
+    "marm-2-heads": ("marm", 2, False),
 }
 
 

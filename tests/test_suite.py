@@ -63,6 +63,15 @@ def fault(path: Path) -> str:
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"budgts": [0.5]}, "budgts: unknown key. Did you mean 'budgets'?"),
     ({"training": {"epoch": 3}}, "training.epoch: unknown key. Did you mean 'epochs'?"),
+    (
+        {"backbones": [{"sasrec": {"training": {"epoch": 3}}}]},
+        "backbones[0].sasrec.training.epoch: unknown key. Did you mean 'epochs'?",
+    ),
+    (
+        {"backbones": [{"sasrec": {"training": {"lr": 0}}}]},
+        "backbones[0].sasrec.training.lr: expected greater than 0, not 0",
+    ),
+    ({"backbones": [{"sasrec": {"training": 3}}]}, "backbones[0].sasrec.training: expected keys and values, not 3"),
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
@@ -112,6 +121,12 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"training": {"amp": "bf17"}},
         "training.amp: expected 'auto', 'bf16' or 'fp32', not 'bf17'. Did you mean 'bf16'?",
     ),
+    (
+        {"training": {"optimizer": "adam_than_sgd"}},
+        "training.optimizer: expected 'adam' or 'adam_then_sgd', not 'adam_than_sgd'. Did you mean 'adam_then_sgd'?",
+    ),
+    ({"training": {"sgd_lr": 0}}, "training.sgd_lr: expected greater than 0, not 0"),
+    ({"training": {"sgd_rate": 0.1}}, "training.sgd_rate: unknown key. Did you mean 'sgd_lr'?"),
     ({"measure": {"seconds": float("inf")}}, "measure.seconds: expected a finite number, not inf"),
     ({"budgets": [0.5, 0]}, "budgets[1]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not 0"),
     ({"budgets": [float("nan")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not nan"),
@@ -256,6 +271,25 @@ def test_cells_stand_in_groups_that_share_a_backbone(tmp_path: Path) -> None:
     assert first == [("full", None), ("recent", "0.5"), ("recent", "0.25"), (window, "0.5"), (window, "0.25")]
 
 
+def test_the_rate_of_sgd_only_counts_where_sgd_is_used(tmp_path: Path) -> None:
+    def ids(training: dict[str, Any]) -> list[str]:
+        return [cell.id("data") for cell in load(tmp_path, split="leave_one_out", training=training).cells()]
+
+    assert ids({"sgd_lr": 1.0}) == ids({}) != ids({"optimizer": "adam_then_sgd"})
+    assert ids({"optimizer": "adam_then_sgd"}) != ids({"optimizer": "adam_then_sgd", "sgd_lr": 1.0})
+
+
+def test_a_backbone_may_train_otherwise_than_the_others(tmp_path: Path) -> None:
+    suite = load(
+        tmp_path,
+        backbones=["hstu", {"sasrec": {"layers": 1, "training": {"epochs": 7}}}],
+        training={"epochs": 3, "lr": 0.1},
+    )
+    settings = {cell.backbone.name: (cell.training["epochs"], cell.training["lr"]) for cell in suite.cells()}
+    assert settings == {"hstu": (3, 0.1), "sasrec": (7, 0.1)}
+    assert suite.backbones[1].params == {"layers": 1}
+
+
 def test_grids_are_expanded(tmp_path: Path) -> None:
     suite = load(
         tmp_path,
@@ -390,6 +424,7 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",
+            "optimizer": "adam_then_sgd",
         }.items()),
         *({"backbones": [{"sasrec": {"layers": 1, "dim": 8, **change}}, {"hstu": change}]} for change in (
             {"dim": 16}, {"max_length": 20}, {"dropout": 0.0}, {"head": "dot"}, {"temperature": 1.0}, {"layers": 3},

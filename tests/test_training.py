@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,87 @@ def test_no_pickle_is_ever_read_or_written(split, tmp_path, monkeypatch):
     epochs = []
     fit(fresh(split), split, Training(epochs=1, batch_size=64), 0, bomb, lambda p: epochs.append(p.epoch))
     assert set(epochs) == {0}
+
+
+# --- Adam, then SGD -------------------------------------------------------------------------------------------------
+
+SWITCHING = Training(epochs=5, batch_size=32, lr=5e-3, patience=1, optimizer="adam_then_sgd", sgd_lr=0.3)
+STALLS = (0.2, 0.1, 0.25, 0.3, 0.28)  # Adam stalls after its second epoch, SGD does not
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The optimizer and learning rate of every step, and the item embeddings that it starts from."""
+    taken = []
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+
+        def step(self, *args, inner=kind.step, name=kind.__name__):
+            group = self.param_groups[0]
+            taken.append((name, group["lr"], group["params"][0].detach().clone()))
+            return inner(self, *args)
+
+        monkeypatch.setattr(kind, "step", step)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "epochs", "best", "after"),
+    [
+        ((0.1, 0.2, 0.3, 0.4, 0.5), 1, 5, 5, None),  # Adam never stalls
+        (STALLS, 1, 5, 4, 2),
+        ((0.3, 0.2, 0.1), 1, 3, 1, 2),  # SGD finds nothing better: Adam's best stays
+        ((0.3, 0.2, 0.1, 0.2, 0.25), 2, 5, 1, 3),
+        ((0.1, 0.2, 0.1, 0.1, 0.3), 2, 5, 5, 4),
+        ((0.1, 0.2, 0.3, 0.3, 0.2), 2, 5, 3, None),  # the stall and the last epoch coincide
+    ],
+)
+def test_sgd_takes_over_where_adam_stalls(split, tmp_path, scores, steps, values, patience, epochs, best, after):
+    seen, backbone = scores(*values), fresh(split)
+    settings = replace(SWITCHING, patience=patience)
+    result = fit(backbone, split, settings, 0, tmp_path)
+    assert (result.epochs, result.best_epoch, result.best_ndcg, result.sgd_after) == (
+        epochs, best, max(values), after,
+    )  # fmt: skip
+    assert_equal(weights(backbone), seen[best - 1])
+    n = len(steps) // epochs
+    adam = n * (epochs if after is None else after)
+    assert [name for name, _, _ in steps] == ["AdamW"] * adam + ["SGD"] * (len(steps) - adam)
+    rates = [(5e-3 if i < adam else 0.3) * training._schedule(i / n, 5) for i in range(len(steps))]
+    assert [rate for _, rate, _ in steps] == pytest.approx(rates)
+    if after is not None:  # SGD goes on from the best epoch of Adam, not from the last
+        at_switch = int(np.argmax(values[:after]))
+        assert torch.equal(steps[adam][2], seen[at_switch]["items.weight"])
+        assert not torch.equal(seen[at_switch]["items.weight"], seen[after - 1]["items.weight"])
+
+
+def test_adam_alone_never_switches(split, tmp_path, scores, steps):
+    scores(*STALLS)
+    result = fit(fresh(split), split, replace(SWITCHING, optimizer="adam"), 0, tmp_path)
+    assert (result.epochs, result.best_epoch, result.sgd_after) == (2, 1, None)
+    assert {name for name, _, _ in steps} == {"AdamW"}
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])  # with Adam, at the switch, after it, with a better SGD epoch behind
+def test_a_killed_fit_goes_on_with_the_optimizer_it_had(split, tmp_path, scores, steps, epoch):
+    scores(*STALLS)
+    whole = fresh(split)
+    want = fit(whole, split, SWITCHING, 7, tmp_path / "whole")
+    order = [name for name, _, _ in steps]
+    scores(*STALLS)
+    with pytest.raises(Killed):
+        fit(fresh(split), split, SWITCHING, 7, tmp_path / "killed", kill_at(epoch, 3))
+    where = json.loads((tmp_path / "killed" / "resume.json").read_text())
+    assert (where["epoch"], where["sgd_after"]) == (epoch, 2 if epoch > 2 else None)
+    steps.clear()
+    scores(*STALLS[epoch:])
+    backbone = fresh(split)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(1.0)
+    result = fit(backbone, split, SWITCHING, 7, tmp_path / "killed")
+    assert_equal(weights(backbone), weights(whole))
+    assert replace(result, seconds=want.seconds) == want
+    assert [name for name, _, _ in steps] == order[epoch * (len(order) // 5) :]
 
 
 # --- schedule and precision -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Sizes:
 class AttentionBackbone(Backbone):
     """A stack of `layers` blocks over item and learned position embeddings."""
 
-    Config = Sizes
+    Config: ClassVar[type] = Sizes
     blocks: Any  # an nn.ModuleList of `Block`s
 
     def __init__(self, config: Sizes, n_items: int, block: Callable[[], Block]) -> None:
@@ -139,11 +139,14 @@ class AttentionBackbone(Backbone):
             event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
             pair = block.attend_flops(1, event)
             if step == "statistics":
-                total += 2 * own["keys"].shape[1] * block_pairs(tokens) * stats.column_sum
-                total += event.fields["keys"].flops(stats.window * tokens)
+                total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
+                total += block.logit_flops(stats.window * tokens, event)
                 continue
             total += block.linear_flops(tokens)
-            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * (tokens + raw))
+            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * tokens)
+            if raw:
+                rebuilt = {k: Dense(v.expand(-1, -1, raw, -1)) for k, v in own.items()}
+                total += block.attend_flops(tokens, Segment(rebuilt, Slots(torch.full((1, 1), raw))))
             if state is not None and state.layers:
                 total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
         return total

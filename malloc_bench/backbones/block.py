@@ -31,6 +31,8 @@ class Block(nn.Module):
     A structural compressor swaps this module for one of its own.
     """
 
+    heads: int  # of the queries; what is stored may have fewer
+
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """x [B, M, d] -> queries [B, H, M, D], fields to store [B, H, M, D] each, and a gate for `combine`."""
@@ -73,6 +75,10 @@ class Block(nn.Module):
     def linear_flops(self, tokens: int) -> int:
         """Of `project` and `combine`: each linear map sees each token once."""
         return 2 * tokens * sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
+
+    def logit_flops(self, queries: int, segment: Segment) -> int:
+        """Of `logits` over a segment, per user."""
+        return segment.fields["keys"].flops(queries)
 
     def attend_flops(self, queries: int, segment: Segment) -> int:
         """Of `logits` and `mix` over a segment, per user."""

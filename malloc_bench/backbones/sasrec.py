@@ -15,16 +15,19 @@ from malloc_bench.registry import register
 
 
 class SASRecBlock(Block):
-    """x + Attention(LN x), then x + FFN(LN x) with a ReLU between two d x d maps (paper, section 3.2)."""
+    """x + Attention(LN x), then x + FFN(LN x) with a ReLU between two d x d maps (paper, section 3.2).
 
-    def __init__(self, dim: int, heads: int, rate: float) -> None:
+    For its kin: a feed-forward `wider` times d, and matrices alone, maps and norms without a vector to learn.
+    """
+
+    def __init__(self, dim: int, heads: int, rate: float, wider: int = 1, vectors: bool = True) -> None:
         super().__init__()
         self.heads, self.rate = heads, rate
         self.scale = (dim // heads) ** -0.5
-        self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_attention, self.norm_ffn = (nn.LayerNorm(dim, elementwise_affine=vectors) for _ in range(2))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=vectors)
+        self.out = nn.Linear(dim, dim, bias=vectors)
+        self.up, self.down = nn.Linear(dim, wider * dim, bias=vectors), nn.Linear(wider * dim, dim, bias=vectors)
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -157,8 +157,8 @@ def survives_degenerate_histories(compressor: Compressor, world: World) -> None:
     for name, lengths in (("constant", LENGTHS), ("outlier", LENGTHS), ("one", (1, 1)), ("empty", (0, 0))):
         prefill = world.prefill(compressor.needs, lengths, constant=name == "constant")
         if name == "outlier":
-            prefill.keys(0)[:, 0, 0, 0] = 1e6
-            prefill.values(0)[:, 0, 0, 0] = 1e6
+            for vectors in prefill.segment(0).fields.values():
+                vectors.dense()[:, 0, 0, 0] = 1e6
         for budget in _budgets(compressor, some=True):
             state = compressor.compress(prefill, budget)
             assert bool(world.read(state, lengths=lengths).isfinite().all()), f"{name} at {budget}"

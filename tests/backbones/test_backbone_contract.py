@@ -9,15 +9,9 @@ from malloc_bench.testing.backbones import BACKBONE_PROMISES
 from malloc_bench.testing.worlds import LENGTHS, close
 
 CASES = (
-    "sasrec",
-    "sasrec-2-heads",
-    "hstu-times",
-    "hstu-times-2-heads",
-    "hstu",
-    "hstu-2-heads",
-    "climber",
-    "climber-times-2-heads",
-)
+    "sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "lsrm-2-heads",
+    "marm", "marm-2-heads", "climber", "climber-times-2-heads",
+)  # fmt: skip
 
 
 def test_every_registered_backbone_is_here():

@@ -1,4 +1,4 @@
-"""SASRec and HSTU against plain float64 code written from the papers, and statistics from whole attention matrices."""
+"""Backbones against plain float64 code written from the papers, and statistics from whole attention matrices."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from malloc_bench.state import Batch, Dense, Events, Segment, Slots, Stats, User
 from malloc_bench.testing import histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
-CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads")
+CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "lsrm-2-heads")
 
 
 def layer_norm(x, weight=None, bias=None):
@@ -70,11 +70,25 @@ def sasrec(p, config, items, times, following):
     return x / x.norm(dim=-1, keepdim=True), maps
 
 
+def lsrm(p, config, items, times, following):
+    s, d, h = len(items), config.dim, config.heads
+    x = p["items.weight"][items] * d**0.5 + p["positions.weight"][:s]
+    maps, future = [], torch.ones(s, s, dtype=torch.bool).triu(1)
+    for i in range(config.layers):
+        qkv, out, up, down = (p[f"blocks.{i}.{name}.weight"].T for name in ("qkv", "out", "up", "down"))
+        q, k, v = (y.view(s, h, d // h).transpose(0, 1) for y in (layer_norm(x) @ qkv).chunk(3, -1))
+        maps.append((q @ k.mT / (d // h) ** 0.5).masked_fill(future, -torch.inf).softmax(-1))
+        x = x + torch.cat(list(maps[-1] @ v), -1) @ out
+        hidden = layer_norm(x) @ up
+        x = x + (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) @ down
+    return layer_norm(x), maps
+
+
 def reference(backbone, events, user):
     n = int(events.count[user])
     p = {name: x.double() for name, x in backbone.state_dict().items()}
     times = events.times[user, :n] if backbone.uses_times else None
-    model = hstu if backbone.name == "hstu" else sasrec
+    model = {"hstu": hstu, "sasrec": sasrec, "lsrm": lsrm}[backbone.name]
     return model(p, backbone.config, events.items[user, :n].long(), times, events.next_times[user, :n])
 
 

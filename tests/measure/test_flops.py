@@ -22,12 +22,17 @@ PARAMS = {  # beside the defaults
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
-BACKBONES = [("sasrec", False), ("hstu", False), ("hstu", True)]
+BACKBONES = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
 
 
 def build(name, has_time, length):
     torch.manual_seed(0)
     return get_backbone(name, ITEMS, has_time, layers=LAYERS, heads=HEADS, dim=DIM, max_length=length).eval()
+
+
+def supported(method, backbone):
+    if why := method.supports(backbone):
+        pytest.skip(why)
 
 
 def budget(method, fraction=0.4):
@@ -51,6 +56,7 @@ def per_user(fn, users):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work):
     backbone = build(name, has_time, work.max_length)
+    supported(method, backbone)
     events, tokens, new = work.events(ITEMS)
     with torch.inference_mode():
         full = backbone.prefill(events, stats=method.needs)
@@ -85,6 +91,7 @@ def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, name, has_t
 def test_padded_widths_count(method, name, has_time):
     """Users of 40, 7, 1 and 0 events side by side: the work is that of the widest."""
     backbone, work = build(name, has_time, 41), Workload(4, 40)
+    supported(method, backbone)
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
