@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .cards import Card
+if TYPE_CHECKING:
+    from .cards import Card
 
 
 @dataclass(frozen=True)
