@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from malloc_bench.backbones.base import Backbone, check_sizes
 from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.losses import dropout, next_item_loss
-from malloc_bench.backbones.statistics import newest, observed
+from malloc_bench.backbones.statistics import newest, observed, over_group
 from malloc_bench.state import Batch, Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
 
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
@@ -182,11 +182,11 @@ def fill(
         q, own, gate = block.project(x)
         if stats.column_sum:
             mixed, received = observed(block, q, own, places, asked, slots.mask(x.shape[1])[:, 0])
-            sums.append(received)
+            sums.append(over_group(received, own))
         else:
             mixed = block.causal(q, own, places, asked)
         if stats.window:
-            windows.append(newest(block, q, own, places, asked, count, stats.window))
+            windows.append(over_group(newest(block, q, own, places, asked, count, stats.window), own))
         x = block.combine(x, mixed, gate)
         layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
     return layers, sums, windows

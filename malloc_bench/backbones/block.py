@@ -28,14 +28,24 @@ class Places:
 class Block(nn.Module):
     """One layer: what is stored of an event, how a token weighs the slots, what becomes of the mixture.
 
-    A structural compressor swaps this module for one of its own.
+    A structural compressor swaps this module for one of its own. It can where `fused` names the linear map from which
+    queries, fields to store and gate all come: `parts` are their widths, in the map's order.
     """
 
-    heads: int  # of the queries; what is stored may have fewer
+    heads: int  # of the queries
+    stored_heads: int  # of the fields that `split` gives
+    fused: str | None = None
+    parts: dict[str, int]
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """x [B, M, d] -> queries [B, H, M, D], fields to store [B, H, M, D] each, and a gate for `combine`."""
+
+    def split(self, mapped: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """What `project` gives, from the outputs [B, M, sum of widths] of the fused map."""
+        part = dict(zip(self.parts, mapped.split(list(self.parts.values()), -1)))
+        q, gate = _by_head(part.pop("queries"), self.heads), part.pop("gate", None)
+        return q, {name: _by_head(part[name], self.stored_heads).contiguous() for name in sorted(part)}, gate
 
     @abstractmethod
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
@@ -87,6 +97,11 @@ class Block(nn.Module):
     def causal_pairs(self, slots: int) -> int:
         """Pairs of query and key that `causal` multiplies."""
         return block_pairs(slots)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, M, heads x D] -> [B, heads, M, D]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def block_pairs(slots: int) -> int:

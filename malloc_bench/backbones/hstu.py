@@ -46,9 +46,12 @@ def relative_bias(position_bias: Tensor, time_bias: Tensor | None, distance: Ten
 class HSTUBlock(Block):
     """U, V, Q, K = SiLU(LN(x) W); A = SiLU(QK' + bias) / N; output x + W_o dropout(U * LN(AV)) (paper, eq. 1-3)."""
 
+    fused = "uvqk"
+
     def __init__(self, dim: int, heads: int, rate: float, max_length: int, times: bool) -> None:
         super().__init__()
-        self.heads, self.rate, self.dim = heads, rate, dim
+        self.heads, self.stored_heads, self.rate, self.dim = heads, heads, rate, dim
+        self.parts = dict.fromkeys(("gate", "values", "queries", "keys"), dim)
         self.normaliser = max_length  # a constant, whatever the number of slots
         self.uvqk = nn.Linear(dim, 4 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
@@ -58,9 +61,7 @@ class HSTUBlock(Block):
         nn.init.xavier_uniform_(self.out.weight)
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        u, vqk = F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:]))).split([self.dim, 3 * self.dim], -1)
-        v, q, k = vqk.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, {"keys": k.contiguous(), "values": v.contiguous()}, u
+        return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:]))))
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -47,6 +47,8 @@ class MARMBlock(SASRecBlock):
     q.(W_k h) = (W_k' q).h and sum w (W_v h) = W_v (sum w h): a token costs O(n d) a head, and no key or value is made.
     """
 
+    fused = None  # it stores no keys and values
+
     def __init__(self, config: MARMSizes) -> None:
         super().__init__(config.dim, config.heads, config.dropout)
         self.search, self.top_k, self.groups = config.search, config.top_k, config.groups

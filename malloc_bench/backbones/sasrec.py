@@ -20,9 +20,12 @@ class SASRecBlock(Block):
     For its kin: a feed-forward `wider` times d, and matrices alone, maps and norms without a vector to learn.
     """
 
+    fused = "qkv"
+
     def __init__(self, dim: int, heads: int, rate: float, wider: int = 1, vectors: bool = True) -> None:
         super().__init__()
-        self.heads, self.rate = heads, rate
+        self.heads, self.stored_heads, self.rate = heads, heads, rate
+        self.parts = dict.fromkeys(("queries", "keys", "values"), dim)
         self.scale = (dim // heads) ** -0.5
         self.norm_attention, self.norm_ffn = (nn.LayerNorm(dim, elementwise_affine=vectors) for _ in range(2))
         self.qkv = nn.Linear(dim, 3 * dim, bias=vectors)
@@ -30,8 +33,8 @@ class SASRecBlock(Block):
         self.up, self.down = nn.Linear(dim, wider * dim, bias=vectors), nn.Linear(wider * dim, dim, bias=vectors)
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
-        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q * self.scale, {"keys": k.contiguous(), "values": v.contiguous()}, None
+        q, own, _ = self.split(self.qkv(self.norm_attention(x)))
+        return q * self.scale, own, None
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         x = x + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.rate, self.training)

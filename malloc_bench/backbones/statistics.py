@@ -39,3 +39,12 @@ def newest(
     mask = (torch.arange(s, device=q.device) <= at[..., None])[:, None]  # [B, 1, W, S]
     (weights,) = block.weigh([logits], [mask | (at < 0)[:, None, :, None]], [None])
     return weights * (at >= 0)[:, None, :, None]
+
+
+def over_group(weights: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """Mean |weight| over the query heads that share a stored head, [B, H, ...] -> [B, H', ...]; as it is without any.
+
+    Absolute values, for signs of different heads do not make up for one another.
+    """
+    stored = next(iter(own.values())).shape[1]
+    return weights if weights.shape[1] == stored else weights.unflatten(1, (stored, -1)).abs().mean(2)

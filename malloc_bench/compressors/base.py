@@ -2,11 +2,13 @@
 
 A new method is one file in a family's folder: a frozen dataclass with `@register`, whose fields are its parameters.
 Scoring methods subclass `Eviction` (selection.py) and write `scores`; methods that write vectors down otherwise
-subclass `Encoder`; everything else subclasses `Compressor`.
+subclass `Encoder`; methods that change the backbone before it is trained subclass `Structural`; everything else
+subclasses `Compressor`.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -125,8 +127,13 @@ class Compressor(ABC):
         """False where the size follows from the parameters: one cell with a null budget."""
         return True
 
+    @property
+    def structural(self) -> Structural | None:
+        """What the backbone must be adapted by, and trained with, before `compress`; None for most."""
+        return None
+
     def supports(self, backbone: Backbone) -> str | None:
-        """None, or why the pair makes no sense: the row is skipped with that reason."""
+        """None, or why the pair makes no sense with the backbone as it is: the row is skipped with that reason."""
         return None
 
     def accepts(self, budget: Budget) -> str | None:
@@ -166,6 +173,34 @@ class Encoder(Compressor):
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         return self.encode(prefill.state)
+
+
+class Structural(Compressor):
+    """Changes how a backbone makes its state, before training; the state is the one that the adapted backbone makes.
+
+    Its differences to the full state carry training noise.
+    """
+
+    @property
+    def takes_budget(self) -> bool:
+        return False
+
+    @property
+    def structural(self) -> Structural:
+        return self
+
+    @abstractmethod
+    def adapt(self, backbone: Backbone) -> None:
+        """Swap modules of a fresh backbone for the method's own; where the state's fields change, so do `fields`."""
+
+    def adapted(self, backbone: Backbone) -> Backbone:
+        """A copy, adapted."""
+        made = copy.deepcopy(backbone)
+        self.adapt(made)
+        return made
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        return prefill.state
 
 
 def dense_layout(

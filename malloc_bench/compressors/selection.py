@@ -58,7 +58,7 @@ class TokenMethod(Compressor):
 
     def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
         length = torch.stack([view.slots(0).count[:, 0].long() for view in prefill.apart()]).sum(0)
-        target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+        target = budget.target(prefill.full_bytes())
         if target is None:
             return length.clamp(max=budget.slots)
         return slots_within(target, length, self.sizes(prefill))

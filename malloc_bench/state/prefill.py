@@ -44,10 +44,13 @@ class Prefill:
     column_sum: a layer each, [B, H, S]: sum over the history's queries of the |attention weight| on each slot
         (mean over the query heads that share a kv-head). Softmax weights are their own absolute values.
     window: a layer each, [B, H, W, S]: signed weights of the newest W queries, oldest first; rows of users with fewer
-        than W events start with zeros. Both statistics are 0 on slots that a user does not have.
+        than W events start with zeros. Where query heads share a kv-head: the mean of their absolute values. Both
+        statistics are 0 on slots that a user does not have.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
     stacks: the layers are this many stacks of equal depth, each over slots of its own (Climber's blocks).
+    whole: [B] bytes that budgets are fractions of; None: those of `state`. Behind a structural compressor they are the
+        bytes of the full state that the un-adapted backbone makes.
     """
 
     state: UserState
@@ -58,6 +61,7 @@ class Prefill:
     seed: int = 0
     uses_positions: bool = False
     stacks: int = 1
+    whole: Tensor | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -118,6 +122,10 @@ class Prefill:
         if rows < min(window, slots):
             raise MissingStatistic(f"the newest {window} queries are asked for, only {rows} were observed")
         return self.window[layer][:, :, -window:]
+
+    def full_bytes(self) -> Tensor:
+        """[B] int64: what a budget of 1 comes to."""
+        return self.remember("full bytes", self.state.nbytes) if self.whole is None else self.whole
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """make() once per Prefill and key, so that one score serves every budget."""

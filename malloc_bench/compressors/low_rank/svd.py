@@ -50,7 +50,7 @@ class SVD(Encoder):
             raise ValueError("svd needs a budget or a rank")
         if budget.fraction is not None and budget.fraction >= 1:
             return prefill.state
-        target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+        target = budget.target(prefill.full_bytes())
         if target is None:
             raise ValueError(self.accepts(budget))
         fixed, step = self._sizes(prefill)

@@ -1,0 +1,53 @@
+"""Grouped-query attention: several query heads share a head of keys and values."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.heads.shared import SharedHeads, layers, narrow, outputs, refusal, swap
+from malloc_bench.registry import register
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
+
+class FewerHeads(Structural):
+    """Keys and values in `n_kv_heads` heads, queries in all of theirs."""
+
+    family = "heads"
+    n_kv_heads: int
+
+    def supports(self, backbone: "Backbone") -> str | None:
+        if why := refusal(self.name, backbone):
+            return why
+        heads = layers(backbone)[0].heads
+        if heads > self.n_kv_heads and heads % self.n_kv_heads == 0:
+            return None
+        return f"{self.name} needs more heads than its {self.n_kv_heads} and a multiple of that, {backbone.name} has {heads}"
+
+    def adapt(self, backbone: "Backbone") -> None:
+        for block in layers(backbone):
+            rows, width = outputs(block), block.parts["keys"] // block.heads * self.n_kv_heads
+            narrow(block, rows | {name: rows[name][:width] for name in ("keys", "values")})
+            block.stored_heads = self.n_kv_heads
+            swap(block, SharedHeads)
+
+
+@register("gqa")
+@dataclass(frozen=True)
+class GQA(FewerHeads):
+    """Neighbouring query heads share keys and values (Ainslie et al., EMNLP 2023).
+
+    n_kv_heads: heads of keys and values; the backbone's heads must be a larger multiple of it. Ours: trained from the
+    start, where the paper pools the heads of a trained model and trains on.
+    """
+
+    n_kv_heads: int = 2
+
+    paper = "GQA, Ainslie et al., EMNLP 2023, arXiv 2305.13245"
+    formula = "query head h reads keys and values of head floor(h x n_kv_heads / heads)"
+    stores = "keys and values of every event in n_kv_heads heads"
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads < 1:
+            raise ValueError(f"gqa: n_kv_heads must be at least 1, not {self.n_kv_heads}")
