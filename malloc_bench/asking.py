@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -25,11 +26,11 @@ class Asked(Protocol):
     history: Events
     tokens: Events
 
-    def read(self, state: UserState) -> Tensor:
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
         """Outputs, [B, ...]."""
 
-    def judge(self, outputs: Tensor) -> list[Values]:
-        """What is kept of C methods' outputs [C, B, ...], under `columns`; the first is the full state's."""
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        """What is kept of all outputs, [C, B, ...] of each backbone, under `columns`; the first is the full state's."""
 
 
 class NextItem:
@@ -38,22 +39,21 @@ class NextItem:
     columns: ClassVar[dict[str, Any]] = {"rank": np.int32, "overlap": np.float32}
 
     def __init__(self, backbone: Backbone, split: Split, rows: np.ndarray, filter_seen: bool) -> None:
-        self.backbone, self.table = backbone, backbone.catalogue()
+        device = next(backbone.parameters()).device
         users, at = split.test.users[rows], split.test.at[rows]
         events = window(split.dataset, users, at, backbone.max_length)
         asked = split_newest(events), question(split.dataset, users, at, filter_seen)
-        (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(self.table.device), asked)
+        (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(device), asked)
 
-    def read(self, state: UserState) -> Tensor:
-        return self.backbone.read(self.tokens, state)[:, 0]
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
+        return backbone.read(self.tokens, state)[:, 0]
 
-    def judge(self, outputs: Tensor) -> list[Values]:
-        ranks, top = rank(outputs, self.table, self.question, tops=True)
-        assert top is not None
-        shares = overlap(top, top[0])
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        found = [rank(hidden, backbone.catalogue(), self.question, tops=True) for backbone, hidden in outputs]
+        ranks, tops = (torch.cat([each[i] for each in found]) for i in range(2))  # type: ignore[misc]
         return [
             {"rank": r.cpu().numpy().astype(np.int32), "overlap": s.cpu().numpy().astype(np.float32)}
-            for r, s in zip(ranks, shares)
+            for r, s in zip(ranks, overlap(tops, tops[0]))
         ]
 
 
@@ -63,25 +63,24 @@ class Candidates:
     columns: ClassVar[dict[str, Any]] = {"logits": np.float32, "agreement": np.float32, "logit_error": np.float32}
 
     def __init__(self, backbone: Backbone, data: Exposures, rows: np.ndarray) -> None:
-        self.backbone = backbone
-        device = backbone.catalogue().device
+        device = next(backbone.parameters()).device
         asked = ask(data, data.test.rows(rows), backbone.max_length)[:2]
         self.history, self.tokens = map_tensors(lambda x: x.to(device), asked)
         self.width = data.width
 
-    def read(self, state: UserState) -> Tensor:
-        return self.backbone.score(self.backbone.read(self.tokens, state), self.tokens)
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
+        return backbone.score(backbone.read(self.tokens, state), self.tokens)
 
-    def judge(self, outputs: Tensor) -> list[Values]:
-        real = self.tokens.mask()
-        kept = torch.full((*outputs.shape[:2], self.width), torch.nan, device=outputs.device)
-        kept[..., : outputs.shape[2]] = torch.where(real, outputs.float(), torch.nan)
-        error = ((outputs - outputs[0]).abs() * real).sum(-1) / real.sum(-1)
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        scores, real = torch.cat([each for _, each in outputs]), self.tokens.mask()
+        kept = torch.full((*scores.shape[:2], self.width), torch.nan, device=scores.device)
+        kept[..., : scores.shape[2]] = torch.where(real, scores.float(), torch.nan)
+        error = ((scores - scores[0]).abs() * real).sum(-1) / real.sum(-1)
         return [
             {
                 "logits": logits.cpu().numpy(),
-                "agreement": agreement(own, outputs[0], real).cpu().numpy(),
+                "agreement": agreement(own, scores[0], real).cpu().numpy(),
                 "logit_error": gap.cpu().numpy().astype(np.float32),
             }
-            for logits, own, gap in zip(kept, outputs, error)
+            for logits, own, gap in zip(kept, scores, error)
         ]

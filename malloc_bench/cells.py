@@ -70,6 +70,11 @@ class Part:
         return _identity(cls, asdict(cls.Config(**self.params)))
 
     @cached_property
+    def structural(self) -> dict[str, Any] | None:
+        """The content of what the backbone is adapted by and trained with; None: by nothing."""
+        return _content(self.build().structural)
+
+    @cached_property
     def probes(self) -> list[Backbone]:
         """The backbone without weights, for data without and with times: to be asked what fits it.
 
@@ -124,6 +129,11 @@ class Cell:
     def budget_text(self) -> str | None:
         """The `budget` column of its row."""
         return None if self.budget is None else budget_text(self.budget.value())
+
+    @property
+    def plain(self) -> Cell:
+        """The full state of the backbone as it is: what the cell is compared with."""
+        return replace(self, compressor=Part("full"), budget=None)
 
     def payload(self) -> dict[str, Any]:
         """What defines the cell's results, but for the data: no name of a suite, no key order, no omitted default."""

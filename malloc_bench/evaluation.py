@@ -1,10 +1,10 @@
-"""prefill -> compress -> read -> judge: one prefill per chunk of users serves every method and budget."""
+"""prefill -> compress -> read -> judge: one prefill per chunk of users and backbone serves every method and budget."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Protocol
 
@@ -34,11 +34,15 @@ class OverBudget(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One method at one budget; `id` names its results."""
+    """One method at one budget; `id` names its results.
+
+    backbone: trained as the structural part of the compressor has adapted it; None: the one that is evaluated.
+    """
 
     id: str
     compressor: Compressor
     budget: Budget | None = None
+    backbone: Backbone | None = None
 
 
 class Store(Protocol):
@@ -89,10 +93,12 @@ def evaluate(
 ) -> Evaluation:
     """Every job on every test target or request; the full state is always read too, as the reference of fidelity.
 
+    Jobs with a backbone of their own are held against the same reference, and their budgets are shares of its bytes.
     A job that raises is left out from there on, with its traceback in `failed`; the others go on. Only what is not in
     `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk.
     """
-    backbone.eval()
+    for model in {backbone, *(job.backbone or backbone for job in jobs)}:
+        model.eval()
     parts = chunks(backbone, split)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Exposures) else NextItem).columns, **SIZES}
@@ -134,35 +140,43 @@ def _asked(backbone: Backbone, split: Split | Exposures, rows: np.ndarray, filte
 def _chunk(
     backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, failed: dict[str, str], packed: Tensor
 ) -> dict[str, Values]:
-    """Values of the jobs for the users of one chunk."""
-    needs = reduce(Stats.__or__, (job.compressor.needs for job in jobs), Stats())
-    prefill = backbone.prefill(asked.history, ids, needs, seed)
-    full_bytes = prefill.remember("full bytes", prefill.state.nbytes)
-
-    reference = asked.read(prefill.state)
-    outputs, sizes, done = [reference], [full_bytes], [REFERENCE]
-    for job in jobs:
-        if job.id == REFERENCE:
-            continue
-        try:
-            state = job.compressor.compress(prefill, job.budget)
-            size = checked_bytes(job, prefill, state, packed)
-            out = reference if state is prefill.state else asked.read(state)
-            if not bool(out.isfinite().all()):
-                raise ValueError("outputs read from the compressed state are not finite")
-        except Exception:  # a failing cell is a failed row; the others go on
-            failed[job.id] = traceback.format_exc()
-            continue
-        outputs.append(out)
-        sizes.append(size)
-        done.append(job.id)
+    """Values of the jobs for the users of one chunk, backbone by backbone: one prefill is held at a time."""
+    done: list[tuple[Job, Tensor]] = []
+    outputs: list[tuple[Backbone, Tensor]] = []
+    reference = Job(REFERENCE, get_compressor("full"))
+    others = [job for job in jobs if job.id != REFERENCE]
+    whole = None  # bytes of the full state
+    for model in dict.fromkeys([backbone, *(job.backbone or backbone for job in others)]):
+        own = [job for job in others if (job.backbone or backbone) is model]
+        needs = reduce(Stats.__or__, (job.compressor.needs for job in own), Stats())
+        prefill = replace(model.prefill(asked.history, ids, needs, seed), whole=whole)
+        full = asked.read(model, prefill.state)
+        found = []
+        if model is backbone:
+            whole = prefill.full_bytes()
+            found, done = [full], [(reference, whole)]
+        for job in own:
+            try:
+                state = job.compressor.compress(prefill, job.budget)
+                size = checked_bytes(job, prefill, state, packed)
+                out = full if state is prefill.state else asked.read(model, state)
+                if not bool(out.isfinite().all()):
+                    raise ValueError("outputs read from the compressed state are not finite")
+            except Exception:  # a failing cell is a failed row; the others go on
+                failed[job.id] = traceback.format_exc()
+                continue
+            found.append(out)
+            done.append((job, size))
+        if found:
+            outputs.append((model, torch.stack(found)))
+    assert whole is not None
     return {
-        name: {
+        job.id: {
             **values,
             "bytes": size.cpu().numpy().astype(np.int64),
-            "at_floor": _at_floor(next((j for j in jobs if j.id == name), None), full_bytes, size),
+            "at_floor": _at_floor(job, whole, size),
         }
-        for name, size, values in zip(done, sizes, asked.judge(torch.stack(outputs)))
+        for (job, size), values in zip(done, asked.judge(outputs))
     }
 
 
@@ -175,7 +189,7 @@ def checked_bytes(job: Job, prefill: Prefill, state: UserState, packed: Tensor) 
     for user in packed.tolist():
         if len(state.pack(user)) != int(size[user]):
             raise OverBudget(f"user {user} packs to {len(state.pack(user))} bytes, nbytes() says {int(size[user])}")
-    target = None if job.budget is None else job.budget.target(prefill.remember("full bytes", prefill.state.nbytes))
+    target = None if job.budget is None else job.budget.target(prefill.full_bytes())
     if target is not None:
         allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
         if bool((size > allowed).any()):
@@ -184,9 +198,9 @@ def checked_bytes(job: Job, prefill: Prefill, state: UserState, packed: Tensor) 
     return size
 
 
-def _at_floor(job: Job | None, full: Tensor, size: Tensor) -> np.ndarray:
+def _at_floor(job: Job, full: Tensor, size: Tensor) -> np.ndarray:
     """Users whose budget lies below the smallest state the method can make."""
-    target = None if job is None or job.budget is None else job.budget.target(full)
+    target = None if job.budget is None else job.budget.target(full)
     if target is None:
         return np.zeros(len(size), dtype=bool)
     return (size > target).cpu().numpy()

@@ -51,8 +51,9 @@ def make_plan(
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
     for cell, group in groups(plan):
         data = datasets[cell.dataset]
-        if not (checkpoint_folder(cell, data) / "fit.json").exists():
-            result.estimate += data.n_events * cell.training["epochs"] / 20_000  # targets a second
+        needed = {checkpoint_folder(each, data) for each in (cell.plain, *(member.cell for member in group))}
+        untrained = sum(not (folder / "fit.json").exists() for folder in needed)
+        result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
         result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
     return result
 
@@ -75,7 +76,10 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
 
 
 def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
-    """Where the trained backbone of a cell is kept, named by all that its weights depend on."""
+    """Where the trained backbone of a cell is kept, adapted if its compressor is structural, named by all that its
+
+    weights depend on.
+    """
     parts: dict[str, Any] = {
         "data": dataset.hash,
         "split": cell.split and cell.split.value(),
@@ -84,5 +88,6 @@ def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
     }
     if not cell.filter_seen:  # the best epoch was chosen so
         parts["filter_seen"] = False
-    key = cell_id({**parts, "structural": None, "training": cell.training, "seed": cell.seed})
+    structural = cell.compressor.structural
+    key = cell_id({**parts, "structural": structural, "training": cell.training, "seed": cell.seed})
     return home() / "checkpoints" / f"{cell.dataset}-{cell.backbone.name}-{key[:16]}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.cells import Cell
+from malloc_bench.compressors import Structural
 from malloc_bench.data import Dataset
 from malloc_bench.data.ceilings import Ceilings
 from malloc_bench.data.exposures import Exposures
@@ -29,7 +30,7 @@ from malloc_bench.progress import Watch
 from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
 from malloc_bench.rows import accuracy, ceilings, per_user
 from malloc_bench.run_folder import Chunks, LockedError, locked, write_manifest
-from malloc_bench.state import Stats, UserState
+from malloc_bench.state import Prefill, UserState
 from malloc_bench.suite import Suite
 from malloc_bench.training import Fit, Training, fit, tune_malloc
 
@@ -61,13 +62,19 @@ class Sitting:
             todo = [each for each in group if not self._skip(each)]
             if not todo:
                 continue
-            try:
+            with self._failing(todo):
                 self._group(cell, todo)
-            except (ResultsError, LockedError):
-                raise
-            except Exception:  # a group that cannot be trained is failed rows; the other groups go on
-                for each in todo:
-                    self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
+
+    @contextlib.contextmanager
+    def _failing(self, cells: Sequence[Planned]) -> Iterator[None]:
+        """What cannot be trained inside is a failed row of each of the cells; all others go on."""
+        try:
+            yield
+        except (ResultsError, LockedError):
+            raise
+        except Exception:
+            for each in cells:
+                self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
 
     def _skip(self, each: Planned) -> bool:
         why = each.cell.impossible
@@ -96,11 +103,13 @@ class Sitting:
     def _group(self, cell: Cell, todo: list[Planned]) -> None:
         split = self._split(cell)
         data = self.datasets[cell.dataset]
-        backbone, fitted, key = self._trained(cell, split)
+        trained = self._all_trained(cell, split, todo)
+        todo = [each for each in todo if _part(each) in trained]
+        backbone, _, key = trained[None]
         store = Chunks(self.folder / "partial" / key)
         if self.fresh:
             store.drop()
-        jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget) for each in todo]
+        jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0]) for each in todo]
         evaluation = evaluate(
             backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
@@ -110,17 +119,30 @@ class Sitting:
             for job, best in ceilings(known, evaluation, list(columns)).items():
                 columns[job] |= best
         resources = self._resources(cell, [job for job in jobs if job.id in columns])
-        shared = {
-            "params": sum(p.numel() for p in backbone.parameters()),
-            "train_seconds": fitted.seconds,
-            "device": str(self.device),
-            "hashes": {"data": data.hash, "checkpoint": key},
-        }
         for each in todo:
+            own, fitted, key = trained[_part(each)]
+            shared = {
+                "params": sum(p.numel() for p in own.parameters()),
+                "train_seconds": fitted.seconds,
+                "device": str(self.device),
+                "hashes": {"data": data.hash, "checkpoint": key},
+            }
             self._write(
                 each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
             )
         store.drop()
+
+    def _all_trained(
+        self, cell: Cell, split: Split | Exposures, todo: list[Planned]
+    ) -> dict[Structural | None, tuple[Backbone, Fit, str]]:
+        """The backbone of a group as it is, under None, and as the structural methods of its cells adapt it."""
+        trained: dict[Structural | None, Any] = {None: self._trained(cell.plain, split)}
+        for part in dict.fromkeys(map(_part, todo)):
+            if part is not None:
+                own = [each for each in todo if _part(each) == part]
+                with self._failing(own):
+                    trained[part] = self._trained(own[0].cell, split)
+        return trained
 
     def _knows_ceilings(self, cell: Cell, split: Split) -> bool:
         """On generated data as they are, the whole catalogue ranked."""
@@ -143,12 +165,19 @@ class Sitting:
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
         write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
-        return {"status": "ok", "per_user": path, **columns[each.id]}
+        noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
+        return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Exposures) -> tuple[Backbone, Fit, str]:
-        """The backbone of a group, trained now or before; a copy of its weights lies in the run folder."""
+        """A cell's backbone, adapted if the compressor is structural, trained now or before; a copy of its weights
+
+        lies in the run folder.
+        """
         folder = checkpoint_folder(cell, self.datasets[cell.dataset])
-        backbone = self._backbone(cell).to(self.device)
+        backbone, part = self._backbone(cell), cell.compressor.build().structural
+        if part:
+            part.adapt(backbone)
+        backbone = backbone.to(self.device)
         with locked(folder, wait=True):  # two runs that need the same weights train them once
             fitted = fit(
                 backbone, split, Training(**cell.training), cell.seed, folder, self.watch.fit, cell.filter_seen
@@ -199,7 +228,7 @@ class Sitting:
             "family": cell.compressor.family,
             "compressor": cell.compressor.name,
             "compressor_params": cell.compressor.params,
-            "structural": False,
+            "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
             "seed": cell.seed,
             "git_commit": environment.get("git_commit"),
@@ -242,17 +271,23 @@ class Sitting:
 def _costs(backbone: Backbone, jobs: list[Job], workload: measure.Workload) -> Iterator[tuple[str, dict[str, Any]]]:
     """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
     device = next(backbone.parameters()).device
-    prefill = workload.prefill(backbone, reduce(Stats.__or__, (job.compressor.needs for job in jobs)))
+    models = measure.adapted(backbone, [job.compressor for job in jobs], workload)
     _, tokens, _ = workload.events(backbone.n_items, device)
     for job in jobs:
+        own, prefill = models[job.compressor.structural]
 
-        def work(job: Job = job) -> UserState:
+        def work(job: Job = job, own: Backbone = own, prefill: Prefill = prefill) -> UserState:
             state = job.compressor.compress(replace(prefill, memo={}), job.budget)
-            backbone.read(tokens, state)
+            own.read(tokens, state)
             return state
 
         state, peak = measure.peak_memory(work, device)
-        yield job.id, {**measure.closed_form(backbone, job.compressor, state, workload), "peak_bytes": peak}
+        yield job.id, {**measure.closed_form(own, job.compressor, state, workload), "peak_bytes": peak}
+
+
+def _part(each: Planned) -> Structural | None:
+    """The structural part of a cell's compressor."""
+    return each.cell.compressor.build().structural
 
 
 def _last_line() -> str:

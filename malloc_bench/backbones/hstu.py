@@ -60,7 +60,7 @@ class HSTUBlock(Block):
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:]))))
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:

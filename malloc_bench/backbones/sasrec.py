@@ -20,7 +20,7 @@ class SASRecBlock(Block):
     For its kin: a feed-forward `wider` times d, and matrices alone, maps and norms without a vector to learn.
     """
 
-    fused = "qkv"
+    fused: str | None = "qkv"
 
     def __init__(self, dim: int, heads: int, rate: float, wider: int = 1, vectors: bool = True) -> None:
         super().__init__()

@@ -6,19 +6,21 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from malloc_bench.backbones import Backbone
-from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.compressors import Budget, Compressor, Structural
 from malloc_bench.measure.environment import load
 from malloc_bench.state import Events, Prefill, Stats
 from malloc_bench.training import tune_malloc
+
+K = TypeVar("K", bound=Hashable)
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +87,11 @@ class Samples:
 class Timing:
     """Raw times of one cell; every call serves the whole batch of `users`.
 
-    prefill: the plain prefill, the same for all cells. statistics: what gathering this method's attention statistics
-    took beyond it, measured in turns with it and round by round (noise can make a round negative); None where it needs
-    none. compress: without its statistics. append: None for a state of raw events, whose append computes nothing.
-    full_append, full_read: the full state, measured in turns with this cell's: the fair partners of a ratio.
+    prefill: without statistics, the same for all cells of a backbone, adapted or not. statistics: what gathering this
+    method's attention statistics took beyond it, measured in turns with it and round by round (noise can make a round
+    negative); None where it needs none. compress: without its statistics. append: None for a state of raw events, whose
+    append computes nothing. full_append, full_read: the full state of the backbone as it is, measured in turns with
+    this cell's: the fair partners of a ratio.
     load: 1-minute load average when the cell began.
     """
 
@@ -146,12 +149,12 @@ def threads(n: int) -> Iterator[None]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[K, Callable[[], object]],
     device: str | torch.device = "cpu",
     seconds: float = 0.5,
     repeats: int = 5,
     most: int = 1000,
-) -> dict[str, Samples]:
+) -> dict[K, Samples]:
     """Times of several calls taken in turns, each round beginning with another one, after a round that is not counted.
 
     At least `repeats` rounds, then as many as begin within `seconds` of the first, at most `most` (or `repeats`, if
@@ -193,13 +196,14 @@ def latency(
     repeats: int = 5,
     n_threads: int = 1,
 ) -> dict[str, Timing]:
-    """Times of every cell on one workload, on one backbone.
+    """Times of every cell on one workload, on one backbone, adapted where a compressor is structural.
 
     make_backbone: max_length -> a backbone; fresh weights will do, they do not change the work.
     seconds: of sampling for each cell, ten times as many for the prefills; repeats: samples at least (500 for a p99),
     9 of the prefills.
 
-    One plain prefill and one with each set of statistics that some cell needs are timed in turns, once for all cells.
+    One plain prefill and one with each set of statistics that some cell needs are timed in turns, once for all cells,
+    those of adapted backbones among them.
     Then, cell by cell: compress, append and read, in turns with append and read of the full state. Every compress
     starts from a prefill that remembers nothing. A cell that raises is logged and left out. Page faults of freshly
     mapped temporaries would be most of some steps: malloc is told to keep its memory, for the rest of the process.
@@ -210,24 +214,23 @@ def latency(
     with threads(n_threads), torch.inference_mode():
         backbone = make_backbone(workload.max_length).to(device).eval()
         history, tokens, new = workload.events(backbone.n_items, device)
+        models = adapted(backbone, [compressor for compressor, _ in compressors.values()], workload)
 
-        def prefills(stats: Stats) -> Callable[[], Prefill]:
-            return lambda: backbone.prefill(history, stats=stats)
+        def prefills(part: Structural | None, stats: Stats) -> Callable[[], Prefill]:
+            return lambda: models[part][0].prefill(history, stats=stats)
 
-        needs = {compressor.needs for compressor, _ in compressors.values()} | {_PLAIN}
-        built = interleaved(
-            {str(each): prefills(each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS)
-        )
-        plain = built[str(_PLAIN)]
-        full = prefills(reduce(Stats.__or__, needs))()
+        needs = {(part, _PLAIN) for part in models} | {(c.structural, c.needs) for c, _ in compressors.values()}
+        built = interleaved({each: prefills(*each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS))
         for name, (compressor, budget) in compressors.items():
-            began = load()
+            began, part = load(), compressor.structural
             try:
-                samples = _cell(backbone, compressor, budget, full, tokens, new, device, seconds, repeats)
+                calls = _calls(compressor, budget, models[part], models[None], tokens, new)
+                samples = interleaved(calls, device, seconds, repeats)
             except Exception:
                 log.warning("latency of %s could not be measured", name, exc_info=True)
                 continue
-            statistics = None if compressor.needs == _PLAIN else _beyond(built[str(compressor.needs)], plain)
+            plain = built[part, _PLAIN]
+            statistics = None if compressor.needs == _PLAIN else _beyond(built[part, compressor.needs], plain)
             timings[name] = Timing(
                 users=workload.users,
                 prefill=plain,
@@ -244,29 +247,43 @@ def latency(
     return timings
 
 
-def _cell(
-    backbone: Backbone,
+def adapted(
+    backbone: Backbone, compressors: Iterable[Compressor], workload: Workload
+) -> dict[Structural | None, tuple[Backbone, Prefill]]:
+    """By structural part, None first: the backbone as it adapts it, and the workload's prefill with all statistics that
+
+    the part's compressors need. Budgets are shares of the bytes that the backbone takes as it is.
+    """
+    needs: dict[Structural | None, Stats] = {None: _PLAIN}
+    for each in compressors:
+        needs[each.structural] = needs.get(each.structural, _PLAIN) | each.needs
+    models = {part: part.adapted(backbone) if part else backbone for part in needs}
+    prefills = {part: workload.prefill(models[part], needs[part]) for part in needs}
+    whole = prefills[None].full_bytes()
+    return {part: (models[part], replace(prefills[part], whole=whole)) for part in needs}
+
+
+def _calls(
     compressor: Compressor,
     budget: Budget | None,
-    full: Prefill,
+    own: tuple[Backbone, Prefill],
+    plain: tuple[Backbone, Prefill],
     tokens: Events,
     new: Events,
-    device: str | torch.device,
-    seconds: float,
-    repeats: int,
-) -> dict[str, Samples]:
-    """Samples of compress, append (unless the state is raw events), read, full append and full read."""
+) -> dict[str, Callable[[], object]]:
+    """Compress, append (unless the state is raw events) and read, and append and read of the plain full state."""
+    (backbone, full), (reference, whole) = own, plain
     state = compressor.compress(replace(full, memo={}), budget)
     calls: dict[str, Callable[[], object]] = {
         "compress": lambda: compressor.compress(replace(full, memo={}), budget),
         "append": lambda: backbone.append(state, new),
-        "full append": lambda: backbone.append(full.state, new),
+        "full append": lambda: reference.append(whole.state, new),
         "read": lambda: backbone.read(tokens, state),
-        "full read": lambda: backbone.read(tokens, full.state),
+        "full read": lambda: reference.read(tokens, whole.state),
     }
     if state.events is not None:
         del calls["append"]
-    return interleaved(calls, device, seconds, repeats)
+    return calls
 
 
 def _beyond(samples: Samples, plain: Samples) -> Samples:

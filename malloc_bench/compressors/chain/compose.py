@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, get_compressor, slots_within
+from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, Structural, get_compressor, slots_within
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -19,33 +19,42 @@ if TYPE_CHECKING:
 @register("compose")
 @dataclass(frozen=True)
 class Compose(TokenMethod):
-    """Token methods in a row, then at most one encoder; the chain as a whole lands on the budget.
+    """At most one structural method, token methods, at most one encoder; the chain as a whole lands on the budget.
 
     steps: as in a suite: names, {name: {parameter: value}}, or compressors. Where several token methods share a
-    budget, each does an equal share of the reduction (slots fall by the same factor).
+    budget, each does an equal share of the reduction (slots fall by the same factor). Without any it takes no budget.
     """
 
     steps: tuple[Any, ...] = ()
 
     family = "chain"
     paper = "none: combinations across families, which MALLOC (arXiv 2601.20234) leaves open"
-    formula = "encode(keep(... keep(state)))"
+    formula = "encode(keep(... keep(state))), the state from an adapted backbone if the first step is structural"
     stores = "what the last token method keeps, written as the encoder writes it"
 
     def __post_init__(self) -> None:
         steps = tuple(_step(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
         tokens = self._tokens()
-        if len(steps) < 2 or len(tokens) < len(steps) - 1 or not all(map(_chains, tokens)):
+        if len(steps) < 2 or not all(map(_chains, tokens)):
             raise ValueError(
-                "compose: token methods that keep slots, then at most one encoder, two steps or more are needed"
+                "compose: two steps or more are needed, at most one structural method, then token methods that keep "
+                "slots, then at most one encoder"
             )
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs attention statistics, so it must come first")
 
+    @property
+    def structural(self) -> Structural | None:
+        return self.steps[0] if self.steps and isinstance(self.steps[0], Structural) else None
+
+    @property
+    def takes_budget(self) -> bool:
+        return bool(self._tokens())
+
     def _tokens(self) -> tuple[TokenMethod, ...]:
-        return self.steps[:-1] if self._encoder() else self.steps
+        return self.steps[1 if self.structural else 0 : -1 if self._encoder() else None]
 
     def _encoder(self) -> Encoder | None:
         last = self.steps[-1] if self.steps else None
@@ -56,9 +65,15 @@ class Compose(TokenMethod):
         return reduce(Stats.__or__, (step.needs for step in self.steps), Stats())
 
     def supports(self, backbone: "Backbone") -> str | None:
-        return next((why for step in self.steps if (why := step.supports(backbone))), None)
+        for step in self.steps:
+            if why := step.supports(backbone):
+                return why
+            backbone = step.structural.adapted(backbone) if step.structural else backbone  # later steps meet that one
+        return None
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        if not self.takes_budget:
+            return self.keep(prefill, prefill.state.length.long())
         if budget is None:
             raise ValueError("compose needs a budget")
         if budget.fraction is not None and budget.fraction >= 1:

@@ -23,7 +23,7 @@ class FewerHeads(Structural):
         heads = layers(backbone)[0].heads
         if heads > self.n_kv_heads and heads % self.n_kv_heads == 0:
             return None
-        return f"{self.name} needs more heads than its {self.n_kv_heads} and a multiple of that, {backbone.name} has {heads}"
+        return f"{self.name} needs a larger multiple of {self.n_kv_heads} heads, {backbone.name} has {heads}"
 
     def adapt(self, backbone: "Backbone") -> None:
         for block in layers(backbone):

@@ -47,7 +47,8 @@ class MLA(Structural):
     From the paper: the joint latent of keys and values, and maps absorbed into the query and behind the mixture, so
     that a read touches the latent only. No decoupled rotary keys: positions are absolute and in x already, or a bias
     (HSTU). Ours: queries are not compressed; behind HSTU the latent is SiLU(W x) as all its maps are, and what is
-    mapped up from it stays linear, else nothing could be absorbed; maps up have no bias; the plain pass is absorbed too.
+    mapped up from it stays linear, else nothing could be absorbed; maps up have no bias; the plain pass is absorbed
+    too.
     """
 
     latent: int = 16
@@ -77,4 +78,3 @@ class MLA(Structural):
             block.stored_heads = 1
             swap(block, LatentHeads)
         backbone.fields = ("latent",)  # type: ignore[misc]
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,11 +116,7 @@ def narrow(block: Block, kept: dict[str, Tensor]) -> None:
     block.parts = {name: len(rows) for name, rows in kept.items()}
 
 
-def swap(block: Block, variant: type[Block]) -> None:
+def swap(block: Block, variant: type) -> None:
     """Put a variant before the block's own class, as torch's parametrizations do."""
-    block.__class__ = _combined(variant, type(block))
-
-
-@cache
-def _combined(variant: type[Block], own: type[Block]) -> type[Block]:
-    return type(f"{variant.__name__}{own.__name__}", (variant, own), {})
+    own = type(block)
+    block.__class__ = type(f"{variant.__name__}{own.__name__}", (variant, own), {})
