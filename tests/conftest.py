@@ -15,6 +15,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
 from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.compressors import get_compressor
 from malloc_bench.data import get_dataset
 from malloc_bench.data.batches import training_batches
 from malloc_bench.data.splits import Split, get_split
@@ -29,6 +30,7 @@ STEPS = 600
 FEW = 250  # softmax attention reads its keys sooner, and Climber's steps take three times as long
 
 #: name -> (registered name, heads, times, and parameters beside the small sizes): what `trained` knows.
+#: `adapt` is no parameter: a structural compressor, by name and parameters, that adapts the backbone before training.
 BACKBONES: dict[str, tuple[Any, ...]] = {
     "sasrec": ("sasrec", 1, False),
     "sasrec-2-heads": ("sasrec", 2, False),
@@ -44,6 +46,11 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
         {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"},
     ),
     "lsrm-2-heads": ("lsrm", 2, False),
+    "sasrec-gqa": ("sasrec", 4, False, {"adapt": ("gqa", {"n_kv_heads": 2})}),
+    "sasrec-mla": ("sasrec", 2, False, {"adapt": ("mla", {"latent": 6})}),
+    "hstu-times-gqa": ("hstu", 4, True, {"adapt": ("gqa", {"n_kv_heads": 2})}),
+    "hstu-mla": ("hstu", 2, False, {"adapt": ("mla", {"latent": 6})}),
+    "lsrm-mqa": ("lsrm", 2, False, {"adapt": ("mqa", {})}),
     "marm": ("marm", 1, False),
     "marm-2-heads": ("marm", 2, False),
 }
@@ -70,7 +77,11 @@ def trained(synthetic: Split, tmp_path_factory: pytest.TempPathFactory) -> Calla
             torch.manual_seed(0)
             n_items = synthetic.dataset.n_items
             sizes = {"heads": heads, "dim": 16, "max_length": 64, "dropout": 0.0}
-            backbone = get_backbone(part, n_items, times, **sizes, **dict(*more))
+            params = dict(*more)
+            adapt = params.pop("adapt", None)
+            backbone = get_backbone(part, n_items, times, **sizes, **params)
+            if adapt:
+                get_compressor(adapt[0], **adapt[1]).adapt(backbone)
             weights = folder / f"{name}.safetensors"
             with (folder / f"{name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)

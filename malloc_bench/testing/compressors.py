@@ -12,6 +12,7 @@ from torch import Tensor
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, TokenMethod
 from malloc_bench.state import MissingStatistic, map_tensors
+from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
 from malloc_bench.testing.worlds import (
     LENGTHS,
     POISON,
@@ -33,11 +34,23 @@ _SOME = tuple(map(Budget.parse, (0.5, 0.1, {"bytes": 2500})))
 
 
 def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] | None = None) -> list[Check]:
-    """Every promise of the design on every world that the compressor supports."""
-    checks = []
+    """Every promise of the design on every world that the compressor supports.
+
+    A structural one adapts each backbone, which must then keep what backbones promise, but for what takes training.
+    """
+    checks, part = [], compressor.structural
     for world in worlds(backbones):
         if world.backbone is not None and compressor.supports(world.backbone):
             continue
+        if part is not None:
+            if world.backbone is None:
+                continue
+            world = World(world.name, part.adapted(world.backbone).eval())
+            checks += [
+                Check(promise, (world.backbone,), world.name)
+                for promise in BACKBONE_PROMISES
+                if promise is not read_needs_every_field
+            ]
         try:  # methods that rebuild from raw events cannot work on plain tensors
             compressor.compress(world.prefill(compressor.needs, (2,)), _budgets(compressor)[0])
         except MissingStatistic:

@@ -26,6 +26,9 @@ METHODS = [
     ("truncate", {}),
     ("merge_adjacent", {}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
+    ("mqa", {}),
+    ("gqa", {"n_kv_heads": 1}),
+    ("mla", {"latent": 6}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -40,6 +43,10 @@ METHODS = [
             ("h2o", "recent"),
             ("h2o", "merge_adjacent"),
             ("sink_recent", "random", "int8"),
+            ("mqa", "h2o"),
+            ("mqa", "snapkv", "merge_adjacent", {"kivi": {"bits": 2}}),
+            ({"mla": {"latent": 6}}, "merge_adjacent"),
+            ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),
 ]
@@ -68,6 +75,8 @@ def test_promise(method, world, promise, trained):
     compressor, place = get_compressor(name, **params), World(world, None if world == "tensors" else trained(world))
     if place.backbone is not None and (why := compressor.supports(place.backbone)):
         pytest.skip(why)
+    if compressor.structural and place.backbone is not None:
+        place = World(world, compressor.structural.adapted(place.backbone))
     Check(promise, (compressor, place), label(method))()
 
 
@@ -88,8 +97,18 @@ class TestTheChecksThemselves:
                 out.add(check.promise.__name__)
         return out
 
-    def test_a_sound_one_passes(self):
+    def test_sound_ones_pass(self):
         check_compressor(get_compressor("knorm"))
+        check_compressor(get_compressor("gqa"))
+
+    def test_an_adapted_backbone_that_forgets_its_state(self):
+        class Forgets(type(get_compressor("mqa"))):
+            def adapt(self, backbone):
+                super().adapt(backbone)
+                block = backbone.blocks[0]
+                block.causal = lambda q, own, places, asked: torch.zeros_like(q)
+
+        assert "read_equals_forward" in self.failing(Forgets())
 
     def test_over_budget(self):
         def compress(self, prefill, budget=None, fitted=None):

@@ -17,7 +17,10 @@ PARAMS = {  # beside the defaults
         {"steps": ("recent", "merge_adjacent")},
         {"steps": ("h2o", {"kivi": {"bits": 2}})},
         {"steps": ("recent", {"svd": {"rank": 3}})},
+        {"steps": ({"mla": {"latent": 6}}, "h2o", {"kivi": {"bits": 2}})},
     ],
+    "gqa": [{"n_kv_heads": 1}],
+    "mla": [{"latent": 6}],
     "svd": [{}, {"rank": 5}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
@@ -30,9 +33,11 @@ def build(name, has_time, length):
     return get_backbone(name, ITEMS, has_time, layers=LAYERS, heads=HEADS, dim=DIM, max_length=length).eval()
 
 
-def supported(method, backbone):
+def fit_for(method, backbone):
+    """The backbone, as the method adapts it."""
     if why := method.supports(backbone):
         pytest.skip(why)
+    return method.structural.adapted(backbone) if method.structural else backbone
 
 
 def budget(method, fraction=0.4):
@@ -55,8 +60,7 @@ def per_user(fn, users):
 @pytest.mark.parametrize("name, has_time", BACKBONES)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work):
-    backbone = build(name, has_time, work.max_length)
-    supported(method, backbone)
+    backbone = fit_for(method, build(name, has_time, work.max_length))
     events, tokens, new = work.events(ITEMS)
     with torch.inference_mode():
         full = backbone.prefill(events, stats=method.needs)
@@ -76,9 +80,10 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
 
 @pytest.mark.parametrize("history", [100, 300])
 @pytest.mark.parametrize("name, has_time", BACKBONES)
+@pytest.mark.parametrize("part", ["full", "mqa", "mla"])
 @pytest.mark.parametrize("stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8)], ids=str)
-def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, name, has_time, history, monkeypatch):
-    backbone, work = build(name, has_time, history + 1), Workload(2, history)
+def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, part, name, has_time, history, monkeypatch):
+    backbone, work = fit_for(get_compressor(part), build(name, has_time, history + 1)), Workload(2, history)
     for block in backbone.blocks:
         monkeypatch.setattr(block, "causal", Block.causal.__get__(block))
     with torch.inference_mode():
@@ -90,8 +95,7 @@ def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, name, has_t
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_padded_widths_count(method, name, has_time):
     """Users of 40, 7, 1 and 0 events side by side: the work is that of the widest."""
-    backbone, work = build(name, has_time, 41), Workload(4, 40)
-    supported(method, backbone)
+    backbone, work = fit_for(method, build(name, has_time, 41)), Workload(4, 40)
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
