@@ -1,5 +1,7 @@
 """Chains: positions, mass and bytes stay right from link to link."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,8 @@ def test_mass_is_conserved(steps):
 @pytest.mark.parametrize(
     "steps",
     [(), ("recent",), ("int8", "recent"), ("recent", "int8", "int8"), ("recent", "svd"), ("recent", "h2o"),
-     ("recent", ("recent", "int8")), ("full", "int8"), ("recent", "truncate")],
+     ("recent", ("recent", "int8")), ("full", "int8"), ("recent", "truncate"), ("mqa",), ("mqa", "mla"),
+     ("recent", "mqa"), ("int8", "mqa"), ("mqa", "int8", "recent"), ("mqa", "svd")],
     ids=str,
 )  # fmt: skip
 def test_senseless_chains_are_refused(steps):
@@ -105,3 +108,17 @@ def test_a_chain_of_one_method_and_an_encoder_is_both_in_turn(trained):
     want = get_compressor("int8").encode(recent)
     got = get_compressor("compose", steps=("recent", "int8")).compress(prefill, Budget(slots=9))
     assert [got.pack(u) for u in range(len(LENGTHS))] == [want.pack(u) for u in range(len(LENGTHS))]
+
+
+def test_behind_a_structural_step_only_token_methods_take_a_budget():
+    bare, cut = (get_compressor("compose", steps=steps) for steps in (("mqa", "int8"), ("mqa", "recent", "int8")))
+    assert (bare.takes_budget, cut.takes_budget) == (False, True)
+    assert bare.structural == cut.structural == get_compressor("mqa")
+    assert get_compressor("compose", steps=("recent", "int8")).structural is None
+    x = [torch.rand(2, 1, 30, 8, generator=torch.Generator().manual_seed(0))]
+    prefill = Prefill.from_tensors(x, x)
+    want = get_compressor("int8").encode(prefill.state)
+    assert [bare.compress(prefill).pack(u) for u in range(2)] == [want.pack(u) for u in range(2)]
+    whole = replace(prefill, whole=4 * prefill.state.nbytes())
+    assert (cut.compress(whole, Budget(0.1)).nbytes() <= 0.1 * whole.whole).all()
+    assert int(cut.compress(whole, Budget(0.05)).nbytes()[0]) > 0.15 * int(prefill.state.nbytes()[0])
