@@ -140,7 +140,7 @@ def _asked(backbone: Backbone, split: Split | Exposures, rows: np.ndarray, filte
 def _chunk(
     backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, failed: dict[str, str], packed: Tensor
 ) -> dict[str, Values]:
-    """Values of the jobs for the users of one chunk, backbone by backbone: one prefill is held at a time."""
+    """Values of the jobs for the users of one chunk: backbone by backbone, the one that is evaluated first."""
     done: list[tuple[Job, Tensor]] = []
     outputs: list[tuple[Backbone, Tensor]] = []
     reference = Job(REFERENCE, get_compressor("full"))

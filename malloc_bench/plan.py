@@ -76,10 +76,7 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
 
 
 def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
-    """Where the trained backbone of a cell is kept, adapted if its compressor is structural, named by all that its
-
-    weights depend on.
-    """
+    """Where the trained backbone of a cell, adapted or not, is kept: named by all that its weights depend on."""
     parts: dict[str, Any] = {
         "data": dataset.hash,
         "split": cell.split and cell.split.value(),

@@ -169,10 +169,7 @@ class Sitting:
         return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Exposures) -> tuple[Backbone, Fit, str]:
-        """A cell's backbone, adapted if the compressor is structural, trained now or before; a copy of its weights
-
-        lies in the run folder.
-        """
+        """The backbone of a cell, adapted or not, trained now or before; the run folder has a copy of its weights."""
         folder = checkpoint_folder(cell, self.datasets[cell.dataset])
         backbone, part = self._backbone(cell), cell.compressor.build().structural
         if part:

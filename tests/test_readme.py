@@ -58,6 +58,16 @@ def test_the_snippet_keeps_every_promise(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_structural_snippet_keeps_every_promise(folder: Path) -> None:
+    (code,) = re.findall(r"```py\n(.*?)```", README, re.S)
+    imports = "from dataclasses import dataclass\nfrom malloc_bench import register\n"
+    (folder / "shallow.py").write_text(f"{imports}from malloc_bench.compressors import Structural\n{code}")
+    done = typed("malloc-bench check shallow.py:Shallow", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept, total = re.findall(r"^(\d+) of (\d+) promises", done.stdout, re.M)[0]
+    assert kept == total and int(total) > 50
+
+
 def test_every_command_of_the_table_is_there() -> None:
     table = re.findall(r"^\| `malloc-bench ([a-z]+)", README, re.M)
     known = subprocess.run(

@@ -250,9 +250,9 @@ def latency(
 def adapted(
     backbone: Backbone, compressors: Iterable[Compressor], workload: Workload
 ) -> dict[Structural | None, tuple[Backbone, Prefill]]:
-    """By structural part, None first: the backbone as it adapts it, and the workload's prefill with all statistics that
+    """By structural part, None first: the backbone as the part adapts it, and its prefill of the workload.
 
-    the part's compressors need. Budgets are shares of the bytes that the backbone takes as it is.
+    The prefill has the statistics that the part's compressors need; budgets are shares of the un-adapted state's bytes.
     """
     needs: dict[Structural | None, Stats] = {None: _PLAIN}
     for each in compressors:
