@@ -204,7 +204,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"compressors": [{"compose": ["kivi", "recent"]}]},
-        "compressors[0].compose: token methods that keep slots, then at most one encoder, two steps or more are needed",
+        "compressors[0].compose: at most one structural method, then token methods that keep slots, "
+        "then at most one encoder, two steps or more are needed",
     ),
     (
         {"compressors": ["svd"], "budgets": [{"slots": 4}, {"slots": 8}]},

@@ -38,8 +38,8 @@ class Compose(TokenMethod):
         tokens = self._tokens()
         if len(steps) < 2 or not all(map(_chains, tokens)):
             raise ValueError(
-                "compose: two steps or more are needed, at most one structural method, then token methods that keep "
-                "slots, then at most one encoder"
+                "compose: at most one structural method, then token methods that keep slots, then at most one encoder, "
+                "two steps or more are needed"
             )
         for later in tokens[1:]:
             if later.needs != Stats():
