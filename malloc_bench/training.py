@@ -37,8 +37,8 @@ class Training:
     the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
     SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
     negatives: retrieval's softmax runs over the target and so many items drawn at random for each user of a batch;
-    None: over the whole catalogue. window: of a longer history the "newest" max_length events train in every
-    epoch (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`; None: whole histories.
+    None: over the whole catalogue. window: the "newest" max_length events of a longer history train in every epoch
+    (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`.
     """
 
     epochs: int = 20
