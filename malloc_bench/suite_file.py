@@ -69,6 +69,7 @@ class TrainingKeys(_Strict):
     amp: Literal["auto", "bf16", "fp32"] = "auto"
     optimizer: Literal["adam", "adam_then_sgd"] = Training.optimizer
     sgd_lr: Positive = Training.sgd_lr
+    window: Literal["newest"] | None = Training.window
     negatives: Whole | None = Training.negatives
     stochastic_length: Annotated[float, Field(gt=1, le=2)] | None = Training.stochastic_length
 

@@ -37,7 +37,8 @@ class Training:
     the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
     SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
     negatives: retrieval's softmax runs over the target and so many items drawn at random for each user of a batch;
-    None: over the whole catalogue. stochastic_length: alpha in (1, 2] of `training_batches`; None: whole histories.
+    None: over the whole catalogue. window: the "newest" max_length events of a longer history train in every epoch
+    (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`.
     """
 
     epochs: int = 20
@@ -49,6 +50,7 @@ class Training:
     optimizer: Literal["adam", "adam_then_sgd"] = "adam"
     sgd_lr: float = 0.1
     negatives: int | None = None
+    window: Literal["newest"] | None = None
     stochastic_length: float | None = None
 
     def content(self) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def fit(
         drawn = backbone.max_length, settings.batch_size, seed, epoch
         if isinstance(split, Exposures):
             return ranking_batches(split, *drawn)
-        return training_batches(split, *drawn, settings.negatives, settings.stochastic_length)
+        thinned = settings.stochastic_length
+        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
 
     steps = sum(1 for _ in batches(0))
     while epoch < settings.epochs:

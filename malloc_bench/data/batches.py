@@ -68,19 +68,22 @@ def training_batches(
     epoch: int,
     negatives: int | None = None,
     stochastic_length: float | None = None,
+    newest: bool = False,
 ) -> Iterator[Batch]:
     """One epoch: max_length consecutive training steps of every user, all of those who have no more.
 
-    A longer history shows another window each epoch, so that no event is left unlearned. negatives: items drawn
-    uniformly for each user. stochastic_length: alpha of HSTU (arXiv 2402.17152, section 3.2): of n > N^(alpha/2)
-    events, N = max_length, only N^(alpha/2) stay, in order, but for a share N^alpha / n^2 of the users, who keep all.
-    Ours: which ones stay is drawn uniformly, and each is followed by the event that truly followed it.
+    A longer history shows another window each epoch, so that no event is left unlearned; or always its newest one.
+    negatives: items drawn uniformly for each user.
+
+    stochastic_length: alpha of HSTU (arXiv 2402.17152, section 3.2): of n > N^(alpha/2) events, N = max_length, only
+    N^(alpha/2) stay, in order, but for a share N^alpha / n^2 of the users, who keep all. Ours: which ones stay is drawn
+    uniformly, and each is followed by the event that truly followed it.
     """
     dataset = split.dataset
     rng = np.random.default_rng([seed, epoch])
     everything = split.train_end - dataset.offsets[:-1] - 1
     steps = np.minimum(everything, max_length)
-    skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1)  # newest steps behind this epoch's window
+    skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1) * (not newest)  # steps behind this epoch's window
     users = rng.permutation(np.flatnonzero(steps > 0))
     if stochastic_length is not None:
         few = int(max_length ** (stochastic_length / 2))

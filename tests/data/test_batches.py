@@ -251,3 +251,10 @@ def test_negatives_are_drawn_from_the_catalogue_for_each_batch():
         assert int(batch.negatives.min()) >= 1 and int(batch.negatives.max()) <= split.dataset.n_items
     every = torch.cat([batch.negatives.flatten() for batch in drawn])
     assert len(every.unique()) == split.dataset.n_items
+
+
+def test_the_newest_window_is_the_same_every_epoch():
+    split = leave_one_out(toy([3, 9, 40]))  # items 1-3, 4-12 and 13-52: nothing, 4-10 and 13-50 train
+    for epoch in range(3):
+        (batch,) = training_batches(split, 10, 8, 0, epoch, newest=True)
+        assert sorted(items for items, *_ in rows_of(batch.events)) == [[*range(4, 10)], [*range(40, 50)]]
