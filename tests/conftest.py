@@ -46,6 +46,8 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     "lsrm-2-heads": ("lsrm", 2, False),
     "marm": ("marm", 1, False),
     "marm-2-heads": ("marm", 2, False),
+    "gated_delta": ("gated_delta", 1, False),
+    "gated_delta-2-heads": ("gated_delta", 2, False),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch import Tensor
 from malloc_bench.compressors.base import COUNT_BYTES, Budget, Compressor, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
 
 class TokenMethod(Compressor):
     """Keeps or makes k slots of each user, the most that fit the budget."""
+
+    def supports(self, backbone: Backbone) -> str | None:
+        return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it has no slots"
 
     @abstractmethod
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:

@@ -247,9 +247,8 @@ def _ranker(backbone: Backbone) -> Backbone:
 
 
 def _stored(segment: Segment, user: int) -> int:
-    """Slots of a user in a full state's segment."""
-    assert segment.slots is not None
-    return int(segment.slots.count[user, 0])
+    """Slots of a user in a full state's segment, or rows of a memory."""
+    return segment.width if segment.slots is None else int(segment.slots.count[user, 0])
 
 
 def _part(events: Events, start: Tensor, stop: Tensor) -> Events:

@@ -93,7 +93,7 @@ def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
 
 
 def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.0) -> Prefill:
-    """The full states of some users, padded to `width` slots, the padding filled with `fill`."""
+    """The full states of some users, padded to `width` slots, the padding filled with `fill`; a memory has none."""
     rows = torch.tensor(list(users), dtype=torch.long)
     length = prefill.state.length.index_select(0, rows)
 
@@ -107,11 +107,15 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         shape[0], shape[axis] = len(rows), width
         return torch.where(real.view(shape), x, torch.tensor(fill).to(x.dtype))
 
-    counts = [prefill.slots(layer).count[rows, 0] for layer in prefill.layers]
+    counts = [prefill.rows(layer)[rows] for layer in prefill.layers]
     made: dict[int, Slots] = {}  # layers that share their slots go on sharing them
     layers: list[Layer] = []
     for layer, count in zip(prefill.layers, counts):
-        old = prefill.slots(layer)
+        old = prefill.segment(layer).slots
+        if old is None:
+            fields = {k: Dense(v.dense().index_select(0, rows)) for k, v in prefill.segment(layer).fields.items()}
+            layers.append((Segment(fields, None),))
+            continue
         if id(old) not in made:
             places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))
             made[id(old)] = Slots(count[:, None], places, times)
@@ -141,11 +145,11 @@ def poisoned(state: UserState) -> UserState:
     copy = state.map(torch.clone)
     for slots, vectors in copy._stored():
         if isinstance(vectors, Quantized):  # its scales are stored in one of two precisions: parts() shows copies
-            assert slots is not None
-            _spoil(vectors.codes, slots.count)
-            for numbers in (vectors.scale, vectors.zero):
-                if numbers is not None:
-                    _spoil(numbers, vectors.groups(slots.count))
+            if slots is not None:  # a memory has no row to spare
+                _spoil(vectors.codes, slots.count)
+                for numbers in (vectors.scale, vectors.zero):
+                    if numbers is not None:
+                        _spoil(numbers, vectors.groups(slots.count))
         elif vectors is not None:
             for part in vectors.parts(None if slots is None else slots.count):
                 _spoil(part.data, part.rows, part.cols)
