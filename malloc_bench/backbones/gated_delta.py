@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 def chunked(rule: Rule, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """M_t = alpha_t (I - beta_t k_t k_t') M_(t-1) + beta_t k_t v_t', o_t = M_t' q_t, chunk by chunk (paper, section 3.3).
+    """M_t = alpha_t (I - beta_t k_t k_t') M_(t-1) + beta_t k_t v_t', o_t = M_t' q_t, by chunks (paper, section 3.3).
 
     memory: M_0 [B, H, D, D], rows by key (the paper's S transposed). Returns o [B, H, M, D] and the last memory. Within
     a chunk M_t = e^(G_t) M_0 + sum_(j <= t) e^(G_t - G_j) k_j u_j', with G the running sum of log alpha; the u_j, what
@@ -142,6 +142,7 @@ class GatedDelta(Backbone):
     Config = Sizes
     fields = ("memory",)
     has_slots = False
+    blocks: Any  # an nn.ModuleList of `GatedDeltaBlock`s
 
     def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
         super().__init__()
@@ -185,10 +186,9 @@ class GatedDelta(Backbone):
     catalogue = AttentionBackbone.catalogue
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        if events.items.shape[1] > self.max_length:
-            raise ValueError(
-                f"{self.name} keeps at most max_length={self.max_length} events, the history has {events.items.shape[1]}"
-            )
+        s, most = events.items.shape[1], self.max_length
+        if s > most:
+            raise ValueError(f"{self.name} keeps at most max_length={most} events, the history has {s}")
         state = _state(self._follow(events, self._empty(events))[1], events.count)
         ids = torch.arange(len(state)) if users is None else users
         return Prefill(state, ids, events, seed=seed)
@@ -206,10 +206,9 @@ class GatedDelta(Backbone):
         if state.events is not None:
             raise ValueError("a state of raw events grows by its ids alone, not by append")
         length = state.length + events.count
-        if bool((length > self.max_length).any()):
-            raise ValueError(
-                f"{self.name} keeps at most max_length={self.max_length} events, appending makes {int(length.max())}"
-            )
+        total, most = int(length.max()) if len(state) else 0, self.max_length
+        if total > most:
+            raise ValueError(f"{self.name} keeps at most max_length={most} events, appending makes {total}")
         held = [_memory(layer) for layer in state.layers]
         memories = [new if old is None else old.dense() for old, new in zip(held, self._empty(events))]
         return _state(self._follow(events, memories)[1], length)

@@ -37,7 +37,7 @@ class TokenMethod(Compressor):
     def sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
         """n [B] -> bytes [B] of a state of at most n slots in every layer: the sum over stacks, one length for all."""
         length = prefill.state.length.long()
-        stacks = [(self.layout(view), view.slots(0).count[:, 0].long()) for view in prefill.apart()]
+        stacks = [(self.layout(view), view.rows(0)) for view in prefill.apart()]
 
         def bytes_of(n: Tensor) -> Tensor:
             total = sum((self.cost(layout, n.minimum(own), length) for layout, own in stacks), torch.zeros_like(n))
@@ -63,7 +63,7 @@ class TokenMethod(Compressor):
         return type(self).cost
 
     def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
-        length = torch.stack([view.slots(0).count[:, 0].long() for view in prefill.apart()]).sum(0)
+        length = torch.stack([view.rows(0) for view in prefill.apart()]).sum(0)
         target = budget.target(prefill.remember("full bytes", prefill.state.nbytes))
         if target is None:
             return length.clamp(max=budget.slots)

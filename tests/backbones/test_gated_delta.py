@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones import gated_delta, get_backbone
 from malloc_bench.backbones.gated_delta import Rule, alone, chunked
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.registry import names
 from malloc_bench.state import Dense, low_rank, quantize
 from malloc_bench.testing import histories
 from malloc_bench.testing.worlds import LENGTHS, close
@@ -130,6 +132,46 @@ def test_an_encoded_memory_is_read_and_appended_to_as_what_it_stands_for(encode,
     grown = backbone.append(one, tokens)
     close(backbone.read(tokens, grown), backbone.read(tokens, backbone.append(other, tokens)), "append", 1e-5)
     assert grown.nbytes().tolist() == state.nbytes().tolist()  # float32 again
+
+
+class TestCompressors:
+    """Which methods apply to a memory, and what budgets come to."""
+
+    def test_methods_of_slots_do_not(self):
+        backbone = get_backbone("gated_delta", 60)
+        skipped = {
+            name for name in names("compressors") if name != "compose" and get_compressor(name).supports(backbone)
+        }
+        assert skipped.isdisjoint({"full", "none", "int8", "kivi", "svd", "recompute", "truncate"})
+        assert skipped >= {"recent", "sink_recent", "random", "knorm", "h2o", "tova", "snapkv", "merge_adjacent"}
+        assert "no slots" in get_compressor("recent").supports(backbone)
+        assert "no slots" in get_compressor("compose", steps=["recent", "int8"]).supports(backbone)
+        assert "newest 8 slots" in get_compressor("kivi", tail=8).supports(backbone)
+
+    def test_a_budget_of_truncate_is_a_share_of_the_events(self, trained):
+        backbone = trained("gated_delta-2-heads")
+        prefill = backbone.prefill(histories(backbone, (0, 1, 3, 40))[0])
+        full = int(prefill.state.nbytes()[0])
+
+        def kept(budget):
+            return get_compressor("truncate").compress(prefill, Budget.parse(budget)).length.tolist()
+
+        assert kept(0.5) == kept({"bytes": full // 2}) == [0, 1, 1, 20]
+        assert kept({"slots": 6}) == [0, 1, 3, 6]
+        assert kept({"bytes": 28}) == [0, 1, 1, 1]
+        assert get_compressor("truncate").compress(prefill, Budget(1.0)) is prefill.state
+
+    @pytest.mark.parametrize("rank", [1, 3, 8])
+    def test_svd_is_the_best_of_its_rank(self, rank, trained):
+        backbone = trained("gated_delta-2-heads")
+        prefill = backbone.prefill(histories(backbone, LENGTHS)[0])
+        state = get_compressor("svd", rank=rank).compress(prefill)
+        for got, want in zip(state.segments(), prefill.state.segments()):
+            memory = want.fields["memory"].dense().double()
+            u, s, v = torch.linalg.svd(memory)
+            s[..., rank:] = 0
+            close(got.fields["memory"].dense().double(), u @ s.diag_embed() @ v, "memory", 1e-4)
+        assert set(state.nbytes().tolist()) == {4 + 2 * (4 + 2 * 4 * rank * (8 + 8))}
 
 
 def test_autocast_keeps_the_triangular_system_in_float32(trained):
