@@ -86,7 +86,9 @@ def histories(backbone: Backbone, lengths: Sequence[int], constant: bool = False
 def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
     """Plain tensors and the given backbones; None: small ones of ours with large random weights."""
     if backbones is None:
-        ours = (("sasrec", 1, False), ("sasrec", 2, False), ("hstu", 1, True), ("hstu", 2, False))
+        ours = (
+            ("sasrec", 1, False), ("sasrec", 2, False), ("hstu", 1, True), ("hstu", 2, False), ("gated_delta", 2, False)
+        )  # fmt: skip
         backbones = [_lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
     named = [World(f"{b.name}{i}", b.eval()) for i, b in enumerate(backbones)]
     return [World("tensors"), *named]
