@@ -199,6 +199,7 @@ def refuses_beyond_max_length(backbone: Backbone) -> None:
 def states_pack(backbone: Backbone) -> None:
     history, tokens = histories(backbone, LENGTHS)
     state = backbone.prefill(history).state
+    assert all((segment.slots is not None) == backbone.has_slots for segment in state.segments())
     back = check_packs(state, lambda s: backbone.read(tokens, s))
     for got, want in zip(back.segments(), state.segments()):
         for name in want.fields:
