@@ -120,7 +120,7 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
             continue
         if id(old) not in made:
             places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))
-            made[id(old)] = Slots(count[:, None], places, times)
+            made[id(old)] = Slots(old.count[rows, :1], places, times)
         fields = {k: Dense(fit(v.dense(), 2, count)) for k, v in prefill.segment(layer).fields.items()}
         layers.append((Segment(fields, made[id(old)]),))
     events = prefill.events
