@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterable
 from importlib import metadata
@@ -155,6 +156,7 @@ def _backbone(cls: type[Backbone]) -> Lines:
         ("stores", f"{', '.join(cls.fields)} {where}"),
         ("", _doc(cls.Config)),
         *_parameters(cls.Config),
+        *(("preset", f"{name}: {json.dumps(dict(params))}") for name, params in cls.presets.items()),
         ("version", str(cls.version)),
         ("from", f"{origin(cls)}, {_file(cls)}"),
     ]
@@ -186,7 +188,7 @@ def _suite(name: str) -> Lines:
     listed = {
         "datasets": suite.datasets,
         "tasks": [str(task) for task in suite.tasks],
-        "split": [str(suite.split or "temporal where there are times, else leave_one_out")],
+        "split": [str(split or "temporal where there are times, else leave_one_out") for split in suite.splits],
         "backbones": [part.label for part in suite.backbones],
         "compressors": [part.label for part in suite.compressors],
         "budgets": [str(budget.value()) for budget in suite.budgets],

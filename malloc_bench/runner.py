@@ -111,7 +111,7 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> RunResult:
         path=Path(first.suite),
         datasets=tuple(dict.fromkeys(cell.dataset for cell in cells)),
         tasks=tuple(dict.fromkeys(cell.task for cell in cells)),
-        split=first.split,
+        splits=tuple(dict.fromkeys(cell.split for cell in cells)),
         backbones=tuple(dict.fromkeys(cell.backbone for cell in cells)),
         compressors=tuple(dict.fromkeys(cell.compressor for cell in cells)),
         budgets=tuple(dict.fromkeys(cell.budget for cell in cells if cell.budget)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -30,7 +31,7 @@ class Suite:
     path: Path
     datasets: tuple[str, ...]
     tasks: tuple[Task, ...]
-    split: Rule | None  # None: as each data set allows
+    splits: tuple[Rule | None, ...]  # None: as each data set allows
     backbones: tuple[Part, ...]
     compressors: tuple[Part, ...]
     budgets: tuple[Budget, ...]
@@ -40,7 +41,7 @@ class Suite:
     filter_seen: bool = True
 
     def cells(self) -> list[Cell]:
-        """Every cell once, by dataset, task, backbone and seed; within each, compressors in order, then budgets.
+        """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
 
         A compressor that takes no budget is one cell. A pair that makes no sense is a cell with the reason in
         `impossible`.
@@ -50,11 +51,12 @@ class Suite:
         ]
         pairs = {pair: refused(*pair) for pair in product(self.backbones, self.compressors)}
         cells: dict[str, Cell] = {}
-        for dataset, task, backbone, seed in product(self.datasets, self.tasks, self.backbones, self.seeds):
+        grid = product(self.datasets, self.tasks, self.splits, self.backbones, self.seeds)
+        for dataset, task, split, backbone, seed in grid:
             training = replace(self.training, **backbone.training).content()
             for part, budget, why in methods:
                 cell = Cell(
-                    self.name, dataset, task, self.split, backbone, part, budget, seed, training, self.filter_seen,
+                    self.name, dataset, task, split, backbone, part, budget, seed, training, self.filter_seen,
                     why or pairs[backbone, part],
                 )  # fmt: skip
                 cells.setdefault(canonical_json(cell.payload()), cell)
@@ -91,7 +93,7 @@ def load_suite(path: str | Path) -> Suite:
             path=file,
             datasets=tuple(content.datasets),
             tasks=suite_file.tasks(content.tasks),
-            split=suite_file.split(content.split),
+            splits=suite_file.splits(content.split),
             backbones=suite_parts.parts("backbones", content.backbones),
             compressors=suite_parts.parts("compressors", content.compressors),
             budgets=suite_parts.budgets(content.budgets),
@@ -111,7 +113,7 @@ def _check(suite: Suite) -> None:
     takers = [part for part in suite.compressors if part.build().takes_budget]
     if takers and not suite.budgets:
         raise suite_file.Fault("budgets", f"missing: {takers[0].label} takes one, such as 0.25")
-    size = len(suite.datasets) * len(suite.tasks) * len(suite.backbones) * len(suite.seeds)
+    size = math.prod(map(len, (suite.datasets, suite.tasks, suite.splits, suite.backbones, suite.seeds)))
     size *= sum(len(suite._budgets(part)) for part in suite.compressors)
     if size > MAX_CELLS:
         raise suite_file.Fault("", f"{size:,} cells, more than {MAX_CELLS:,}: split the suite")
@@ -128,6 +130,7 @@ def _check(suite: Suite) -> None:
 _KEYS = {
     "dataset": lambda cell: {cell.dataset},
     "task": lambda cell: {cell.task.name, cell.task.label},
+    "split": lambda cell: {cell.split.label} if cell.split else set(),
     "backbone": lambda cell: {cell.backbone.name, cell.backbone.label},
     "compressor": lambda cell: {cell.compressor.name, cell.compressor.label},
     "family": lambda cell: {cell.compressor.family},

@@ -69,6 +69,9 @@ class TrainingKeys(_Strict):
     amp: Literal["auto", "bf16", "fp32"] = "auto"
     optimizer: Literal["adam", "adam_then_sgd"] = Training.optimizer
     sgd_lr: Positive = Training.sgd_lr
+    window: Literal["newest"] | None = Training.window
+    negatives: Whole | None = Training.negatives
+    stochastic_length: Annotated[float, Field(gt=1, le=2)] | None = Training.stochastic_length
 
 
 class MeasureKeys(_Strict):
@@ -133,9 +136,15 @@ def tasks(values: Sequence[Any]) -> tuple[Task, ...]:
     return found
 
 
-def split(value: Any) -> Rule | None:
-    """The split that a suite names, None where it names none; raises Fault."""
-    return None if value is None else option(value, RULES, "split")
+def splits(value: Any) -> tuple[Rule | None, ...]:
+    """The split that a suite names, or each of a list, None where it names none; raises Fault."""
+    if not isinstance(value, list):
+        return (None if value is None else option(value, RULES, "split"),)
+    if not value:
+        raise Fault("split", "expected at least one value, not an empty list")
+    found = tuple(option(each, RULES, f"split[{i}]") for i, each in enumerate(value))
+    no_twins("split", [rule.value() for rule in found])
+    return found
 
 
 def option(value: Any, options: Mapping[str, type[O]], where: str) -> O:

@@ -8,10 +8,11 @@ import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from malloc_bench.backbones import spelt_out
 from malloc_bench.cells import Part
 from malloc_bench.compressors import Budget
 from malloc_bench.registry import find, suggest
@@ -66,6 +67,8 @@ def _expanded(kind: str, entry: Any, where: str) -> list[Part]:
         raise Fault(where, f"expected {{parameter: value}}, not {shown(given)}")
     training = _training(given["training"], f"{where}.training") if kind == "backbones" and "training" in given else {}
     hints = _parameters(cls if kind == "compressors" else cls.Config)
+    if kind == "backbones" and cls.presets:
+        hints["preset"] = Literal[tuple(cls.presets)]
     grid = _grid(given.get("grid", {}), f"{where}.grid")
     fixed = {
         key: value for key, value in given.items() if key != "grid" and not (key == "training" and kind == "backbones")
@@ -77,7 +80,8 @@ def _expanded(kind: str, entry: Any, where: str) -> list[Part]:
         [(key, _typed(value, key, hints, f"{where}.grid.{key}[{i}]")) for i, value in enumerate(values)]
         for key, values in grid.items()
     ]
-    return [Part(name, fixed | dict(point), kind, training) for point in product(*axes)]
+    points = [fixed | dict(point) for point in product(*axes)]
+    return [Part(name, spelt_out(cls, p) if kind == "backbones" else p, kind, training) for p in points]
 
 
 def _training(given: Any, where: str) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Training:
     patience: stop after so many epochs without a better validation score. amp: bfloat16 autocast, "auto" = where
     the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
     SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
+    negatives: retrieval's softmax runs over the target and so many items drawn at random for each user of a batch;
+    None: over the whole catalogue. window: of a longer history the "newest" max_length events train in every
+    epoch (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`; None: whole histories.
     """
 
     epochs: int = 20
@@ -46,10 +49,13 @@ class Training:
     amp: str = "auto"
     optimizer: Literal["adam", "adam_then_sgd"] = "adam"
     sgd_lr: float = 0.1
+    negatives: int | None = None
+    window: Literal["newest"] | None = None
+    stochastic_length: float | None = None
 
     def content(self) -> dict[str, Any]:
-        """What weights depend on: without SGD, nothing of it."""
-        settings = asdict(self)
+        """What weights depend on: without SGD, nothing of it; nothing of what is None."""
+        settings = {name: value for name, value in asdict(self).items() if value is not None}
         if self.optimizer == "adam":
             del settings["optimizer"], settings["sgd_lr"]
         return settings
@@ -59,8 +65,8 @@ class Training:
 class Fit:
     """What a fit came to: epochs run, the best of them, its validation score, seconds spent (all sittings).
 
-    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None. sgd_after: the epochs that Adam had
-    run when SGD took over; None: it never did.
+    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None, both where nothing validates, and
+    the best epoch is then the last. sgd_after: the epochs that Adam had run when SGD took over; None: it never did.
     """
 
     epochs: int
@@ -106,6 +112,7 @@ def fit(
 ) -> Fit:
     """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
 
+    Where nothing validates (the published protocol) all epochs are run and the last one's weights are kept.
     A folder with fit.json is only loaded; one with the state of an interrupted fit goes on from its last whole epoch.
     Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
     epoch is chosen as the test will ask.
@@ -120,6 +127,8 @@ def fit(
         backbone.load_state_dict(load_file(model, device=str(device)))
         backbone.eval()
         return Fit(**json.loads(done.read_text()))
+    if settings.optimizer == "adam_then_sgd" and not len(split.valid):
+        raise ValueError("adam_then_sgd goes over to SGD when validation stalls, and with this split nothing validates")
     folder.mkdir(parents=True, exist_ok=True)
     optimizer, where = _resume(backbone, settings, folder)
     epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
@@ -129,8 +138,11 @@ def fit(
     metric = "AUC" if ranking else "NDCG@10"
 
     def batches(epoch: int) -> Iterator[Any]:
-        draw: Any = ranking_batches if ranking else training_batches
-        return draw(split, backbone.max_length, settings.batch_size, seed, epoch)
+        drawn = backbone.max_length, settings.batch_size, seed, epoch
+        if isinstance(split, Exposures):
+            return ranking_batches(split, *drawn)
+        thinned = settings.stochastic_length
+        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
 
     steps = sum(1 for _ in batches(0))
     while epoch < settings.epochs:
@@ -157,25 +169,31 @@ def fit(
             total += float(loss.detach())
             so_far = best if best >= 0 else None
             report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), so_far, metric))
-        if isinstance(split, Exposures):
-            score = validation_auc(backbone, split)
-        else:
-            score = validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
+        score = _validate(backbone, split, filter_seen)
         epoch += 1
-        if score > best:
-            best, best_epoch = score, epoch
+        if score is None or score > best:
+            best, best_epoch = -1.0 if score is None else score, epoch
         seconds += time.perf_counter() - started
         where = {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
         _checkpoint(backbone, optimizer, folder, where)
     if best_epoch:
         backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
     backbone.eval()
-    result = Fit(epoch, best_epoch, None if ranking else best, seconds, best if ranking else None, sgd_after)
+    reached = best if len(split.valid) else None
+    result = Fit(epoch, best_epoch, None if ranking else reached, seconds, reached if ranking else None, sgd_after)
     _save(model, backbone.state_dict())
     _write(done, json.dumps(asdict(result)))
     for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
         leftover.unlink()
     return result
+
+
+def _validate(backbone: Backbone, split: Split | Exposures, filter_seen: bool) -> float | None:
+    if not len(split.valid):
+        return None
+    if isinstance(split, Exposures):
+        return validation_auc(backbone, split)
+    return validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
 
 
 @torch.no_grad()

@@ -84,7 +84,13 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"tasks": [{"ranking": {"negatives": 4, "candidates": 4}}]},
         "tasks[0].ranking: 4 candidates have no room for an event and 4 negatives",
     ),
-    ({"split": ["temporal"]}, "split: expected a name or {name: {setting: value}}, not ['temporal']"),
+    ({"split": []}, "split: expected at least one value, not an empty list"),
+    ({"split": ["temporal", {"temporal": {}}]}, "split[1]: {'temporal': {'valid': 0.1, 'test': 0.1}} is there twice"),
+    ({"split": ["ratio", "temporl"]}, "split[1]: no split is named 'temporl'. Did you mean 'temporal'?"),
+    (
+        {"split": {"leave_one_out": {"protocol": "publishd"}}},
+        "split.leave_one_out.protocol: expected 'published', not 'publishd'. Did you mean 'published'?",
+    ),
     ({"split": {"ratio": 3}}, "split: expected a name or {name: {setting: value}}, not {'ratio': 3}"),
     (
         {"split": {"ratio": {}, "temporal": {}}},
@@ -279,6 +285,14 @@ def test_the_rate_of_sgd_only_counts_where_sgd_is_used(tmp_path: Path) -> None:
     assert ids({"optimizer": "adam_then_sgd"}) != ids({"optimizer": "adam_then_sgd", "sgd_lr": 1.0})
 
 
+def test_settings_of_training_that_are_not_used_change_no_cell(tmp_path: Path) -> None:
+    def ids(training: dict[str, Any]) -> list[str]:
+        return [cell.id("data") for cell in load(tmp_path, split="leave_one_out", training=training).cells()]
+
+    for name, value in (("negatives", 128), ("stochastic_length", 1.6)):
+        assert ids({name: None}) == ids({}) != ids({name: value})
+
+
 def test_a_backbone_may_train_otherwise_than_the_others(tmp_path: Path) -> None:
     suite = load(
         tmp_path,
@@ -377,6 +391,16 @@ def test_a_split_with_its_defaults_spelt_out_is_the_same_cell(tmp_path: Path) ->
     ):
         assert ids(load(tmp_path, split=short)) == ids(load(tmp_path, split=long))
     assert load(tmp_path).cells()[0].payload()["split"] == "leave_one_out"
+
+
+def test_several_splits_are_a_dimension_of_the_grid(tmp_path: Path) -> None:
+    one, both = load(tmp_path), load(tmp_path, split=["leave_one_out", {"leave_one_out": {"protocol": "published"}}])
+    cells = both.cells()
+    assert len(cells) == 2 * len(one.cells())
+    assert [cell.id("d") for cell in cells if not cell.split.protocol] == ids(one)
+    assert {str(cell.split) for cell in cells} == {"leave_one_out", "leave_one_out(protocol=published)"}
+    published = only(cells, {"split": "leave_one_out(protocol=published)"})
+    assert only(cells, {"split": "leave_one_out"}) + published == cells and len(published) == len(one.cells())
 
 
 def test_a_split_that_is_not_named_is_the_data_s(tmp_path: Path) -> None:

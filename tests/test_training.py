@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from malloc_bench import training
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.losses import _ROWS, next_item_loss
+from malloc_bench.backbones.losses import _ROWS, next_item_loss, sampled_loss
 from malloc_bench.data import load_card
 from malloc_bench.data.batches import training_batches, window
 from malloc_bench.data.dataset import group
-from malloc_bench.data.splits import Targets, leave_one_out
+from malloc_bench.data.splits import Targets, get_split, leave_one_out
 from malloc_bench.data.synthetic import generate
 from malloc_bench.training import Fit, Training, fast_bfloat16, fit, validation_ndcg
 
@@ -486,6 +487,77 @@ def test_the_loss_is_cross_entropy(rows, size):
     theirs = torch.autograd.grad(3 * want, (hidden, table))
     for a, b in zip(ours, theirs):
         assert float((a - b).abs().max()) <= 3e-6 * max(1.0, float(b.abs().max()))
+
+
+def test_the_sampled_loss_holds_each_target_against_the_negatives_that_are_not_it():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 10, 12, generator=generator).requires_grad_()
+    table = torch.randn(50, 12, generator=generator).requires_grad_()
+    targets = torch.randint(-1, 50, (4, 10), generator=generator)
+    negatives = torch.randint(50, (4, 30), generator=generator)
+    losses = []
+    for row in range(4):
+        assert torch.isin(targets[row], negatives[row]).any()
+        for h, target in zip(hidden[row].double(), targets[row]):
+            rivals = [target, *(n for n in negatives[row] if n != target)]
+            if target >= 0:
+                losses.append(F.cross_entropy((table.double()[torch.stack(rivals)] @ h)[None], torch.tensor([0])))
+    want = torch.stack(losses).mean()
+    got = sampled_loss(hidden, table, targets, negatives)
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(got, (hidden, table)), torch.autograd.grad(want, (hidden, table))):
+        assert torch.allclose(a, b.float(), atol=1e-6)
+
+
+def test_against_every_other_item_once_it_is_the_whole_softmax(split):
+    backbone, batch = fresh(split).eval(), next(training_batches(split, 30, 16, 0, 0))
+    everything = torch.arange(1, split.dataset.n_items + 1, dtype=torch.int32).expand(len(batch.targets), -1)
+    sampled = backbone.loss(replace(batch, negatives=everything))
+    assert float(sampled.detach()) == pytest.approx(float(backbone.loss(batch).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"negatives": 20}, {"stochastic_length": 1.4}])
+def test_it_learns_from_sampled_negatives_and_of_thinned_histories(split, tmp_path, settings):
+    backbone = fresh(split, "hstu")
+    before = validation_ndcg(backbone, split, split.valid)
+    result = fit(backbone, split, Training(epochs=12, batch_size=16, lr=5e-3, **settings), 0, tmp_path)
+    assert result.best_ndcg > 1.1 * before
+
+
+# --- the published protocol -----------------------------------------------------------------------------------------
+
+
+def test_without_validation_all_epochs_are_run_and_the_last_is_kept(split, tmp_path):
+    published = get_split({"leave_one_out": {"protocol": "published"}}, split.dataset)
+    backbone = fresh(split)
+    result = fit(backbone, published, replace(SETTINGS, patience=1), 7, tmp_path)
+    assert (result.epochs, result.best_epoch, result.best_ndcg, result.best_auc) == (4, 4, None, None)
+    assert Fit(**json.loads((tmp_path / "fit.json").read_text())) == result
+    last = fresh(split)
+    last.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert_equal(weights(backbone), weights(last))
+
+
+def test_an_interrupted_fit_without_validation_goes_on(split, tmp_path):
+    published = get_split({"leave_one_out": {"protocol": "published"}}, split.dataset)
+    whole, parts = fresh(split), fresh(split)
+    fit(whole, published, SETTINGS, 7, tmp_path / "whole")
+
+    def stop(progress):
+        if (progress.epoch, progress.step) == (2, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(parts, published, SETTINGS, 7, tmp_path / "parts", stop)
+    parts = fresh(split)
+    assert fit(parts, published, SETTINGS, 7, tmp_path / "parts").epochs == 4
+    assert_equal(weights(whole), weights(parts))
+
+
+def test_sgd_cannot_take_over_where_nothing_validates(split, tmp_path):
+    published = get_split({"leave_one_out": {"protocol": "published"}}, split.dataset)
+    with pytest.raises(ValueError, match="nothing validates"):
+        fit(fresh(split), published, Training(epochs=1, optimizer="adam_then_sgd"), 0, tmp_path)
 
 
 def test_both_ways_to_the_loss_were_tried():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.base import Backbone, check_sizes
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.losses import dropout, next_item_loss
+from malloc_bench.backbones.losses import dropout, next_item_loss, sampled_loss
 from malloc_bench.backbones.statistics import newest, observed
 from malloc_bench.state import Batch, Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
 
@@ -79,11 +79,11 @@ class AttentionBackbone(Backbone):
         return self._output(x)
 
     def loss(self, batch: Batch) -> Tensor:
-        real = batch.targets > 0
-        hidden = self(batch.events)[real]
-        table = self.catalogue()
         scale = 1 / self.config.temperature if self.config.head == "cosine" else 1.0
-        return next_item_loss(hidden * scale, table, batch.targets[real].long() - 1)
+        hidden, table, targets = self(batch.events) * scale, self.catalogue(), batch.targets.long() - 1
+        if batch.negatives is not None:
+            return sampled_loss(hidden, table, targets, batch.negatives.long() - 1)
+        return next_item_loss(hidden[targets >= 0], table, targets[targets >= 0])
 
     def catalogue(self) -> Tensor:
         table = self.items.weight[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -31,7 +32,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes for subclasses: `paper`, `version` (raise it when numbers change), `fields` (what the state keeps of an
     event in each layer), `has_slots` (False: a state is one memory a layer, no row of which is an event),
-    `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors).
+    `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors), `presets` (published
+    sizes: name -> parameters).
     """
 
     kind: ClassVar[str] = "backbones"
@@ -39,6 +41,7 @@ class Backbone(nn.Module, ABC):
     paper: ClassVar[str]
     version: ClassVar[int] = 1
     Config: ClassVar[type]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fields: ClassVar[tuple[str, ...]] = ("keys", "values")
     has_slots: ClassVar[bool] = True
     uses_positions: bool = False
@@ -110,12 +113,26 @@ class Backbone(nn.Module, ABC):
 
 
 def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any) -> Backbone:
-    """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter."""
+    """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter.
+
+    preset="large" stands for the parameters of that name in the backbone's `presets`; others given go before them.
+    """
     cls = find("backbones", name)
+    params = spelt_out(cls, params)
     valid = {f.name for f in fields(cls.Config)}
     for key in params.keys() - valid:
         raise ValueError(f"backbone {name} has no parameter '{key}'.{suggest(key, valid)}")
     return cls(cls.Config(**params), n_items, has_time)
+
+
+def spelt_out(cls: type[Backbone], params: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's parameters with what a `preset` among them stands for; raises ValueError where there is no such."""
+    if "preset" not in params or not cls.presets:
+        return dict(params)
+    preset = params["preset"]
+    if preset not in cls.presets:
+        raise ValueError(f"preset must be one of {', '.join(cls.presets)}, not {preset}")
+    return {**cls.presets[preset], **{key: value for key, value in params.items() if key != "preset"}}
 
 
 def check_sizes(config: Any) -> None:

@@ -105,10 +105,19 @@ class HSTU(AttentionBackbone):
 
     The time bias needs data with times and uses the gap between a slot's event and the moment at which the prediction
     is asked for, as the authors' code does; without times the position bias stands alone.
-    Ours where code and paper leave room: N = max_length.
+    Ours where code and paper leave room: N = max_length. Presets: the published settings for MovieLens-1M and -20M
+    and for Amazon Books, small and large.
     """
 
     paper = "Zhai et al., Actions Speak Louder than Words (HSTU), ICML 2024, arXiv 2402.17152"
+    presets = {
+        "ml-1m": {"layers": 2, "heads": 1, "dim": 50},
+        "ml-1m-large": {"layers": 8, "heads": 2, "dim": 50},
+        "ml-20m": {"layers": 4, "heads": 4, "dim": 256},
+        "ml-20m-large": {"layers": 16, "heads": 8, "dim": 256},
+        "books": {"layers": 4, "heads": 4, "dim": 64, "max_length": 50, "dropout": 0.5},
+        "books-large": {"layers": 16, "heads": 8, "dim": 64, "max_length": 50, "dropout": 0.5},
+    }
     uses_positions = True
 
     def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:

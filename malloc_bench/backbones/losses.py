@@ -50,6 +50,19 @@ def next_item_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     return _FullSoftmax.apply(hidden, table, targets)
 
 
+def sampled_loss(hidden: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Mean cross-entropy of each target against negatives: hidden [B, S, d], targets [B, S] from 0 (below: none).
+
+    negatives [B, K] are shared by the targets of a row of the batch; one that is the target itself is left out of it
+    (as in the code of arXiv 2402.17152, which draws anew for each target).
+    """
+    own = (hidden * table[targets.clamp(min=0)]).sum(2, keepdim=True)
+    others = hidden @ table[negatives].mT
+    others = others.masked_fill(negatives[:, None] == targets[..., None], -torch.inf)
+    logits = torch.cat([own, others], dim=2)[targets >= 0]
+    return F.cross_entropy(logits, targets.new_zeros(len(logits)))
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout by comparing uniform numbers, about twice as fast on CPUs as F.dropout's Bernoulli draws."""
     if not training or p == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,49 +13,31 @@ from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 
-Preset = Literal["98k", "786k", "1.57m", "9.44m", "75.5m", "829m"]
-
-#: preset -> (layers, heads, dim), the paper's; the name is the number of parameters beside the embeddings, 12 L d^2.
-PRESETS: dict[Preset, tuple[int, int, int]] = dict(
-    zip(get_args(Preset), ((2, 2, 64), (4, 4, 128), (8, 4, 128), (12, 8, 256), (24, 8, 512), (48, 24, 1200)))
-)
-
 
 @dataclass(frozen=True)
-class Scale:
-    """preset: one of the paper's sizes; layers, heads and dim that are given go before it. max_length: events kept.
+class Scale(Sizes):
+    """As `Sizes`; dropout: rate of the embeddings and the lowest layer; dropout_top: of the highest; on a line between.
 
-    dropout: rate of the embeddings and the lowest layer; dropout_top: of the highest; on a line in between.
-    head: outputs and items are compared by their dot product, or by cosine over a temperature.
+    head: scores are dot products, the softmax as it is usually meant, or cosines over a temperature.
     """
 
-    preset: Preset = "98k"
-    layers: int | None = None
-    heads: int | None = None
-    dim: int | None = None
+    layers: int = 2
+    heads: int = 2
+    dim: int = 64
     max_length: int = 50
     dropout: float = 0.3
-    dropout_top: float = 0.1
     head: Literal["cosine", "dot"] = "dot"
-    temperature: float = 0.05
+    dropout_top: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset}")
+        super().__post_init__()
         if not 0 <= self.dropout_top < 1:
             raise ValueError(f"dropout_top must be in [0, 1), not {self.dropout_top}")
-        self.sizes()
-
-    def sizes(self) -> Sizes:
-        """What every attention backbone asks for; raises ValueError where it makes no model."""
-        given = (self.layers, self.heads, self.dim)
-        layers, heads, dim = (own if mine is None else mine for mine, own in zip(given, PRESETS[self.preset]))
-        return Sizes(layers, heads, dim, self.max_length, self.dropout, self.head, self.temperature)
 
     def rates(self) -> list[float]:
         """Each layer's dropout, the lowest first; a single layer is the lowest."""
-        layers = self.sizes().layers
-        return [self.dropout + (self.dropout_top - self.dropout) * i / max(layers - 1, 1) for i in range(layers)]
+        step = (self.dropout_top - self.dropout) / max(self.layers - 1, 1)
+        return [self.dropout + step * i for i in range(self.layers)]
 
 
 class LSRMBlock(SASRecBlock):
@@ -83,10 +65,21 @@ class LSRM(AttentionBackbone):
 
     paper = "Zhang et al., Scaling Law of Large Sequential Recommendation Models (LSRM), RecSys 2024, arXiv 2311.11351"
     Config = Scale
+    presets = {  # named by the paper's count of parameters beside the embeddings, 12 L d^2
+        name: {"layers": layers, "heads": heads, "dim": dim}
+        for name, layers, heads, dim in (
+            ("98k", 2, 2, 64),
+            ("786k", 4, 4, 128),
+            ("1.57m", 8, 4, 128),
+            ("9.44m", 12, 8, 256),
+            ("75.5m", 24, 8, 512),
+            ("829m", 48, 24, 1200),
+        )
+    }
 
     def __init__(self, config: Scale, n_items: int, has_time: bool = False) -> None:
-        sizes, rates = config.sizes(), iter(config.rates())
-        super().__init__(sizes, n_items, lambda: LSRMBlock(sizes.dim, sizes.heads, next(rates)))
+        rates = iter(config.rates())
+        super().__init__(config, n_items, lambda: LSRMBlock(config.dim, config.heads, next(rates)))
 
     def _output(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.head == "cosine" else F.layer_norm(x, x.shape[-1:])

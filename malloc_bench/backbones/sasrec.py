@@ -61,10 +61,16 @@ class SASRec(AttentionBackbone):
     """Causal softmax attention over item and learned position embeddings.
 
     From the paper: embeddings x sqrt(d), one-d feed-forward, causal mask, dropout. Ours, as in the comparison of
-    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature.
+    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature. Presets: the settings of that
+    comparison.
     """
 
     paper = "Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781"
+    presets = {
+        "ml-1m": {"layers": 2, "heads": 1, "dim": 50},
+        "ml-20m": {"layers": 4, "heads": 4, "dim": 256},
+        "books": {"layers": 4, "heads": 4, "dim": 64, "max_length": 50, "dropout": 0.5},
+    }
 
     def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
         super().__init__(config, n_items, lambda: SASRecBlock(config.dim, config.heads, config.dropout))

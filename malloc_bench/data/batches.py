@@ -60,23 +60,60 @@ def split_newest(events: Events) -> tuple[Events, Events]:
     return history, token
 
 
-def training_batches(split: Split, max_length: int, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+def training_batches(
+    split: Split,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    negatives: int | None = None,
+    stochastic_length: float | None = None,
+    newest: bool = False,
+) -> Iterator[Batch]:
     """One epoch: max_length consecutive training steps of every user, all of those who have no more.
 
-    A longer history shows another window each epoch, so that no event is left unlearned.
+    A longer history shows another window each epoch, so that no event is left unlearned, or its newest one. negatives: items drawn
+    uniformly for each user. stochastic_length: alpha of HSTU (arXiv 2402.17152, section 3.2): of n > N^(alpha/2)
+    events, N = max_length, only N^(alpha/2) stay, in order, but for a share N^alpha / n^2 of the users, who keep all.
+    Ours: which ones stay is drawn uniformly, and each is followed by the event that truly followed it.
     """
     dataset = split.dataset
     rng = np.random.default_rng([seed, epoch])
     everything = split.train_end - dataset.offsets[:-1] - 1
     steps = np.minimum(everything, max_length)
-    skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1)  # newest steps behind this epoch's window
+    skipped = rng.integers(0, np.maximum(everything - steps, 0) + 1) * (not newest)  # steps behind this epoch's window
     users = rng.permutation(np.flatnonzero(steps > 0))
-    for batch in alike(rng, users, steps, batch_size):
-        end = split.train_end[batch] - skipped[batch]
-        events = window(dataset, batch, end - 1, max_length)
-        index, _ = _places(dataset, batch, end - 1, max_length)
+    if stochastic_length is not None:
+        few = int(max_length ** (stochastic_length / 2))
+        whole = rng.random(len(steps)) * np.square(steps) < max_length**stochastic_length
+        steps = np.where(whole, steps, np.minimum(steps, few))
+    for rows in alike(rng, users, steps, batch_size):
+        end = split.train_end[rows] - skipped[rows]
+        events = window(dataset, rows, end - 1, max_length)
+        index, _ = _places(dataset, rows, end - 1, max_length)
         following = dataset.items[np.minimum(index + 1, end[:, None] - 1)]
-        yield Batch(events, torch.where(events.mask(), torch.from_numpy(following), 0))
+        batch = Batch(events, torch.where(events.mask(), torch.from_numpy(following), 0))
+        if stochastic_length is not None:
+            batch = thin(rng, batch, steps[rows])
+        if negatives is not None:
+            drawn = rng.integers(1, dataset.n_items + 1, (len(rows), negatives), dtype=np.int32)
+            batch = Batch(batch.events, batch.targets, torch.from_numpy(drawn))
+        yield batch
+
+
+def thin(rng: np.random.Generator, batch: Batch, keep: np.ndarray) -> Batch:
+    """The batch with keep [B] of each user's events and their targets, drawn uniformly, in order."""
+    keys = np.where(batch.events.mask().numpy(), rng.random(batch.targets.shape), 2.0)
+    drawn = np.argsort(keys, axis=1)[:, : keep.max(initial=0)]
+    unused = np.arange(drawn.shape[1]) >= keep[:, None]
+    index = torch.from_numpy(np.sort(np.where(unused, batch.targets.shape[1], drawn), axis=1))
+
+    def pick(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else torch.cat([x, torch.zeros_like(x[:, :1])], dim=1).gather(1, index)
+
+    events, count = batch.events, torch.from_numpy(keep.astype(np.int32))
+    kept = Events(pick(events.items), count, pick(events.times), pick(events.next_times))  # type: ignore[arg-type]
+    return Batch(kept, pick(batch.targets))  # type: ignore[arg-type]
 
 
 def alike(rng: np.random.Generator, rows: np.ndarray, length: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -45,14 +45,19 @@ class Rule(Option, ABC):
 
 
 class LeaveOneOut(Rule):
-    """Each user's last event is tested, the one before validates; users with fewer than 3 events only train."""
+    """Each user's last event is tested, the one before validates; users with fewer than 3 events only train.
 
+    protocol: "published": nothing validates, all but the last event train, for a fixed number of epochs (the tables of
+    HSTU, arXiv 2402.17152).
+    """
+
+    protocol: Literal["published"] | None = None
     name: ClassVar[str] = "leave_one_out"
 
     def bounds(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         end = dataset.offsets[1:]
         enough = np.diff(dataset.offsets) >= 3
-        return end - 2 * enough, end - enough
+        return end - (enough if self.protocol else 2 * enough), end - enough
 
 
 class Shares(Rule):

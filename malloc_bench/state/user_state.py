@@ -49,10 +49,14 @@ class Events:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] int32 (0: none)."""
+    """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] int32 (0: none).
+
+    negatives: [B, K] int32 items that a user's targets are held against; None: the whole catalogue.
+    """
 
     events: Events
     targets: Tensor
+    negatives: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from malloc_bench.backbones import attention, get_backbone, lsrm
-from malloc_bench.backbones.lsrm import PRESETS, Scale
+from malloc_bench.backbones import attention, get_backbone, lsrm, spelt_out
+from malloc_bench.backbones.lsrm import LSRM, Scale
 from malloc_bench.state import Events
 
 THREE = Events(torch.tensor([[1, 2, 3]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32))
@@ -35,13 +35,12 @@ def test_the_papers_sizes_have_the_papers_counts(preset, layers, heads, dim, pub
 
 
 def test_every_preset_is_tried():
-    assert list(PRESETS) == ["98k", "786k", "1.57m", "9.44m", "75.5m", "829m"]
+    assert list(LSRM.presets) == ["98k", "786k", "1.57m", "9.44m", "75.5m", "829m"]
 
 
 def test_sizes_that_are_given_go_before_the_presets():
-    sizes = Scale(preset="786k", heads=2, dim=32).sizes()
-    assert (sizes.layers, sizes.heads, sizes.dim) == (4, 2, 32)
-    assert Scale().sizes() == Scale(preset="98k").sizes() != Scale(preset="1.57m").sizes()
+    assert spelt_out(LSRM, {"heads": 2, "preset": "786k", "dim": 32}) == {"layers": 4, "heads": 2, "dim": 32}
+    assert Scale() == Scale(**LSRM.presets["98k"]) != Scale(**LSRM.presets["1.57m"])
 
 
 @pytest.mark.parametrize(

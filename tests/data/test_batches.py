@@ -183,3 +183,78 @@ def test_by_length_has_every_target_with_a_history_once(size):
     assert sorted(order.tolist()) == np.flatnonzero(length > 0).tolist()
     assert (np.diff(length[order]) >= 0).all()
     assert list(by_length(Targets(at[:0], at[:0]), dataset, 20, size)) == []
+
+
+# --- stochastic length and negatives ------------------------------------------------------------------------------
+
+
+def test_stochastic_length_keeps_some_events_and_what_follows_each():
+    """Items and times number the events, so order and successors can be read off the batch."""
+    data, longest, alpha = many(), 64, 1.5
+    split, few = leave_one_out(data), int(64 ** (1.5 / 2))
+    first, seen, whole, long = data.offsets[:-1], Counter(), 0, 0
+    for batch in training_batches(split, longest, 32, 3, 0, stochastic_length=alpha):
+        for row, (items, times, following) in enumerate(rows_of(batch.events)):
+            (user,) = set((np.searchsorted(first, np.array(items) - 1, side="right") - 1).tolist())
+            seen[user] += 1
+            all_steps = min(split.train_end[user] - first[user] - 1, longest)
+            assert items == sorted(set(items)) and times == [10 * item for item in items]
+            assert batch.targets[row, : len(items)].tolist() == [item + 1 for item in items]
+            assert following == [10 * item + 10 for item in items] and not batch.targets[row, len(items) :].any()
+            assert len(items) == all_steps if all_steps <= few else len(items) in (few, all_steps)
+            if all_steps > few:
+                whole, long = whole + (len(items) == all_steps), long + 1
+    assert set(seen.values()) == {1} and len(seen) == int((split.train_end - first > 1).sum())
+    assert 0.02 < whole / long < 0.9
+
+
+def test_the_share_of_whole_histories_is_the_paper_s():
+    """N^alpha / n^2 of those that are as long as N: here 20^1.2 / 20^2 = 9.1 %, and they keep int(20^0.6) = 6 else."""
+    split = leave_one_out(toy([60] * 4000))
+    counts = [batch.events.count for batch in training_batches(split, 20, 500, 0, 0, stochastic_length=1.2)]
+    sizes = Counter(torch.cat(counts).tolist())
+    assert sizes.keys() == {6, 20}
+    assert sizes[20] / 4000 == pytest.approx(20**1.2 / 400, abs=0.015)
+
+
+def test_stochastic_length_keeps_every_place_alike():
+    split = leave_one_out(toy([23] * 6000))
+    kept = np.zeros(20)
+    for batch in training_batches(split, 20, 500, 0, 0, stochastic_length=1.2):
+        some = batch.events.items[batch.events.count == 6]
+        kept += np.bincount((some.numpy().ravel() - 1) % 23, minlength=20)[:20]
+    assert kept / kept.sum() == pytest.approx(np.full(20, 1 / 20), rel=0.1)
+
+
+def test_alpha_2_leaves_nothing_out():
+    split = leave_one_out(many(longest=64))
+    found = [
+        sorted(row for batch in batches for row in map(tuple, (items for items, *_ in rows_of(batch.events))))
+        for batches in (
+            training_batches(split, 64, 32, 3, 0),
+            training_batches(split, 64, 32, 3, 0, stochastic_length=2.0),
+        )
+    ]
+    assert found[0] == found[1]
+
+
+def test_negatives_are_drawn_from_the_catalogue_for_each_batch():
+    split = leave_one_out(many(users=200))
+    plain = list(training_batches(split, 64, 32, 3, 0))
+    drawn = list(training_batches(split, 64, 32, 3, 0, negatives=5000))
+    again = list(training_batches(split, 64, 32, 3, 0, negatives=5000))
+    assert all(batch.negatives is None for batch in plain)
+    assert not torch.equal(drawn[0].negatives, drawn[1].negatives)
+    for batch, same in zip(drawn, again, strict=True):
+        assert batch.negatives.shape == (len(batch.targets), 5000)
+        assert torch.equal(batch.negatives, same.negatives)
+        assert int(batch.negatives.min()) >= 1 and int(batch.negatives.max()) <= split.dataset.n_items
+    every = torch.cat([batch.negatives.flatten() for batch in drawn])
+    assert len(every.unique()) == split.dataset.n_items
+
+
+def test_the_newest_window_is_the_same_every_epoch():
+    split = leave_one_out(toy([3, 9, 40]))  # items 1-3, 4-12 and 13-52: nothing, 4-10 and 13-50 train
+    for epoch in range(3):
+        (batch,) = training_batches(split, 10, 8, 0, epoch, newest=True)
+        assert sorted(items for items, *_ in rows_of(batch.events)) == [[*range(4, 10)], [*range(40, 50)]]

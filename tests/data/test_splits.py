@@ -60,6 +60,15 @@ def test_leave_one_out_user_by_user(lengths):
         assert list(zip(targets.users.tolist(), targets.at.tolist())) == want and len(targets) == len(want)
 
 
+@given(LENGTHS)
+def test_the_published_protocol_trains_on_what_would_validate(lengths):
+    data = toy(lengths)
+    split, ours = get_split({"leave_one_out": {"protocol": "published"}}, data), leave_one_out(data)
+    assert len(split.valid) == 0
+    assert by_user(data, split.test) == by_user(data, ours.test)
+    assert (split.train_end - ours.train_end).tolist() == [int(length >= 3) for length in lengths]
+
+
 @given(st.lists(st.integers(0, 25), max_size=12))
 def test_ratio_user_by_user(lengths):
     split = get_split("ratio", toy(lengths))
