@@ -149,10 +149,11 @@ def _default(cls: type[Compressor]) -> Compressor | None:
 
 
 def _backbone(cls: type[Backbone]) -> Lines:
+    where = "of every event in each layer" if cls.has_slots else "in each layer, as large for any history"
     return [
         ("", _doc(cls)),
         ("paper", cls.paper),
-        ("stores", f"{', '.join(cls.fields)} of every event in each layer"),
+        ("stores", f"{', '.join(cls.fields)} {where}"),
         ("", _doc(cls.Config)),
         *_parameters(cls.Config),
         *(("preset", f"{name}: {json.dumps(dict(params))}") for name, params in cls.presets.items()),

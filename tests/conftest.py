@@ -27,7 +27,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 #: After 200 steps HSTU's upper layer hardly reads its keys yet: noise in them moves outputs by 0.3 to 2 %.
 STEPS = 600
-FEW = 250  # softmax attention reads its keys sooner, and Climber's steps take three times as long
+FEW = 250  # softmax attention and the delta rule read their state sooner, and these steps take longer
+SLOW = ("climber", "gated_delta")
 
 #: name -> (registered name, heads, times, and parameters beside the small sizes): what `trained` knows.
 #: `adapt` is no parameter: a structural compressor, by name and parameters, that adapts the backbone before training.
@@ -53,6 +54,8 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     "lsrm-mqa": ("lsrm", 2, False, {"adapt": ("mqa", {})}),
     "marm": ("marm", 1, False),
     "marm-2-heads": ("marm", 2, False),
+    "gated_delta": ("gated_delta", 1, False),
+    "gated_delta-2-heads": ("gated_delta", 2, False),
 }
 
 
@@ -86,7 +89,7 @@ def trained(synthetic: Split, tmp_path_factory: pytest.TempPathFactory) -> Calla
             with (folder / f"{name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not weights.exists():
-                    _train(backbone, synthetic, FEW if part == "climber" else STEPS)
+                    _train(backbone, synthetic, FEW if part in SLOW else STEPS)
                     save_file(backbone.state_dict(), weights)
             backbone.load_state_dict(load_file(weights))
         return backbone.eval().requires_grad_(False)

@@ -31,8 +31,9 @@ class Backbone(nn.Module, ABC):
     """A sequential recommender. A token sees the state and itself; history reaches a token only through the state.
 
     Attributes for subclasses: `paper`, `version` (raise it when numbers change), `fields` (what the state keeps of an
-    event in each layer), `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors),
-    `presets` (published sizes: name -> parameters).
+    event in each layer), `has_slots` (False: a state is one memory a layer, no row of which is an event),
+    `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors), `presets` (published
+    sizes: name -> parameters).
     """
 
     kind: ClassVar[str] = "backbones"
@@ -42,6 +43,7 @@ class Backbone(nn.Module, ABC):
     Config: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fields: ClassVar[tuple[str, ...]] = ("keys", "values")
+    has_slots: ClassVar[bool] = True
     uses_positions: bool = False
     uses_times: bool = False
     n_items: int

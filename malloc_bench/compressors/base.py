@@ -206,14 +206,19 @@ class Structural(Compressor):
 def dense_layout(
     prefill: Prefill, per: Literal["state", "layer", "head"], mass: bool = False, consecutive: bool = False
 ) -> Layout:
-    """The layout of one stack's kept slots, the same in the whole state or each layer's or head's own."""
+    """The layout of one stack's kept slots, the same in the whole state or each layer's or head's own.
+
+    A memory has nothing beside its vectors.
+    """
     vectors: list[tuple[str, int, int]] = []
     for layer in prefill.layers:
         vectors += [(name, v.shape[1], v.shape[3]) for name, v in prefill.segment(layer).fields.items()]
     heads = [next(iter(prefill.segment(layer).fields.values())).shape[1] for layer in prefill.layers]
     counts = 1 if per == "state" else len(heads)
     lists = {"state": 1, "layer": len(heads), "head": sum(heads)}[per]
-    old = prefill.slots(0)
+    old = prefill.segment(0).slots
+    if old is None:
+        return Layout(0, 0, 0, 0, 0, tuple(vectors))
     implied, times = consecutive and old.positions is None, old.timestamps is not None
     positions = prefill.uses_positions and not implied
     return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch import Tensor
 from malloc_bench.compressors.base import COUNT_BYTES, Budget, Compressor, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
 
 class TokenMethod(Compressor):
     """Keeps or makes k slots of each user, the most that fit the budget."""
+
+    def supports(self, backbone: Backbone) -> str | None:
+        return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it has no slots"
 
     @abstractmethod
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
@@ -31,7 +37,7 @@ class TokenMethod(Compressor):
     def sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
         """n [B] -> bytes [B] of a state of at most n slots in every layer: the sum over stacks, one length for all."""
         length = prefill.state.length.long()
-        stacks = [(self.layout(view), view.slots(0).count[:, 0].long()) for view in prefill.apart()]
+        stacks = [(self.layout(view), view.rows(0)) for view in prefill.apart()]
 
         def bytes_of(n: Tensor) -> Tensor:
             total = sum((self.cost(layout, n.minimum(own), length) for layout, own in stacks), torch.zeros_like(n))
@@ -57,7 +63,7 @@ class TokenMethod(Compressor):
         return type(self).cost
 
     def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
-        length = torch.stack([view.slots(0).count[:, 0].long() for view in prefill.apart()]).sum(0)
+        length = torch.stack([view.rows(0) for view in prefill.apart()]).sum(0)
         target = budget.target(prefill.full_bytes())
         if target is None:
             return length.clamp(max=budget.slots)

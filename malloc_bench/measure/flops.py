@@ -1,6 +1,7 @@
 """Floating-point operations: a closed form per method and step, and a counter to hold it against.
 
 Counted: matmul-like work, 2 per multiply-add, as the code does it, and eigenvectors by formula (9 d^3 a matrix).
+A triangular system of n unknowns counts n^2 for each right-hand side.
 Not counted: sorting and top-k, softmax, SiLU and all other element-wise work, norms, gathers and sums over runs,
 (un)packing and (de)quantizing, and the catalogue scores that follow a read (2 x items x dim a token, for every method).
 Causal attention by SDPA counts as the full square, though the kernel skips most of its upper half; the blockwise path
@@ -10,6 +11,7 @@ counts the blocks that it multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -27,8 +29,12 @@ def count_flops(fn: Callable[[], object]) -> int:
     def attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(q, k, v)
 
+    def triangular(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+        return prod(b) * a[-1]
+
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    with FlopCounterMode(display=False, custom_mapping={fused: attention} if fused else {}) as counter:
+    mapping = {torch.ops.aten.linalg_solve_triangular: triangular, **({fused: attention} if fused else {})}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         fn()
     return counter.get_total_flops()
 

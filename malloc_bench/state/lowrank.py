@@ -42,6 +42,10 @@ class LowRank(Vectors):
         _, heads, slots, width = self.shape
         return 2 * queries * heads * self.left.shape[3] * (slots + width)
 
+    def dense_flops(self) -> int:
+        _, heads, slots, width = self.shape
+        return 2 * heads * slots * self.left.shape[3] * width
+
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         one = torch.ones(len(self.rank), 1, dtype=torch.long, device=self.rank.device)
         yield Ragged(self.rank[..., None, None], one)

@@ -92,6 +92,11 @@ class Prefill:
         assert slots is not None, "a full state has slots"
         return slots
 
+    def rows(self, layer: int) -> Tensor:
+        """How many rows each user's vectors have in a layer, slots or those of a memory: [B] int64."""
+        segment, length = self.segment(layer), self.state.length.long()
+        return torch.full_like(length, segment.width) if segment.slots is None else segment.slots.count[:, 0].long()
+
     def keys(self, layer: int) -> Tensor:
         """[B, H, S, D]"""
         return self.segment(layer).fields["keys"].dense()

@@ -71,6 +71,12 @@ class Segment:
         """S, the padded number of slots."""
         return next(iter(self.fields.values())).shape[2]
 
+    def real(self, x: Tensor) -> Tensor:
+        """Which rows of x [B, H, S, D], its vectors, are real: [B, H or 1, S] bool; of a memory all are."""
+        if self.slots is None:
+            return torch.ones(x.shape[0], 1, x.shape[2], dtype=torch.bool, device=x.device)
+        return self.slots.mask(x.shape[2])
+
 
 Layer = tuple[Segment, ...]
 

@@ -65,6 +65,10 @@ class Vectors(ABC):
         _, heads, slots, width = self.shape
         return 2 * queries * heads * slots * width
 
+    def dense_flops(self) -> int:
+        """FLOPs of `dense`, per user."""
+        return 0
+
 
 def all_rows(data: Tensor) -> Tensor:
     """[B, 1] count of every row of data [B, H, R, C]."""

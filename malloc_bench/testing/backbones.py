@@ -199,6 +199,7 @@ def refuses_beyond_max_length(backbone: Backbone) -> None:
 def states_pack(backbone: Backbone) -> None:
     history, tokens = histories(backbone, LENGTHS)
     state = backbone.prefill(history).state
+    assert all((segment.slots is not None) == backbone.has_slots for segment in state.segments())
     back = check_packs(state, lambda s: backbone.read(tokens, s))
     for got, want in zip(back.segments(), state.segments()):
         for name in want.fields:
@@ -247,9 +248,8 @@ def _ranker(backbone: Backbone) -> Backbone:
 
 
 def _stored(segment: Segment, user: int) -> int:
-    """Slots of a user in a full state's segment."""
-    assert segment.slots is not None
-    return int(segment.slots.count[user, 0])
+    """Slots of a user in a full state's segment, or rows of a memory."""
+    return segment.width if segment.slots is None else int(segment.slots.count[user, 0])
 
 
 def _part(events: Events, start: Tensor, stop: Tensor) -> Events:

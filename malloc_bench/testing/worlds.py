@@ -86,14 +86,16 @@ def histories(backbone: Backbone, lengths: Sequence[int], constant: bool = False
 def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
     """Plain tensors and the given backbones; None: small ones of ours with large random weights."""
     if backbones is None:
-        ours = (("sasrec", 1, False), ("sasrec", 4, False), ("hstu", 1, True), ("hstu", 4, False))
+        ours = (
+            ("sasrec", 1, False), ("sasrec", 4, False), ("hstu", 1, True), ("hstu", 4, False), ("gated_delta", 2, False)
+        )  # fmt: skip
         backbones = [_lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
     named = [World(f"{b.name}{i}", b.eval()) for i, b in enumerate(backbones)]
     return [World("tensors"), *named]
 
 
 def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.0) -> Prefill:
-    """The full states of some users, padded to `width` slots, the padding filled with `fill`."""
+    """The full states of some users, padded to `width` slots, the padding filled with `fill`; a memory has none."""
     rows = torch.tensor(list(users), dtype=torch.long)
     length = prefill.state.length.index_select(0, rows)
 
@@ -107,14 +109,18 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         shape[0], shape[axis] = len(rows), width
         return torch.where(real.view(shape), x, torch.tensor(fill).to(x.dtype))
 
-    counts = [prefill.slots(layer).count[rows, 0] for layer in prefill.layers]
+    counts = [prefill.rows(layer)[rows] for layer in prefill.layers]
     made: dict[int, Slots] = {}  # layers that share their slots go on sharing them
     layers: list[Layer] = []
     for layer, count in zip(prefill.layers, counts):
-        old = prefill.slots(layer)
+        old = prefill.segment(layer).slots
+        if old is None:
+            fields = {k: Dense(v.dense().index_select(0, rows)) for k, v in prefill.segment(layer).fields.items()}
+            layers.append((Segment(fields, None),))
+            continue
         if id(old) not in made:
             places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))
-            made[id(old)] = Slots(count[:, None], places, times)
+            made[id(old)] = Slots(old.count[rows, :1], places, times)
         fields = {k: Dense(fit(v.dense(), 2, count)) for k, v in prefill.segment(layer).fields.items()}
         layers.append((Segment(fields, made[id(old)]),))
     events = prefill.events
@@ -141,11 +147,11 @@ def poisoned(state: UserState) -> UserState:
     copy = state.map(torch.clone)
     for slots, vectors in copy._stored():
         if isinstance(vectors, Quantized):  # its scales are stored in one of two precisions: parts() shows copies
-            assert slots is not None
-            _spoil(vectors.codes, slots.count)
-            for numbers in (vectors.scale, vectors.zero):
-                if numbers is not None:
-                    _spoil(numbers, vectors.groups(slots.count))
+            if slots is not None:  # a memory has no row to spare
+                _spoil(vectors.codes, slots.count)
+                for numbers in (vectors.scale, vectors.zero):
+                    if numbers is not None:
+                        _spoil(numbers, vectors.groups(slots.count))
         elif vectors is not None:
             for part in vectors.parts(None if slots is None else slots.count):
                 _spoil(part.data, part.rows, part.cols)

@@ -52,6 +52,7 @@ METHODS = [
 ]
 WORLDS = (  # lsrm attends as sasrec does
     "tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads", "marm-2-heads", "climber-times-2-heads",
+    "gated_delta-2-heads",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ PARAMS = {  # beside the defaults
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
-BACKBONES = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
+ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
+BACKBONES = [*ATTENTION, ("gated_delta", False)]
 
 
 def build(name, has_time, length):
@@ -79,7 +80,7 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
 
 
 @pytest.mark.parametrize("history", [100, 300])
-@pytest.mark.parametrize("name, has_time", BACKBONES)
+@pytest.mark.parametrize("name, has_time", ATTENTION)
 @pytest.mark.parametrize("part", ["full", "mqa", "mla"])
 @pytest.mark.parametrize("stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8)], ids=str)
 def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, part, name, has_time, history, monkeypatch):

@@ -182,11 +182,22 @@ def test_several_segments():
     assert (both.nbytes() - state.nbytes()).tolist() == (tail.nbytes() - 4).tolist()
 
 
-def test_matrix_memory_without_slots():
-    memory = Dense(noise(3, 2, 4, 4))
+@pytest.mark.parametrize(
+    "kind, stored",
+    [
+        ("float32", 2 * 4 * 4 * 4),
+        ("8 bits width symmetric", 2 * (1 + 4 * (4 + 2))),  # a flag, and for each row its codes and a scale
+        ("4 bits slots plain", 2 * (1 + 4 * 2 + 2 * 2 * 4)),  # one group of four rows: a scale and a zero a column
+        ("low rank", 4 + 2 * 2 * 4 * (4 + 4)),
+    ],
+)
+def test_matrix_memory_without_slots(kind, stored):
+    memory = encode(kind, noise(3, 2, 4, 4), torch.full((3, 1), 4))
     state = UserState(((Segment({"memory": memory}, None),),), torch.tensor([5, 0, 2], dtype=torch.int32))
-    assert state.nbytes().tolist() == [4 + 2 * 4 * 4 * 4] * 3
-    assert torch.equal(check_packs(state).layers[0][0].fields["memory"].dense(), memory.data)
+    assert state.nbytes().tolist()[:2] == [4 + stored] * 2  # the third user's outlier asks for wide scales
+    assert torch.equal(check_packs(state).layers[0][0].fields["memory"].dense(), memory.dense())
+    assert torch.equal(poisoned(state).layers[0][0].fields["memory"].dense(), memory.dense())
+    assert state.take(torch.tensor([2, 0])).pack(1) == state.pack(0)
 
 
 @pytest.mark.parametrize("times", [False, True])

@@ -22,7 +22,7 @@ class SVD(Encoder):
     """Truncated SVD per user, layer and head; the factors are absorbed into the query (Eckart and Young, 1936).
 
     rank None: the largest rank that fits the budget, one for all layers and fields. A number: that rank (at most the
-    number of slots), the size follows.
+    number of slots), the size follows. Of a memory without slots the matrix itself is factored.
     """
 
     rank: int | None = None
@@ -54,7 +54,8 @@ class SVD(Encoder):
         if target is None:
             raise ValueError(self.accepts(budget))
         fixed, step = self._sizes(prefill)
-        most = prefill.state.length.long().clamp(max=max(w for _, _, w in dense_layout(prefill, "state").vectors))
+        rows = torch.stack([view.rows(0) for view in prefill.apart()]).amax(0)
+        most = rows.clamp(max=max(width for _, _, width in dense_layout(prefill, "state").vectors))
         rank = ((target - fixed) // step.clamp(min=1)).clamp(min=1).minimum(most)
         return self._factor(prefill.state, rank, prefill.remember)
 
@@ -64,11 +65,10 @@ class SVD(Encoder):
 
     def _factor(self, state: UserState, rank: Tensor, once: Callable[..., Tensor] = _made) -> UserState:
         def factors(name: str, segment: Segment) -> LowRank:
-            assert segment.slots is not None
             vectors = segment.fields[name]
             x = vectors.dense()
-            fits = rank[:, None].minimum(segment.slots.count.long()).clamp(max=x.shape[3])
-            mask = segment.slots.mask(x.shape[2])
+            mask = segment.real(x)
+            fits = rank[:, None].minimum(mask.sum(-1)).clamp(max=x.shape[3])
             return low_rank(x, mask, fits, once(("principal", id(vectors)), lambda: principal(x, mask)))
 
         return map_vectors(state, factors)
@@ -79,7 +79,7 @@ class SVD(Encoder):
         step = torch.zeros_like(length)
         fixed = step - COUNT_BYTES * (prefill.stacks - 1)  # one length for all stacks
         for view in prefill.apart():
-            layout, n = dense_layout(view, "state", consecutive=True), view.slots(0).count[:, 0].long()
+            layout, n = dense_layout(view, "state", consecutive=True), view.rows(0)
             fixed = fixed + layout.beside(n, length) + COUNT_BYTES * len(layout.vectors)
             for _, heads, width in layout.vectors:
                 step += 4 * heads * (n + width) * (n > 0)

@@ -21,9 +21,8 @@ class Int8(Encoder):
 
     def encode(self, state: UserState) -> UserState:
         def vectors(name: str, segment: Segment) -> Quantized:
-            assert segment.slots is not None
             x = segment.fields[name].dense()
-            return quantize(x, segment.slots.mask(x.shape[2]), 8, x.shape[3], "width", symmetric=True)
+            return quantize(x, segment.real(x), 8, x.shape[3], "width", symmetric=True)
 
         return map_vectors(state, vectors)
 

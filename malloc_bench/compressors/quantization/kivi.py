@@ -1,6 +1,7 @@
 """Keys per channel, values per token, in 8, 4 or 2 bits."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from malloc_bench.compressors.base import COUNT_BYTES, Encoder, Layout, map_vectors
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Segment, Slots, UserState, Vectors, quantize
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
 
 
 @register("kivi")
@@ -33,15 +37,19 @@ class KIVI(Encoder):
         if self.bits not in (8, 4, 2) or self.group < 1 or self.tail < 0:
             raise ValueError(f"kivi: bits 8, 4 or 2, group >= 1, tail >= 0 are needed, not {self}")
 
+    def supports(self, backbone: "Backbone") -> str | None:
+        tail = self.tail and not backbone.has_slots
+        return f"kivi keeps the newest {self.tail} slots apart, {backbone.name} has none" if tail else None
+
     def encode(self, state: UserState) -> UserState:
         return map_vectors(_split_tail(state, self.tail) if self.tail else state, self._vectors)
 
     def _vectors(self, name: str, segment: Segment) -> Vectors:
-        slots, vectors = segment.slots, segment.fields[name]
-        if slots is None or isinstance(slots, _Tail):
+        vectors = segment.fields[name]
+        if isinstance(segment.slots, _Tail):
             return vectors
         x = vectors.dense()
-        return quantize(x, slots.mask(x.shape[2]), self.bits, self.group, "width" if name == "values" else "slots")
+        return quantize(x, segment.real(x), self.bits, self.group, "width" if name == "values" else "slots")
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         tail = n.clamp(max=self.tail)

@@ -12,7 +12,8 @@ def raw_events(prefill: Prefill) -> Events:
     """The history's ids, and its times where the backbone reads them; raises MissingStatistic where unknown."""
     if prefill.events is None:
         raise MissingStatistic("the raw events are not known: this Prefill was made of tensors")
-    timed = prefill.slots(0).timestamps is not None
+    slots = prefill.segment(0).slots
+    timed = slots is not None and slots.timestamps is not None
     return Events(prefill.events.items, prefill.events.count, prefill.events.times if timed else None)
 
 
