@@ -219,7 +219,7 @@ class Climber(AttentionBackbone):
         return Prefill(state, ids, events, *known, seed, self.uses_positions, stacks=self.config.blocks)
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor
+        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
         embedded, kinds = self._embed(tokens, positions), self._kinds(tokens)
@@ -227,7 +227,7 @@ class Climber(AttentionBackbone):
         outputs: list[Tensor] = []
         stored: list[dict[str, Tensor]] = []
         for b, part in enumerate(self._stacks()):
-            mask = own_mask & ((kinds == b)[:, None, None] | itself)
+            mask = None if own_mask is None else own_mask & ((kinds == b)[:, None, None] | itself)
             layers = state.layers[part]
             x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked)
             outputs.append(x)
@@ -272,7 +272,7 @@ class Climber(AttentionBackbone):
             elif step == "prefill":
                 total += filling
             else:
-                total += block.linear_flops(tokens) + pair * tokens**2
+                total += block.linear_flops(tokens) + pair * (tokens if step == "read" else tokens**2)
                 total += filling + pair * tokens * width if raw is not None else 0
                 if state is not None and state.layers:
                     total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
