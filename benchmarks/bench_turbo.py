@@ -1,4 +1,4 @@
-"""One user, many items: all candidates in one read of a state against a row of events for each candidate.
+"""One user, many items: all candidates in one read of a state beside a row for each. `make bench`, or by itself:
 
     python benchmarks/bench_turbo.py [backbone ...] [--device cpu|cuda] [--lengths 512 2048] [--candidates 1 16 ...]
 
@@ -18,10 +18,12 @@ Times are medians of calls in turns, one thread; on a busy machine CPU time (the
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from statistics import median
 
+import pytest
 import torch
 from bench_backbones import SIZE, make
 from torch import Tensor
@@ -166,11 +168,12 @@ def training(name: str, length: int, merged: int, device: str, repeats: int) -> 
     return [name, f"{length:,}", str(merged), *speeds, gain(found["rows"], found["merged"]), f"{far:.0e}"]
 
 
-def table(title: str, columns: str, lines: Sequence[Sequence[str]]) -> None:
-    head = [each.strip() for each in columns.split("|")]
+def table(title: str, columns: str, lines: Iterable[Sequence[str]]) -> None:
+    """Prints each line as soon as it is measured."""
+    head = columns.split("|")
     print(f"\n{title}\n")
-    for cells in (head, ["---"] + ["--:"] * (len(head) - 1), *lines):
-        print(f"| {' | '.join(cells)} |")
+    for cells in chain((head, ["---"] + ["--:"] * (len(head) - 1)), lines):
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def report(
@@ -183,35 +186,33 @@ def report(
     repeats: int = 3,
 ) -> None:
     tune_malloc()
-    labels, before = list(chosen) or names("backbones"), load()
+    labels, size = list(chosen) or names("backbones"), {key: SIZE[key] for key in ("layers", "heads", "dim")}
+    pairs = [(name, n) for name in labels for n in lengths]
     with threads(1):
+        print(f"\n{size}; {device}, 1 thread, load {load():.1f}; figures by wall (CPU) time")
         with torch.inference_mode():
-            pairs = [(name, n) for name in labels for n in lengths]
-            served = [serving(*pair, m, device, repeats) for pair in pairs for m in candidates]
-            limits = [line for pair in pairs for line in limit(*pair, (*candidates, *more), device, repeats)]
-            rate = product(device)
-        trained = [training(name, lengths[0], m, device, repeats) for name in labels for m in merged]
-    size = ", ".join(f"{key} {value}" for key, value in SIZE.items() if key != "max_length")
-    print(f"\n{size}; {device}, 1 thread, load {before:.1f} before and {load():.1f} after; by wall (CPU) time")
-    table(
-        "Candidates a second (naive: of the rows timed).",
-        "backbone|events|candidates|rows timed|naive|TURBO|x naive|cached|x naive|difference",
-        served,
-    )
-    table(
-        f"The read alone. A product of 1,024 x 1,024 here: {rate:.0f} GFLOP/s; catalogue: {ITEMS:,} items, in reads.",
-        "backbone|events|candidates|candidates/s|of the most|GFLOP/s|catalogue",
-        limits,
-    )
-    table(
-        "Training: candidates a second, forward and backward.",
-        "backbone|events|candidates|a row each|one user|x|loss difference",
-        trained,
-    )
+            table(
+                "Serving: candidates a second (naive: of the rows timed).",
+                "backbone|events|candidates|rows timed|naive|TURBO|x naive|cached|x naive|difference",
+                (serving(*pair, m, device, repeats) for pair in pairs for m in candidates),
+            )
+            rate = f"{product(device):.0f} GFLOP/s"
+            table(
+                f"The read alone; a product of 1,024 x 1,024 here: {rate}; catalogue: {ITEMS:,} items, in reads.",
+                "backbone|events|candidates|candidates/s|of the most|GFLOP/s|catalogue",
+                chain.from_iterable(limit(*pair, (*candidates, *more), device, repeats) for pair in pairs),
+            )
+        table(
+            "Training: candidates a second, forward and backward.",
+            "backbone|events|candidates|a row each|one user|x|loss difference",
+            (training(name, lengths[0], m, device, repeats) for name in labels for m in merged),
+        )
+        print(f"\nload {load():.1f} at the end")
 
 
-def test_turbo(benchmark) -> None:
-    benchmark.pedantic(report, rounds=1)
+@pytest.mark.parametrize("name", names("backbones"))
+def test_turbo(benchmark, name: str) -> None:
+    benchmark.pedantic(report, ([name],), rounds=1)
 
 
 if __name__ == "__main__":

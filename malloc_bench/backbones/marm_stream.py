@@ -46,10 +46,11 @@ def stream(
             with torch.no_grad():
                 for memory in memories:
                     memory.now += 1
-                    state = backbone.recall(memory, users, _first(items, start[:, 0]))
-                    grown = backbone.append(state, seen.last(stop - start[:, 0]))
                     renewed = memory.refresh > 0 and epoch % memory.refresh == 0
-                    memory.write(users, seen, grown, new if renewed else new & ~memory.held(users, seen))
+                    due = new if renewed else new & ~memory.held(users, seen)
+                    if bool(due.any()):
+                        state = backbone.recall(memory, users, _first(items, start[:, 0]))
+                        memory.write(users, seen, backbone.append(state, seen.last(stop - start[:, 0])), due)
             before = after
 
 
