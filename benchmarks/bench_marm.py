@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -40,22 +40,19 @@ def without(memory: MemoryCache, lost: Tensor) -> MemoryCache:
     return copy
 
 
-def memories(written: dict[str, MemoryCache], config, log: Events) -> Iterator[tuple[str, MemoryCache]]:
-    """Those that the stream wrote, and what becomes of the first of them when entries are lost or late."""
-    first = next(iter(written.values()))
-    yield "today's parameters", MemoryCache(len(log.count), config)
-    for name, memory in written.items():
-        yield f"written {name}", memory
-    yield (
-        "half of the entries lost",
-        without(first, torch.rand(log.items.shape, generator=torch.Generator().manual_seed(0)) < 0.5),
-    )
+def damaged(memory: MemoryCache, log: Events) -> dict[str, MemoryCache]:
+    """What becomes of a memory when entries are lost, or late."""
     assert log.times is not None
-    yield "the log's last tenth not written", without(first, log.times > log.times[log.mask()].double().quantile(0.9))
+    lost = torch.rand(log.items.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    late = log.times > log.times[log.mask()].double().quantile(0.9)
+    return {
+        "half of the entries lost": without(memory, lost),
+        "the log's last tenth not written": without(memory, late),
+    }
 
 
-def measure(split: Split, search: str, epochs: int) -> list[str]:
-    """Lines of the table."""
+def measure(split: Split, search: str, epochs: int) -> list[list[str]]:
+    """Lines of the table, in cells."""
     torch.manual_seed(0)
     data, test = split.dataset, split.test
     backbone = get_backbone("marm", data.n_items, data.has_time, search=search, **SIZE)
@@ -64,10 +61,10 @@ def measure(split: Split, search: str, epochs: int) -> list[str]:
     asked, users = question(data, test.users, test.at), torch.arange(len(test))
     log = window(data, test.users, split.train_end[test.users], history.items.shape[1])
 
-    def quality(state: UserState) -> str:
+    def quality(state: UserState) -> list[str]:
         (ranks,), _ = rank(backbone.read(tokens, state).transpose(0, 1), backbone.catalogue(), asked)
         found = (ranks < 10).float()
-        return f"{found.mean():.4f} | {(found / (ranks + 2.0).log2()).mean():.4f}"
+        return [f"{found.mean():.4f}", f"{(found / (ranks + 2.0).log2()).mean():.4f}"]
 
     written = {name: MemoryCache(len(test), backbone.config, refresh) for name, refresh in REFRESH.items()}
     optimizer = torch.optim.AdamW(backbone.parameters(), RATE, betas=(0.9, 0.98))
@@ -82,12 +79,15 @@ def measure(split: Split, search: str, epochs: int) -> list[str]:
     backbone.eval()
     with torch.inference_mode():
         nothing = Events(history.items[:, :0], 0 * history.count)
-        lines = [f"{search} | no history | | | | | {quality(backbone.prefill(nothing).state)}"]
-        lines += [f"{search} | no memory: built on request | | | | | {quality(backbone.prefill(history).state)}"]
-        for name, memory in memories(written, backbone.config, log):
+        built = {"no history": nothing, "no memory: built on request": history}
+        lines = [[search, name, *4 * [""], *quality(backbone.prefill(x).state)] for name, x in built.items()]
+        today = MemoryCache(len(test), backbone.config)
+        backbone.recall(today, users, history)
+        renewed = {f"written {name}": memory for name, memory in written.items()}
+        for name, memory in {"today's parameters": today, **renewed, **damaged(written["every epoch"], log)}.items():
             gap = read_gap(backbone, memory, users, history, tokens)
-            figures = f"{gap.hit_rate:.1%} | {gap.age:,.0f} | {gap.error:.3f} | {gap.overlap:.3f}"
-            lines.append(f"{search} | {name} | {figures} | {quality(backbone.recall(memory, users, history))}")
+            figures = [f"{gap.hit_rate:.1%}", f"{gap.age:,.0f}", f"{gap.error:.3f}", f"{gap.overlap:.3f}"]
+            lines.append([search, name, *figures, *quality(backbone.recall(memory, users, history))])
     return lines
 
 
@@ -98,9 +98,9 @@ def report(epochs: int = EPOCHS, searches: Sequence[str] = ("none",), data: str 
         lines = [line for search in searches for line in measure(split, search, epochs)]
     size = ", ".join(f"{key} {value}" for key, value in SIZE.items())
     print(f"{data}, {len(split.test)} test users; {size}; load {before:.1f} before and {load():.1f} after\n")
-    head = "search | entries | hit rate | age, steps | error | overlap@10 | HR@10 | NDCG@10"
-    for line in (head, "--- | --- | --: | --: | --: | --: | --: | --:", *lines):
-        print(f"| {line} |")
+    head = ["search", "entries", "hit rate", "age, steps", "error", "overlap@10", "HR@10", "NDCG@10"]
+    for cells in (head, ["---", "---", *6 * ["--:"]], *lines):
+        print(f"| {' | '.join(cells)} |")
 
 
 def test_marm(benchmark) -> None:

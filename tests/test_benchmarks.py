@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,14 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def turbo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
-    module = import_module("bench_turbo")
+    return import_module
+
+
+@pytest.fixture
+def turbo(script, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("bench_turbo")
     monkeypatch.setattr(module, "tune_malloc", lambda: None)
     return module
 
@@ -52,3 +58,20 @@ def test_turbo_asks_each_row_at_the_moment_of_its_candidate(turbo) -> None:
         ):
             assert got[row].tolist() == [*past[0].tolist(), int(token[0, m])]
     assert rows.count.tolist() == [7, 7]
+
+
+def test_the_stream_tells_what_stale_entries_cost(script, synthetic, monkeypatch) -> None:
+    marm = script("bench_marm")
+    monkeypatch.setattr(marm, "SIZE", {"layers": 2, "heads": 1, "dim": 8, "max_length": 30})
+    monkeypatch.setattr(marm, "STEP", 2000)
+    lines = marm.measure(synthetic, "none", 3)
+    assert [line[1] for line in lines[:4]] == [
+        "no history", "no memory: built on request", "today's parameters", "written every epoch",
+    ]  # fmt: skip
+    assert lines[1][2:6] == ["", "", "", ""] and lines[2][2:6] == ["100.0%", "0", "0.000", "1.000"]
+    assert lines[1][6:] == lines[2][6:]  # the same state, another way round
+    hits, age, error = ({line[1]: float(line[i].strip("%").replace(",", "")) for line in lines[3:]} for i in (2, 3, 4))
+    assert hits["written never again"] == 100.0
+    assert abs(hits["half of the entries lost"] - 50) < 2 and abs(hits["the log's last tenth not written"] - 90) < 2
+    assert 0 < age["written every epoch"] < age["written never again"]
+    assert 0 < error["half of the entries lost"] < error["written every epoch"] < error["written never again"]
