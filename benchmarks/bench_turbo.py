@@ -186,7 +186,8 @@ def report(
     repeats: int = 3,
 ) -> None:
     tune_malloc()
-    labels, size = list(chosen) or names("backbones"), {key: SIZE[key] for key in ("layers", "heads", "dim")}
+    labels = list(chosen) or names("backbones")
+    size = ", ".join(f"{key} {SIZE[key]}" for key in ("layers", "heads", "dim"))
     pairs = [(name, n) for name in labels for n in lengths]
     with threads(1):
         print(f"\n{size}; {device}, 1 thread, load {load():.1f}; figures by wall (CPU) time")
