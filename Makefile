@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/pytest benchmarks --benchmark-only -p no:xdist -s
+	$(BIN)/pytest benchmarks --benchmark-only -p no:xdist -s --timeout 0
 
 clean:
 	rm -rf .venv build dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

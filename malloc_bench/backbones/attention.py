@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -105,9 +106,8 @@ class AttentionBackbone(Backbone):
         if state.events is not None:  # raw events only: rebuild, then read
             state = self._rebuild(state, tokens)
         m = tokens.items.shape[1]
-        alone = torch.eye(m, dtype=torch.bool, device=tokens.items.device)[None, None]
         positions = state.length.long()[:, None].expand(-1, m)
-        return self._output(self._over(tokens, positions, state, alone)[0])
+        return self._output(self._over(tokens, positions, state, None)[0])
 
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:
@@ -143,7 +143,7 @@ class AttentionBackbone(Backbone):
                 total += block.logit_flops(stats.window * tokens, event)
                 continue
             total += block.linear_flops(tokens)
-            total += pair * (block.causal_pairs(tokens) if step == "prefill" else tokens * tokens)
+            total += pair * {"prefill": block.causal_pairs(tokens), "append": tokens**2, "read": tokens}[step]
             if raw:
                 rebuilt = {k: Dense(v.expand(-1, -1, raw, -1)) for k, v in own.items()}
                 total += block.attend_flops(tokens, Segment(rebuilt, Slots(torch.full((1, 1), raw))))
@@ -163,9 +163,12 @@ class AttentionBackbone(Backbone):
         return self.prefill(events).state
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor
+        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another."""
+        """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another.
+
+        None: each to itself alone.
+        """
         places, asked = self._places(tokens, positions)
         return over(self.blocks, self._embed(tokens, positions), own_mask, state.layers, state.length, places, asked)
 
@@ -195,13 +198,14 @@ def fill(
 def over(
     blocks: Iterable[Block],
     x: Tensor,
-    own_mask: Tensor,
+    own_mask: Tensor | None,
     layers: Iterable[Layer],
     length: Tensor,
     places: Places,
     asked: Places,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another.
+    """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another (None: each
+    over itself alone).
 
     Returns the outputs [B, M, d] and what each layer would store of the tokens.
     """
@@ -217,7 +221,7 @@ def _attend(
     block: Block,
     q: Tensor,
     own: dict[str, Tensor],
-    own_mask: Tensor,
+    own_mask: Tensor | None,
     layer: Layer,
     length: Tensor,
     places: Places,
@@ -231,18 +235,46 @@ def _attend(
         sources.insert(0, (segment, Places(segment.slots.places(segment.width, end), segment.slots.timestamps)))
         end = end - segment.slots.count
     b, h, m, _ = q.shape
-    step = max(1, _CELLS // max(1, b * h * (m + sum(s.width for s, _ in sources))))
-    mine = Segment({k: Dense(v) for k, v in own.items()}, None)
+    mine = m if own_mask is not None else 1
+    step = max(1, _CELLS // max(1, b * h * (mine + sum(s.width for s, _ in sources))))
     out: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
-        logits = [block.logits(q[:, :, rows], s, asked.rows(rows), p) for s, p in sources]
-        logits.append(block.logits(q[:, :, rows], mine, asked.rows(rows), places))
+        part, at = q[:, :, rows], asked.rows(rows)
+        logits = [block.logits(part, s, at, p) for s, p in sources]
         masks = [s.slots.mask(s.width).unsqueeze(2) for s, _ in sources if s.slots]
         masses = [s.slots.mass for s, _ in sources if s.slots]
-        weights = block.weigh(logits, [*masks, own_mask[:, :, rows]], [*masses, None])
-        mixed = block.mix(weights[-1], mine)
+        if own_mask is None:
+            among, mix_own = _alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
+            masks.append(torch.ones_like(among[:1, :1], dtype=torch.bool))
+        else:
+            tokens = Segment({k: Dense(v) for k, v in own.items()}, None)
+            among, mix_own = block.logits(part, tokens, at, places), partial(block.mix, segment=tokens)
+            masks.append(own_mask[:, :, rows])
+        weights = block.weigh([*logits, among], masks, [*masses, None])
+        mixed = mix_own(weights[-1])
         for w, (segment, _) in zip(weights, sources):
             mixed = mixed + block.mix(w, segment)
         out.append(mixed)
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+def _alone(
+    block: Block, q: Tensor, own: dict[str, Tensor], asked: Places, places: Places
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits [B, H, M, 1] of tokens over themselves, and what mixes them: M products a head, not M x M."""
+    b, _, m, _ = q.shape
+
+    def apart(x: Tensor) -> Tensor:  # [B, H, M, D] -> [B x M, H, 1, D]
+        return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+    def joined(x: Tensor) -> Tensor:  # and back
+        return x.squeeze(2).unflatten(0, (b, m)).transpose(1, 2)
+
+    def at(x: Places) -> Places:
+        times = None if x.times is None else apart(x.times.unsqueeze(-1)).squeeze(-1)
+        return Places(apart(x.positions.unsqueeze(-1)).squeeze(-1), times)
+
+    itself = Segment({k: Dense(apart(v)) for k, v in own.items()}, None)
+    logits = joined(block.logits(apart(q), itself, at(asked), at(places)))
+    return logits, lambda weights: joined(block.mix(apart(weights), itself))

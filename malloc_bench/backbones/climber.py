@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 from typing import Literal
 
@@ -13,34 +12,11 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, Sizes, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
+from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, compact, pick
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, grow, take
-
-_DAY = 86_400
-
-
-def _part_of_day(times: Tensor, parts: int) -> Tensor:
-    return times % _DAY * parts // _DAY
-
-
-def _day_of_week(times: Tensor) -> Tensor:
-    return (times // _DAY + 3) % 7  # 0 is Monday: the epoch began on a Thursday
-
-
-#: name -> block 0..n-1 of events from their items, times and n alone, so that an event never changes its block
-STRATEGIES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "item_hash": lambda items, times, n: (items.long() * 2_654_435_761 >> 16) % n,
-    "part_of_day": lambda items, times, n: _part_of_day(times, n),
-    "day_of_week": lambda items, times, n: _day_of_week(times) * n // 7,
-}
-#: name -> (how many scenarios, which one a request at these times belongs to)
-SCENARIOS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "one": (1, torch.zeros_like),
-    "part_of_day": (4, lambda times: _part_of_day(times, 4)),
-    "weekend": (2, lambda times: (_day_of_week(times) >= 5).long()),
-}
 
 
 @dataclass(frozen=True)
@@ -206,7 +182,7 @@ class Climber(AttentionBackbone):
     def _groups(self, events: Events) -> list[tuple[Tensor, Tensor]]:
         """For each block its events in time order, [B, K], of which the first [B] count."""
         kinds, real = self._kinds(events), events.mask()
-        return [_compact((kinds == b) & real) for b in range(self.config.blocks)]
+        return [compact((kinds == b) & real) for b in range(self.config.blocks)]
 
     def forward(self, events: Events) -> Tensor:
         positions = torch.arange(events.items.shape[1], device=events.items.device)[None]
@@ -231,7 +207,7 @@ class Climber(AttentionBackbone):
         sums: list[Tensor] = []
         windows: list[Tensor] = []
         for part, (index, count) in zip(self._stacks(), self._groups(events)):
-            own = _pick(events, index, count)
+            own = pick(events, index, count)
             places, asked = self._places(own, index)
             slots = Slots(count[:, None], index[:, None].int(), places.times)
             made = fill(list(self.blocks)[part], self._embed(own, index), places, asked, slots, stats)
@@ -244,7 +220,7 @@ class Climber(AttentionBackbone):
         return Prefill(state, ids, events, *known, seed, self.uses_positions, stacks=self.config.blocks)
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor
+        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
         embedded, kinds = self._embed(tokens, positions), self._kinds(tokens)
@@ -252,7 +228,7 @@ class Climber(AttentionBackbone):
         outputs: list[Tensor] = []
         stored: list[dict[str, Tensor]] = []
         for b, part in enumerate(self._stacks()):
-            mask = own_mask & ((kinds == b)[:, None, None] | itself)
+            mask = None if own_mask is None else own_mask & ((kinds == b)[:, None, None] | itself)
             layers = state.layers[part]
             x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked)
             outputs.append(x)
@@ -262,7 +238,7 @@ class Climber(AttentionBackbone):
     def _grown(self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor) -> UserState:
         layers: list[Layer] = []
         for part, (index, count) in zip(self._stacks(), self._groups(events)):
-            chosen = _pick(events, index, count)
+            chosen = pick(events, index, count)
             times = chosen.times[:, None] if self.uses_times and chosen.times is not None else None
             tail = Slots(count[:, None], positions.gather(1, index)[:, None].int(), times)
             new = [{name: take(v, index[:, None]) for name, v in fields.items()} for fields in own[part]]
@@ -297,23 +273,8 @@ class Climber(AttentionBackbone):
             elif step == "prefill":
                 total += filling
             else:
-                total += block.linear_flops(tokens) + pair * tokens**2
+                total += block.linear_flops(tokens) + pair * (tokens if step == "read" else tokens**2)
                 total += filling + pair * tokens * width if raw is not None else 0
                 if state is not None and state.layers:
                     total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
         return total
-
-
-def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where mask [B, S] is true, in order: [B, K] int64, of which the first [B] int32 count; the rest is padding."""
-    count = mask.sum(1, dtype=torch.int32)
-    width = int(count.max()) if len(count) else 0
-    return (~mask).int().argsort(dim=1, stable=True)[:, :width], count
-
-
-def _pick(events: Events, index: Tensor, count: Tensor) -> Events:
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.gather(1, index)
-
-    items = events.items.gather(1, index)
-    return replace(events, items=items, count=count, times=pick(events.times), next_times=pick(events.next_times))

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, Sizes
 from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
-from malloc_bench.state import Batch, Dense, Events, Prefill, Segment, Slots, Stats, UserState, take
+from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, take
 
 _GATHER = 8  # a gathered row costs about as much as so many that are multiplied in place
 
@@ -132,64 +133,6 @@ class MARMBlock(SASRecBlock):
         return self.search != "none" and stored and _GATHER * self.top_k <= segment.width
 
 
-class MemoryCache:
-    """What each layer gave for each user's events, with the training step whose parameters made it.
-
-    An entry belongs to a user and a place in the kept history, and is found where the item at that place is the one
-    asked for, so an item met twice has two entries (the paper does not tell its key). Layer 0 is not cached: it is the
-    item's embedding, which is always at hand.
-
-    refresh: the stream writes an event again in every so many-th epoch; 0: never, entries stay as first written.
-    vectors: [users, max_length, L - 1, d] float32; items, steps: [users, max_length] (item 0: no entry); now: steps
-    trained so far; asked, found: events looked up and those that had an entry.
-    """
-
-    def __init__(self, users: int, config: MARMSizes, refresh: int = 1) -> None:
-        self.vectors = torch.zeros(users, config.max_length, config.layers - 1, config.dim)
-        self.items = torch.zeros(users, config.max_length, dtype=torch.int32)
-        self.steps = torch.zeros(users, config.max_length, dtype=torch.long)
-        self.refresh, self.now, self.asked, self.found = refresh, 0, 0, 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the events looked up so far that had an entry; nan before the first look-up."""
-        return self.found / self.asked if self.asked else float("nan")
-
-    def held(self, users: Tensor, events: Events) -> Tensor:
-        """True where an event has an entry, [B, S]; raises ValueError for more events than a user has places."""
-        width, places = events.items.shape[1], self.items.shape[1]
-        if width > places:
-            raise ValueError(f"this memory has max_length={places} places a user, the history has {width} events")
-        return (self.items[users, :width] == events.items) & events.mask()
-
-    def look_up(self, users: Tensor, events: Events) -> tuple[Tensor, Tensor]:
-        """Entries [B, S, L - 1, d] of users [B], and where there is one, [B, S] bool."""
-        held = self.held(users, events)
-        self.asked, self.found = self.asked + int(events.count.sum()), self.found + int(held.sum())
-        return self.vectors[users, : held.shape[1]], held
-
-    def write(self, users: Tensor, events: Events, state: UserState, where: Tensor) -> None:
-        """Write the outputs in a full state of the events down, where [B, S] is True, as of the step `now`."""
-        row, place = (where & events.mask()).nonzero(as_tuple=True)
-        at = users[row], place
-        self.items[at], self.steps[at] = events.items[row, place], self.now
-        for i, (segment,) in enumerate(state.layers[1:]):
-            self.vectors[(*at, i)] = segment.fields["hidden"].dense()[row, 0, place].detach()
-
-
-@dataclass(frozen=True)
-class Gap:
-    """What a cache of older parameters does to a read; age: mean training steps since the entries were written.
-
-    error: |read - fresh read| / |fresh read|; overlap: share of the fresh top ten items that stay in the top ten.
-    """
-
-    hit_rate: float
-    age: float
-    error: float
-    overlap: float
-
-
 @register("marm")
 class MARM(AttentionBackbone):
     """The newest item attends, layer by layer, to the cached outputs that the layer below gave for each past item.
@@ -243,63 +186,3 @@ class MARM(AttentionBackbone):
         slots = Slots(events.count[:, None])
         hidden = [itself, *cached.unbind(2)]
         return UserState(tuple((Segment({"hidden": Dense(x.unsqueeze(1))}, slots),) for x in hidden), events.count)
-
-
-def stream(
-    backbone: MARM,
-    log: Events,
-    optimizer: torch.optim.Optimizer,
-    memories: Sequence[MemoryCache],
-    *,
-    epochs: int,
-    chunk: int = 8,
-) -> None:
-    """Train through the log in time order, all users side by side, `chunk` events a step, epoch after epoch.
-
-    log: row u is user u of the memories. After each step the chunk's events attend to what a memory holds of the past,
-    and their outputs are written to it with the parameters of that step, so in one epoch entries differ in age.
-    """
-    users, width = torch.arange(len(log.count)), log.items.shape[1]
-    place = torch.arange(width)
-    for epoch in range(epochs):
-        for start in range(0, width, chunk):
-            seen = _first(log, start + chunk)
-            following = _first(log, start + chunk + 1).items[:, 1:]
-            targets = F.pad(following, (0, seen.items.shape[1] - following.shape[1]))
-            targets[:, :start] = 0  # learned in earlier steps
-            if bool(targets.any()):
-                backbone.train()
-                optimizer.zero_grad()
-                backbone.loss(Batch(seen, targets)).backward()
-                optimizer.step()
-            backbone.eval()
-            with torch.no_grad():
-                for memory in memories:
-                    memory.now += 1
-                    state = backbone.recall(memory, users, _first(log, start))
-                    new = (seen.count - state.length).clamp(min=0)
-                    grown = backbone.append(state, seen.last(new))
-                    fresh = memory.refresh > 0 and epoch % memory.refresh == 0
-                    due = torch.full_like(seen.items, fresh, dtype=torch.bool) | ~memory.held(users, seen)
-                    memory.write(users, seen, grown, due & (place[: seen.items.shape[1]] >= start))
-
-
-def read_gap(backbone: MARM, memory: MemoryCache, users: Tensor, history: Events, tokens: Events) -> Gap:
-    """How far reads of tokens [B, M] from the memory are from reads of a state built with today's parameters."""
-    held, age = memory.held(users, history), memory.now - memory.steps[users, : history.items.shape[1]]
-    with torch.no_grad():
-        fresh = backbone.read(tokens, AttentionBackbone.prefill(backbone, history).state)[tokens.mask()]
-        stale = backbone.read(tokens, backbone.recall(memory, users, history))[tokens.mask()]
-        top, kept = ((x @ backbone.catalogue().T).topk(min(10, backbone.n_items)).indices for x in (fresh, stale))
-    same = (top.unsqueeze(-1) == kept.unsqueeze(-2)).any(-1).float().mean()
-    return Gap(
-        hit_rate=float(held.sum() / history.count.sum()),
-        age=float(age[held].float().mean()),
-        error=float((stale - fresh).norm() / fresh.norm()),
-        overlap=float(same),
-    )
-
-
-def _first(events: Events, n: int) -> Events:
-    """The oldest n events of each user."""
-    return Events(events.items[:, :n], events.count.clamp(max=n))

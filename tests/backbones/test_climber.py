@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.climber import STRATEGIES
+from malloc_bench.backbones.climber_deal import STRATEGIES
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload, count_flops
 from malloc_bench.state import Stats

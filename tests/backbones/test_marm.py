@@ -1,13 +1,15 @@
 """MARM against SASRec's stack of the same weights, its search against loops, its cache against what was written."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.marm import MemoryCache, read_gap, stream
+from malloc_bench.backbones.marm_cache import MemoryCache
+from malloc_bench.backbones.marm_stream import read_gap, slices, stream
 from malloc_bench.data.batches import window
 from malloc_bench.measure import count_flops
 from malloc_bench.state import Dense, Events, Segment, Slots, Stats, UserState
@@ -221,8 +223,17 @@ def streamed(synthetic):
         log = window(data, users, synthetic.train_end[users], 32)
         memories = {name: MemoryCache(len(users), backbone.config, n) for name, n in (("1", 1), ("2", 2), ("never", 0))}
         optimizer = torch.optim.Adam(backbone.parameters(), 1e-2)
-        stream(backbone, log, optimizer, list(memories.values()), epochs=epochs, chunk=4)
+        stream(backbone, log, optimizer, list(memories.values()), epochs=epochs, chunk=800)
     return backbone, memories, log, epochs
+
+
+def test_a_step_is_the_next_events_of_all_users_in_time():
+    """Events of one time stay together; without times users go side by side."""
+    times = torch.tensor([[1, 2, 3, 9, 9, 9], [2, 4, 9, 10, 0, 0], [5, 5, 5, 5, 5, 5]])
+    log = Events(torch.ones(3, 6, dtype=torch.int32), torch.tensor([6, 4, 0], dtype=torch.int32), times)
+    assert slices(log, 5).tolist() == [[3, 2, 0], [6, 4, 0]]
+    assert slices(log, 6).tolist() == [[6, 3, 0], [6, 4, 0]]
+    assert slices(replace(log, times=None), 4).tolist() == [[2, 2, 0], [4, 4, 0], [6, 4, 0]]
 
 
 def test_the_older_the_entries_the_wider_the_gap(streamed):

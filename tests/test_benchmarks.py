@@ -1,0 +1,77 @@
+"""The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from malloc_bench.registry import names
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return import_module
+
+
+@pytest.fixture
+def turbo(script, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("bench_turbo")
+    monkeypatch.setattr(module, "tune_malloc", lambda: None)
+    return module
+
+
+def test_turbo_serves_every_backbone_as_the_naive_way_does(turbo, capsys) -> None:
+    turbo.report(lengths=[12, 30], candidates=[1, 5], more=[40], merged=[3], repeats=1)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    served, others = ([x for x in lines if len(x) == width and x[0] in names("backbones")] for width in (10, 7))
+    assert len(others) == len(names("backbones")) * (2 * 3 + 1)  # limits of two lengths, and training
+    assert [line[:4] for line in served] == [
+        [name, n, m, m] for name in names("backbones") for n in ("12", "30") for m in ("1", "5")
+    ]
+    assert all(float(line[-1]) < 1e-5 for line in served)
+
+
+def test_turbo_tells_when_a_read_is_not_the_plain_pass(turbo, monkeypatch) -> None:
+    plain = turbo.naive
+    monkeypatch.setattr(turbo, "naive", lambda *given: plain(*given) + 1e-3)
+    with torch.inference_mode(), pytest.raises(AssertionError, match=r"sasrec: a read is 1.*e-03 away"):
+        turbo.serving("sasrec", 12, 5, "cpu", 1)
+
+
+def test_turbo_asks_each_row_at_the_moment_of_its_candidate(turbo) -> None:
+    """Row by row in a loop: the history, then the candidate, times and next times alike."""
+    history, tokens = turbo.ask(6, 3, "cpu")
+    rows = turbo.rows(history, tokens, slice(1, 3))
+    for row, m in enumerate((1, 2)):
+        for past, token, got in zip(
+            (history.items, history.times, history.next_times),
+            (tokens.items, tokens.times, tokens.next_times),
+            (rows.items, rows.times, rows.next_times),
+        ):
+            assert got[row].tolist() == [*past[0].tolist(), int(token[0, m])]
+    assert rows.count.tolist() == [7, 7]
+
+
+def test_the_stream_tells_what_stale_entries_cost(script, synthetic, monkeypatch) -> None:
+    marm = script("bench_marm")
+    monkeypatch.setattr(marm, "SIZE", {"layers": 2, "heads": 1, "dim": 8, "max_length": 30})
+    monkeypatch.setattr(marm, "STEP", 2000)
+    lines = marm.measure(synthetic, "none", 3)
+    assert [line[1] for line in lines[:4]] == [
+        "no history", "no memory: built on request", "today's parameters", "written every epoch",
+    ]  # fmt: skip
+    assert lines[1][2:6] == ["", "", "", ""] and lines[2][2:6] == ["100.0%", "0", "0.000", "1.000"]
+    assert lines[1][6:] == lines[2][6:]  # the same state, another way round
+    hits, age, error = ({line[1]: float(line[i].strip("%").replace(",", "")) for line in lines[3:]} for i in (2, 3, 4))
+    assert hits["written never again"] == 100.0
+    assert abs(hits["half of the entries lost"] - 50) < 2 and abs(hits["the log's last tenth not written"] - 90) < 2
+    assert 0 < age["written every epoch"] < age["written never again"]
+    assert 0 < error["half of the entries lost"] < error["written every epoch"] < error["written never again"]
