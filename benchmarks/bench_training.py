@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.backbones import Backbone, attention, block, get_backbone, hstu, sasrec
+from malloc_bench.backbones import Backbone, attention, block, get_backbone, hstu, items, sasrec
 from malloc_bench.data import get_dataset
 from malloc_bench.data.batches import training_batches, window
 from malloc_bench.data.splits import Split, get_split
@@ -93,7 +93,7 @@ def make_naive() -> None:
 
     for module in (attention, sasrec, hstu):
         module.dropout = dropped
-    attention.next_item_loss = loss
+    items.next_item_loss = loss
     sasrec.SASRecBlock.causal = causal
     hstu.HSTUBlock.causal = block.Block.causal
     hstu._TimeBias.apply = lambda table, buckets: table[buckets]

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.base import Backbone, check_sizes
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.losses import dropout, next_item_loss, sampled_loss
+from malloc_bench.backbones.items import ItemBackbone, Sizes
+from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.statistics import newest, observed, over_group
-from malloc_bench.state import Batch, Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
+from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
 
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """layers: blocks; heads: attention heads; dim: width d; max_length: events kept.
-
-    head: outputs and items are compared by cosine over a temperature, or by their dot product.
-    """
-
-    layers: int = 2
-    heads: int = 1
-    dim: int = 50
-    max_length: int = 200
-    dropout: float = 0.2
-    head: Literal["cosine", "dot"] = "cosine"
-    temperature: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
-
-
-class AttentionBackbone(Backbone):
+class AttentionBackbone(ItemBackbone):
     """A stack of `layers` blocks over item and learned position embeddings."""
 
-    Config: ClassVar[type] = Sizes
     blocks: Any  # an nn.ModuleList of `Block`s
 
     def __init__(self, config: Sizes, n_items: int, block: Callable[[], Block]) -> None:
-        super().__init__()
-        self.config, self.n_items, self.max_length = config, n_items, config.max_length
-        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
+        super().__init__(config, n_items)
         self.positions = nn.Embedding(config.max_length + 1, config.dim)  # + 1: a candidate behind a full history
         self.blocks = nn.ModuleList(block() for _ in range(config.layers))
         for table in (self.items, self.positions):
@@ -78,17 +55,6 @@ class AttentionBackbone(Backbone):
             q, own, gate = block.project(x)
             x = block.combine(x, block.causal(q, own, places, asked), gate)
         return self._output(x)
-
-    def loss(self, batch: Batch) -> Tensor:
-        scale = 1 / self.config.temperature if self.config.head == "cosine" else 1.0
-        hidden, table, targets = self(batch.events) * scale, self.catalogue(), batch.targets.long() - 1
-        if batch.negatives is not None:
-            return sampled_loss(hidden, table, targets, batch.negatives.long() - 1)
-        return next_item_loss(hidden[targets >= 0], table, targets[targets >= 0])
-
-    def catalogue(self) -> Tensor:
-        table = self.items.weight[1:]
-        return nn.functional.normalize(table, dim=-1) if self.config.head == "cosine" else table
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         b, s = events.items.shape

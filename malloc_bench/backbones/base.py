@@ -133,14 +133,3 @@ def spelt_out(cls: type[Backbone], params: Mapping[str, Any]) -> dict[str, Any]:
     if preset not in cls.presets:
         raise ValueError(f"preset must be one of {', '.join(cls.presets)}, not {preset}")
     return {**cls.presets[preset], **{key: value for key, value in params.items() if key != "preset"}}
-
-
-def check_sizes(config: Any) -> None:
-    """Raises ValueError for a Config of layers, heads, dim, max_length, dropout and temperature that makes no model."""
-    for name in ("layers", "heads", "dim", "max_length"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.dim % config.heads:
-        raise ValueError(f"dim must be a multiple of heads, not {config.dim} with {config.heads} heads")
-    if not 0 <= config.dropout < 1 or not config.temperature > 0:
-        raise ValueError("dropout must be in [0, 1) and temperature above 0")

@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes, fill, over
+from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, compact, pick
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, grow, take
@@ -166,8 +166,7 @@ class Climber(AttentionBackbone):
         self.uses_times = has_time
 
     def _output(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+        return self._head(self.norm(x))
 
     def _stacks(self) -> list[slice]:
         """The layers of each block, among `self.blocks` and a state's layers."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes
-from malloc_bench.backbones.base import Backbone
+from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Stats, UserState, Vectors
@@ -124,7 +123,7 @@ class GatedDeltaBlock(nn.Module):
 
 
 @register("gated_delta")
-class GatedDelta(Backbone):
+class GatedDelta(ItemBackbone):
     """Linear attention that forgets (alpha) and corrects (delta rule): each head's state is one D x D matrix.
 
     A state has one field `memory` [B, H, D, D] a layer and no slots: layers x dim^2 / heads numbers whatever the length
@@ -139,15 +138,12 @@ class GatedDelta(Backbone):
     """
 
     paper = "Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, ICLR 2025, arXiv 2412.06464"
-    Config = Sizes
     fields = ("memory",)
     has_slots = False
     blocks: Any  # an nn.ModuleList of `GatedDeltaBlock`s
 
     def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
-        super().__init__()
-        self.config, self.n_items, self.max_length = config, n_items, config.max_length
-        self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
+        super().__init__(config, n_items)
         nn.init.trunc_normal_(self.items.weight, std=0.02)
         sizes = config.dim, config.heads, config.dropout
         self.blocks = nn.ModuleList(GatedDeltaBlock(*sizes) for _ in range(config.layers))
@@ -157,8 +153,7 @@ class GatedDelta(Backbone):
         return dropout(self.items(events.items) * self.config.dim**0.5, self.config.dropout, self.training)
 
     def _output(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+        return self._head(self.norm(x))
 
     def _follow(self, events: Events, memories: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Events one after the other behind the memories: outputs [B, M, d] and what the memories become."""
@@ -180,10 +175,6 @@ class GatedDelta(Backbone):
 
     def forward(self, events: Events) -> Tensor:
         return self._follow(events, self._empty(events))[0]
-
-    # one head and one loss for all that rank the catalogue
-    loss = AttentionBackbone.loss
-    catalogue = AttentionBackbone.catalogue
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         s, most = events.items.shape[1], self.max_length

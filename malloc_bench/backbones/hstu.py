@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import BLOCK, Block, Places
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
@@ -127,4 +128,4 @@ class HSTU(AttentionBackbone):
         self.uses_times = has_time
 
     def _output(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+        return self._head(x)

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.attention import AttentionBackbone
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
@@ -156,22 +157,19 @@ class MARM(AttentionBackbone):
         self.memory: MemoryCache | None = None
 
     def _output(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+        return self._head(self.norm(x))
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         """A look-up in `memory` where there is one and users are named, else built by the masked self-attention stack.
 
-        Statistics are those of the stack, and means over heads: all heads share a slot.
+        Statistics are those of the stack.
         """
         if self.memory is not None and users is not None and stats == Stats():
             return Prefill(self.recall(self.memory, users, events), users, events, seed=seed)
         built = super().prefill(events, users, stats, seed)
-        received, newest = (
-            None if xs is None else [x.mean(1, keepdim=True) for x in xs] for xs in (built.column_sum, built.window)
-        )
-        state = built.state if self.memory is None or users is None else self.recall(self.memory, users, events)
-        return replace(built, state=state, column_sum=received, window=newest)
+        if self.memory is None or users is None:
+            return built
+        return replace(built, state=self.recall(self.memory, users, events))
 
     def recall(self, memory: MemoryCache, users: Tensor, events: Events) -> UserState:
         """The state of users [B] from what is cached; what is not is built from the events alone and written back."""

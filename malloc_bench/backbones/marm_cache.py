@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malloc_bench.backbones.attention import Sizes
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.state import Events, UserState
 
 

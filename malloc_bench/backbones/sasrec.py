@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.attention import AttentionBackbone, Sizes
+from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
 
@@ -80,5 +81,4 @@ class SASRec(AttentionBackbone):
         self.norm = nn.LayerNorm(config.dim)
 
     def _output(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.normalize(x, dim=-1) if self.config.head == "cosine" else x
+        return self._head(self.norm(x))
