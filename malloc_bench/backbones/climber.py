@@ -132,10 +132,10 @@ class Fusion(nn.Module):
 class Climber(AttentionBackbone):
     """N_b sub-sequences over the whole history, a stack of adaptive transformer layers for each, gated fusion.
 
-    From the paper: events are dealt out to blocks over the whole history; each block has its own
-    layers; a bias of positions and times is added to QK', then a temperature of layer, block and scenario divides, in
-    the place of sqrt(d); the blocks' vectors go through one more such layer without bias and a bit-wise gate. Making
-    the state costs n^2 d / N_b where blocks are equal, for an event passes through the layers of its own block only.
+    From the paper: events of the whole history are dealt out to blocks; each block has its own layers; a bias of
+    positions and times is added to QK', then a temperature of layer, block and scenario divides, in the place of
+    sqrt(d); the blocks' vectors go through one more such layer without bias and a bit-wise gate. Making the state costs
+    n^2 d / N_b where blocks are equal, for an event passes through the layers of its own block only.
 
     Ours, where the paper is silent. The paper filters by behaviour; here what users did is one strategy of several, and
     each event is in exactly one block, for good: `stride` too counts from the first event that is kept, so append

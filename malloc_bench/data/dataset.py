@@ -64,7 +64,7 @@ class Dataset:
 
     @cached_property
     def kinds(self) -> np.ndarray | None:
-        """(E,) uint8: how much the user of each event thought of it, 0 (nothing) to 255; None where no column says so.
+        """(E,) uint8: how strongly the user of each event answered, 0 (not at all) to 255; None where nothing says so.
 
         Ours, to deal events out by (`climber`). A grade (stars, Taobao's pv < fav < cart < buy) is a share of the
         highest in the data, which is the scale's top; of behaviours the strongest counts, as a share of how many of
