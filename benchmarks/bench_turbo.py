@@ -51,15 +51,9 @@ def ask(length: int, candidates: int, device: str) -> tuple[Events, Events]:
 
 def rows(history: Events, tokens: Events, of: slice) -> Events:
     """A row [n + 1] for each candidate: the history with the candidate behind it."""
-
-    def row(past: Tensor | None, token: Tensor | None) -> Tensor | None:
-        return None if past is None or token is None else torch.cat([past.expand(token.shape[1], -1), token.mT], 1)
-
-    some = map_tensors(lambda x: x[:, of] if x.dim() == 2 else x, tokens)
-    items = row(history.items, some.items)
-    assert items is not None
-    count = torch.full_like(items[:, 0], items.shape[1])
-    return Events(items, count, row(history.times, some.times), row(history.next_times, some.next_times))
+    some = {name: x[:, of] for name, x in tokens.columns().items()}
+    line = {k: torch.cat([x.expand(some[k].shape[1], -1), some[k].mT], 1) for k, x in history.columns().items()}
+    return Events(count=torch.full_like(line["items"][:, 0], line["items"].shape[1]), **line)
 
 
 def batch(history: Events) -> int:

@@ -46,6 +46,7 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
         True,
         {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"},
     ),
+    "climber-stride": ("climber", 1, False, {"blocks": 3, "strategy": "stride"}),
     "lsrm-2-heads": ("lsrm", 2, False),
     "sasrec-gqa": ("sasrec", 4, False, {"adapt": ("gqa", {"n_kv_heads": 2})}),
     "sasrec-mla": ("sasrec", 2, False, {"adapt": ("mla", {"latent": 6})}),

@@ -129,7 +129,7 @@ def toy(items, lengths, n_items, times=None):
         offsets,
         np.array(items, np.int32),
         times,
-        None,
+        {},
         "",
     )
 

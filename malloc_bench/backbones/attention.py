@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ class AttentionBackbone(ItemBackbone):
             last = (events.count.long() - 1).clamp(min=0)[:, None]
             if following.shape[1]:
                 following = following.scatter(1, last, tokens.times[:, :1])
-            events = Events(events.items, events.count, events.times, following)
+            events = replace(events, next_times=following)
         return self.prefill(events).state
 
     def _over(

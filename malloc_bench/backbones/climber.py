@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
-from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, compact, pick
+from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, TIMED, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.sasrec import SASRecBlock
@@ -23,14 +23,15 @@ from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, St
 class ClimberSizes(Sizes):
     """blocks: sub-sequences N_b, each with a stack of `layers` of its own.
 
-    strategy: what deals events out to blocks: item_hash; part_of_day, equal parts of the day; day_of_week, equal parts
-    of the week (at most 7 blocks); days are UTC. scenario: what each temperature is learned for, by the moment at which
-    the prediction is asked for: one for all, part_of_day (quarters), or weekend (and not). All but item_hash and one
-    read times.
+    strategy: what deals events out to blocks: item_hash; feedback, equal bands of what the user did (`Dataset.kinds`);
+    stride, the position in the kept history modulo `blocks`; part_of_day, equal parts of the day; day_of_week, equal
+    parts of the week (at most 7 blocks). Days are UTC. scenario: what each temperature is learned for, by the moment at
+    which the prediction is asked for: one for all, part_of_day (quarters), or weekend (and not). What asks for days
+    reads times.
     """
 
     blocks: int = 2
-    strategy: Literal["item_hash", "part_of_day", "day_of_week"] = "item_hash"
+    strategy: Literal["item_hash", "feedback", "stride", "part_of_day", "day_of_week"] = "item_hash"
     scenario: Literal["one", "part_of_day", "weekend"] = "one"
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class ClimberSizes(Sizes):
         for name, known in (("strategy", STRATEGIES), ("scenario", SCENARIOS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        most = 7 if self.strategy == "day_of_week" else self.max_length
+        most = {"day_of_week": 7, "feedback": 256}.get(self.strategy, self.max_length)
         if not 1 <= self.blocks <= most:
             raise ValueError(f"blocks must be 1 to {most} with strategy {self.strategy}, not {self.blocks}")
 
@@ -131,15 +132,17 @@ class Fusion(nn.Module):
 class Climber(AttentionBackbone):
     """N_b sub-sequences over the whole history, a stack of adaptive transformer layers for each, gated fusion.
 
-    From the paper: events are dealt out to blocks by what they are, not by where they stand; each block has its own
-    layers; a bias of positions and times is added to QK', then a temperature of layer, block and scenario divides, in
-    the place of sqrt(d); the blocks' vectors go through one more such layer without bias and a bit-wise gate. Making
-    the state costs n^2 d / N_b where blocks are equal, for an event passes through the layers of its own block only.
+    From the paper: events of the whole history are dealt out to blocks; each block has its own layers; a bias of
+    positions and times is added to QK', then a temperature of layer, block and scenario divides, in the place of
+    sqrt(d); the blocks' vectors go through one more such layer without bias and a bit-wise gate. Making the state costs
+    n^2 d / N_b where blocks are equal, for an event passes through the layers of its own block only.
 
-    Ours, where the paper is silent. Public data has no behaviours to filter by: strategies look at item or time, and
-    each event is in exactly one block. A prediction behind event t fuses all blocks: in each block b a chain of hidden
-    vectors of t starts from its embedding and attends, layer by layer, to b's own events before t (their vectors in
-    that layer) and to itself. In t's own block that chain is what is stored of t; in the others nothing is stored. So
+    Ours, where the paper is silent. The paper filters by behaviour; here what users did is one strategy of several, and
+    each event is in exactly one block, for good: `stride` too counts from the first event that is kept, so append
+    equals prefill up to `max_length`, but a window that begins one event later deals all of them out anew. A
+    prediction behind event t fuses all blocks: in each block b a chain of hidden vectors of t starts from its embedding
+    and attends, layer by layer, to b's own events before t (their vectors in that layer) and to itself. In t's own
+    block that chain is what is stored of t; in the others nothing is stored, so a candidate needs no feedback. So
     `read` over the state equals the plain pass, and training, which asks for a prediction behind every event, costs
     n^2 d. Pre-norm residual layers as in `sasrec`, bias tables as in `hstu`, positions in the whole history,
     temperatures exp(a learned number), a two-layer gate over all N_b d numbers and a linear map behind it; the
@@ -155,10 +158,10 @@ class Climber(AttentionBackbone):
     config: ClimberSizes
 
     def __init__(self, config: ClimberSizes, n_items: int, has_time: bool = False) -> None:
-        if not has_time and (config.strategy != "item_hash" or config.scenario != "one"):
+        if not has_time and (config.strategy in TIMED or config.scenario != "one"):
             raise ValueError(
                 f"climber with strategy {config.strategy} and scenario {config.scenario} reads times, which this data "
-                "does not have: take item_hash and one"
+                "does not have: take item_hash, feedback or stride, and scenario one"
             )
         super().__init__(config, n_items, lambda: AdaptiveBlock(config, has_time))
         self.blocks.extend(AdaptiveBlock(config, has_time) for _ in range((config.blocks - 1) * config.layers))
@@ -173,21 +176,21 @@ class Climber(AttentionBackbone):
         depth = self.config.layers
         return [slice(b * depth, (b + 1) * depth) for b in range(self.config.blocks)]
 
-    def _kinds(self, events: Events) -> Tensor:
-        """The block of each event, [B, S]."""
-        times = events.items if events.times is None else events.times  # read only where there are times
-        return STRATEGIES[self.config.strategy](events.items, times, self.config.blocks)
+    def _dealt(self, events: Events, positions: Tensor) -> list[Tensor]:
+        """For each block which events are its own, [B, S] bool; positions [B or 1, S]."""
+        at = STRATEGIES[self.config.strategy](events, positions, self.config.blocks)
+        return [at == b for b in range(self.config.blocks)]
 
-    def _groups(self, events: Events) -> list[tuple[Tensor, Tensor]]:
+    def _groups(self, events: Events, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each block its events in time order, [B, K], of which the first [B] count."""
-        kinds, real = self._kinds(events), events.mask()
-        return [compact((kinds == b) & real) for b in range(self.config.blocks)]
+        real = events.mask()
+        return [compact(own & real) for own in self._dealt(events, positions)]
 
     def forward(self, events: Events) -> Tensor:
         positions = torch.arange(events.items.shape[1], device=events.items.device)[None]
         places, asked = self._places(events, positions)
         embedded, outputs = self._embed(events, positions), []
-        for part, (index, count) in zip(self._stacks(), self._groups(events)):
+        for part, (index, count) in zip(self._stacks(), self._groups(events, positions)):
             before = index[:, None] < positions[..., None]
             seen = before & (torch.arange(index.shape[1], device=index.device) < count[:, None])[:, None]
             x = embedded
@@ -205,8 +208,9 @@ class Climber(AttentionBackbone):
         layers: list[Layer] = []
         sums: list[Tensor] = []
         windows: list[Tensor] = []
-        for part, (index, count) in zip(self._stacks(), self._groups(events)):
-            own = pick(events, index, count)
+        positions = torch.arange(s, device=events.items.device)[None]
+        for part, (index, count) in zip(self._stacks(), self._groups(events, positions)):
+            own = events.take(index, count)
             places, asked = self._places(own, index)
             slots = Slots(count[:, None], index[:, None].int(), places.times)
             made = fill(list(self.blocks)[part], self._embed(own, index), places, asked, slots, stats)
@@ -216,18 +220,21 @@ class Climber(AttentionBackbone):
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
         known = sums or None, windows or None
-        return Prefill(state, ids, events, *known, seed, self.uses_positions, stacks=self.config.blocks)
+        uses = self.uses_positions, self.config.strategy == "feedback"
+        return Prefill(state, ids, events, *known, seed, *uses, stacks=self.config.blocks)
 
     def _over(
         self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
-        embedded, kinds = self._embed(tokens, positions), self._kinds(tokens)
-        itself = torch.eye(kinds.shape[1], dtype=torch.bool, device=kinds.device)
+        embedded = self._embed(tokens, positions)
+        masks: list[Tensor | None] = [None] * self.config.blocks
+        if own_mask is not None:  # new events; candidates are in no block
+            itself = torch.eye(own_mask.shape[-1], dtype=torch.bool, device=own_mask.device)
+            masks = [own_mask & (own[:, None, None] | itself) for own in self._dealt(tokens, positions)]
         outputs: list[Tensor] = []
         stored: list[dict[str, Tensor]] = []
-        for b, part in enumerate(self._stacks()):
-            mask = None if own_mask is None else own_mask & ((kinds == b)[:, None, None] | itself)
+        for part, mask in zip(self._stacks(), masks):
             layers = state.layers[part]
             x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked)
             outputs.append(x)
@@ -236,8 +243,8 @@ class Climber(AttentionBackbone):
 
     def _grown(self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor) -> UserState:
         layers: list[Layer] = []
-        for part, (index, count) in zip(self._stacks(), self._groups(events)):
-            chosen = pick(events, index, count)
+        for part, (index, count) in zip(self._stacks(), self._groups(events, positions)):
+            chosen = events.take(index, count)
             times = chosen.times[:, None] if self.uses_times and chosen.times is not None else None
             tail = Slots(count[:, None], positions.gather(1, index)[:, None].int(), times)
             new = [{name: take(v, index[:, None]) for name, v in fields.items()} for fields in own[part]]
@@ -256,7 +263,8 @@ class Climber(AttentionBackbone):
         n, raw = self.config.blocks, None if state is None else state.events
         widths = [(tokens + b) // n for b in range(n)]
         if raw is not None:
-            widths = [index.shape[1] for index, _ in self._groups(raw)]
+            positions = torch.arange(raw.items.shape[1], device=raw.items.device)[None]
+            widths = [index.shape[1] for index, _ in self._groups(raw, positions)]
         elif state is not None and step in ("prefill", "statistics"):
             widths = [state.layers[part.start][0].width for part in self._stacks()]
         total = 0 if step in ("prefill", "statistics") else self.fusion.flops(tokens)

@@ -20,12 +20,29 @@ def _day_of_week(times: Tensor) -> Tensor:
     return (times // _DAY + 3) % 7  # 0 is Monday: the epoch began on a Thursday
 
 
-#: name -> block 0..n-1 of events from their items, times and n alone, so that an event never changes its block
-STRATEGIES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "item_hash": lambda items, times, n: (items.long() * 2_654_435_761 >> 16) % n,
-    "part_of_day": lambda items, times, n: _part_of_day(times, n),
-    "day_of_week": lambda items, times, n: _day_of_week(times) * n // 7,
+def _times(events: Events) -> Tensor:
+    assert events.times is not None, "refused before"
+    return events.times
+
+
+def _kinds(events: Events) -> Tensor:
+    if events.kinds is None:
+        raise ValueError(
+            "climber with strategy feedback reads what users did, but the data has no ratings and no behaviours"
+        )
+    return events.kinds.long()
+
+
+#: name -> block 0..n-1 of events, of their positions [B or 1, S] in the kept history and of n: [B, S]. Looks at nothing
+#: but the event itself, so that an event never changes its block
+STRATEGIES: dict[str, Callable[[Events, Tensor, int], Tensor]] = {
+    "item_hash": lambda events, positions, n: (events.items.long() * 2_654_435_761 >> 16) % n,
+    "part_of_day": lambda events, positions, n: _part_of_day(_times(events), n),
+    "day_of_week": lambda events, positions, n: _day_of_week(_times(events)) * n // 7,
+    "feedback": lambda events, positions, n: _kinds(events) * n // 256,
+    "stride": lambda events, positions, n: (positions % n).expand_as(events.items),
 }
+TIMED = ("part_of_day", "day_of_week")  # strategies that read times
 #: name -> (how many scenarios, which one a request at these times belongs to)
 SCENARIOS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "one": (1, torch.zeros_like),
@@ -39,12 +56,3 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     count = mask.sum(1, dtype=torch.int32)
     width = int(count.max()) if len(count) else 0
     return (~mask).int().argsort(dim=1, stable=True)[:, :width], count
-
-
-def pick(events: Events, index: Tensor, count: Tensor) -> Events:
-    """The events at index [B, K], of which the first count [B] are real."""
-
-    def at(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.gather(1, index)
-
-    return Events(events.items.gather(1, index), count, at(events.times), at(events.next_times))

@@ -39,25 +39,16 @@ def window(
             some = torch.from_numpy(np.flatnonzero(count))
             following[some, torch.from_numpy(count)[some] - 1] = torch.from_numpy(asked)[some]
     items = np.where(real, dataset.items[index], 0).astype(np.int32)
-    return Events(torch.from_numpy(items), torch.from_numpy(count.astype(np.int32)), times, following)
+    kinds = None if dataset.kinds is None else torch.from_numpy(np.where(real, dataset.kinds[index], np.uint8(0)))
+    return Events(torch.from_numpy(items), torch.from_numpy(count.astype(np.int32)), times, following, kinds)
 
 
 def split_newest(events: Events) -> tuple[Events, Events]:
     """(history without the newest event, the newest event as the token that reads it); counts must be >= 1."""
     last = (events.count.long() - 1)[:, None]
-    one = torch.ones_like(events.count)
-
-    def at(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.gather(1, last)
-
-    token = Events(events.items.gather(1, last), one, at(events.times), at(events.next_times))
     width = max(events.items.shape[1] - 1, 0)
-
-    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x[:, :width]
-
-    history = Events(events.items[:, :width], events.count - 1, cut(events.times), cut(events.next_times))
-    return history, token
+    history = events.each(lambda x: x[:, :width], events.count - 1)
+    return history, events.take(last, torch.ones_like(events.count))
 
 
 def training_batches(
@@ -110,12 +101,10 @@ def thin(rng: np.random.Generator, batch: Batch, keep: np.ndarray) -> Batch:
     unused = np.arange(drawn.shape[1]) >= keep[:, None]
     index = torch.from_numpy(np.sort(np.where(unused, batch.targets.shape[1], drawn), axis=1))
 
-    def pick(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else torch.cat([x, torch.zeros_like(x[:, :1])], dim=1).gather(1, index)
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, torch.zeros_like(x[:, :1])], dim=1).gather(1, index)
 
-    events, count = batch.events, torch.from_numpy(keep.astype(np.int32))
-    kept = Events(pick(events.items), count, pick(events.times), pick(events.next_times))  # type: ignore[arg-type]
-    return Batch(kept, pick(batch.targets))  # type: ignore[arg-type]
+    return Batch(batch.events.each(pick, torch.from_numpy(keep.astype(np.int32))), pick(batch.targets))
 
 
 def alike(rng: np.random.Generator, rows: np.ndarray, length: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ _PREFILLS = 9  # rounds at least: statistics are small differences of large time
 @dataclass(frozen=True)
 class Workload:
     """What is timed: `users` histories of `history` events at once, `candidates` tokens that read each of them, and
-    `appended` new events for each. Ids and times are drawn from the seed, times about 6 hours apart."""
+    `appended` new events for each. Ids, times (about 6 hours apart) and kinds are drawn from the seed."""
 
     users: int = 8
     history: int = 1000
@@ -56,11 +56,12 @@ class Workload:
         items = torch.from_numpy(rng.integers(1, n_items + 1, (self.users, total), np.int32)).to(device)
         gaps = rng.exponential(21_600, (self.users, total + 1)).astype(np.int64) + 1
         times = torch.from_numpy(1_700_000_000 + gaps.cumsum(1)).to(device)
+        kinds = torch.from_numpy(rng.integers(0, 256, (self.users, total), np.uint8)).to(device)
 
         def part(start: int, size: int) -> Events:
             count = torch.full((self.users,), size, dtype=torch.int32, device=device)
             rows, following = slice(start, start + size), slice(start + 1, start + size + 1)
-            return Events(items[:, rows], count, times[:, rows], times[:, following])
+            return Events(items[:, rows], count, times[:, rows], times[:, following], kinds[:, rows])
 
         now = times[:, self.history : self.history + 1].expand(-1, self.candidates)
         tokens = replace(part(self.history, self.candidates), times=now, next_times=now)

@@ -48,6 +48,7 @@ class Prefill:
         statistics are 0 on slots that a user does not have.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
+    uses_kinds: the backbone reads `Events.kinds`, so raw events that it is rebuilt from must store them.
     stacks: the layers are this many stacks of equal depth, each over slots of its own (Climber's blocks).
     whole: [B] bytes that budgets are fractions of; None: those of `state`. Behind a structural compressor they are the
         bytes of the full state that the un-adapted backbone makes.
@@ -60,6 +61,7 @@ class Prefill:
     window: Sequence[Tensor] | None = None
     seed: int = 0
     uses_positions: bool = False
+    uses_kinds: bool = False
     stacks: int = 1
     whole: Tensor | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict)

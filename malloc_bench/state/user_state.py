@@ -23,12 +23,31 @@ class Events:
     count: [B] int32.
     times: [B, S] int64 seconds, None where the data has none.
     next_times: [B, S] int64, when the prediction after each event is asked for: the time of the event that follows.
+    kinds: [B, S] uint8, what the user did, as `Dataset.kinds` has it; None where nobody knows.
     """
 
     items: Tensor
     count: Tensor
     times: Tensor | None = None
     next_times: Tensor | None = None
+    kinds: Tensor | None = None
+
+    def columns(self) -> dict[str, Tensor]:
+        """What is known of every event, by name, [B, S] each."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}
+        return {name: x for name, x in known.items() if x is not None}
+
+    def stored(self) -> dict[str, Tensor]:
+        """The columns that a state of raw events writes down: all but the moments of requests."""
+        return {name: x for name, x in self.columns().items() if name != "next_times"}
+
+    def each(self, fn: Callable[[Tensor], Tensor], count: Tensor) -> Events:
+        """fn of every column, of which the first count [B] events are real."""
+        return replace(self, count=count, **{name: fn(x) for name, x in self.columns().items()})
+
+    def take(self, index: Tensor, count: Tensor) -> Events:
+        """The events at index [B, K] int64, of which the first count [B] are real."""
+        return self.each(lambda x: x.gather(1, index), count)
 
     def mask(self) -> Tensor:
         """True where an event is real: [B, S] bool."""
@@ -39,12 +58,7 @@ class Events:
         count = torch.minimum(self.count, k.to(self.count.dtype))
         width = int(count.max()) if len(count) else 0
         index = (self.count - count).long().unsqueeze(1) + torch.arange(width, device=count.device)
-        index = index.clamp(max=max(self.items.shape[1] - 1, 0))
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.gather(1, index)
-
-        return Events(self.items.gather(1, index), count, pick(self.times), pick(self.next_times))
+        return self.take(index.clamp(max=max(self.items.shape[1] - 1, 0)), count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +100,7 @@ class UserState:
     """The state of B users: one tuple of segments a layer, attended together.
 
     length: [B] int32, events that the state stands for: the position of the next token.
-    events: raw ids and times, for methods that rebuild the state on request; `layers` is empty then.
+    events: raw ids, times and kinds, for methods that rebuild the state on request; `layers` is empty then.
 
     Vectors and Slots that several segments share are one object and are stored once.
     """
@@ -124,9 +138,8 @@ class UserState:
         events = self.events
         if events is not None:
             count = length.unsqueeze(1)
-            items = read(events.items[:, None, :, None], count)[:, 0, :, 0]
-            times = None if events.times is None else read(events.times[:, None, :, None], count)[:, 0, :, 0]
-            events = Events(items, length, times)
+            columns = {name: read(x[:, None, :, None], count)[:, 0, :, 0] for name, x in events.stored().items()}
+            events = Events(count=length, **columns)
         new: dict[int, Any] = {}
         for slots, vectors in self._stored():
             if vectors is None:
@@ -171,9 +184,8 @@ class UserState:
         one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)
         yield Ragged(self.length.view(-1, 1, 1, 1), one)
         if self.events is not None:
-            for tensor in (self.events.items, self.events.times):
-                if tensor is not None:
-                    yield Ragged(tensor[:, None, :, None], self.length.unsqueeze(1))
+            for column in self.events.stored().values():
+                yield Ragged(column[:, None, :, None], self.length.unsqueeze(1))
         for slots, vectors in self._stored():
             if vectors is not None:
                 yield from vectors.parts(None if slots is None else slots.count)

@@ -256,25 +256,14 @@ def _part(events: Events, start: Tensor, stop: Tensor) -> Events:
     """Each user's events [start, stop), left-aligned."""
     count = (stop - start).to(torch.int32)
     index = start.long()[:, None] + torch.arange(int(count.max()))
-    index = index.clamp(max=max(events.items.shape[1] - 1, 0))
-    items, times, following = (
-        None if x is None else x.gather(1, index) for x in (events.items, events.times, events.next_times)
-    )
-    assert items is not None
-    return Events(items, count, times, following)
+    return events.take(index.clamp(max=max(events.items.shape[1] - 1, 0)), count)
 
 
 def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
     """One user's history with a token behind it, as a plain batch of one."""
-    n = int(history.count[user])
-
-    def line(past: Tensor | None, token: Tensor | None) -> Tensor | None:
-        return None if past is None or token is None else torch.cat([past[user, :n], token[user, m : m + 1]])[None]
-
-    items = line(history.items, tokens.items)
-    assert items is not None
-    times, following = line(history.times, tokens.times), line(history.next_times, tokens.next_times)
-    return Events(items, torch.tensor([n + 1], dtype=torch.int32), times, following)
+    n, token = int(history.count[user]), tokens.columns()
+    line = {name: torch.cat([x[user, :n], token[name][user, m : m + 1]])[None] for name, x in history.columns().items()}
+    return Events(count=torch.tensor([n + 1], dtype=torch.int32), **line)
 
 
 BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (

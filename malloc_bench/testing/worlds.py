@@ -76,11 +76,11 @@ def histories(backbone: Backbone, lengths: Sequence[int], constant: bool = False
     times = 1_700_000_000 + gaps.cumsum(1)
     count = torch.tensor(lengths, dtype=torch.int32)
     real = torch.arange(s) < count[:, None]
+    kinds = torch.randint(0, 256, (b, s + 2), generator=generator, dtype=torch.uint8)
     now = times.gather(1, count.long()[:, None]).expand(b, 2)
-    history = Events(
-        items[:, :s].where(real, 0), count, times[:, :s].where(real, 0), times[:, 1 : s + 1].where(real, 0)
-    )
-    return history, Events(items[:, s:], torch.full_like(count, 2), now, now)
+    columns = items[:, :s], times[:, :s], times[:, 1 : s + 1], kinds[:, :s]
+    known, *more = (x.where(real, 0) for x in columns)
+    return Events(known, count, *more), Events(items[:, s:], torch.full_like(count, 2), now, now, kinds[:, s:])
 
 
 def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
@@ -125,8 +125,8 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         layers.append((Segment(fields, made[id(old)]),))
     events = prefill.events
     if events is not None:
-        times = None if events.times is None else fit(events.times, 1, length)
-        events = Events(fit(events.items, 1, length, 0), length, times)
+        items = fit(events.items, 1, length, 0)
+        events = replace(events.each(lambda x: fit(x, 1, length), length), items=items)
     sums, windows = (
         None if known is None else [fit(x, axis, n, 0) for x, n in zip(known, counts)]
         for known, axis in ((prefill.column_sum, 2), (prefill.window, 3))

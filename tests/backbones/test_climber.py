@@ -2,16 +2,23 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.climber_deal import STRATEGIES
 from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.data import Dataset
+from malloc_bench.data.batches import window
+from malloc_bench.data.splits import only
 from malloc_bench.measure import Workload, count_flops
-from malloc_bench.state import Stats
+from malloc_bench.state import Events, Stats
 from malloc_bench.testing import histories
-from malloc_bench.testing.worlds import LENGTHS, close
+from malloc_bench.testing.backbones import append_equals_prefill, batch_and_padding_do_not_matter, read_equals_forward
+from malloc_bench.testing.worlds import LENGTHS, check_packs, close
 
 DAY = 86_400
 
@@ -25,15 +32,96 @@ def build(has_time=False, **params):
 def test_times_fall_into_parts_of_days_and_weeks():
     monday = 4 * DAY  # 5 January 1970
     times = torch.tensor([monday, monday + DAY // 2, monday + DAY - 1, monday + 6 * DAY])
-    assert STRATEGIES["part_of_day"](times, times, 4).tolist() == [0, 2, 3, 0]
-    assert STRATEGIES["day_of_week"](times, times, 7).tolist() == [0, 0, 0, 6]
+    events = Events(times, torch.tensor([4]), times)
+    assert STRATEGIES["part_of_day"](events, times, 4).tolist() == [0, 2, 3, 0]
+    assert STRATEGIES["day_of_week"](events, times, 7).tolist() == [0, 0, 0, 6]
+
+
+def toy(**feedback):
+    columns = {name: np.array(x, np.float32) for name, x in feedback.items()}
+    n = max(len(x) for x in columns.values())
+    return Dataset("toy", None, "x", np.arange(1), np.arange(n), np.array([0, n]), np.arange(n) + 1, None, columns, "")
+
+
+def dealt(dataset, n):
+    events = window(dataset, np.array([0]), dataset.offsets[1:], dataset.n_events)
+    return STRATEGIES["feedback"](events, torch.arange(dataset.n_events)[None], n)[0].tolist()
+
+
+def test_feedback_is_bands_of_the_rating_s_scale():
+    stars = toy(rating=[1, 2, 3, 4, 5, 2.5])
+    assert dealt(stars, 1) == [0] * 6
+    assert dealt(stars, 2) == [0, 0, 1, 1, 1, 0]
+    assert dealt(stars, 5) == [0, 1, 2, 3, 4, 2]
+    halves = toy(rating=np.arange(1, 11) / 2)
+    assert dealt(halves, 10) == list(range(10))
+    liked = only(stars, stars.feedback["rating"] >= 4)  # a part of the data: the same bands
+    assert dealt(liked, 5) == [3, 4]
+    assert dealt(toy(behavior=[1, 2, 3, 4]), 4) == [0, 1, 2, 3]
+    assert dealt(toy(rating=[0, 0]), 2) == [0, 0]
+
+
+def test_feedback_is_the_strongest_behaviour():
+    data = toy(
+        is_click=[0, 1, 1, 0, 1], long_view=[0, 0, 1, 0, 1], is_like=[0, 0, 0, 1, 1], play_time_ms=[9, 0, 0, 0, 0]
+    )
+    assert data.kinds.tolist() == [0, 85, 170, 255, 255]
+    assert dealt(data, 4) == [0, 1, 2, 3, 3] and dealt(data, 2) == [0, 0, 1, 1, 1]
+    assert toy(watch_ratio=[0.5, 2]).kinds is None
+
+
+def test_feedback_that_the_data_has_not_is_asked_for_in_a_word():
+    backbone = build(strategy="feedback")
+    history, tokens = histories(backbone, LENGTHS)
+    bare, state = replace(history, kinds=None), backbone.prefill(history).state
+    for call in (backbone, backbone.prefill, lambda events: backbone.append(state, events)):
+        with pytest.raises(ValueError, match="strategy feedback reads what users did"):
+            call(bare)
+    unknown = replace(tokens, kinds=None)  # a candidate's is not known before it is shown
+    assert torch.equal(backbone.read(unknown, state), backbone.read(tokens, state))
+
+
+@pytest.mark.parametrize("strategy", ["feedback", "stride"])
+@pytest.mark.parametrize("promise", [append_equals_prefill, read_equals_forward, batch_and_padding_do_not_matter])
+def test_promises_are_kept_by(promise, strategy):
+    with torch.no_grad():
+        promise(build(blocks=3, strategy=strategy))
+
+
+@given(st.sampled_from(sorted(STRATEGIES)), st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 40))
+def test_an_event_never_changes_its_block(strategy, seed, n, known):
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randint(1, 60, (2, 40), generator=generator, dtype=torch.int32)
+    times = torch.randint(0, 2 * 10**9, (2, 40), generator=generator)
+    kinds = torch.randint(0, 256, (2, 40), generator=generator, dtype=torch.uint8)
+    events, positions = Events(items, torch.full((2,), 40), times, times, kinds), torch.arange(40)[None]
+    blocks = STRATEGIES[strategy](events, positions, n)
+    assert blocks.shape == items.shape and 0 <= int(blocks.min()) <= int(blocks.max()) < n
+    for part in (slice(None, known), slice(known, None)):
+        some = events.each(lambda x: x[:, part], events.count)  # noqa: B023
+        assert torch.equal(STRATEGIES[strategy](some, positions[:, part], n), blocks[:, part])
+
+
+@pytest.mark.parametrize("strategy, each", [("feedback", 4 + 1), ("stride", 4), ("item_hash", 4)])
+def test_raw_events_keep_what_the_strategy_reads(strategy, each):
+    backbone = build(blocks=3, strategy=strategy)
+    history, tokens = histories(backbone, LENGTHS)
+    full = backbone.prefill(history)
+    state = get_compressor("recompute").compress(full)
+    assert state.nbytes().tolist() == [4 + n * each for n in LENGTHS]
+    check_packs(state, lambda s: backbone.read(tokens, s))
+    close(backbone.read(tokens, state), backbone.read(tokens, full.state), "rebuilt", 1e-5)
+    short = get_compressor("truncate").compress(full, Budget(slots=5))
+    assert short.nbytes().tolist() == [4 + min(n, 5) * each for n in LENGTHS]
+    rebuilt = backbone.prefill(history.last(torch.full((len(LENGTHS),), 5))).state
+    close(backbone.read(tokens, short), backbone.read(tokens, rebuilt), "truncated", 1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_event_is_stored_once_in_the_block_of_its_own(strategy):
     backbone = build(True, blocks=3, strategy=strategy)
     history, _ = histories(backbone, LENGTHS)
-    kinds = STRATEGIES[strategy](history.items, history.times, 3)
+    kinds = STRATEGIES[strategy](history, torch.arange(history.items.shape[1])[None], 3)
     state = backbone.prefill(history).state
     for user, n in enumerate(LENGTHS):
         for layer, (segment,) in enumerate(state.layers):
@@ -45,7 +133,7 @@ def test_layers_divide_biased_products_by_their_temperature():
     """One user's first block by the paper's formula, in loops and float64, from the embedding to the stored keys."""
     backbone = build(blocks=2, layers=2)
     history, _ = histories(backbone, (12,))
-    mine = [t for t in range(12) if STRATEGIES["item_hash"](history.items, history.items, 2)[0, t] == 0]
+    mine = [t for t in range(12) if STRATEGIES["item_hash"](history, torch.arange(12)[None], 2)[0, t] == 0]
     p = {name: x.double() for name, x in backbone.state_dict().items()}
     x = (p["items.weight"][history.items[0].long()] * 4 + p["positions.weight"][:12])[mine]
 
@@ -84,10 +172,10 @@ def test_temperatures_are_those_of_the_moment_of_the_request():
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("strategy, blocks", [("item_hash", 1), ("item_hash", 2), ("feedback", 2), ("stride", 3)])
 @pytest.mark.parametrize("method", ["full", "recent", "h2o", "svd", "recompute"])
-def test_the_closed_form_is_what_the_counter_counts(method, blocks):
-    backbone, work, method = build(blocks=blocks), Workload(2, 300, 5, 2), get_compressor(method)
+def test_the_closed_form_is_what_the_counter_counts(method, strategy, blocks):
+    backbone, work, method = build(strategy=strategy, blocks=blocks), Workload(2, 300, 5, 2), get_compressor(method)
     events, tokens, new = work.events(60)
     with torch.inference_mode():
         full = backbone.prefill(events, stats=method.needs)
@@ -116,10 +204,11 @@ def test_attention_of_a_prefill_is_divided_by_the_number_of_blocks():
 @pytest.mark.parametrize(
     "params, why",
     [
-        ({"strategy": "stride"}, "strategy must be one of item_hash"),
+        ({"strategy": "behaviours"}, "strategy must be one of item_hash"),
         ({"scenario": "sunny"}, "scenario must be one of one"),
         ({"blocks": 0}, "blocks must be 1 to"),
         ({"strategy": "day_of_week", "blocks": 8}, "1 to 7"),
+        ({"strategy": "feedback", "blocks": 257}, "1 to 256"),
         ({"strategy": "part_of_day"}, "reads times"),
         ({"scenario": "weekend"}, "reads times"),
     ],

@@ -1,6 +1,7 @@
 """Windows and training batches against loops over users; nothing of validation and test leaks into training."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
 def toy(lengths, timed=True, shift=0):
-    """Every event has an item of its own, and a time of its own: 10 x item."""
+    """Every event has an item of its own, a time of its own: 10 x item, and a rating."""
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     items = np.arange(1, offsets[-1] + 1).astype(np.int32)
     times = 10 * items.astype(np.int64) + shift if timed else None
-    return Dataset("toy", None, "test", np.arange(len(lengths)), np.arange(len(items)), offsets, items, times, None, "")
+    feedback = {"rating": (items * 7 % 6).astype(np.float32)}
+    ids = np.arange(len(lengths)), np.arange(len(items))
+    return Dataset("toy", None, "test", *ids, offsets, items, times, feedback, "")
 
 
 def many(users=700, longest=120, seed=0):
@@ -54,6 +57,19 @@ def test_window_user_by_user(lengths, length, timed, data):
         assert times == dataset.times[places].tolist()
         last = dataset.offsets[user + 1] - 1  # behind the user's very last event nothing is known: its own time
         assert following == [dataset.times[min(place + 1, last)] for place in places]
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 10), st.sampled_from([None, 1.2]))
+def test_what_users_did_stays_with_their_events(lengths, length, alpha):
+    dataset = toy([n + 1 for n in lengths])
+    kind = torch.from_numpy(np.r_[np.uint8(0), dataset.kinds])  # of an item; 0 is padding
+    users = np.arange(len(lengths))
+    whole = window(dataset, users, dataset.offsets[1:], length)
+    batches = [batch.events for batch in training_batches(leave_one_out(dataset), length, 5, 0, 0, None, alpha)]
+    for events in (whole, *split_newest(whole), whole.last(torch.full((len(users),), 3)), *batches):
+        assert events.kinds.dtype == torch.uint8 and torch.equal(events.kinds, kind[events.items.long()])
+    assert window(replace(dataset, feedback={}), users, dataset.offsets[1:], length).kinds is None
 
 
 @settings(deadline=None)

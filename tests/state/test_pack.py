@@ -200,17 +200,32 @@ def test_matrix_memory_without_slots(kind, stored):
     assert state.take(torch.tensor([2, 0])).pack(1) == state.pack(0)
 
 
+@pytest.mark.parametrize("kinds", [False, True])
 @pytest.mark.parametrize("times", [False, True])
-def test_raw_events(times):
+def test_raw_events(times, kinds):
     count = torch.tensor([0, 2, 4], dtype=torch.int32)
     items = torch.arange(12, dtype=torch.int32).view(3, 4)
     when = torch.arange(12).view(3, 4) + 1_700_000_000
-    state = UserState((), count, Events(items, count, when if times else None))
-    assert state.nbytes().tolist() == [4 + n * (12 if times else 4) for n in (0, 2, 4)]
+    did = torch.arange(12, dtype=torch.uint8).view(3, 4) + 240
+    events = Events(items, count, when if times else None, when + 1, did if kinds else None)
+    state = UserState((), count, events)
+    assert state.nbytes().tolist() == [4 + n * (4 + 8 * times + kinds) for n in (0, 2, 4)]
     back = check_packs(state)
     assert back.events.items[1, :2].tolist() == [4, 5]
     if times:
         assert back.events.times[2].tolist() == when[2].tolist()
+    if kinds:
+        assert back.events.kinds[2].tolist() == [248, 249, 250, 251]
+    assert set(back.events.columns()) == {"items", *["times"] * times, *["kinds"] * kinds}
+
+
+def test_events_are_taken_with_all_that_is_known_of_them():
+    items, count = torch.tensor([[1, 2, 3], [4, 5, 0]], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
+    events = Events(items, count, items * 10, None, items.to(torch.uint8))
+    some = events.take(torch.tensor([[2, 0], [1, 1]]), torch.tensor([2, 1], dtype=torch.int32))
+    assert some.items.tolist() == some.kinds.tolist() == [[3, 1], [5, 5]] and some.count.tolist() == [2, 1]
+    assert some.times.tolist() == [[30, 10], [50, 50]] and some.next_times is None
+    assert events.last(torch.tensor([1, 5])).kinds.tolist()[0][0] == 3
 
 
 @given(st.binary(max_size=80))

@@ -9,12 +9,14 @@ from malloc_bench.state import Events, MissingStatistic, Prefill, UserState
 
 
 def raw_events(prefill: Prefill) -> Events:
-    """The history's ids, and its times where the backbone reads them; raises MissingStatistic where unknown."""
+    """The history's ids, times and kinds, the latter where the backbone reads them; raises MissingStatistic."""
     if prefill.events is None:
         raise MissingStatistic("the raw events are not known: this Prefill was made of tensors")
     slots = prefill.segment(0).slots
     timed = slots is not None and slots.timestamps is not None
-    return Events(prefill.events.items, prefill.events.count, prefill.events.times if timed else None)
+    known = prefill.events
+    times, kinds = known.times if timed else None, known.kinds if prefill.uses_kinds else None
+    return Events(known.items, known.count, times, kinds=kinds)
 
 
 @register("recompute")
@@ -25,7 +27,7 @@ class Recompute(Compressor):
     family = "recompute"
     paper = "none: what caching is meant to save"
     formula = "read = prefill of all events, then read"
-    stores = "item ids (int32), and times (int64) where the backbone reads them"
+    stores = "item ids (int32), times (int64) and kinds (uint8) where the backbone reads them"
 
     @property
     def takes_budget(self) -> bool:

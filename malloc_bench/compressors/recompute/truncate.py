@@ -28,7 +28,7 @@ class Truncate(Recent):
     family = "recompute"
     paper = "none: the history cut short, as most deployed models do"
     formula = "read = prefill of the newest k events, then read"
-    stores = "k item ids (int32), and times (int64) where the backbone reads them"
+    stores = "k item ids (int32), times (int64) and kinds (uint8) where the backbone reads them"
 
     def supports(self, backbone: "Backbone") -> str | None:
         return None  # any state can be rebuilt from ids
