@@ -126,7 +126,7 @@ def test_training_never_looks_at_test_events(split, tmp_path):
     """Other test items, the same weights."""
     other = split.dataset.items.copy()
     other[split.test.at] = 1 + other[split.test.at] % split.dataset.n_items
-    changed = leave_one_out(type(split.dataset)(**{**vars(split.dataset), "items": other}))
+    changed = leave_one_out(replace(split.dataset, items=other))
     a, b = fresh(split), fresh(split)
     settings = Training(epochs=2, batch_size=16)
     fit(a, split, settings, 0, tmp_path / "a")
