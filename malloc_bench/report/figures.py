@@ -45,18 +45,20 @@ class Panel(NamedTuple):
     title: str
 
 
-def panels(board: pl.DataFrame) -> tuple[Panel, Panel, Panel]:
-    """The three panels; the cost of a read is FLOPs where no latency was measured."""
+def panels(board: pl.DataFrame) -> list[Panel]:
+    """Two panels by bytes, and one by the cost of a read: FLOPs where no latency was measured, none without either."""
     timed = board["read_ms_p50"].is_not_null().any()
     cost, unit = ("read_ms_p50", "read (ms, p50)") if timed else ("read_flops", "read (FLOPs)")
     size = "state (bytes per user)"
     ranking = board["gauc"].is_not_null().any()
     good, alike = ("gauc", "agreement") if ranking else ("ndcg@10", "overlap@10")
-    return (
+    found = [
         Panel("bytes_mean", good, size, good.upper(), "Accuracy against memory"),
         Panel("bytes_mean", alike, size, f"{alike} with the full state", "Fidelity against memory"),
-        Panel(cost, good, unit, good.upper(), "Accuracy against the cost of a read"),
-    )
+    ]
+    if board[cost].is_not_null().any():
+        found.append(Panel(cost, good, unit, good.upper(), "Accuracy against the cost of a read"))
+    return found
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -76,10 +78,11 @@ def pareto_figure(board: pl.DataFrame, title: str) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    shown = panels(board)
     figure = Figure(figsize=(17, 6.2), layout="constrained")
     methods = board.filter(~pl.col("method").is_in(["full", *FLOORS]))
     markers = _markers(methods)
-    for axes, panel in zip(figure.subplots(1, 3), panels(board)):
+    for axes, panel in zip(figure.subplots(1, len(shown)), shown):
         for (family,), rows in methods.group_by("family", maintain_order=True):
             _draw_family(axes, panel, str(family), rows, markers)
         _draw_references(axes, panel, board)

@@ -47,6 +47,12 @@ def test_flops_stand_in_for_latency(board):
     assert figure.axes[2].get_xlabel() == "read (FLOPs)" and len(lines(figure.axes[2], "method")) == 12
 
 
+def test_without_any_cost_of_a_read_no_panel_shows_it(board):
+    nothing = pl.lit(None, pl.Float64)
+    figure = figures.pareto_figure(board.with_columns(read_ms_p50=nothing, read_flops=nothing), "x")
+    assert [axes.get_title() for axes in figure.axes] == ["Accuracy against memory", "Fidelity against memory"]
+
+
 def test_methods_of_a_family_have_their_own_markers_and_labels(board):
     figure = figures.pareto_figure(board, "x")
     for family in FAMILIES:
