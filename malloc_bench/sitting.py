@@ -79,14 +79,24 @@ class Sitting:
     def _skip(self, each: Planned) -> bool:
         why = each.cell.impossible
         if why is None:
-            backbone = self._backbone(each.cell)
+            backbone = self._made(each.cell)
             why = each.cell.compressor.build().supports(backbone)
         if why is not None:
             self._write(each, {"status": "skipped", "reason": why})
         return why is not None
 
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
-        """Fresh weights, the same for the same seed."""
+        """Fresh weights, the same for the same seed, and the categories of the items where they are used."""
+        made, data = self._made(cell, **changes), self._split(cell).dataset
+        if made.uses_categories:
+            if data.categories is None:
+                raise ValueError(
+                    f"{cell.backbone.name} reads categories of items, and the card of {data.name} has none"
+                )
+            made.categorise(torch.from_numpy(data.categories))
+        return made
+
+    def _made(self, cell: Cell, **changes: Any) -> Backbone:
         torch.manual_seed(cell.seed)
         data = self._split(cell).dataset
         made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})

@@ -12,8 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from malloc_bench import evaluation, registry, run_folder, runner, training
 from malloc_bench.compressors import TokenMethod, get_compressor
@@ -334,6 +336,24 @@ def test_a_backbone_that_cannot_be_trained_fails_its_cells(suite: Path, tmp_path
     result = run_suite(suite, tmp_path / "run", quiet=True)
     assert (result.ok, result.failed) == (0, 4)
     assert "no room" in read_rows(tmp_path / "run" / "rows")[0]["traceback"]
+
+
+def test_a_backbone_that_reads_categories_needs_a_card_that_has_them(tmp_path: Path, monkeypatch) -> None:
+    from malloc_bench.data.dataset import Dataset
+
+    wants = "climber: {layers: 1, dim: 8, max_length: 30, blocks: 2, strategy: category}"
+    text = SUITE.replace("sasrec: {layers: 1, dim: 8, max_length: 30}", wants).replace("false", "true")
+    (tmp_path / "tiny.yaml").write_text(text)
+    result = run_suite(tmp_path / "tiny.yaml", tmp_path / "without", quiet=True)
+    assert (result.ok, result.failed) == (0, 4)
+    reasons = {row["reason"] for row in read_rows(tmp_path / "without" / "rows")}
+    assert reasons == {"ValueError: climber reads categories of items, and the card of synthetic has none"}
+    monkeypatch.setattr(Dataset, "categories", property(lambda data: np.arange(data.n_items) % 3))
+    result = run_suite(tmp_path / "tiny.yaml", tmp_path / "with", quiet=True)
+    assert (result.ok, result.failed) == (4, 0)
+    (weights,) = (tmp_path / "with" / "checkpoints").glob("*/model.safetensors")
+    blocks = load_file(weights)["block_of"][1:].numpy()
+    assert set(blocks) == {0, 1} and all(len(set(blocks[category::3])) == 1 for category in range(3))
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(suite: Path, tmp_path: Path, monkeypatch) -> None:

@@ -32,8 +32,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes for subclasses: `paper`, `version` (raise it when numbers change), `fields` (what the state keeps of an
     event in each layer), `has_slots` (False: a state is one memory a layer, no row of which is an event),
-    `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors), `presets` (published
-    sizes: name -> parameters).
+    `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors), `uses_categories` (that
+    `categorise` is called before all else), `presets` (published sizes: name -> parameters).
     """
 
     kind: ClassVar[str] = "backbones"
@@ -46,6 +46,7 @@ class Backbone(nn.Module, ABC):
     has_slots: ClassVar[bool] = True
     uses_positions: bool = False
     uses_times: bool = False
+    uses_categories: bool = False
     n_items: int
     max_length: int
 
@@ -76,6 +77,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def catalogue(self) -> Tensor:
         """[n_items, d]: an output's scores are hidden @ catalogue.T; row i is item i + 1."""
+
+    def categorise(self, categories: Tensor) -> None:
+        """Take in the category of each item, [n_items] int64 from 0; raises ValueError where they do not do."""
+        raise NotImplementedError(f"{self.name} uses no categories")
 
     def for_ranking(self) -> Self:
         """Itself with a fresh scoring head: retrieval has none, so its weights do not depend on it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
-from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, TIMED, compact
+from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.sasrec import SASRecBlock
@@ -23,20 +23,20 @@ from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, St
 class ClimberSizes(Sizes):
     """blocks: sub-sequences N_b, each with a stack of `layers` of its own.
 
-    strategy: what deals events out to blocks: item_hash; feedback, equal bands of what the user did (`Dataset.kinds`);
-    stride, the position in the kept history modulo `blocks`; part_of_day, equal parts of the day; day_of_week, equal
-    parts of the week (at most 7 blocks). Days are UTC. scenario: what each temperature is learned for, by the moment at
-    which the prediction is asked for: one for all, part_of_day (quarters), or weekend (and not). What asks for days
-    reads times.
+    strategy: what deals events out to blocks: item_hash; category, whole categories of items (`Dataset.categories`) so
+    that blocks have about as many items each; feedback, equal bands of what the user did (`Dataset.kinds`); stride, the
+    position in the kept history modulo `blocks`; part_of_day, equal parts of the day; day_of_week, equal parts of the
+    week (at most 7 blocks). Days are UTC. scenario: what each temperature is learned for, by the moment at which the
+    prediction is asked for: one for all, part_of_day (quarters), or weekend (and not). What asks for days reads times.
     """
 
     blocks: int = 2
-    strategy: Literal["item_hash", "feedback", "stride", "part_of_day", "day_of_week"] = "item_hash"
+    strategy: Literal["item_hash", "category", "feedback", "stride", "part_of_day", "day_of_week"] = "item_hash"
     scenario: Literal["one", "part_of_day", "weekend"] = "one"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("strategy", STRATEGIES), ("scenario", SCENARIOS)):
+        for name, known in (("strategy", (*STRATEGIES, "category")), ("scenario", SCENARIOS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         most = {"day_of_week": 7, "feedback": 256}.get(self.strategy, self.max_length)
@@ -156,6 +156,7 @@ class Climber(AttentionBackbone):
     Config = ClimberSizes
     uses_positions = True
     config: ClimberSizes
+    block_of: Tensor  # of each item, with strategy category
 
     def __init__(self, config: ClimberSizes, n_items: int, has_time: bool = False) -> None:
         if not has_time and (config.strategy in TIMED or config.scenario != "one"):
@@ -167,6 +168,12 @@ class Climber(AttentionBackbone):
         self.blocks.extend(AdaptiveBlock(config, has_time) for _ in range((config.blocks - 1) * config.layers))
         self.fusion, self.norm = Fusion(config), nn.LayerNorm(config.dim)
         self.uses_times = has_time
+        self.uses_categories = config.strategy == "category"
+        if self.uses_categories:
+            self.register_buffer("block_of", torch.full((n_items + 1,), -1))  # a checkpoint keeps it
+
+    def categorise(self, categories: Tensor) -> None:
+        self.block_of.copy_(balanced(categories, self.config.blocks))
 
     def _output(self, x: Tensor) -> Tensor:
         return self._head(self.norm(x))
@@ -178,7 +185,12 @@ class Climber(AttentionBackbone):
 
     def _dealt(self, events: Events, positions: Tensor) -> list[Tensor]:
         """For each block which events are its own, [B, S] bool; positions [B or 1, S]."""
-        at = STRATEGIES[self.config.strategy](events, positions, self.config.blocks)
+        if self.uses_categories:
+            if self.block_of[0] < 0:
+                raise ValueError("climber with strategy category does not know the items' categories: call categorise")
+            at = self.block_of[events.items.long()]
+        else:
+            at = STRATEGIES[self.config.strategy](events, positions, self.config.blocks)
         return [at == b for b in range(self.config.blocks)]
 
     def _groups(self, events: Events, positions: Tensor) -> list[tuple[Tensor, Tensor]]:

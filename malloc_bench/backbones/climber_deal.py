@@ -33,6 +33,24 @@ def _kinds(events: Events) -> Tensor:
     return events.kinds.long()
 
 
+def balanced(categories: Tensor, n: int) -> Tensor:
+    """[n_items + 1] int64, the block of each item from its category [n_items] (and 0 for no item, first).
+
+    The categories from the largest down, in items, each into the block that has the fewest by then.
+    """
+    sizes = torch.bincount(categories)
+    several = int((sizes > 0).sum())
+    if several < n:
+        raise ValueError(
+            f"climber with strategy category deals whole categories out: {n} blocks, and {several} of them"
+        )
+    blocks, load = torch.zeros_like(sizes), [0] * n
+    for category in sizes.argsort(descending=True, stable=True).tolist():
+        blocks[category] = least = load.index(min(load))
+        load[least] += int(sizes[category])
+    return torch.cat([categories.new_zeros(1), blocks[categories]])
+
+
 #: name -> block 0..n-1 of events, of their positions [B or 1, S] in the kept history and of n: [B, S]. Looks at nothing
 #: but the event itself, so that an event never changes its block
 STRATEGIES: dict[str, Callable[[Events, Tensor, int], Tensor]] = {

@@ -23,7 +23,9 @@ from .world import SyntheticWorld
 __all__ = ["Card", "Counts", "Label", "LocalSource", "PipSource", "Source", "SyntheticWorld", "UrlSource"]
 
 MAX_CARD_BYTES = 1 << 20
-VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "format")  # its own keys
+ABOUT_ITEMS = [name for name, layout in LAYOUTS.items() if layout.category]
+# what a variant may say for itself
+VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "categories", "format")
 
 
 class Counts(Strict):
@@ -56,6 +58,7 @@ class Card(Strict):
     published: Counts | None = None
     label: Label | None = None
     keep: list[str] | None = None  # of the format's feedback, which columns; all without it
+    categories: list[AnySource] = []  # files about the items, each with its format
     on_bad: dict[str, str] = {}  # by the names in policies.py
     parameters: SyntheticWorld | None = None
 
@@ -74,9 +77,19 @@ class Card(Strict):
                 raise ValueError(f"{case} can be answered with {', '.join(POLICIES[case])}, not '{answer}'")
         return on_bad
 
+    @field_validator("categories")
+    @classmethod
+    def _about_items(cls, sources: list[Source]) -> list[Source]:
+        if any(source.format not in ABOUT_ITEMS for source in sources):
+            raise ValueError(f"each source needs a format that names categories: {', '.join(ABOUT_ITEMS)}")
+        return sources
+
     @model_validator(mode="after")
     def _complete(self) -> Card:
         synthetic = self.format == "synthetic"
+        for name in (self.format, *(source.format for source in self.sources)):
+            if name in ABOUT_ITEMS:
+                raise ValueError(f"format {name} is of files about items: it belongs to categories")
         if synthetic != (self.parameters is not None) or synthetic == bool(self.sources):
             raise ValueError("format synthetic needs parameters and no sources, every other format the reverse")
         names = set() if synthetic else {*LAYOUTS[self.format].feedback.values()}
@@ -184,7 +197,8 @@ def _first_problem(error: ValidationError) -> str:
     # a misspelt key first: that another one is missing follows from it
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path = problem["loc"]
-    where = ".".join(map(str, path[:2] + path[3:] if path[:1] == ("sources",) else path))  # the third names the kind
+    listed = path[:1] in (("sources",), ("categories",))  # the third names the kind
+    where = ".".join(map(str, path[:2] + path[3:] if listed else path))
     if problem["type"] != "extra_forbidden":
         return f"{where or 'card'}: {problem['msg'].removeprefix('Value error, ')}"
     models: dict[str, type[BaseModel]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}

@@ -80,6 +80,16 @@ class Dataset:
             kinds[done > 0] = 255 * rank // len(known)
         return kinds if known else None
 
+    @cached_property
+    def categories(self) -> np.ndarray | None:
+        """(n_items,) int64 from 0, as `read_categories` has them; None where the card names no file about items.
+
+        Read when first asked for. Raises DataError where no source answers.
+        """
+        from .categories import read_categories
+
+        return read_categories(self.card, self.item_ids) if self.card.categories else None
+
     @property
     def has_time(self) -> bool:
         return self.times is not None

@@ -33,6 +33,8 @@ class Layout:
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
     history: str = ""  # a column with the items before `item`, joined by ^; only rows with `label` 1 are read
     label: str = ""
+    category: str = ""  # of a file about items, not events: their categories
+    many: str = ""  # what stands between several categories
     times_in: bool = False  # the second file has the times of the first's items, line by line
 
     @property
@@ -105,6 +107,13 @@ LAYOUTS: dict[str, Layout] = {
         separator="\t", encoding="latin-1",
     ),
     "foursquare-npy": Layout("npy", columns=("user_id", "item_id", "minute"), time="minute", unit="minutes"),
+    # about items: films' genres, videos' tags
+    "movielens-movies-csv": Layout(item="movieId", category="genres", many="|"),
+    "movielens-movies-dat": Layout(
+        columns=("item_id", "title", "genres"), separator="::", encoding="latin-1", category="genres", many="|"
+    ),
+    "recbole-item": Layout(separator="\t", category="class", many=" "),
+    "kuairand-videos": Layout(item="video_id", category="tag", many=","),
     # our own hand-over format: the order is known, the times are not
     "parquet-ordered": Layout("parquet", time="position", unit="order"),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.climber_deal import STRATEGIES
+from malloc_bench.backbones.climber_deal import STRATEGIES, balanced
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.data import Dataset
 from malloc_bench.data.batches import window
@@ -26,6 +26,8 @@ DAY = 86_400
 def build(has_time=False, **params):
     torch.manual_seed(0)
     backbone = get_backbone("climber", 60, has_time, dim=16, heads=2, max_length=320, **params)
+    if backbone.uses_categories:
+        backbone.categorise(torch.arange(60) % 7)
     return backbone.eval().requires_grad_(False)
 
 
@@ -81,7 +83,39 @@ def test_feedback_that_the_data_has_not_is_asked_for_in_a_word():
     assert torch.equal(backbone.read(unknown, state), backbone.read(tokens, state))
 
 
-@pytest.mark.parametrize("strategy", ["feedback", "stride"])
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 10))
+def test_whole_categories_are_dealt_out_evenly(categories, n):
+    known = torch.tensor(categories)
+    if n > len(set(categories)):
+        with pytest.raises(ValueError, match=f"{n} blocks, and {len(set(categories))} of them"):
+            balanced(known, n)
+        return
+    blocks = balanced(known, n)
+    assert blocks.shape == (len(known) + 1,) and blocks[0] == 0
+    assert len({(c, b) for c, b in zip(categories, blocks[1:].tolist())}) == len(set(categories))
+    sizes = blocks[1:].bincount(minlength=n)
+    assert sizes.min() > 0 and sizes.max() - sizes.min() <= known.bincount().max()
+
+
+def test_a_category_is_looked_up_by_the_item_and_kept_with_the_weights():
+    unknowing = get_backbone("climber", 60, blocks=2, strategy="category", max_length=320)
+    history, _ = histories(unknowing, LENGTHS)
+    with pytest.raises(ValueError, match="does not know the items' categories"):
+        unknowing(history)
+    knowing = build(blocks=2, layers=1, strategy="category")
+    state = knowing.prefill(history).state
+    for layer, (segment,) in enumerate(state.layers):
+        for user, n in enumerate(LENGTHS):
+            places = segment.slots.positions[user, 0, : int(segment.slots.count[user, 0])].long()
+            want = [t for t in range(n) if knowing.block_of[history.items[user, t]] == layer]
+            assert places.tolist() == want
+    again = get_backbone("climber", 60, blocks=2, layers=1, strategy="category", dim=16, heads=2, max_length=320)
+    again.load_state_dict(knowing.state_dict())
+    assert torch.equal(again.eval()(history), knowing(history))
+    assert "block_of" not in build(strategy="stride").state_dict()
+
+
+@pytest.mark.parametrize("strategy", ["category", "feedback", "stride"])
 @pytest.mark.parametrize("promise", [append_equals_prefill, read_equals_forward, batch_and_padding_do_not_matter])
 def test_promises_are_kept_by(promise, strategy):
     with torch.no_grad():
@@ -102,7 +136,7 @@ def test_an_event_never_changes_its_block(strategy, seed, n, known):
         assert torch.equal(STRATEGIES[strategy](some, positions[:, part], n), blocks[:, part])
 
 
-@pytest.mark.parametrize("strategy, each", [("feedback", 4 + 1), ("stride", 4), ("item_hash", 4)])
+@pytest.mark.parametrize("strategy, each", [("feedback", 4 + 1), ("category", 4), ("stride", 4), ("item_hash", 4)])
 def test_raw_events_keep_what_the_strategy_reads(strategy, each):
     backbone = build(blocks=3, strategy=strategy)
     history, tokens = histories(backbone, LENGTHS)
@@ -172,7 +206,9 @@ def test_temperatures_are_those_of_the_moment_of_the_request():
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("strategy, blocks", [("item_hash", 1), ("item_hash", 2), ("feedback", 2), ("stride", 3)])
+@pytest.mark.parametrize(
+    "strategy, blocks", [("item_hash", 1), ("item_hash", 2), ("category", 2), ("feedback", 2), ("stride", 3)]
+)
 @pytest.mark.parametrize("method", ["full", "recent", "h2o", "svd", "recompute"])
 def test_the_closed_form_is_what_the_counter_counts(method, strategy, blocks):
     backbone, work, method = build(strategy=strategy, blocks=blocks), Workload(2, 300, 5, 2), get_compressor(method)

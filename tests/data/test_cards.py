@@ -39,6 +39,19 @@ LOCAL = [{"local": "u.data"}]
         ({"sources": LOCAL, "published": {"user": 3}}, "published.user: unknown key. Did you mean 'users'?"),
         ({"sources": LOCAL, "title": 3}, "title: Input should be a valid string"),
         ({"sources": LOCAL, "format": "csv"}, "format: no format is named 'csv'."),
+        (
+            {"sources": LOCAL, "categories": [{"local": "u.item", "formt": "x"}]},
+            "categories.0.formt: unknown key. Did you mean 'format'?",
+        ),
+        ({"sources": LOCAL, "categories": LOCAL}, "categories: each source needs a format that names categories: "),
+        (
+            {"sources": LOCAL, "categories": [{"local": "u.data", "format": "movielens-udata"}]},
+            "categories: each source needs a format that names categories: movielens-movies-csv, ",
+        ),
+        (
+            {"sources": [{"local": "u.item", "format": "recbole-item"}]},
+            "card: format recbole-item is of files about items: it belongs to categories",
+        ),
         ({"sources": [{"file": "u.data"}]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
         ({"sources": ["u.data"]}, "sources.0: a source is a mapping with one of the keys url, pip, local"),
         ({"sources": []}, "card: format synthetic needs parameters"),
