@@ -97,6 +97,7 @@ class Sitting:
         return made
 
     def _made(self, cell: Cell, **changes: Any) -> Backbone:
+        """As `_backbone`, without a look at any file."""
         torch.manual_seed(cell.seed)
         data = self._split(cell).dataset
         made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})

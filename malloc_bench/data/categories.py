@@ -30,15 +30,16 @@ def read_categories(card: Card, item_ids: np.ndarray) -> np.ndarray:
         assert source.format is not None, "the card is validated"
         try:
             with opened(source, card.family, offline=False, progress=True) as parts:
-                ids, names = _columns(parts[0], LAYOUTS[source.format])
+                found = [_columns(part, LAYOUTS[source.format]) for part in parts]
         except DataError as error:
             failures.append(f"{source} ({error})")
             continue
+        ids, names = (np.concatenate(columns) for columns in zip(*found))
         known, codes = np.unique(names, return_inverse=True)
         codes += known[0] != ""  # 0 is for no name
         order = np.argsort(ids, kind="stable")
-        found = np.minimum(np.searchsorted(ids, item_ids, sorter=order), len(ids) - 1)
-        return np.where(ids[order[found]] == item_ids, codes[order[found]], 0)
+        at = order[np.minimum(np.searchsorted(ids, item_ids, sorter=order), len(ids) - 1)]
+        return np.where(ids[at] == item_ids, codes[at], 0)
     raise DataError(f"{card.name}: no source of its items' categories answered: {'; '.join(failures)}")
 
 

@@ -37,6 +37,12 @@ def test_the_first_category_counts(make_card, tmp_path, monkeypatch, udata, name
     assert dataset.categories.dtype == np.int64 and dataset.categories.tolist() == codes
 
 
+def test_the_parts_of_a_file_are_read_as_one(make_card, tmp_path, monkeypatch, udata):
+    files = {"a": b"video_id,tag\n30,b\n", "b": b"video_id,tag\n10,a\n20,b\n"}
+    known = [{"local": ["a", "b"], "format": "kuairand-videos"}]
+    assert toy(make_card, tmp_path, monkeypatch, udata, files, known).categories.tolist() == [1, 2, 2]
+
+
 def test_files_about_items_change_neither_the_data_s_hash_nor_its_cache(make_card, tmp_path, monkeypatch, udata):
     known = [{"local": "items", "format": "movielens-movies-csv"}]
     with_them = toy(make_card, tmp_path, monkeypatch, udata, {"items": CSV}, known)
