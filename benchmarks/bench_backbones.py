@@ -22,11 +22,11 @@ import torch
 
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.data import get_dataset
-from malloc_bench.data.batches import training_batches
-from malloc_bench.data.splits import Split, get_split
+from malloc_bench.data.tasks.batches import training_batches
+from malloc_bench.data.tasks.splits import Split, get_split
 from malloc_bench.measure import Samples, Workload, interleaved, load, threads
 from malloc_bench.registry import find, names
-from malloc_bench.training import tune_malloc
+from malloc_bench.training.fit import tune_malloc
 
 YARDSTICK = "sasrec"
 SIZE = {"layers": 2, "heads": 2, "dim": 64, "max_length": 200}

@@ -73,13 +73,13 @@ def work(step: str, folder: str, paths: list[str]) -> None:
     import polars as pl
     import pyarrow.parquet  # noqa: F401
 
-    from malloc_bench.data.archive import open_parts
     from malloc_bench.data.cache import make, read
-    from malloc_bench.data.cards import Card
-    from malloc_bench.data.formats import LAYOUTS
-    from malloc_bench.data.parse import Reader
-    from malloc_bench.data.policies import Judge
+    from malloc_bench.data.formats.formats import LAYOUTS
+    from malloc_bench.data.formats.parse import Reader
+    from malloc_bench.data.formats.policies import Judge
     from malloc_bench.data.prepare import prepare
+    from malloc_bench.data.sources.archive import open_parts
+    from malloc_bench.data.sources.cards import Card
 
     words = dict.fromkeys(("title", "description", "licence", "citation", "homepage"), "-")
     card = Card(name="bench", family="bench", format="kuairand-log", sources=[{"local": "log.csv"}], **words)  # type: ignore[list-item]

@@ -19,10 +19,10 @@ import torch
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.data import Dataset, get_dataset
-from malloc_bench.data.batches import window
-from malloc_bench.data.splits import Split, get_split
-from malloc_bench.evaluation import Job, evaluate
-from malloc_bench.training import tune_malloc
+from malloc_bench.data.tasks.batches import window
+from malloc_bench.data.tasks.splits import Split, get_split
+from malloc_bench.evaluation.evaluate import Job, evaluate
+from malloc_bench.training.fit import tune_malloc
 
 METHODS: list[tuple[str, dict]] = [
     ("recent", {}),

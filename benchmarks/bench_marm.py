@@ -23,10 +23,10 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.marm_stream import read_gap, slices, stream
 from malloc_bench.data import get_dataset
-from malloc_bench.data.batches import split_newest, window
-from malloc_bench.data.splits import Split, get_split
+from malloc_bench.data.tasks.batches import split_newest, window
+from malloc_bench.data.tasks.splits import Split, get_split
+from malloc_bench.evaluation.ranking import question, rank
 from malloc_bench.measure import load, threads
-from malloc_bench.ranking import question, rank
 from malloc_bench.state import Events, UserState
 
 SIZE = {"layers": 2, "heads": 2, "dim": 64, "max_length": 100, "top_k": 32}

@@ -18,7 +18,7 @@ import torch
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload, closed_form, interleaved, load, summary, threads
-from malloc_bench.training import tune_malloc
+from malloc_bench.training.fit import tune_malloc
 
 CELLS = [
     ("full", {}, None),

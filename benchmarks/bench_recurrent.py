@@ -15,7 +15,7 @@ import torch
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.measure import Workload, interleaved, load, summary, threads
-from malloc_bench.training import tune_malloc
+from malloc_bench.training.fit import tune_malloc
 
 MODELS = ("sasrec", "gated_delta")
 SIZE = {"layers": 2, "heads": 2, "dim": 64}

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones import Backbone, attention, block, get_backbone, hstu, items, sasrec
 from malloc_bench.data import get_dataset
-from malloc_bench.data.batches import training_batches, window
-from malloc_bench.data.splits import Split, get_split
+from malloc_bench.data.tasks.batches import training_batches, window
+from malloc_bench.data.tasks.splits import Split, get_split
 from malloc_bench.state import Batch
-from malloc_bench.training import tune_malloc, validation_ndcg
+from malloc_bench.training.fit import tune_malloc, validation_ndcg
 
 BATCHES = 15
 NAIVE_USERS = 128

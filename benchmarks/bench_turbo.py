@@ -32,7 +32,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.measure import Samples, Workload, interleaved, load, threads
 from malloc_bench.registry import names
 from malloc_bench.state import Events, map_tensors
-from malloc_bench.training import tune_malloc
+from malloc_bench.training.fit import tune_malloc
 
 ITEMS = 3706
 EVENTS = {"cpu": 1 << 13, "cuda": 1 << 19}  # of a naive batch: on a CPU more are not faster

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from malloc_bench import _moved as _moved
+
 if TYPE_CHECKING:
     from malloc_bench.backbones import get_backbone
     from malloc_bench.compressors import get_compressor
     from malloc_bench.data import get_dataset
     from malloc_bench.registry import register
     from malloc_bench.results import load_results
-    from malloc_bench.runner import run_suite
+    from malloc_bench.run.runner import run_suite
     from malloc_bench.state import Prefill, UserState
-    from malloc_bench.suite import load_suite
+    from malloc_bench.suite.suite import load_suite
 
 __all__ = [
     "Prefill", "UserState", "get_backbone", "get_compressor", "get_dataset", "load_results", "load_suite", "register",
@@ -30,7 +32,7 @@ _HOME = {
     "load_results": "results",
     "load_suite": "suite",
     "register": "registry",
-    "run_suite": "runner",
+    "run_suite": "run.runner",
 }
 
 

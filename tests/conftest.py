@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.compressors import get_compressor
 from malloc_bench.data import get_dataset
-from malloc_bench.data.batches import training_batches
-from malloc_bench.data.splits import Split, get_split
+from malloc_bench.data.tasks.batches import training_batches
+from malloc_bench.data.tasks.splits import Split, get_split
 
 torch.set_num_threads(1)
 settings.register_profile("quick", deadline=None, max_examples=25)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import malloc_bench
-from malloc_bench import describe, registry
+from malloc_bench import registry
+from malloc_bench.cli import describe
 from malloc_bench.compressors.windowing.recent import Recent
 from malloc_bench.registry import UnknownName, find, load_part, names, register, suggest
 
@@ -121,7 +122,7 @@ def test_a_broken_package_does_not_stop_ours(
 
 def test_a_card_folder_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point holds the folder's path."""
-    from malloc_bench.data import cards
+    from malloc_bench.data.sources import cards
     from malloc_bench.paths import shipped
 
     card = (shipped("datasets") / "synthetic.yaml").read_text()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
-from malloc_bench.backbones.climber_deal import SCENARIOS, STRATEGIES, TIMED, balanced, compact
+from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.sasrec import SASRecBlock
@@ -132,7 +132,7 @@ class Fusion(nn.Module):
 class Climber(AttentionBackbone):
     """N_b sub-sequences over the whole history, a stack of adaptive transformer layers for each, gated fusion.
 
-    From the paper: events of the whole history are dealt out to blocks; each block has its own layers; a bias of
+    From the paper: events of the whole history are partitioned into blocks; each block has its own layers; a bias of
     positions and times is added to QK', then a temperature of layer, block and scenario divides, in the place of
     sqrt(d); the blocks' vectors go through one more such layer without bias and a bit-wise gate. Making the state costs
     n^2 d / N_b where blocks are equal, for an event passes through the layers of its own block only.
@@ -183,7 +183,7 @@ class Climber(AttentionBackbone):
         depth = self.config.layers
         return [slice(b * depth, (b + 1) * depth) for b in range(self.config.blocks)]
 
-    def _dealt(self, events: Events, positions: Tensor) -> list[Tensor]:
+    def _partition(self, events: Events, positions: Tensor) -> list[Tensor]:
         """For each block which events are its own, [B, S] bool; positions [B or 1, S]."""
         if self.uses_categories:
             if self.block_of[0] < 0:
@@ -196,7 +196,7 @@ class Climber(AttentionBackbone):
     def _groups(self, events: Events, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each block its events in time order, [B, K], of which the first [B] count."""
         real = events.mask()
-        return [compact(own & real) for own in self._dealt(events, positions)]
+        return [compact(own & real) for own in self._partition(events, positions)]
 
     def forward(self, events: Events) -> Tensor:
         positions = torch.arange(events.items.shape[1], device=events.items.device)[None]
@@ -243,7 +243,7 @@ class Climber(AttentionBackbone):
         masks: list[Tensor | None] = [None] * self.config.blocks
         if own_mask is not None:  # new events; candidates are in no block
             itself = torch.eye(own_mask.shape[-1], dtype=torch.bool, device=own_mask.device)
-            masks = [own_mask & (own[:, None, None] | itself) for own in self._dealt(tokens, positions)]
+            masks = [own_mask & (own[:, None, None] | itself) for own in self._partition(tokens, positions)]
         outputs: list[Tensor] = []
         stored: list[dict[str, Tensor]] = []
         for part, mask in zip(self._stacks(), masks):

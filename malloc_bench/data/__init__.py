@@ -2,20 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .dataset import Dataset
-from .errors import DataError
-from .load import get_dataset, verify
-from .summary import stats
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.errors import DataError
+from malloc_bench.data.load import get_dataset, verify
+from malloc_bench.data.summary import stats
 
 if TYPE_CHECKING:
-    from .cards import Card, list_datasets, load_card
+    from malloc_bench.data.sources.cards import Card, list_datasets, load_card
 
 __all__ = ["Card", "DataError", "Dataset", "get_dataset", "list_datasets", "load_card", "stats", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name in {"Card", "list_datasets", "load_card"}:  # they bring pydantic along: a training process needs none
-        from . import cards
+        from malloc_bench.data.sources import cards
 
         return getattr(cards, name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats import formats
+from malloc_bench.data.sources.cards import Card, LocalSource, Source
+from malloc_bench.data.sources.fetch import local_files
 from malloc_bench.paths import home
-
-from . import formats
-from .cards import Card, LocalSource, Source
-from .dataset import Dataset
-from .errors import DataError
-from .sources import local_files
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .cards import Card
+    from malloc_bench.data.sources.cards import Card
 
 GRADES = ("rating", "behavior")  # feedback that is a grade: its largest value is the top of the scale
 BEHAVIOURS = ("is_click", "long_view", "is_like", "is_comment", "is_forward", "is_follow")  # weak to strong
@@ -66,7 +66,7 @@ class Dataset:
     def kinds(self) -> np.ndarray | None:
         """(E,) uint8: how strongly the user of each event answered, 0 (not at all) to 255; None where nothing says so.
 
-        Ours, to deal events out by (`climber`). A grade (stars, Taobao's pv < fav < cart < buy) is a share of the
+        Ours, to partition events by (`climber`). A grade (stars, Taobao's pv < fav < cart < buy) is a share of the
         highest in the data, which is the scale's top; of behaviours the strongest counts, as a share of how many of
         `BEHAVIOURS` the data knows. Seconds watched and their ratios have no scale and are not looked at.
         """
@@ -86,7 +86,7 @@ class Dataset:
 
         Read when first asked for. Raises DataError where no source answers.
         """
-        from .categories import read_categories
+        from malloc_bench.data.formats.categories import read_categories
 
         return read_categories(self.card, self.item_ids) if self.card.categories else None
 

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .dataset import Dataset, group
-from .errors import DataError
-from .policies import Judge, dropped
+from malloc_bench.data.dataset import Dataset, group
+from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats.policies import Judge, dropped
 
 if TYPE_CHECKING:
-    from .cards import Card, Source
+    from malloc_bench.data.sources.cards import Card, Source
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ def verify(name: str, *, offline: bool = False) -> list[str]:
 
 
 def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
-    from .cards import load_card
+    from malloc_bench.data.sources.cards import load_card
 
     card = load_card(name)
     if card.parameters is not None:
-        from .synthetic import generate
+        from malloc_bench.data.worlds.synthetic import generate
 
         return group(card, generate(card.parameters), f"generated from seed {card.parameters.seed}")
     failures: list[str] = []
@@ -59,8 +59,8 @@ def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
 
 def _effort(card: Card, source: Source) -> int:
     """0 the user's own file, 1 prepared before, 2 the rest: of equal ones the card's order decides."""
-    from . import cache
-    from .cards import LocalSource
+    from malloc_bench.data import cache
+    from malloc_bench.data.sources.cards import LocalSource
 
     try:
         target = cache.path(card, source)
@@ -70,10 +70,11 @@ def _effort(card: Card, source: Source) -> int:
 
 
 def _from_source(card: Card, source: Source, offline: bool, progress: bool) -> Dataset:
-    from . import cache, sources
-    from .formats import LAYOUTS
-    from .parse import Reader
-    from .prepare import prepare
+    from malloc_bench.data import cache
+    from malloc_bench.data.formats.formats import LAYOUTS
+    from malloc_bench.data.formats.parse import Reader
+    from malloc_bench.data.prepare import prepare
+    from malloc_bench.data.sources import fetch as sources
 
     label = _label(card, source)
     target = cache.path(card, source)
@@ -93,8 +94,8 @@ def _from_source(card: Card, source: Source, offline: bool, progress: bool) -> D
 
 def _label(card: Card, source: Source) -> str:
     """Which source answered, as the manifest has it: with the hash that nobody but this machine vouches for."""
-    from . import sources
-    from .cards import LocalSource, UrlSource
+    from malloc_bench.data.sources import fetch as sources
+    from malloc_bench.data.sources.cards import LocalSource, UrlSource
 
     if isinstance(source, LocalSource):
         files = sources.local_files(source)

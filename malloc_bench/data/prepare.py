@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dataset import content_hash
-from .errors import DataError
-from .ids import Ids
-from .parse import Reader
+from malloc_bench.data.dataset import content_hash
+from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats.ids import Ids
+from malloc_bench.data.formats.parse import Reader
 
 if TYPE_CHECKING:
     import polars as pl

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.load import get_dataset
 from malloc_bench.paths import home
-
-from .dataset import Dataset
-from .load import get_dataset
 
 LONG = (200, 500, 1000, 5000)
 CHUNK = 4_000_000  # events looked at once for repeats

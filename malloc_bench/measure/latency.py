@@ -18,7 +18,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, Structural
 from malloc_bench.measure.environment import load
 from malloc_bench.state import Events, Prefill, Stats
-from malloc_bench.training import tune_malloc
+from malloc_bench.training.fit import tune_malloc
 
 K = TypeVar("K", bound=Hashable)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from malloc_bench.metrics import holm
+from malloc_bench.evaluation.metrics import holm
 from malloc_bench.report.render import (
     Column,
     budget_label,

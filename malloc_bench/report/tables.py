@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from malloc_bench.metrics import slices as length_slices
+from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
 from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, full, main, newest, sections, share_of
 from malloc_bench.report.render import (

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.climber_deal import STRATEGIES, balanced
+from malloc_bench.backbones.climber_partition import STRATEGIES, balanced
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.data import Dataset
-from malloc_bench.data.batches import window
-from malloc_bench.data.splits import only
+from malloc_bench.data.tasks.batches import window
+from malloc_bench.data.tasks.splits import only
 from malloc_bench.measure import Workload, count_flops
 from malloc_bench.state import Events, Stats
 from malloc_bench.testing import histories
@@ -45,22 +45,22 @@ def toy(**feedback):
     return Dataset("toy", None, "x", np.arange(1), np.arange(n), np.array([0, n]), np.arange(n) + 1, None, columns, "")
 
 
-def dealt(dataset, n):
+def partition(dataset, n):
     events = window(dataset, np.array([0]), dataset.offsets[1:], dataset.n_events)
     return STRATEGIES["feedback"](events, torch.arange(dataset.n_events)[None], n)[0].tolist()
 
 
 def test_feedback_is_bands_of_the_rating_s_scale():
     stars = toy(rating=[1, 2, 3, 4, 5, 2.5])
-    assert dealt(stars, 1) == [0] * 6
-    assert dealt(stars, 2) == [0, 0, 1, 1, 1, 0]
-    assert dealt(stars, 5) == [0, 1, 2, 3, 4, 2]
+    assert partition(stars, 1) == [0] * 6
+    assert partition(stars, 2) == [0, 0, 1, 1, 1, 0]
+    assert partition(stars, 5) == [0, 1, 2, 3, 4, 2]
     halves = toy(rating=np.arange(1, 11) / 2)
-    assert dealt(halves, 10) == list(range(10))
+    assert partition(halves, 10) == list(range(10))
     liked = only(stars, stars.feedback["rating"] >= 4)  # a part of the data: the same bands
-    assert dealt(liked, 5) == [3, 4]
-    assert dealt(toy(behavior=[1, 2, 3, 4]), 4) == [0, 1, 2, 3]
-    assert dealt(toy(rating=[0, 0]), 2) == [0, 0]
+    assert partition(liked, 5) == [3, 4]
+    assert partition(toy(behavior=[1, 2, 3, 4]), 4) == [0, 1, 2, 3]
+    assert partition(toy(rating=[0, 0]), 2) == [0, 0]
 
 
 def test_feedback_is_the_strongest_behaviour():
@@ -68,7 +68,7 @@ def test_feedback_is_the_strongest_behaviour():
         is_click=[0, 1, 1, 0, 1], long_view=[0, 0, 1, 0, 1], is_like=[0, 0, 0, 1, 1], play_time_ms=[9, 0, 0, 0, 0]
     )
     assert data.kinds.tolist() == [0, 85, 170, 255, 255]
-    assert dealt(data, 4) == [0, 1, 2, 3, 3] and dealt(data, 2) == [0, 0, 1, 1, 1]
+    assert partition(data, 4) == [0, 1, 2, 3, 3] and partition(data, 2) == [0, 0, 1, 1, 1]
     assert toy(watch_ratio=[0.5, 2]).kinds is None
 
 
@@ -84,7 +84,7 @@ def test_feedback_that_the_data_has_not_is_asked_for_in_a_word():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 10))
-def test_whole_categories_are_dealt_out_evenly(categories, n):
+def test_whole_categories_are_partitioned_evenly(categories, n):
     known = torch.tensor(categories)
     if n > len(set(categories)):
         with pytest.raises(ValueError, match=f"{n} blocks, and {len(set(categories))} of them"):

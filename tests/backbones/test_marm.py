@@ -10,7 +10,7 @@ import torch
 from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.marm_stream import read_gap, slices, stream
-from malloc_bench.data.batches import window
+from malloc_bench.data.tasks.batches import window
 from malloc_bench.measure import count_flops
 from malloc_bench.state import Dense, Events, Segment, Slots, Stats, UserState
 from malloc_bench.testing import check_backbone, histories

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from malloc_bench.data import cards
+from malloc_bench.data.sources import cards
 
 UDATA = b"1\t10\t5\t300\n2\t20\t3\t100\n1\t30\t4\t200\n2\t10\t1\t100\n"
 CARD = dict.fromkeys(("title", "description", "licence", "citation", "homepage"), "-")

@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from malloc_bench.data import DataError, get_dataset, load, sources, stats, verify
+from malloc_bench.data import DataError, get_dataset, load, stats, verify
+from malloc_bench.data.sources import fetch as sources
 
 
 def put(folder, name, content):

@@ -7,12 +7,12 @@ import polars as pl
 import pytest
 
 from malloc_bench.data import get_dataset, load_card, prepare
-from malloc_bench.data.archive import Part
 from malloc_bench.data.dataset import Rows, group
-from malloc_bench.data.formats import LAYOUTS
-from malloc_bench.data.ids import Ids
-from malloc_bench.data.parse import Reader
-from malloc_bench.data.policies import Judge
+from malloc_bench.data.formats.formats import LAYOUTS
+from malloc_bench.data.formats.ids import Ids
+from malloc_bench.data.formats.parse import Reader
+from malloc_bench.data.formats.policies import Judge
+from malloc_bench.data.sources.archive import Part
 
 rng = np.random.default_rng(1)
 
@@ -120,7 +120,7 @@ def test_memory_does_not_grow_with_the_events(tmp_path):
     text = line * 400_000
     reader = Reader(LAYOUTS["movielens-udata"], Judge({}))
     frames = reader.frames([Part("f", lambda: io.BytesIO(text))])
-    import malloc_bench.data.parse as parse
+    import malloc_bench.data.formats.parse as parse
 
     largest = max(len(frame) for frame in frames)
     assert largest <= parse.BLOCK // len(line) + 1 and reader.events == 400_000

@@ -1,0 +1,238 @@
+"""The commands: a thin layer over the library. What is imported here is imported before `--help` answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.text import console, grid, listing, plain
+
+if TYPE_CHECKING:
+    from malloc_bench.suite.plan import RunResult
+
+app = typer.Typer(
+    help="How small can a recommender's user state get before recommendations suffer? Measured.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data, name="data")
+
+SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quick.")]
+MethodArg = Annotated[
+    str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        import malloc_bench
+
+        print(malloc_bench.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def run(
+    suite: SuiteArg,
+    out: Out = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE, repeatable: dataset, task, backbone, compressor, family, budget or seed."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run cells again that are done; checkpoints are kept.")
+    ] = False,
+    offline: Offline = False,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")] = False,
+) -> int:
+    """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
+    from malloc_bench.run import runner
+
+    result = runner.run_suite(
+        suite, out, only=_pairs(only or []), dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet
+    )
+    (_plan if dry_run else _finish)(result, quiet)
+    return result.exit_code
+
+
+@app.command()
+def compare(
+    method: MethodArg,
+    suite: Annotated[str, typer.Option(help="The suite to measure it on.")] = "quick",
+    against: Annotated[str, typer.Option(help="Compressors of the suite beside it: a,b.")] = "",
+    out: Out = None,
+) -> int:
+    """Measure your own compressor next to a suite's; earlier results and checkpoints are reused."""
+    from malloc_bench.run import runner
+
+    result = runner.compare(method, suite, [name.strip() for name in against.split(",") if name.strip()], out)
+    _finish(result, quiet=False)
+    return result.exit_code
+
+
+@app.command("list")
+def list_(kind: Annotated[Literal["datasets", "backbones", "compressors", "suites"], typer.Argument()]) -> None:
+    """What there is of a kind."""
+    listing(kind)
+
+
+@app.command()
+def show(name: NameArg) -> None:
+    """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""
+    from malloc_bench.cli import describe
+
+    on = console()
+    for kind, lines in describe.show(name):
+        on.print(f"{name} ({kind})", style="bold", markup=False, highlight=False)
+        grid(lines, on)
+
+
+@app.command()
+def tables(
+    run: RunArg,
+    table: Annotated[str | None, typer.Option(help="accuracy, resources, taxonomy or slices; else all.")] = None,
+    format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
+) -> None:
+    """The tables of a run, as text."""
+    from malloc_bench.report.tables import TABLES, render_table
+    from malloc_bench.results import load_results
+
+    frame = load_results(run)
+    print("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
+
+
+@app.command()
+def report(run: RunArg) -> None:
+    """Write a run's leaderboard, parquet and figures again from its rows."""
+    from malloc_bench.report import write_report
+
+    for path in write_report(run):
+        print(path)
+
+
+@app.command()
+def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start of a cell's id.")]) -> int:
+    """Run one cell of a run again and say what differs."""
+    from malloc_bench.run import runner
+
+    differing = runner.reproduce(run, cell)
+    print("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
+    return 1 if differing else 0
+
+
+@app.command()
+def check(method: MethodArg) -> int:
+    """Hold your own compressor against every promise that a compressor makes."""
+    from malloc_bench import get_compressor, testing
+    from malloc_bench.registry import load_part
+
+    broken, checks = 0, testing.compressor_checks(get_compressor(load_part(method)))
+    for each in checks:
+        try:
+            each()
+        except Exception as error:  # whatever it is, a promise is broken
+            broken += 1
+            print(f"broken: {each}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    print(f"{len(checks) - broken} of {len(checks)} promises kept")
+    return 1 if broken else 0
+
+
+@app.command()
+def env() -> None:
+    """Print what is recorded of this machine."""
+    from malloc_bench.measure import environment
+
+    grid([(key, plain(value)) for key, value in environment().items()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The entry point: an exit code, and one line on stderr for whatever the user can mend.
+
+    0 all well, 1 some cells failed or something differs, 2 the suite, an argument or the folder is wrong, 130
+    interrupted.
+    """
+    # threads that wait spin for some microseconds only: spinning on makes two runs beside each other 3 times slower,
+    # sleeping at once makes a run alone a quarter slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        code = app(args=[word for word in words if word != "--debug"], prog_name="malloc-bench", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe has gone
+        with contextlib.suppress(OSError):
+            sys.stdout = open("/dev/null", "w")  # noqa: PTH123, SIM115
+        return 1
+    except Exception as error:
+        if debug or not _expected(error):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = _refuse(message.replace("Value error, ", ""))
+    else:
+        code = code or 0
+    if code == 130:
+        print("malloc-bench: interrupted; finished cells are kept, run again to go on", file=sys.stderr)
+    return code
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message says all that the user needs: SuiteError, DataError, UnknownName, a bad argument ..."""
+    ours = {"DataError", "ResultsError", "LockedError"}  # by name: their modules take seconds to import
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
+
+
+def _refuse(message: str) -> int:
+    print(f"malloc-bench: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _pairs(items: list[str]) -> dict[str, str]:
+    pairs = dict(item.partition("=")[::2] for item in items)
+    if len(pairs) < len(items) or "" in pairs.values():
+        raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, each key once")
+    return pairs
+
+
+def _plan(result: RunResult, quiet: bool) -> None:
+    """The cells, which of them are done, and how long the others may take."""
+    if not quiet:
+        for each in result.plan:
+            why = f" ({each.cell.impossible})" if each.cell.impossible else ""
+            print(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
+    left = len(result.plan) - result.reused
+    time = f"{result.estimate:.0f} seconds" if result.estimate < 120 else f"{result.estimate / 60:.0f} minutes"
+    print(f"{len(result.plan)} cells: {result.reused} done, {left} to run: very roughly {time} on 2 cores")
+
+
+def _finish(result: RunResult, quiet: bool) -> None:
+    """The leaderboard of the cells that were asked for, what became of them, and where the files are."""
+    if not quiet:
+        import polars as pl
+
+        from malloc_bench.report.leaderboard import print_leaderboard
+        from malloc_bench.results import load_results
+
+        asked = pl.col("cell_id").is_in([each.id for each in result.plan])
+        print_leaderboard(load_results(result.folder).filter(asked), console())
+    counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
+    print(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")

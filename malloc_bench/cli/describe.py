@@ -1,0 +1,218 @@
+"""What there is, in words: the lines of `malloc-bench list` and `malloc-bench show`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Iterable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from malloc_bench import registry
+from malloc_bench.paths import shipped
+from malloc_bench.registry import UnknownName, suggest
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+    from malloc_bench.compressors import Compressor
+
+KINDS = ("datasets", "backbones", "compressors", "suites")
+OURS = "malloc-bench"
+
+Lines = list[tuple[str, str]]
+
+
+# ---- list
+
+
+def listing(kind: str) -> tuple[list[str], list[list[str]]]:
+    """Column heads and one row a part of a kind; raises UnknownName."""
+    makers = {"datasets": _datasets, "backbones": _backbones, "compressors": _compressors, "suites": _suites}
+    if kind not in makers:
+        raise UnknownName(f"nothing is listed under '{kind}'.{suggest(kind, makers)}")
+    return makers[kind]()
+
+
+def _compressors() -> tuple[list[str], list[list[str]]]:
+    found = [(name, registry.find("compressors", name)) for name in registry.names("compressors")]
+    found.sort(key=lambda each: (each[1].family, each[0]))
+    return ["name", "family", "paper", "from"], [[name, cls.family, cls.paper, origin(cls)] for name, cls in found]
+
+
+def _backbones() -> tuple[list[str], list[list[str]]]:
+    found = [(name, registry.find("backbones", name)) for name in registry.names("backbones")]
+    return ["name", "paper", "from"], [[name, cls.paper, origin(cls)] for name, cls in found]
+
+
+def _datasets() -> tuple[list[str], list[list[str]]]:
+    from malloc_bench.data.sources.cards import card_files, load_card
+
+    rows = []
+    files = card_files()
+    for name, path in sorted(files.items()):
+        card = load_card(name, files)
+        counts: Any = card.published or card.parameters
+        size = ["" if (n := getattr(counts, key, None)) is None else f"{n:,}" for key in ("users", "items", "events")]
+        ours = path.parent == shipped("datasets")
+        rows.append([name, card.title, *size, OURS if ours else str(path.parent)])
+    return ["name", "title", "users", "items", "events", "from"], rows
+
+
+def _suites() -> tuple[list[str], list[list[str]]]:
+    files = sorted(shipped("suites").glob("*.yaml"))
+    return ["name", "what it does"], [[file.stem, header(file.read_text())[0]] for file in files]
+
+
+def origin(cls: type) -> str:
+    """The distribution that a class comes with, or its module where it comes with none."""
+    package = cls.__module__.split(".")[0]
+    if package == __name__.split(".")[0]:
+        return OURS
+    return ", ".join(dict.fromkeys(metadata.packages_distributions().get(package, []))) or cls.__module__
+
+
+def header(text: str) -> list[str]:
+    """The comment lines at the top of a YAML file, at least one."""
+    lines = text.splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.removeprefix("#").removeprefix(" ") for line in lines[:end]] or [""]
+
+
+# ---- show
+
+
+def show(name: str) -> list[tuple[str, Lines]]:
+    """(kind, [(label, text)]) of everything that has the name; raises UnknownName with the nearest."""
+    from malloc_bench.data import list_datasets
+
+    suites = [path.stem for path in shipped("suites").glob("*.yaml")]
+    shown: list[tuple[str, Lines]] = []
+    if name in registry.names("compressors"):
+        shown.append(("compressor", _compressor(registry.find("compressors", name))))
+    if name in registry.names("backbones"):
+        shown.append(("backbone", _backbone(registry.find("backbones", name))))
+    if name in list_datasets():
+        shown.append(("dataset", _dataset(name)))
+    if name in suites:
+        shown.append(("suite", _suite(name)))
+    if not shown:
+        known = {*registry.names("compressors"), *registry.names("backbones"), *list_datasets(), *suites}
+        raise UnknownName(f"nothing is named '{name}'.{suggest(name, known)}")
+    return shown
+
+
+def _compressor(cls: type[Compressor]) -> Lines:
+    from malloc_bench.compressors import Compressor
+
+    work = "none that is matmul-like" if cls.flops is Compressor.flops else _doc(cls.flops) or "see its file"
+    return [
+        ("", _doc(cls)),
+        ("family", cls.family),
+        ("paper", cls.paper),
+        ("formula", cls.formula),
+        ("stores", cls.stores),
+        ("size", _size(cls)),
+        ("reads", _reads(cls)),
+        ("work of compress", work),
+        *_parameters(cls),
+        ("version", str(cls.version)),
+        ("from", f"{origin(cls)}, {_file(cls)}"),
+    ]
+
+
+def _size(cls: type[Compressor]) -> str:
+    method = _default(cls)
+    if method is None:
+        return "depends on its parameters"
+    return "by the budget" if method.takes_budget else "follows from its parameters: one cell, no budget"
+
+
+def _reads(cls: type[Compressor]) -> str:
+    method = _default(cls)
+    if method is None:
+        return "the state, and what its parameters ask for"
+    words = ["the state"]
+    if method.needs.column_sum:
+        words.append("the attention that each slot received, summed over queries")
+    if method.needs.window:
+        words.append(f"the attention weights of the newest {method.needs.window} queries")
+    return ", and ".join(words)
+
+
+def _default(cls: type[Compressor]) -> Compressor | None:
+    try:
+        return cls()
+    except (TypeError, ValueError):  # some parameter has no default
+        return None
+
+
+def _backbone(cls: type[Backbone]) -> Lines:
+    where = "of every event in each layer" if cls.has_slots else "in each layer, as large for any history"
+    return [
+        ("", _doc(cls)),
+        ("paper", cls.paper),
+        ("stores", f"{', '.join(cls.fields)} {where}"),
+        ("", _doc(cls.Config)),
+        *_parameters(cls.Config),
+        *(("preset", f"{name}: {json.dumps(dict(params))}") for name, params in cls.presets.items()),
+        ("version", str(cls.version)),
+        ("from", f"{origin(cls)}, {_file(cls)}"),
+    ]
+
+
+def _dataset(name: str) -> Lines:
+    from malloc_bench.data.sources.cards import card_files, load_card
+
+    card = load_card(name)
+    lines = [("", card.title), ("", card.description)]
+    if card.published:
+        counts = card.published.model_dump(exclude_none=True)
+        lines.append(("published", ", ".join(f"{n:,} {what}" for what, n in counts.items())))
+    if card.parameters:
+        lines.append(("generated", ", ".join(f"{key} {value}" for key, value in card.parameters.model_dump().items())))
+    lines += [
+        ("source", f"{source} (member {m if isinstance(m, str) else ', '.join(m)})" if m else str(source))
+        for source in card.sources
+        for m in [getattr(source, "member", None)]
+    ]
+    lines += [("licence", card.licence), ("citation", card.citation), ("homepage", card.homepage)]
+    return [*lines, ("from", str(card_files()[name]))]
+
+
+def _suite(name: str) -> Lines:
+    from malloc_bench.suite.suite import load_suite
+
+    suite = load_suite(name)
+    listed = {
+        "datasets": suite.datasets,
+        "tasks": [str(task) for task in suite.tasks],
+        "split": [str(split or "temporal where there are times, else leave_one_out") for split in suite.splits],
+        "backbones": [part.label for part in suite.backbones],
+        "compressors": [part.label for part in suite.compressors],
+        "budgets": [str(budget.value()) for budget in suite.budgets],
+        "seeds": [str(seed) for seed in suite.seeds],
+    }
+    lines = [("", line.strip()) for line in header(suite.path.read_text())]
+    lines += [(key, ", ".join(values)) for key, values in listed.items()]
+    return [*lines, ("cells", str(len(suite.cells()))), ("from", str(suite.path))]
+
+
+def _parameters(cls: Any) -> Iterable[tuple[str, str]]:
+    for f in dataclasses.fields(cls):
+        default = "" if f.default is dataclasses.MISSING else f" = {f.default!r}"
+        kind = f.type if isinstance(f.type, str) else inspect.formatannotation(f.type)
+        yield "parameter", f"{f.name}: {kind}{default}"
+
+
+def _doc(of: Any) -> str:
+    """A docstring with its paragraphs on one line each."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(of.__doc__ or ""))
+
+
+def _file(cls: type) -> str:
+    try:
+        return inspect.getfile(cls)
+    except (OSError, TypeError):
+        return cls.__module__

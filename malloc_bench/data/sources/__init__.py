@@ -1,0 +1,1 @@
+"""Where files of data come from: cards, their sources, downloads, archives."""

@@ -1,0 +1,1 @@
+"""What is asked of data: splits, tasks, requests of impressions, batches."""

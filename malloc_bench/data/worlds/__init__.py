@@ -1,0 +1,1 @@
+"""Generated data, and the best that anyone could predict of it."""

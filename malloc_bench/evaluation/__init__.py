@@ -1,0 +1,1 @@
+"""prefill -> compress -> read -> judge: what is asked, how answers are ranked, and the metrics."""

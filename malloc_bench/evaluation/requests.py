@@ -1,0 +1,86 @@
+"""What a chunk of users is asked in each task, and how the answers of several methods are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.data.tasks.batches import split_newest, window
+from malloc_bench.data.tasks.impressions import Impressions, ask
+from malloc_bench.data.tasks.splits import Split
+from malloc_bench.evaluation.ranking import agreement, overlap, question, rank
+from malloc_bench.state import Events, UserState, map_tensors
+
+Values = dict[str, np.ndarray]
+
+
+class Asked(Protocol):
+    """B requests: what the states are made of, what reads them, and what the outputs of C methods are worth."""
+
+    columns: ClassVar[dict[str, Any]]
+    history: Events
+    tokens: Events
+
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
+        """Outputs, [B, ...]."""
+
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        """What is kept of all outputs, [C, B, ...] of each backbone, under `columns`; the first is the full state's."""
+
+
+class NextItem:
+    """Retrieval: the newest event reads the state of all before it, the target is ranked in the catalogue."""
+
+    columns: ClassVar[dict[str, Any]] = {"rank": np.int32, "overlap": np.float32}
+
+    def __init__(self, backbone: Backbone, split: Split, rows: np.ndarray, filter_seen: bool) -> None:
+        device = next(backbone.parameters()).device
+        users, at = split.test.users[rows], split.test.at[rows]
+        events = window(split.dataset, users, at, backbone.max_length)
+        asked = split_newest(events), question(split.dataset, users, at, filter_seen)
+        (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(device), asked)
+
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
+        return backbone.read(self.tokens, state)[:, 0]
+
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        found = [rank(hidden, backbone.catalogue(), self.question, tops=True) for backbone, hidden in outputs]
+        ranks, tops = (torch.cat([each[i] for each in found]) for i in range(2))  # type: ignore[misc]
+        return [
+            {"rank": r.cpu().numpy().astype(np.int32), "overlap": s.cpu().numpy().astype(np.float32)}
+            for r, s in zip(ranks, overlap(tops, tops[0]))
+        ]
+
+
+class Candidates:
+    """Ranking: all candidates of a request read the state of the whole history at once and are scored."""
+
+    columns: ClassVar[dict[str, Any]] = {"logits": np.float32, "agreement": np.float32, "logit_error": np.float32}
+
+    def __init__(self, backbone: Backbone, data: Impressions, rows: np.ndarray) -> None:
+        device = next(backbone.parameters()).device
+        asked = ask(data, data.test.rows(rows), backbone.max_length)[:2]
+        self.history, self.tokens = map_tensors(lambda x: x.to(device), asked)
+        self.width = data.width
+
+    def read(self, backbone: Backbone, state: UserState) -> Tensor:
+        return backbone.score(backbone.read(self.tokens, state), self.tokens)
+
+    def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
+        scores, real = torch.cat([each for _, each in outputs]), self.tokens.mask()
+        kept = torch.full((*scores.shape[:2], self.width), torch.nan, device=scores.device)
+        kept[..., : scores.shape[2]] = torch.where(real, scores.float(), torch.nan)
+        error = ((scores - scores[0]).abs() * real).sum(-1) / real.sum(-1)
+        return [
+            {
+                "logits": logits.cpu().numpy(),
+                "agreement": agreement(own, scores[0], real).cpu().numpy(),
+                "logit_error": gap.cpu().numpy().astype(np.float32),
+            }
+            for logits, own, gap in zip(kept, scores, error)
+        ]

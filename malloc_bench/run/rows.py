@@ -1,0 +1,159 @@
+"""From per-user values to the row of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from malloc_bench.data.worlds.ceilings import Ceilings
+from malloc_bench.evaluation import metrics
+from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
+from malloc_bench.evaluation.requests import Values
+
+
+def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """Accuracy, fidelity and bytes of each job in `ids` that has values: row columns by job id.
+
+    Differences are paired over users, all jobs against the full state with the same resamples; a user with several
+    targets counts once, by their mean.
+    """
+    ids = [each for each in ids if each in evaluation.values]
+    if not ids:
+        return {}
+    found = (_retrieval if evaluation.labels is None else _ranking)(evaluation, ids)
+    shared = {
+        "n_users": len(np.unique(evaluation.users)),
+        "n_targets": len(evaluation.users),
+        "state_between": "rebuilt",  # for each target or request from all events before it
+    }
+    return {each: {**shared, **found[each], **_sizes(evaluation.values[each], evaluation)} for each in ids}
+
+
+def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
+    users, ranks = evaluation.users, {each: evaluation.values[each]["rank"] for each in (REFERENCE, *ids)}
+    gains = {each: metrics.ndcg(ranks[each], 10) for each in ranks}
+    deltas = _differences("ndcg@10", {each: metrics.by_user(gains[each], users) for each in ranks}, ids)
+    rows = {}
+    for each, delta in zip(ids, deltas):
+        p = delta.pop("p_ndcg@10")
+        shares = evaluation.values[each]["overlap"]
+        slices = {"ndcg@10": gains[each], "hr@10": metrics.hit_rate(ranks[each], 10), "overlap@10": shares}
+        rows[each] = {
+            **metrics.summary(ranks[each], users),
+            "overlap@10": _mean(metrics.by_user(shares, users)),
+            **delta,
+            "p_value": None if np.array_equal(ranks[each], ranks[REFERENCE]) else p,  # nothing to test
+            "slices": metrics.by_slice(slices, evaluation.length, users),
+        }
+    return rows
+
+
+def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
+    assert evaluation.items is not None and evaluation.labels is not None
+    real = evaluation.items > 0
+    labels = evaluation.labels[real]
+    _, user = np.unique(evaluation.users, return_inverse=True)
+    users = np.broadcast_to(user[:, None], real.shape)[real]
+    scores = {each: evaluation.values[each]["logits"][real] for each in (REFERENCE, *ids)}
+    found = {each: metrics.lists(scores[each], labels, users) for each in scores}
+    together = {each: metrics.lists(scores[each], labels, np.zeros_like(users)) for each in scores}
+    auc = {each: metrics.auc(together[each], users) for each in scores}
+    gauc = {each: metrics.gauc(found[each]) for each in scores}
+    deltas = zip(_differences("auc", auc, ids), _differences("gauc", gauc, ids))
+    rows = {}
+    for each, (across, within) in zip(ids, deltas):
+        same = np.array_equal(scores[each], scores[REFERENCE])
+        p = within.pop("p_gauc", None)
+        own = metrics.auc_by_user(found[each])[0]
+        values, lengths = evaluation.values[each], evaluation.length
+        rows[each] = {
+            "auc": _mean(auc[each]),
+            "gauc": _mean(gauc[each]),
+            "users_one_class": int(np.isnan(own).sum()),
+            "logloss": metrics.logloss(scores[each], labels),
+            **{f"ndcg@{k}": _mean(metrics.list_ndcg(found[each], k)) for k in metrics.CUTOFFS},
+            **{f"recall@{k}": _mean(metrics.list_recall(found[each], k)) for k in metrics.CUTOFFS},
+            "agreement": _mean(values["agreement"]),
+            "logit_error": _mean(values["logit_error"]),
+            **across,
+            "p_auc": None if same else across.get("p_auc"),
+            **within,
+            "p_value": None if same else p,
+            "slices": metrics.by_slice(
+                {name: values[name] for name in ("agreement", "logit_error")}, lengths, evaluation.users
+            ),
+        }
+    return rows
+
+
+def _differences(name: str, values: Mapping[str, np.ndarray], ids: list[str]) -> list[dict[str, float]]:
+    """delta, its interval and p of each job against the full state, from values by user; empty where there are none."""
+    if not len(values[REFERENCE]):
+        return [{} for _ in ids]
+    boot = metrics.paired_bootstrap_many(np.stack([values[each] for each in ids]), values[REFERENCE])
+    columns = (f"delta_{name}", f"delta_{name}_lo", f"delta_{name}_hi", f"p_{name}")
+    return [dict(zip(columns, map(float, one))) for one in zip(*boot)]
+
+
+def ceilings(known: Ceilings, evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """The best possible on the evaluation's targets, row columns by job id: with no event, with the whole history, and
+
+    with the newest events that, uncompressed, fit into the bytes the job uses of each user. `known` must have been made
+    from the evaluation's targets in their order.
+    """
+    users = evaluation.users[known.rows]
+    same = _ceiling("none", known.floor(), users) | _ceiling("full", known.full(), users)
+    length, full = evaluation.length[known.rows], evaluation.bytes_full[known.rows]
+    windows: dict[bytes, dict[str, float | None]] = {}  # methods that cut to the same size share theirs
+    rows = {}
+    for each in (each for each in ids if each in evaluation.values):
+        size = evaluation.values[each]["bytes"][known.rows]
+        count = 1 + size.clip(max=full) * length // full.clip(1)  # the newest event is the token that reads
+        if count.tobytes() not in windows:
+            windows[count.tobytes()] = _ceiling("window", known.window(count), users)
+        rows[each] = same | windows[count.tobytes()]
+    return rows
+
+
+def _ceiling(name: str, values: Values, users: np.ndarray) -> dict[str, float | None]:
+    return {f"ceiling_{name}_{metric}": _mean(metrics.by_user(each, users)) for metric, each in values.items()}
+
+
+def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Columns of a job's per-user file, a row for each target or request; `user` is the id in the source.
+
+    In ranking also the candidates as the data set numbers them, sampled ones too, with labels and logits.
+    """
+    shown = {"items": evaluation.items, "labels": evaluation.labels}
+    return {
+        "user": user_ids[evaluation.users],
+        "length": evaluation.length,
+        "bytes_full": evaluation.bytes_full,
+        **{name: array for name, array in shown.items() if array is not None},
+        **evaluation.values[each],
+    }
+
+
+def _sizes(values: Values, evaluation: Evaluation) -> dict[str, float | None]:
+    """Bytes over the states that have a history to keep."""
+    some = evaluation.length > 0
+    size, full = values["bytes"][some], evaluation.bytes_full[some]
+    if not len(size):
+        return {}
+    return {
+        "bytes_full": _mean(full),
+        "bytes_mean": _mean(size),
+        "bytes_p50": float(np.percentile(size, 50)),
+        "bytes_p99": float(np.percentile(size, 99)),
+        "bytes_fixed": 0.0,
+        "ratio": float(size.sum() / full.sum()),
+        "share_at_floor": _mean(values["at_floor"][some]),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Without NaN: who has no value is not counted."""
+    some = values[~np.isnan(values)]
+    return float(some.mean()) if len(some) else None

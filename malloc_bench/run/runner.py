@@ -1,0 +1,131 @@
+"""Run a suite: plan its cells, leave out what is done, train once, compress many, keep whatever is finished."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from malloc_bench.data import get_dataset
+from malloc_bench.registry import load_part
+from malloc_bench.report import write_report
+from malloc_bench.results import read_rows, remove_leftovers
+from malloc_bench.run.folder import LockedError, locked
+from malloc_bench.run.progress import bars
+from malloc_bench.run.session import Session
+from malloc_bench.suite import suite as suites
+from malloc_bench.suite.cells import Cell, Part
+from malloc_bench.suite.plan import RunResult, make_plan
+from malloc_bench.suite.suite import Suite, load_suite
+
+__all__ = ["LockedError", "RunResult", "compare", "reproduce", "run_suite"]
+
+
+def run_suite(
+    suite: Suite | str | Path,
+    out: str | Path | None = None,
+    *,
+    only: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+    fresh: bool = False,
+    offline: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> RunResult:
+    """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
+
+    only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
+    unfinished chunks (checkpoints are kept). Raises SuiteError, DataError, LockedError, ResultsError.
+    """
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
+    cells = suites.only(suite.cells(), only or {})
+    folder = Path(out) if out is not None else Path("runs") / suite.name
+    needed = dict.fromkeys(cell.dataset for cell in cells)
+    datasets = {name: get_dataset(name, offline=offline, progress=not quiet) for name in needed}
+    cells = [cell.settled(datasets[cell.dataset]) for cell in cells]
+    if dry_run:
+        return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
+    started = time.perf_counter()
+    with locked(folder), bars(quiet) as watch:
+        remove_leftovers(folder / "rows")
+        result = make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows"), suite)
+        run = Session(suite, folder, datasets, _device(device), watch, result, fresh)
+        try:
+            run.all()
+        finally:
+            result.seconds = time.perf_counter() - started
+            run.finish()
+        write_report(folder)
+    return result
+
+
+def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: str | Path | None = None) -> RunResult:
+    """Run a user's class (`file.py:Class`) beside the full state and the named baselines on a suite's grid.
+
+    Uses the suite's own run folder, checkpoints and rows: only what is new is computed. A changed file is new.
+    """
+    name = load_part(method)
+    base = load_suite(suite)
+    wanted = ["full", name, *(each for each in against if each not in ("full", name))]
+    parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
+    for part in parts:
+        part.build()  # an unknown name is an error before anything runs
+    return run_suite(replace(base, compressors=tuple(parts)), out)
+
+
+def reproduce(run: str | Path, prefix: str) -> list[str]:
+    """Compute a cell of a run again; the columns of accuracy and bytes that differ, as lines (empty: reproduced).
+
+    Raises ValueError where no row, or more than one, has an id that begins with `prefix`.
+    """
+    rows = [row for row in read_rows(Path(run) / "rows", quarantine=False) if row["cell_id"].startswith(prefix)]
+    if len(rows) != 1:
+        raise ValueError(f"{run}: {len(rows)} rows have an id that begins with '{prefix}'; give one that is unique")
+    (row,) = rows
+    cell = Cell.of_row(row)
+    with tempfile.TemporaryDirectory() as folder:
+        run_cells([cell], Path(folder))
+        (again,) = read_rows(Path(folder) / "rows")
+    numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
+    same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
+    return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]
+
+
+def _equal(a: object, b: object) -> bool:
+    """Equal, numbers to rounding: sums over users depend on how many cells were summed beside them."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return a == b
+
+
+def run_cells(cells: Sequence[Cell], folder: Path) -> RunResult:
+    """Cells by themselves, without latency; used to reproduce rows."""
+    first = cells[0]
+    suite = Suite(
+        name=first.suite,
+        path=Path(first.suite),
+        datasets=tuple(dict.fromkeys(cell.dataset for cell in cells)),
+        tasks=tuple(dict.fromkeys(cell.task for cell in cells)),
+        splits=tuple(dict.fromkeys(cell.split for cell in cells)),
+        backbones=tuple(dict.fromkeys(cell.backbone for cell in cells)),
+        compressors=tuple(dict.fromkeys(cell.compressor for cell in cells)),
+        budgets=tuple(dict.fromkeys(cell.budget for cell in cells if cell.budget)),
+        seeds=tuple(dict.fromkeys(cell.seed for cell in cells)),
+        training=suites.Training(**first.training),
+        measure=suites.Measure(latency=False, flops=False),
+        filter_seen=first.filter_seen,
+    )
+    return run_suite(suite, folder, quiet=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device '{name}' is not there; expected auto, cpu{', cuda' * torch.cuda.is_available()}")
+    return torch.device(name)

@@ -1,0 +1,313 @@
+"""One session of a suite: group by group, train or load the backbone, evaluate its cells, measure them, write rows."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from malloc_bench import measure
+from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.compressors import Structural
+from malloc_bench.data import Dataset
+from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.data.tasks.tasks import Ranking
+from malloc_bench.data.worlds.ceilings import Ceilings
+from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
+from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
+from malloc_bench.run.folder import Chunks, LockedError, locked, write_manifest
+from malloc_bench.run.progress import Watch
+from malloc_bench.run.rows import accuracy, ceilings, per_user
+from malloc_bench.state import Prefill, UserState
+from malloc_bench.suite.cells import Cell
+from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
+from malloc_bench.suite.suite import Suite
+from malloc_bench.training.fit import Fit, Training, fit, tune_malloc
+
+
+class Session:
+    """One session of a suite in its folder."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Path,
+        datasets: Mapping[str, Dataset],
+        device: torch.device,
+        watch: Watch,
+        result: RunResult,
+        fresh: bool,
+    ) -> None:
+        self.suite, self.folder, self.datasets, self.device = suite, folder, datasets, device
+        self.watch, self.result, self.fresh = watch, result, fresh
+        self.environment = measure.environment()
+        self.fits: dict[str, Any] = {}
+        self.ceilings: dict[str, Any] = {}
+        self.cut: tuple[Any, Split | Impressions] | None = None
+        tune_malloc()
+
+    def all(self) -> None:
+        for cell, group in groups(self.result.plan):
+            self.watch.group(f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells")
+            todo = [each for each in group if not self._skip(each)]
+            if not todo:
+                continue
+            with self._failing(todo):
+                self._group(cell, todo)
+
+    @contextlib.contextmanager
+    def _failing(self, cells: Sequence[Planned]) -> Iterator[None]:
+        """What cannot be trained inside is a failed row of each of the cells; all others go on."""
+        try:
+            yield
+        except (ResultsError, LockedError):
+            raise
+        except Exception:
+            for each in cells:
+                self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
+
+    def _skip(self, each: Planned) -> bool:
+        why = each.cell.impossible
+        if why is None:
+            backbone = self._made(each.cell)
+            why = each.cell.compressor.build().supports(backbone)
+        if why is not None:
+            self._write(each, {"status": "skipped", "reason": why})
+        return why is not None
+
+    def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
+        """Fresh weights, the same for the same seed, and the categories of the items where they are used."""
+        made, data = self._made(cell, **changes), self._split(cell).dataset
+        if made.uses_categories:
+            if data.categories is None:
+                raise ValueError(
+                    f"{cell.backbone.name} reads categories of items, and the card of {data.name} has none"
+                )
+            made.categorise(torch.from_numpy(data.categories))
+        return made
+
+    def _made(self, cell: Cell, **changes: Any) -> Backbone:
+        """As `_backbone`, without a look at any file."""
+        torch.manual_seed(cell.seed)
+        data = self._split(cell).dataset
+        made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
+        return made.for_ranking() if isinstance(cell.task, Ranking) else made
+
+    def _split(self, cell: Cell) -> Split | Impressions:
+        """The data of a cell, cut; the last one is kept: groups of one data set follow each other."""
+        key = cell.dataset, cell.split, cell.task
+        if self.cut is None or self.cut[0] != key:
+            assert cell.split is not None, "settled when the run began"
+            self.cut = key, cell.task.cut(self.datasets[cell.dataset], cell.split)
+        return self.cut[1]
+
+    def _group(self, cell: Cell, todo: list[Planned]) -> None:
+        split = self._split(cell)
+        data = self.datasets[cell.dataset]
+        trained = self._all_trained(cell, split, todo)
+        todo = [each for each in todo if _part(each) in trained]
+        backbone, _, key = trained[None]
+        store = Chunks(self.folder / "partial" / key)
+        if self.fresh:
+            store.drop()
+        jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0]) for each in todo]
+        evaluation = evaluate(
+            backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
+        )
+        columns = accuracy(evaluation, [each.id for each in todo])
+        if isinstance(split, Split) and self._knows_ceilings(cell, split) and columns:
+            known = self._ceilings(cell, backbone, split)
+            for job, best in ceilings(known, evaluation, list(columns)).items():
+                columns[job] |= best
+        resources = self._resources(cell, [job for job in jobs if job.id in columns])
+        for each in todo:
+            own, fitted, key = trained[_part(each)]
+            shared = {
+                "params": sum(p.numel() for p in own.parameters()),
+                "train_seconds": fitted.seconds,
+                "device": str(self.device),
+                "hashes": {"data": data.hash, "checkpoint": key},
+            }
+            self._write(
+                each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
+            )
+        store.drop()
+
+    def _all_trained(
+        self, cell: Cell, split: Split | Impressions, todo: list[Planned]
+    ) -> dict[Structural | None, tuple[Backbone, Fit, str]]:
+        """The backbone of a group as it is, under None, and as the structural methods of its cells adapt it."""
+        trained: dict[Structural | None, Any] = {None: self._trained(cell.plain, split)}
+        for part in dict.fromkeys(map(_part, todo)):
+            if part is not None:
+                own = [each for each in todo if _part(each) == part]
+                with self._failing(own):
+                    trained[part] = self._trained(own[0].cell, split)
+        return trained
+
+    def _knows_ceilings(self, cell: Cell, split: Split) -> bool:
+        """On generated data as they are, the whole catalogue ranked."""
+        data = self.datasets[cell.dataset]
+        return data.card.parameters is not None and split.dataset is data and not cell.filter_seen
+
+    def _ceilings(self, cell: Cell, backbone: Backbone, split: Split) -> Ceilings:
+        """The best possible on a generated data set, targets as the evaluation orders them; noted for the manifest."""
+        order = np.concatenate(chunks(backbone, split))
+        known = Ceilings(split.dataset, Targets(split.test.users[order], split.test.at[order]))
+        if cell.dataset not in self.ceilings:
+            self.ceilings[cell.dataset] = known.table()
+        return known
+
+    def _outcome(
+        self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split | Impressions
+    ) -> dict[str, Any]:
+        if each.id in evaluation.failed:
+            trace = evaluation.failed[each.id]
+            return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
+        path = f"per_user/{each.id}.parquet"
+        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
+        noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
+        return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
+
+    def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
+        """The backbone of a cell, adapted or not, trained now or before; the run folder has a copy of its weights."""
+        folder = checkpoint_folder(cell, self.datasets[cell.dataset])
+        backbone, part = self._backbone(cell), cell.compressor.build().structural
+        if part:
+            part.adapt(backbone)
+        backbone = backbone.to(self.device)
+        with locked(folder, wait=True):  # two runs that need the same weights train them once
+            fitted = fit(
+                backbone, split, Training(**cell.training), cell.seed, folder, self.watch.fit, cell.filter_seen
+            )
+        copy = self.folder / "checkpoints" / folder.name
+        if not (copy / "fit.json").exists():
+            copy.mkdir(parents=True, exist_ok=True)
+            for name in ("model.safetensors", "fit.json"):
+                shutil.copyfile(folder / name, copy / name)
+        self.fits[folder.name] = asdict(fitted)
+        return backbone, fitted, folder.name
+
+    def _resources(self, cell: Cell, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+        """Latency, FLOPs and peak memory on the suite's fixed workload, by job id."""
+        settings = self.suite.measure
+        if not jobs or not (settings.latency or settings.flops):
+            return {}
+        self.watch.measure(len(jobs))
+        workload = measure.Workload(users=settings.users, history=settings.history, candidates=settings.candidates)
+        rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
+
+        def longer(max_length: int) -> Backbone:
+            return self._backbone(cell, max_length=max_length)
+
+        if settings.latency:
+            methods = {job.id: (job.compressor, job.budget) for job in jobs}
+            for each, timing in measure.latency(
+                longer, methods, workload, self.device, seconds=settings.seconds
+            ).items():
+                rows[each] |= {**timing.columns(), "threads": timing.threads, "load": timing.load}
+                atomic_write(self.folder / "latency" / f"{each}.json", json.dumps(asdict(timing)).encode())
+        if settings.flops:
+            backbone = longer(workload.max_length).to(self.device).eval()
+            rows = {each: {**rows[each], **costs} for each, costs in _costs(backbone, jobs, workload)}
+        return rows
+
+    def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
+        cell = each.cell
+        environment = self.environment
+        row: Row = {
+            "cell_id": each.id,
+            "suite": cell.suite,
+            "dataset": cell.dataset,
+            "task": cell.task.label,
+            "split": cell.split and cell.split.label,
+            "backbone": cell.backbone.name,
+            "backbone_params": cell.backbone.params,
+            "family": cell.compressor.family,
+            "compressor": cell.compressor.name,
+            "compressor_params": cell.compressor.params,
+            "structural": cell.compressor.structural is not None,
+            "budget": cell.budget_text,
+            "seed": cell.seed,
+            "git_commit": environment.get("git_commit"),
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "cell": cell.payload(),
+            "versions": {name: environment.get(name) for name in ("malloc_bench", "python", "torch", "numpy")},
+            "hardware": {name: environment.get(name) for name in ("cpu", "cores", "memory_bytes", "gpu")},
+            **columns,
+        }
+        write_row(self.folder / "rows", row)
+        count = str(columns["status"])
+        setattr(self.result, count, getattr(self.result, count) + 1)
+
+    def finish(self) -> None:
+        """The derived table and the manifest, also after an interrupt."""
+        if any((self.folder / "rows").glob("*.json")):
+            to_parquet(self.folder)
+        before = _read_json(self.folder / "manifest.json")
+        sets = {
+            name: {"hash": data.hash, "source": data.source, "has_time": data.has_time, "users": data.n_users,
+                   "items": data.n_items, "events": data.n_events, "notes": dict(data.notes)}
+            for name, data in self.datasets.items()
+        }  # fmt: skip
+        session = {
+            "seconds": round(self.result.seconds, 1),
+            **{name: getattr(self.result, name) for name in ("ok", "skipped", "failed", "reused")},
+            "environment": self.environment,
+        }
+        manifest = {
+            "suite": {"name": self.suite.name, "text": _text(self.suite.path)},
+            "datasets": {**before.get("datasets", {}), **sets},
+            "ceilings": {**before.get("ceilings", {}), **self.ceilings},
+            "checkpoints": {**before.get("checkpoints", {}), **self.fits},
+            "sessions": [*before.get("sessions", []), session],
+        }
+        write_manifest(self.folder, manifest)
+
+
+@torch.inference_mode()
+def _costs(backbone: Backbone, jobs: list[Job], workload: measure.Workload) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
+    device = next(backbone.parameters()).device
+    models = measure.adapted(backbone, [job.compressor for job in jobs], workload)
+    _, tokens, _ = workload.events(backbone.n_items, device)
+    for job in jobs:
+        own, prefill = models[job.compressor.structural]
+
+        def work(job: Job = job, own: Backbone = own, prefill: Prefill = prefill) -> UserState:
+            state = job.compressor.compress(replace(prefill, memo={}), job.budget)
+            own.read(tokens, state)
+            return state
+
+        state, peak = measure.peak_memory(work, device)
+        yield job.id, {**measure.closed_form(own, job.compressor, state, workload), "peak_bytes": peak}
+
+
+def _part(each: Planned) -> Structural | None:
+    """The structural part of a cell's compressor."""
+    return each.cell.compressor.build().structural
+
+
+def _last_line() -> str:
+    return traceback.format_exc().strip().splitlines()[-1]
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,177 @@
+"""The unit of work, of resume and of the results: a cell, and the parts it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from malloc_bench.backbones import get_backbone
+from malloc_bench.compressors import Budget, Compressor, get_compressor
+from malloc_bench.data import Dataset
+from malloc_bench.data.tasks.options import pick
+from malloc_bench.data.tasks.splits import RULES, Rule, default_rule
+from malloc_bench.data.tasks.tasks import TASKS, Task
+from malloc_bench.registry import find
+from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
+_UNSAVED = secrets.token_hex(8)  # stands for the source of a class that was typed into a prompt: never the same again
+
+
+@dataclass(frozen=True)
+class Part:
+    """A compressor or backbone by name, with the parameters that the suite gives it (JSON values only).
+
+    training: a backbone's own settings, in place of the suite's.
+    """
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    kind: str = "compressors"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.name, canonical_json([self.params, self.training])))
+
+    @property
+    def label(self) -> str:
+        """`snapkv(window=16)`; a chain reads `merge_adjacent + kivi(bits=2)`."""
+        return label(self.name, json.dumps(self.params))
+
+    @property
+    def family(self) -> str | None:
+        """The compressor's family; None for a backbone."""
+        return getattr(find(self.kind, self.name), "family", None)
+
+    def build(self) -> Compressor:
+        """The compressor; raises ValueError as `get_compressor` does."""
+        return get_compressor(self.name, **self.params)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What defines its results: name, version and all parameters, defaults too; of each step of a chain.
+
+        A class that is not ours adds the sha256 of its file, as it is when first asked for.
+        """
+        if self.kind == "compressors":
+            return _content(self.build())
+        cls = find(self.kind, self.name)
+        return _identity(cls, asdict(cls.Config(**self.params)))
+
+    @cached_property
+    def structural(self) -> dict[str, Any] | None:
+        """The content of what the backbone is adapted by and trained with; None: by nothing."""
+        return _content(self.build().structural)
+
+    @cached_property
+    def probes(self) -> list[Backbone]:
+        """The backbone without weights, for data without and with times: to be asked what fits it.
+
+        Empty where it cannot be made without weights. Raises ValueError or TypeError where the parameters make none.
+        """
+        try:
+            with torch.device("meta"):
+                return [get_backbone(self.name, 1, has_time, **self.params) for has_time in (False, True)]
+        except (RuntimeError, NotImplementedError):  # torch's refusal to look into a tensor without data
+            return []
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Compressor):
+        return _identity(type(value), {f.name: _content(getattr(value, f.name)) for f in fields(value)})  # type: ignore[arg-type]
+    return [_content(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _identity(cls: type, params: dict[str, Any]) -> dict[str, Any]:
+    known = {"name": cls.name, "version": cls.version, "params": params}  # type: ignore[attr-defined]
+    return known if cls.__module__.split(".")[0] == "malloc_bench" else {**known, "source": _source_hash(cls)}
+
+
+def _source_hash(cls: type) -> str:
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return f"unsaved {_UNSAVED}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """dataset x task x split x backbone x compressor x budget x seed, with the settings that its numbers depend on."""
+
+    suite: str
+    dataset: str
+    task: Task
+    split: Rule | None  # None: to be settled by the data
+    backbone: Part
+    compressor: Part
+    budget: Budget | None
+    seed: int
+    training: dict[str, Any]
+    filter_seen: bool = True
+    impossible: str | None = None  # why it cannot run: its row is skipped with this reason
+
+    def __str__(self) -> str:
+        where = f"{self.dataset}, {self.task}, {self.split}, {self.backbone.label}, {self.compressor.label}"
+        return f"{where}{f' at {self.budget_text}' if self.budget else ''}, seed {self.seed}"
+
+    @property
+    def budget_text(self) -> str | None:
+        """The `budget` column of its row."""
+        return None if self.budget is None else budget_text(self.budget.value())
+
+    @property
+    def plain(self) -> Cell:
+        """The full state of the backbone as it is: what the cell is compared with."""
+        return replace(self, compressor=Part("full"), budget=None)
+
+    def payload(self) -> dict[str, Any]:
+        """What defines the cell's results, but for the data: no name of a suite, no key order, no omitted default."""
+        return {
+            "dataset": self.dataset,
+            "task": self.task.value(),
+            "split": self.split and self.split.value(),
+            "backbone": self.backbone.content,
+            "compressor": self.compressor.content,
+            "budget": None if self.budget is None else self.budget.value(),
+            "seed": self.seed,
+            "training": self.training,
+            "evaluation": {"filter_seen": self.filter_seen},
+        }
+
+    def settled(self, dataset: Dataset) -> Cell:
+        """The cell with what its suite leaves open chosen by the data; raises DataError where they do not fit it."""
+        split = self.split or default_rule(dataset)
+        split.check(dataset)
+        return replace(self, split=split, task=self.task.settled(dataset))
+
+    def id(self, data_hash: str) -> str:
+        """The name of its row: sha256 of the payload, the data's hash and the schema version of rows."""
+        return cell_id({**self.payload(), "data": data_hash, "schema_version": SCHEMA_VERSION})
+
+    @staticmethod
+    def of_row(row: Mapping[str, Any]) -> Cell:
+        """The cell of a row as `results.read_rows` gives it; its `cell` must be the payload."""
+        payload, budget = row["cell"], row["budget"]
+        return Cell(
+            suite=row["suite"],
+            dataset=row["dataset"],
+            task=pick(payload["task"], TASKS),
+            split=pick(payload["split"], RULES),
+            backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
+            compressor=Part(row["compressor"], row["compressor_params"] or {}),
+            budget=None if budget is None else Budget.parse(json.loads(budget)),
+            seed=row["seed"],
+            training=payload["training"],
+            filter_seen=payload["evaluation"]["filter_seen"],
+        )

@@ -1,0 +1,277 @@
+"""A suite's file: YAML that is read strictly, and faults that say where they are and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from malloc_bench.data import list_datasets
+from malloc_bench.data.tasks.options import O, pick
+from malloc_bench.data.tasks.splits import RULES, Rule
+from malloc_bench.data.tasks.tasks import TASKS, Task
+from malloc_bench.paths import shipped
+from malloc_bench.registry import suggest
+from malloc_bench.training.fit import Training
+
+MAX_BYTES = 1 << 18
+
+
+class SuiteError(ValueError):
+    """A suite that cannot run; the message is one line: file, key path, what was expected, the nearest valid name."""
+
+
+class Fault(ValueError):
+    """What is wrong at a key path; `load_suite` adds the file."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(" ".join((f"{where}: {what}" if where else what).split()))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured beside accuracy and bytes, and the workload of latency.
+
+    history: events of each generated user (at most what the backbone keeps); users: in a batch; candidates: tokens
+    that a read answers; seconds: of measuring per cell.
+    """
+
+    latency: bool = True
+    flops: bool = True
+    history: int = 1000
+    users: int = 8
+    candidates: int = 1
+    seconds: float = 0.3
+
+
+# ---- the schema
+
+Whole = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Names = Annotated[list[str], Field(min_length=1)]
+Entries = Annotated[list[Any], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TrainingKeys(_Strict):
+    epochs: Whole = Training.epochs
+    batch_size: Whole = Training.batch_size
+    lr: Positive = Training.lr
+    patience: Annotated[int, Field(ge=0)] = Training.patience
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Training.weight_decay
+    amp: Literal["auto", "bf16", "fp32"] = "auto"
+    optimizer: Literal["adam", "adam_then_sgd"] = Training.optimizer
+    sgd_lr: Positive = Training.sgd_lr
+    window: Literal["newest"] | None = Training.window
+    negatives: Whole | None = Training.negatives
+    stochastic_length: Annotated[float, Field(gt=1, le=2)] | None = Training.stochastic_length
+
+
+class MeasureKeys(_Strict):
+    latency: bool = Measure.latency
+    flops: bool = Measure.flops
+    history: Whole = Measure.history
+    users: Whole = Measure.users
+    candidates: Whole = Measure.candidates
+    seconds: Positive = Measure.seconds
+
+
+class SuiteKeys(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    datasets: Names
+    tasks: Entries = ["retrieval"]
+    split: Any = None
+    backbones: Entries
+    compressors: Entries
+    budgets: Entries = []
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
+    training: TrainingKeys = TrainingKeys()
+    measure: MeasureKeys = MeasureKeys()
+    filter_seen: bool = True
+
+
+# ---- reading
+
+
+def locate(path: str | Path) -> Path:
+    """The file of a suite that is given by path or by the name of a shipped one; raises SuiteError."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    folder = shipped("suites")
+    ours = folder / f"{path.stem if path.suffix == '.yaml' else path.name}.yaml"
+    if str(path.parent) in (".", "suites") and ours.is_file():
+        return ours
+    raise SuiteError(
+        f"{path}: neither a file nor a shipped suite.{suggest(path.stem, (p.stem for p in folder.glob('*.yaml')))}"
+    )
+
+
+def read(file: Path) -> SuiteKeys:
+    """The file's keys, of the right types, and its names of data sets; raises Fault."""
+    try:
+        keys = SuiteKeys.model_validate(_yaml(file))
+    except ValidationError as error:
+        raise fault(error) from None
+    valid = list_datasets()
+    for i, name in enumerate(keys.datasets):
+        if name not in valid:
+            raise Fault(f"datasets[{i}]", f"no dataset is named '{name}'.{suggest(name, valid)}")
+    for where in ("datasets", "backbones", "compressors", "seeds"):
+        no_twins(where, getattr(keys, where))
+    return keys
+
+
+def tasks(values: Sequence[Any]) -> tuple[Task, ...]:
+    """The tasks of a suite, each once; raises Fault."""
+    found = tuple(option(value, TASKS, f"tasks[{i}]") for i, value in enumerate(values))
+    no_twins("tasks", [task.value() for task in found])
+    return found
+
+
+def splits(value: Any) -> tuple[Rule | None, ...]:
+    """The split that a suite names, or each of a list, None where it names none; raises Fault."""
+    if not isinstance(value, list):
+        return (None if value is None else option(value, RULES, "split"),)
+    if not value:
+        raise Fault("split", "expected at least one value, not an empty list")
+    found = tuple(option(each, RULES, f"split[{i}]") for i, each in enumerate(value))
+    no_twins("split", [rule.value() for rule in found])
+    return found
+
+
+def option(value: Any, options: Mapping[str, type[O]], where: str) -> O:
+    """One of the options, from `name` or `{name: {setting: value}}`; raises Fault."""
+    try:
+        return pick(value, options)
+    except ValidationError as error:
+        problem = _gravest(error)
+        ((name, _),) = value.items()
+        at = ".".join([where, name, *map(str, problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            raise Fault(at, f"unknown setting.{suggest(str(problem['loc'][-1]), options[name].model_fields)}") from None
+        raise Fault(at, expected(problem)) from None
+    except ValueError as error:
+        raise Fault(where, str(error)) from None
+
+
+def no_twins(where: str, values: Sequence[Any]) -> None:
+    """Raises Fault where a list has a value twice."""
+    seen = set()
+    for i, value in enumerate(values):
+        key = repr(value) if isinstance(value, list | dict) else value
+        if key in seen:
+            raise Fault(f"{where}[{i}]", f"{value!r} is there twice")
+        seen.add(key)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and without what makes a file other than it looks: repeated keys, and aliases, which grow without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases (*{event.anchor}) are not allowed", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(file: Path) -> dict[Any, Any]:
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise Fault("", f"over {MAX_BYTES >> 10} KB is no suite")
+        content = yaml.load(text.decode(), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise Fault(line, error.problem or error.context or "not YAML") from None
+    except Fault:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Fault("", getattr(error, "strerror", None) or str(error)) from None
+    except RecursionError:
+        raise Fault("", "nested too deeply") from None
+    if not isinstance(content, dict):
+        raise Fault("", f"expected keys and values, found {'nothing' if content is None else shown(content)}")
+    return content
+
+
+# ---- words
+
+
+def fault(error: ValidationError, under: str = "") -> Fault:
+    """The gravest problem of a suite's keys, or of the training settings `under` a key path."""
+    problem = _gravest(error)
+    where = under + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"])
+    where = where.removeprefix(".")
+    if problem["type"] != "extra_forbidden":
+        return Fault(where, expected(problem))
+    models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys}
+    model: type[BaseModel] = SuiteKeys if not under else TrainingKeys
+    if len(problem["loc"]) > 1:
+        model = models[str(problem["loc"][0])]
+    return Fault(where, f"unknown key.{suggest(str(problem['loc'][-1]), model.model_fields)}")
+
+
+def _gravest(error: ValidationError) -> Any:
+    """A misspelt key first: that another one is missing follows from it."""
+    return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+
+
+_WORDS = (("a valid integer", "an integer"), ("a valid array", "a list"), ("a valid dictionary", "keys and values"))
+
+
+def expected(problem: Any) -> str:
+    """pydantic's message in this project's words."""
+    kind, value = problem["type"], problem["input"]
+    if kind == "missing":
+        return "missing"
+    if kind == "too_short":
+        return "expected at least one value, not an empty list"
+    if kind == "string_pattern_mismatch":
+        return f"expected letters, digits, '.', '_' and '-', a letter or digit first, not {shown(value)}"
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    if kind == "model_type":
+        return f"expected keys and values, not {shown(value)}"
+    text = problem["msg"].removeprefix("Input should be ")
+    for old, new in (*_WORDS, ("a valid ", "a ")):
+        text = text.replace(old, new)
+    near = suggest(value, _choices(text)) if kind == "literal_error" and isinstance(value, str) else ""
+    return f"expected {text}, not {shown(value)}{_number_hint(kind, value)}{'.' + near if 'Did' in near else ''}"
+
+
+def _choices(text: str) -> list[str]:
+    return text.split("'")[1::2]
+
+
+def _number_hint(kind: str, value: Any) -> str:
+    """YAML 1.1 reads 2e-3 as text."""
+    try:
+        number = float(value) if isinstance(value, str) and kind.startswith("float") else None
+    except ValueError:
+        number = None
+    return "" if number is None else f" (YAML reads {value} as text: write {number!r})"
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,90 @@
+"""What a run will do: its cells, which of them are done, which share a trained backbone, and how long it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from malloc_bench.data import Dataset
+from malloc_bench.paths import home
+from malloc_bench.results import Row, cell_id
+from malloc_bench.suite.cells import Cell
+from malloc_bench.suite.suite import Suite
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, its id, and whether a finished row of it is there."""
+
+    cell: Cell
+    id: str
+    done: bool
+
+
+@dataclass
+class RunResult:
+    """What a run came to. plan: all cells in order; estimate: seconds that the undone ones will take, roughly."""
+
+    folder: Path
+    plan: list[Planned] = field(default_factory=list)
+    ok: int = 0
+    skipped: int = 0
+    failed: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+    estimate: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+
+def make_plan(
+    cells: Sequence[Cell], datasets: Mapping[str, Dataset], folder: Path, rows: list[Row], suite: Suite
+) -> RunResult:
+    finished = {row["cell_id"] for row in rows if row["status"] == "skipped" or _complete(row, suite)}
+    ids = [cell.id(datasets[cell.dataset].hash) for cell in cells]
+    plan = [Planned(cell, each, each in finished) for cell, each in zip(cells, ids)]
+    result = RunResult(folder, plan, reused=sum(each.done for each in plan))
+    for cell, group in groups(plan):
+        data = datasets[cell.dataset]
+        needed = {checkpoint_folder(each, data) for each in (cell.plain, *(member.cell for member in group))}
+        untrained = sum(not (folder / "fit.json").exists() for folder in needed)
+        result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
+        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
+    return result
+
+
+def _complete(row: Row, suite: Suite) -> bool:
+    """Whether an ok row also has what the suite wants measured: latency may have been off when it was made."""
+    wanted = ["read_ms_p50"] * suite.measure.latency + ["peak_bytes"] * suite.measure.flops
+    return row["status"] == "ok" and all(row[name] is not None for name in wanted)
+
+
+def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
+    """Undone cells that share a trained backbone, with the first of them."""
+    todo = [each for each in plan if not each.done]
+
+    def key(each: Planned) -> Any:
+        cell = each.cell
+        return cell.dataset, cell.task, cell.split, cell.backbone, cell.seed
+
+    return [((members := list(group))[0].cell, members) for _, group in groupby(todo, key)]
+
+
+def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
+    """Where the trained backbone of a cell, adapted or not, is kept: named by all that its weights depend on."""
+    parts: dict[str, Any] = {
+        "data": dataset.hash,
+        "split": cell.split and cell.split.value(),
+        "task": cell.task.value(),
+        "backbone": cell.backbone.content,
+    }
+    if not cell.filter_seen:  # the best epoch was chosen so
+        parts["filter_seen"] = False
+    structural = cell.compressor.structural
+    key = cell_id({**parts, "structural": structural, "training": cell.training, "seed": cell.seed})
+    return home() / "checkpoints" / f"{cell.dataset}-{cell.backbone.name}-{key[:16]}"

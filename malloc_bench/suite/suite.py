@@ -1,0 +1,165 @@
+"""A suite: a YAML file that describes a grid of cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from malloc_bench.compressors import Budget
+from malloc_bench.data.tasks.splits import Rule
+from malloc_bench.data.tasks.tasks import Task
+from malloc_bench.registry import suggest
+from malloc_bench.results import canonical_json
+from malloc_bench.suite import file as suite_file
+from malloc_bench.suite import parts as suite_parts
+from malloc_bench.suite.cells import Cell, Part
+from malloc_bench.suite.file import Measure, SuiteError
+from malloc_bench.training.fit import Training
+
+__all__ = ["Cell", "Measure", "Part", "Suite", "SuiteError", "load_suite", "only"]
+
+MAX_CELLS = 100_000
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's file says, checked; `path` is that file."""
+
+    name: str
+    path: Path
+    datasets: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    splits: tuple[Rule | None, ...]  # None: as each data set allows
+    backbones: tuple[Part, ...]
+    compressors: tuple[Part, ...]
+    budgets: tuple[Budget, ...]
+    seeds: tuple[int, ...]
+    training: Training
+    measure: Measure
+    filter_seen: bool = True
+
+    def cells(self) -> list[Cell]:
+        """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
+
+        A compressor that takes no budget is one cell. A pair that makes no sense is a cell with the reason in
+        `impossible`.
+        """
+        methods = [
+            (part, budget, _refusal(part, budget)) for part in self.compressors for budget in self._budgets(part)
+        ]
+        pairs = {pair: refused(*pair) for pair in product(self.backbones, self.compressors)}
+        cells: dict[str, Cell] = {}
+        grid = product(self.datasets, self.tasks, self.splits, self.backbones, self.seeds)
+        for dataset, task, split, backbone, seed in grid:
+            training = replace(self.training, **backbone.training).content()
+            for part, budget, why in methods:
+                cell = Cell(
+                    self.name, dataset, task, split, backbone, part, budget, seed, training, self.filter_seen,
+                    why or pairs[backbone, part],
+                )  # fmt: skip
+                cells.setdefault(canonical_json(cell.payload()), cell)
+        return list(cells.values())
+
+    def _budgets(self, part: Part) -> Sequence[Budget | None]:
+        return self.budgets if part.build().takes_budget else (None,)
+
+
+def _refusal(part: Part, budget: Budget | None) -> str | None:
+    return None if budget is None else part.build().accepts(budget)
+
+
+def refused(backbone: Part, compressor: Part) -> str | None:
+    """Why a compressor makes no sense with a backbone whatever the data, or None."""
+    method = compressor.build()
+    reasons = [method.supports(probe) for probe in backbone.probes]
+    return reasons[0] if reasons and all(reasons) else None
+
+
+# ---- from a file
+
+
+def load_suite(path: str | Path) -> Suite:
+    """The suite of a file, or a shipped one by name (`quick`, also as `suites/quick.yaml` far from a checkout).
+
+    Raises SuiteError: one line with file, key path, what was expected and the nearest valid name.
+    """
+    file = suite_file.locate(path)
+    try:
+        content = suite_file.read(file)
+        suite = Suite(
+            name=content.name,
+            path=file,
+            datasets=tuple(content.datasets),
+            tasks=suite_file.tasks(content.tasks),
+            splits=suite_file.splits(content.split),
+            backbones=suite_parts.parts("backbones", content.backbones),
+            compressors=suite_parts.parts("compressors", content.compressors),
+            budgets=suite_parts.budgets(content.budgets),
+            seeds=tuple(content.seeds),
+            training=Training(**content.training.model_dump()),
+            measure=Measure(**content.measure.model_dump()),
+            filter_seen=content.filter_seen,
+        )
+        _check(suite)
+    except suite_file.Fault as fault:
+        raise SuiteError(f"{file}: {fault}") from None
+    return suite
+
+
+def _check(suite: Suite) -> None:
+    """That every compressor can run somewhere, and that the grid has a size one can mean."""
+    takers = [part for part in suite.compressors if part.build().takes_budget]
+    if takers and not suite.budgets:
+        raise suite_file.Fault("budgets", f"missing: {takers[0].label} takes one, such as 0.25")
+    size = math.prod(map(len, (suite.datasets, suite.tasks, suite.splits, suite.backbones, suite.seeds)))
+    size *= sum(len(suite._budgets(part)) for part in suite.compressors)
+    if size > MAX_CELLS:
+        raise suite_file.Fault("", f"{size:,} cells, more than {MAX_CELLS:,}: split the suite")
+    for part in suite.compressors:
+        reasons = [_refusal(part, budget) for budget in suite._budgets(part)]
+        pairs = [refused(backbone, part) for backbone in suite.backbones]
+        if all(reasons) or all(pairs):
+            why = reasons[0] or pairs[0]
+            raise suite_file.Fault(f"compressors.{part.name}", f"none of its cells can run: {why}")
+
+
+# ---- a part of a suite
+
+_KEYS = {
+    "dataset": lambda cell: {cell.dataset},
+    "task": lambda cell: {cell.task.name, cell.task.label},
+    "split": lambda cell: {cell.split.label} if cell.split else set(),
+    "backbone": lambda cell: {cell.backbone.name, cell.backbone.label},
+    "compressor": lambda cell: {cell.compressor.name, cell.compressor.label},
+    "family": lambda cell: {cell.compressor.family},
+    "budget": lambda cell: {cell.budget_text or "none"},
+    "seed": lambda cell: {str(cell.seed)},
+}
+
+
+def only(cells: Sequence[Cell], wanted: Mapping[str, str]) -> list[Cell]:
+    """The cells that have all the values wanted: a name or a label, a budget as in the suite (`none` without one).
+
+    Raises SuiteError for an unknown key, or a value that no cell has.
+    """
+    for key, value in wanted.items():
+        if key not in _KEYS:
+            raise SuiteError(f"--only {key}={value}: unknown key.{suggest(key, _KEYS)}")
+        valid = {each for cell in cells for each in _KEYS[key](cell)}
+        if value not in valid and key == "budget":
+            value = _same_budget(value)
+        if value not in valid:
+            raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(value, valid)}")
+        cells = [cell for cell in cells if value in _KEYS[key](cell)]
+    return list(cells)
+
+
+def _same_budget(value: str) -> str:
+    """0.250 and .25 are 0.25."""
+    try:
+        return canonical_json(float(value))
+    except ValueError:
+        return value

@@ -1,0 +1,1 @@
+"""Fit a backbone and keep its weights."""

@@ -1,0 +1,312 @@
+"""Fit a backbone: validated every epoch, the best epoch kept, resumable after a kill."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.data.files import whole_file
+from malloc_bench.data.tasks.batches import by_length, training_batches, window
+from malloc_bench.data.tasks.impressions import Impressions, ask, ranking_batches
+from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.evaluation.metrics import auc_by_user, lists
+from malloc_bench.evaluation.ranking import question, rank
+from malloc_bench.state import map_tensors
+
+_BIG_BATCH = 256  # users a batch where nothing is trained
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a fit.
+
+    epochs: at most so many; the learning rate falls from lr to 0 over them on a cosine, after one epoch of warm-up.
+    patience: stop after so many epochs without a better validation score. amp: bfloat16 autocast, "auto" = where
+    the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
+    SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
+    negatives: retrieval's softmax runs over the target and so many items drawn at random for each user of a batch;
+    None: over the whole catalogue. window: the "newest" max_length events of a longer history train in every epoch
+    (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 2e-3
+    patience: int = 10
+    weight_decay: float = 0.0
+    amp: str = "auto"
+    optimizer: Literal["adam", "adam_then_sgd"] = "adam"
+    sgd_lr: float = 0.1
+    negatives: int | None = None
+    window: Literal["newest"] | None = None
+    stochastic_length: float | None = None
+
+    def content(self) -> dict[str, Any]:
+        """What weights depend on: without SGD, nothing of it; nothing of what is None."""
+        settings = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.optimizer == "adam":
+            del settings["optimizer"], settings["sgd_lr"]
+        return settings
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit came to: epochs run, the best of them, its validation score, seconds spent (all sessions).
+
+    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None, both where nothing validates, and
+    the best epoch is then the last. sgd_after: the epochs that Adam had run when SGD took over; None: it never did.
+    """
+
+    epochs: int
+    best_epoch: int
+    best_ndcg: float | None
+    seconds: float
+    best_auc: float | None = None
+    sgd_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a fit, for a progress bar."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    best: float | None
+    metric: str = "NDCG@10"
+
+
+def tune_malloc() -> None:
+    """Keep freed memory in the process (glibc): large temporaries are else mapped and faulted in at every step."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        m_mmap_max, m_trim_threshold, m_top_pad = -4, -1, -2
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 << 20)):
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):
+        pass  # not glibc: slower, not wrong
+
+
+def fit(
+    backbone: Backbone,
+    split: Split | Impressions,
+    settings: Training,
+    seed: int,
+    folder: Path,
+    report: Callable[[Progress], None] = lambda progress: None,
+    filter_seen: bool = True,
+) -> Fit:
+    """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
+
+    Where nothing validates (the published protocol) all epochs are run and the last one's weights are kept.
+    A folder with fit.json is only loaded; one with the state of an interrupted fit goes on from its last whole epoch.
+    Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
+    epoch is chosen as the test will ask.
+    """
+    device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
+    done, model = folder / "fit.json", folder / "model.safetensors"
+    if done.exists():
+        backbone.load_state_dict(load_file(model, device=str(device)))
+        backbone.eval()
+        return Fit(**json.loads(done.read_text()))
+    if settings.optimizer == "adam_then_sgd" and not len(split.valid):
+        raise ValueError("adam_then_sgd goes over to SGD when validation stalls, and with this split nothing validates")
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer, where = _resume(backbone, settings, folder)
+    epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
+    sgd_after: int | None = where["sgd_after"]
+    amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
+    ranking = isinstance(split, Impressions)
+    metric = "AUC" if ranking else "NDCG@10"
+
+    def batches(epoch: int) -> Iterator[Any]:
+        drawn = backbone.max_length, settings.batch_size, seed, epoch
+        if isinstance(split, Impressions):
+            return ranking_batches(split, *drawn)
+        thinned = settings.stochastic_length
+        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
+
+    steps = sum(1 for _ in batches(0))
+    while epoch < settings.epochs:
+        if epoch - max(best_epoch, sgd_after or 0) >= max(settings.patience, 1):
+            if settings.optimizer == "adam" or sgd_after is not None:
+                break
+            backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
+            sgd_after, optimizer = epoch, _optimizer(backbone, settings, sgd=True)
+        top = settings.lr if sgd_after is None else settings.sgd_lr
+        started = time.perf_counter()
+        torch.manual_seed(1_000_003 * seed + epoch)
+        backbone.train()
+        total = 0.0
+        for step, batch in enumerate(batches(epoch)):
+            rate = top * _schedule(epoch + step / max(steps, 1), settings.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                batch = map_tensors(to_device, batch)
+                loss = backbone.ranking_loss(*batch) if ranking else backbone.loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach())
+            so_far = best if best >= 0 else None
+            report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), so_far, metric))
+        score = _validate(backbone, split, filter_seen)
+        epoch += 1
+        if score is None or score > best:
+            best, best_epoch = -1.0 if score is None else score, epoch
+        seconds += time.perf_counter() - started
+        where = {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
+        _checkpoint(backbone, optimizer, folder, where)
+    if best_epoch:
+        backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
+    backbone.eval()
+    reached = best if len(split.valid) else None
+    result = Fit(epoch, best_epoch, None if ranking else reached, seconds, reached if ranking else None, sgd_after)
+    _save(model, backbone.state_dict())
+    _write(done, json.dumps(asdict(result)))
+    for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
+        leftover.unlink()
+    return result
+
+
+def _validate(backbone: Backbone, split: Split | Impressions, filter_seen: bool) -> float | None:
+    if not len(split.valid):
+        return None
+    if isinstance(split, Impressions):
+        return validation_auc(backbone, split)
+    return validation_ndcg(backbone, split, split.valid, filter_seen=filter_seen)
+
+
+@torch.no_grad()
+def validation_ndcg(
+    backbone: Backbone, split: Split, targets: Targets, limit: int = 20_000, filter_seen: bool = True
+) -> float:
+    """NDCG@10 over (at most `limit` evenly spaced) targets by the plain forward pass, seen items filtered or not."""
+    backbone.eval()
+    if len(targets) > limit:
+        some = np.linspace(0, len(targets) - 1, limit).astype(int)
+        targets = Targets(targets.users[some], targets.at[some])
+    device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
+    table, gains = backbone.catalogue(), 0.0
+    for rows in by_length(targets, split.dataset, backbone.max_length, _BIG_BATCH):
+        users, at = targets.users[rows], targets.at[rows]
+        events = map_tensors(to_device, window(split.dataset, users, at, backbone.max_length))
+        last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
+        hidden = backbone(events).gather(1, last).transpose(0, 1)
+        asked = map_tensors(to_device, question(split.dataset, users, at, filter_seen))
+        ranks, _ = rank(hidden, table, asked)
+        gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
+    return gains / max(len(targets), 1)
+
+
+@torch.no_grad()
+def validation_auc(backbone: Backbone, data: Impressions, limit: int = 20_000) -> float:
+    """AUC over (at most `limit` evenly spaced) validation requests by the full state; 0.5 where a class is missing."""
+    backbone.eval()
+    asked = data.valid.rows(np.unique(np.linspace(0, len(data.valid) - 1, min(limit, len(data.valid))).astype(int)))
+    device = next(backbone.parameters()).device
+
+    def to_device(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
+    scores, labels = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    for rows in by_length(asked, data.dataset, backbone.max_length, _BIG_BATCH):
+        history, tokens, liked = map_tensors(to_device, ask(data, asked.rows(rows), backbone.max_length))
+        logits = backbone.score(backbone.read(tokens, backbone.prefill(history).state), tokens)
+        real = tokens.mask()
+        scores.append(logits[real].double().cpu().numpy())
+        labels.append(liked[real].cpu().numpy())
+    nobody = np.zeros(sum(map(len, scores)), dtype=np.int64)
+    (found,) = auc_by_user(lists(np.concatenate(scores), np.concatenate(labels), nobody))[0] if len(nobody) else (0.5,)
+    return 0.5 if math.isnan(found) else float(found)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matmuls beat float32 ones here: some CPUs emulate them at a hundredth of the speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _schedule(epoch: float, epochs: int) -> float:
+    """Linear warm-up over the first epoch, then half a cosine to 0."""
+    return min(epoch + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+
+
+def _optimizer(backbone: Backbone, settings: Training, sgd: bool) -> torch.optim.Optimizer:
+    parameters, decay = backbone.parameters(), settings.weight_decay
+    if sgd:
+        return torch.optim.SGD(parameters, settings.sgd_lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(parameters, settings.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+
+def _resume(backbone: Backbone, settings: Training, folder: Path) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+    """The optimizer and the whereabouts of an interrupted fit, or of a fresh one."""
+    try:
+        where = json.loads((folder / "resume.json").read_text())
+        tensors = load_file(folder / f"resume-{where['epoch']}.safetensors")
+        (folder / f"best-{where['best_epoch']}.safetensors").stat()
+        optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None}
+        return _optimizer(backbone, settings, sgd=False), fresh
+    backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    numbers = {name: i for i, (name, _) in enumerate(backbone.named_parameters())}
+    state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in numbers.values()}
+    for label, tensor in tensors.items():
+        kind, _, rest = label.partition(".")
+        if kind == "optimizer":
+            key, _, name = rest.partition(".")
+            state[numbers[name]][key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return optimizer, where
+
+
+def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: dict[str, Any]) -> None:
+    """The tensors first, then the small file that names them: a kill between the two leaves the older ones in force."""
+    current, best = (f"{kind}-{where[key]}.safetensors" for kind, key in (("resume", "epoch"), ("best", "best_epoch")))
+    tensors = {f"model.{k}": v for k, v in backbone.state_dict().items()}
+    for name, parameter in backbone.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    if where["best_epoch"] == where["epoch"]:
+        _save(folder / best, backbone.state_dict())
+    _save(folder / current, tensors)
+    _write(folder / "resume.json", json.dumps(where))
+    for older in (*folder.glob("resume-*"), *folder.glob("best-*")):
+        if older.name not in (current, best):
+            older.unlink()
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with whole_file(path) as file:
+        file.write(save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}))
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())
