@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=type)
 
+MANY = 40  # valid names: more are no help in a line
+
 #: kind -> name -> class. A kind is also a sub-package of ours and an entry point group.
 _parts: dict[str, dict[str, type]] = {"compressors": {}, "backbones": {}}
 _scanned: set[str] = set()
@@ -27,10 +29,13 @@ class UnknownName(ValueError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` with the nearest valid name, or the list of valid names where none is near."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else f" Valid: {', '.join(names)}."
+    """` Did you mean 'x'?` with the nearest valid name; where none is near, the valid names, of many the three nearest."""
+    names, name = sorted(valid), name[:100]
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+        return f" Did you mean '{near[0]}'?"
+    if len(names) <= MANY:
+        return f" Valid: {', '.join(names)}."
+    return f" Valid are {len(names)}, such as {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))}."
 
 
 def register(name: str) -> Callable[[T], T]:

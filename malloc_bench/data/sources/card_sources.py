@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 
 from malloc_bench.data.formats.formats import LAYOUTS
 from malloc_bench.registry import suggest
@@ -22,6 +33,11 @@ def _inside(path: str) -> str:
     return path
 
 
+def _local(path: str, info: ValidationInfo) -> str:
+    """A card of the user's own may name any file; others must stay in the folder that the user has named."""
+    return path if (info.context or {}).get("folder") else _inside(path)
+
+
 def known_format(name: str) -> str:
     if name not in LAYOUTS:
         raise ValueError(f"no format is named '{name}'.{suggest(name, LAYOUTS)}")
@@ -35,6 +51,9 @@ def _list(value: Any) -> Any:
 FileFormat = Annotated[str, AfterValidator(known_format)]
 InnerPath = Annotated[str, AfterValidator(_inside)]
 Paths = Annotated[list[InnerPath], BeforeValidator(_list), Field(min_length=1)]  # one file, or its parts in order
+LocalPaths = Annotated[
+    list[Annotated[str, AfterValidator(_local)]], BeforeValidator(_list), Field(min_length=1)
+]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -81,12 +100,24 @@ class PipSource(Strict):
 
 
 class LocalSource(Strict):
-    """A file under `MALLOC_BENCH_DATA`, or its parts; `member` where it is an archive."""
+    """A file under `MALLOC_BENCH_DATA`, or its parts; `member` where it is an archive.
 
-    local: Paths
+    In a card of the user's own the paths begin at the card's folder; what is not there may be in the other.
+    """
+
+    local: LocalPaths
     member: Paths | None = None
     file_md5: list[Md5] | None = None
     format: FileFormat | None = None
+    _folder: Path | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._folder = (context or {}).get("folder")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the user's own card."""
+        return self._folder
 
     def __str__(self) -> str:
         more = f" and {len(self.local) - 1} more" if len(self.local) > 1 else ""

@@ -1,19 +1,25 @@
-"""Dataset cards: strict YAML, one file a data set, the file's name is the data set's."""
+"""Dataset cards: strict YAML, one file a data set, the file's name is the data set's.
+
+A card is shipped, comes with an installed package, or is the user's own file, which is named by its path.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, PositiveInt, ValidationError, field_validator, model_validator
 
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.formats import LAYOUTS
 from malloc_bench.data.formats.policies import POLICIES
+from malloc_bench.data.sources import card_file
 from malloc_bench.data.sources.card_sources import (
     SOURCES,
     AnySource,
@@ -27,13 +33,16 @@ from malloc_bench.data.sources.card_sources import (
 from malloc_bench.data.worlds.world import SyntheticWorld
 from malloc_bench.paths import shipped
 from malloc_bench.registry import UnknownName, suggest
+from malloc_bench.strict_yaml import clipped
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Card", "Counts", "Label", "LocalSource", "PipSource", "Source", "SyntheticWorld", "UrlSource"]
 
-MAX_CARD_BYTES = 1 << 20
 ABOUT_ITEMS = [name for name, layout in LAYOUTS.items() if layout.category]
-# what a variant may say for itself
-VARIANT = ("title", "description", "published", "keep", "label", "on_bad", "sources", "categories", "format")
+# what a card of the user's own need not say
+UNSAID = {"description": "", "licence": "not stated", "citation": "", "homepage": ""}
+_NAME = re.compile(r"[^\W_][\w.+-]*")  # it names folders and stands in tables
 
 
 class Counts(Strict):
@@ -114,101 +123,97 @@ def list_datasets() -> list[str]:
     return sorted(card_files())
 
 
-def load_card(name: str, files: Mapping[str, Path] | None = None) -> Card:
-    """The card of a data set; `files` is what `card_files` gives, where it is at hand.
+def is_path(name: str | Path) -> bool:
+    """Whether a data set is named by its card's file: `./mylog.yaml`, or `./mylog.yaml:variant`."""
+    text = os.fspath(name)
+    return isinstance(name, Path) or "/" in text or os.sep in text or text.partition(":")[0].endswith((".yaml", ".yml"))
+
+
+def load_card(name: str | Path, files: Mapping[str, Path] | None = None) -> Card:
+    """The card of a data set by name, or of a card's file by path; `files` is what `card_files` gives, if at hand.
 
     Raises UnknownName with the nearest valid name, DataError with file and key where the card itself is wrong.
     """
-    files = card_files() if files is None else files
+    if is_path(name):
+        return _own(os.fspath(name), card_files() if files is None else files)
+    name, files = str(name), card_files() if files is None else files
     if name not in files:
-        raise UnknownName(f"no dataset is named '{name}'.{suggest(name, files)}")
-    path = files[name]
+        raise UnknownName(f"no dataset is named '{clipped(name)}'.{suggest(name, files)}")
+    return _card(files[name], name, {})
+
+
+def _own(spec: str, known: Mapping[str, Path]) -> Card:
+    """The card of the user's own file, which may leave out what only a published one needs."""
+    at = spec.find(":", spec.rfind(os.sep) + 1)
+    path, variant = (Path(spec), "") if at < 0 else (Path(spec[:at]), spec[at + 1 :])
+    if not path.is_file():
+        raise DataError(f"{clipped(str(path), 200)}: no such card")
+    stems, name = card_file.variants(card_file.content(path)), f"{path.stem}-{variant}" if variant else path.stem
+    if (variant or stems) and variant not in stems:
+        raise DataError(f"{path}: name one of its variants, as {path.name}:{stems[0] if stems else variant}: {stems}")
+    if name in known and not path.samefile(known[name]):
+        raise DataError(f"{path}: the name '{name}' belongs to {known[name]} already; rename the file")
+    return _card(path, name, {"title": name, **UNSAID}, path.parent)
+
+
+def _card(path: Path, name: str, unsaid: Mapping[str, Any], folder: Path | None = None) -> Card:
+    """The card `name` of a file; `folder`: where files of the user's own may lie beside it."""
+    keys = card_file.content(path)
+    if not _NAME.fullmatch(name) or len(name) > 100:
+        raise DataError(f"{path}: a data set is named by letters, digits, '.', '+', '_' and '-', not {name!r}")
     try:
-        content = _variant(_content(path), name.removeprefix(path.stem).removeprefix("-"))
-        return Card.model_validate({**content, "name": name, "family": path.stem})
+        keys = card_file.variant(keys, name.removeprefix(path.stem).removeprefix("-"))
+        if folder is not None and "local" in keys and "sources" not in keys:  # the short form of an own card
+            keys["sources"] = [{"local": keys.pop("local")}]
+        given = {**unsaid, **keys, "name": name, "family": path.stem}
+        return Card.model_validate(given, context={"folder": folder and folder.resolve()})
     except ValidationError as error:
-        raise DataError(f"{path}: {_first_problem(error)}") from None
+        raise DataError(f"{path}: {card_file.first_problem(error, Card, MODELS)}") from None
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+MODELS: dict[str, type[BaseModel]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
 
 
 def card_files() -> dict[str, Path]:
     """name -> card; ours, then those of installed packages (entry points that hold a folder's path).
 
-    A card with `variants` stands for `<file>-<variant>`, one data set each.
+    A card with `variants` stands for `<file>-<variant>`, one data set each. What a package has wrong is one warning.
     """
-    folders = [shipped("datasets")]
-    folders += [Path(entry.load()) for entry in metadata.entry_points(group="malloc_bench.datasets")]
     files: dict[str, Path] = {}
-    for folder in folders:
+    for folder in (shipped("datasets"), *_package_folders()):
         for path in sorted(folder.glob("*.yaml")):
             for name in _names(path):
                 if name in files:
-                    raise DataError(f"two cards are named '{name}': {files[name]} and {path}")
-                files[name] = path
+                    _warn(f"two cards are named '{name}': {files[name]} is used, {path} is not")
+                files.setdefault(name, path)
     return files
+
+
+def _package_folders() -> list[Path]:
+    folders = []
+    for entry in metadata.entry_points(group="malloc_bench.datasets"):
+        try:
+            folder = Path(entry.load())
+            next(folder.iterdir(), None)  # whether it is a folder, and can be read
+        except (Exception, SystemExit) as error:  # somebody else's package must not stop ours
+            why = clipped(" ".join(str(error).split()) or type(error).__name__, 300)
+            _warn(f"datasets '{entry.name}' of {entry.value} is left out: {why}")
+        else:
+            folders.append(folder)
+    return folders
+
+
+@lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    """Once: the cards are asked for many times."""
+    log.warning(message)
 
 
 def _names(path: Path) -> list[str]:
     try:
-        variants = _content(path).get("variants")
+        found = card_file.variants(card_file.content(path))
     except DataError:  # it is said when the card is asked for
-        return [path.stem]
-    return [f"{path.stem}-{each}" for each in variants] if isinstance(variants, dict) and variants else [path.stem]
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        state = path.stat()
-        if state.st_size > MAX_CARD_BYTES:
-            raise DataError(f"{path}: over {MAX_CARD_BYTES} bytes is no card")
-        content = _read(path, state.st_mtime_ns, state.st_size)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected keys and values, found {type(content).__name__}")
-    return content
-
-
-@lru_cache(maxsize=256)
-def _read(path: Path, changed: int, size: int) -> Any:
-    """Cards stand for dozens of data sets each, and are asked for by name: one parse a file."""
-    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _variant(content: dict[str, Any], variant: str) -> dict[str, Any]:
-    """A card's content with a variant's keys in it, its sources after the common ones, its other words for {names}."""
-    own = (content.get("variants") or {}).get(variant)
-    if own is None:
-        return content
-    if not isinstance(own, dict):
-        raise ValueError(f"variants.{variant}: expected keys and values")
-    words = {key: value for key, value in own.items() if key not in VARIANT}
-
-    def put(value: Any) -> Any:
-        if isinstance(value, str):
-            for key, word in words.items():
-                value = value.replace(f"{{{key}}}", str(word))
-            return value
-        if isinstance(value, dict):
-            return {key: put(each) for key, each in value.items()}
-        return [put(each) for each in value] if isinstance(value, list) else value
-
-    keys = {key: value for key, value in content.items() if key != "variants"}
-    keys |= {key: value for key, value in own.items() if key in VARIANT}
-    if "sources" in own:
-        keys["sources"] = [*content.get("sources", []), *own["sources"]]
-    return put(keys)
-
-
-def _first_problem(error: ValidationError) -> str:
-    # a misspelt key first: that another one is missing follows from it
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    path = problem["loc"]
-    listed = path[:1] in (("sources",), ("categories",))  # the third names the kind
-    where = ".".join(map(str, path[:2] + path[3:] if listed else path))
-    if problem["type"] != "extra_forbidden":
-        return f"{where or 'card'}: {problem['msg'].removeprefix('Value error, ')}"
-    models: dict[str, type[BaseModel]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
-    model: type[BaseModel] = models[str(path[-2])] if len(path) > 1 else Card
-    return f"{where}: unknown key.{suggest(str(path[-1]), model.model_fields.keys() - {'name'})}"
+        found = []
+    return [f"{path.stem}-{each}" for each in found] or [path.stem]

@@ -50,15 +50,17 @@ def opened(source: Source, family: str, *, offline: bool, progress: bool) -> Ite
 
 
 def local_files(source: LocalSource) -> list[Path]:
-    """Where the files stand in the user's folder; raises DataError where there is no folder or no such file."""
-    folder = local_data()
-    if folder is None:
+    """Where the files stand: beside the user's own card, or in the user's folder; raises DataError where in neither."""
+    folders = [folder for folder in (source.folder, local_data()) if folder is not None]
+    if not folders:
         raise DataError("MALLOC_BENCH_DATA is not set")
-    paths = [folder / name for name in source.local]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"no such file in {folder}" if len(paths) == 1 else f"no {path.name} in {path.parent}")
-    return paths
+    for folder in folders:
+        paths = [folder / name for name in source.local]
+        if all(path.is_file() for path in paths):
+            return paths
+    missing = next(path for path in (folders[0] / name for name in source.local) if not path.is_file())
+    others = "".join(f", nor in {folder}" for folder in folders[1:])
+    raise DataError(f"no {missing.name} in {missing.parent}{others}")
 
 
 def trusted_hash(source: UrlSource, family: str) -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from malloc_bench.data import DataError, list_datasets, load_card
-from malloc_bench.data.sources import cards
+from malloc_bench.data.sources import card_file, cards
 from malloc_bench.registry import UnknownName
 
 SHA = "0" * 64
@@ -44,7 +44,7 @@ LOCAL = [{"local": "u.data"}]
             {"sources": LOCAL, "categories": [{"local": "u.item", "formt": "x"}]},
             "categories.0.formt: unknown key. Did you mean 'format'?",
         ),
-        ({"sources": LOCAL, "categories": LOCAL}, "categories: each source needs a format that names categories: "),
+        ({"sources": LOCAL, "categories": [{"local": "u.data"}]}, "categories: each source needs a format that names categories: "),
         (
             {"sources": LOCAL, "categories": [{"local": "u.data", "format": "movielens-udata"}]},
             "categories: each source needs a format that names categories: movielens-movies-csv, ",
@@ -85,25 +85,60 @@ def test_what_is_no_card(make_card):
         with pytest.raises(DataError, match=message) as caught:
             load_card("toy")
         assert "\n" not in str(caught.value)
-    path.write_text("#" * (cards.MAX_CARD_BYTES + 1))
-    with pytest.raises(DataError, match="no card"):
+    path.write_text("#" * (card_file.MAX_CARD_BYTES + 1))
+    with pytest.raises(DataError, match="over 256 KB"):
         load_card("toy")
 
 
-def test_installed_packages_add_cards(make_card, tmp_path, monkeypatch):
-    class Entry:
-        def load(self):
-            return tmp_path / "theirs"
+class Entry:
+    """An entry point of an installed package."""
 
+    name, value = "shop", "shop_package:folder"
+
+    def __init__(self, found):
+        self.found = found
+
+    def load(self):
+        if isinstance(self.found, BaseException):
+            raise self.found
+        return self.found
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """entries(*what their entry points hold): installed packages that add data sets."""
+
+    def install(*found):
+        made = [Entry(each) for each in found]
+        monkeypatch.setattr(cards.metadata, "entry_points", lambda group: made * (group == "malloc_bench.datasets"))
+        cards._warn.cache_clear()
+
+    return install
+
+
+def test_installed_packages_add_cards(make_card, tmp_path, entries, caplog):
     make_card(sources=LOCAL)
     (tmp_path / "theirs").mkdir()
     text = (tmp_path / "cards" / "toy.yaml").read_text()
     (tmp_path / "theirs" / "shop.yaml").write_text(text)
-    monkeypatch.setattr(cards.metadata, "entry_points", lambda group: [Entry()] * (group == "malloc_bench.datasets"))
-    assert list_datasets() == ["shop", "toy"]
+    entries(tmp_path / "theirs")
+    assert list_datasets() == ["shop", "toy"] and not caplog.text
     (tmp_path / "theirs" / "toy.yaml").write_text(text)
-    with pytest.raises(DataError, match="two cards are named 'toy'"):
-        list_datasets()
+    assert cards.card_files()["toy"] == tmp_path / "cards" / "toy.yaml"
+    assert "two cards are named 'toy'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "found, why", [(RuntimeError("no\nnetwork"), "no network"), (SystemExit(), "SystemExit"), (3, "int"), (None, "None")]
+)
+def test_a_bad_entry_point_is_one_warning_that_names_it(make_card, entries, caplog, found, why):
+    make_card(sources=LOCAL)
+    entries(found, "/not/there")
+    for _ in range(2):
+        assert list_datasets() == ["toy"]
+    [first, second] = [record.getMessage() for record in caplog.records]
+    assert first.startswith("datasets 'shop' of shop_package:folder is left out: ") and why in first
+    assert "/not/there" in second and "\n" not in first
 
 
 def test_one_card_may_stand_for_many_data_sets(make_card):

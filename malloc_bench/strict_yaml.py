@@ -1,0 +1,132 @@
+"""YAML as cards and suites are written: plain data only, and whatever else a file may hold is refused in one line."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 32  # the C parser's own recursion ends in a crash
+MAX_WHOLE = 2**63
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+# what a terminal would obey, and what no encoding can write
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+class YamlError(ValueError):
+    """What is wrong with a file, in one line that begins with `line N` where there is one."""
+
+
+def read_yaml(path: Path, most: int) -> dict[Any, Any]:
+    """The keys and values of a file of at most `most` bytes: null, true, numbers, text, lists, mappings.
+
+    Dates stay text. Refused with a YamlError: no UTF-8, control characters, aliases, tags, a key that is there twice,
+    more than 32 levels, whole numbers beyond 63 bits, numbers that are none or without end.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise YamlError(getattr(error, "strerror", None) or str(error)) from None
+    if len(data) > most:
+        raise YamlError(f"over {most >> 10} KB, too large for a file of this kind")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise YamlError(f"line {_line(data[: error.start])}: not UTF-8 text") from None
+    if found := _CONTROL.search(text):
+        raise YamlError(f"line {_line(data[: len(text[: found.start()].encode())])}: {_named(found[0])}")
+    content = _parsed(text)
+    if not isinstance(content, dict):
+        raise YamlError(f"expected keys and values, found {'nothing' if content is None else clipped(repr(content))}")
+    return content
+
+
+def clipped(text: str, most: int = 60) -> str:
+    """Text short enough for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _parsed(text: str) -> Any:
+    try:
+        _bounded(text)
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(str(error.problem or error.context or "not YAML").split())
+        raise YamlError((f"line {mark.line + 1}: " if mark else "") + clipped(what, 300)) from None
+    except yaml.YAMLError as error:
+        raise YamlError(clipped(" ".join(str(error).split()), 300)) from None
+
+
+def _bounded(text: str) -> None:
+    """Refuse, before anything is built, what grows without end: aliases, and nesting."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _error(f"aliases (*{event.anchor}) are not allowed", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise _error(f"tags ({event.tag}) are not allowed", event.start_mark)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _error(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Knows the types of JSON and no others."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag.endswith(":merge"):
+                raise _error("merged keys (<<) are not allowed", key.start_mark)
+            if key.value in seen:
+                raise _error(f"the key {clipped(repr(key.value))} is there twice", key.start_mark)
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):  # 1 and 0x1
+            raise _error("a key is there twice", node.start_mark)
+        return found
+
+    def text(self, node: Any) -> str:
+        value: str = self.construct_scalar(node)
+        if found := _CONTROL.search(value):
+            raise _error(_named(found[0]), node.start_mark)
+        return value
+
+    def number(self, node: Any) -> int | float:
+        whole = node.tag.endswith(":int")
+        try:
+            value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except (ValueError, OverflowError, IndexError):
+            raise _error(f"{clipped(repr(node.value))} is no number", node.start_mark) from None
+        if whole and not -MAX_WHOLE <= value < MAX_WHOLE:
+            raise _error(f"{clipped(str(node.value))} is beyond 63 bits", node.start_mark)
+        if not math.isfinite(value):
+            raise _error(f"{clipped(str(node.value))} is no finite number", node.start_mark)
+        return value  # type: ignore[no-any-return]
+
+
+_TAG = "tag:yaml.org,2002:"
+_Loader.yaml_constructors = {
+    **{_TAG + name: yaml.SafeLoader.yaml_constructors[_TAG + name] for name in _PLAIN},
+    **{_TAG + name: _Loader.text for name in ("str", "timestamp")},
+    **{_TAG + name: _Loader.number for name in ("int", "float")},
+    None: yaml.SafeLoader.construct_undefined,
+}
+
+
+def _error(what: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark)
+
+
+def _line(before: bytes) -> int:
+    return before.count(b"\n") + 1
+
+
+def _named(character: str) -> str:
+    return f"the control character U+{ord(character):04X} is not allowed"
