@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-VERSION = 3  # part of the prepared cache's key: raise it when a layout's result changes
+VERSION = 4  # part of the prepared cache's key: raise it when a layout's result changes
 
-Unit = Literal["s", "ms", "s.fraction", "minutes", "date", "order"]  # order: comparable numbers, but no times
+# order: comparable numbers, but no times
+Unit = Literal["s", "ms", "us", "ns", "s.fraction", "minutes", "date", "iso", "order"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Layout:
     Ids are whole numbers unless named in `text`; those become the place among the sorted strings.
     """
 
-    lines: Literal["table", "json", "history", "npy", "parquet"] = "table"
+    lines: Literal["table", "json", "history", "npy", "parquet", "arrow", "auto"] = "table"
     user: str = "user_id"
     item: str = "item_id"
     time: str | None = "timestamp"
@@ -30,7 +31,7 @@ class Layout:
     columns: tuple[str, ...] | None = None  # None: the first line names them
     separator: str = ","
     date: str = ""  # strptime's, for unit date
-    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+    encoding: str = "utf-8"
     history: str = ""  # a column with the items before `item`, joined by ^; only rows with `label` 1 are read
     label: str = ""
     category: str = ""  # of a file about items, not events: their categories
@@ -44,7 +45,7 @@ class Layout:
     @property
     def per_second(self) -> int:
         """What events are ordered by is finer than the seconds that are kept."""
-        return 1000 if self.unit in {"ms", "s.fraction"} else 1
+        return {"ms": 1000, "s.fraction": 1000, "us": 10**6, "iso": 10**6, "ns": 10**9}.get(self.unit, 1)
 
 
 def _same(*names: str) -> dict[str, str]:
