@@ -29,7 +29,7 @@ class UnknownName(ValueError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` with the nearest valid name; where none is near, the valid names, of many the three nearest."""
+    """` Did you mean 'x'?` with the nearest valid name; where none is near, all, or of many the three nearest."""
     names, name = sorted(valid), name[:100]
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f" Did you mean '{near[0]}'?"

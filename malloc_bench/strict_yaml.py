@@ -69,8 +69,8 @@ def _bounded(text: str) -> None:
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
             raise _error(f"aliases (*{event.anchor}) are not allowed", event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise _error(f"tags ({event.tag}) are not allowed", event.start_mark)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _error(f"tags ({tag}) are not allowed", event.start_mark)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise _error(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)

@@ -16,23 +16,31 @@ import numpy as np
 
 from malloc_bench.data.dataset import Dataset
 from malloc_bench.data.errors import DataError
+from malloc_bench.data.files import new_part, with_home
 from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
+from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
 
 FILES = ("events.parquet", "users.parquet", "items.parquet")
-VERSION = 3  # raise it when the order of events or the layout of these files changes
+VERSION = 4  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:
-    """Where the prepared data belong; the name changes with all they depend on: card, code, local files."""
-    asked = [card.format, card.keep, card.on_bad, source.model_dump()]
+    """Where the prepared data belong; the name changes with all they depend on: card, code, the content of local files.
+
+    Raises DataError where a local file is not there.
+    """
+    asked = [card.format, card.table and card.table.model_dump(), card.keep, card.on_bad, source.model_dump()]
     key: list[Any] = [VERSION, formats.VERSION, card.name, *asked]
     if isinstance(source, LocalSource):
-        key += [[state.st_size, state.st_mtime_ns] for state in (each.stat() for each in local_files(source))]
+        try:
+            key += [file_hash(each, "sha256") for each in local_files(source)]  # 0.9 s a GB: no stat is as sure
+        except OSError as error:
+            raise DataError(str(error)) from None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return home() / "prepared" / f"{card.name}-{digest[:16]}"
 
@@ -42,28 +50,44 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
     keep = True
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
+        folder = new_part(target)
+        folder.mkdir()
     except OSError as error:
-        log.warning("%s is not cached: %s", card.name, error)
+        log.warning("%s is not cached: %s", card.name, with_home(error))
         keep, folder = False, Path(tempfile.mkdtemp())
     try:
         digest, notes = write(folder)
-        about = {"hash": digest, "notes": notes, "crc32": {name: _crc(folder / name) for name in FILES}}
-        (folder / "about.json").write_text(json.dumps(about, indent=1))
-        dataset = read(card, folder, source)
+        about = {"for": target.name, "hash": digest, "notes": notes, "crc32": {n: _crc(folder / n) for n in FILES}}
+        (folder / "about.json").write_text(_sealed(about))
+        dataset = read(card, folder, target, source)
         if keep:
             shutil.rmtree(target, ignore_errors=True)  # damaged, or another process's, which has the same content
+            if target.is_symlink() or target.is_file():
+                target.unlink()
             folder.replace(target)
         return dataset
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read(card: Card, folder: Path, source: str) -> Dataset:
-    """Raises whatever is wrong with the files; DataError where their content is not what was written."""
+def _sealed(about: dict[str, Any]) -> str:
+    """The text of about.json: what is said of the files, and the digest of that."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**about, "sha256": digest}, indent=1)
+
+
+def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
+    """The prepared data in `folder`, made to lie at `target`.
+
+    Raises whatever is wrong with the files; DataError where their content is not what was written.
+    """
     import polars as pl
 
-    about = json.loads((folder / "about.json").read_text())
+    text = (folder / "about.json").read_text()
+    about = json.loads(text)
+    about.pop("sha256")
+    if _sealed(about) != text or about["for"] != target.name:
+        raise DataError("about.json is not what was written")
     for name in FILES:
         if _crc(folder / name) != about["crc32"][name]:
             raise DataError(f"{name} is not what was written")

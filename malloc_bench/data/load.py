@@ -39,9 +39,9 @@ def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
 
         return group(card, generate(card.parameters), f"generated from seed {card.parameters.seed}")
     failures: list[str] = []
-    for source in sorted(card.sources, key=lambda source: _effort(card, source)):
+    for source, target in _by_effort(card):
         try:
-            dataset = _from_source(card, source, offline, progress)
+            dataset = _from_source(card, source, target, offline, progress)
             if strict and (differences := _differences(dataset)):
                 raise DataError("; ".join(differences))
         except DataError as error:
@@ -57,34 +57,42 @@ def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
     raise DataError(f"{name}: no source answered: {'; '.join(failures)}. {without}")
 
 
-def _effort(card: Card, source: Source) -> int:
-    """0 the user's own file, 1 prepared before, 2 the rest: of equal ones the card's order decides."""
+def _by_effort(card: Card) -> list[tuple[Source, Path | DataError]]:
+    """The sources, each with where its prepared data belong, or why it cannot answer.
+
+    The user's own file comes first, then what was prepared before, then the rest: of equal ones the card's order
+    decides.
+    """
     from malloc_bench.data import cache
     from malloc_bench.data.sources.cards import LocalSource
 
-    try:
-        target = cache.path(card, source)
-    except DataError:  # no such local file: its turn comes only to say so
-        return 2
-    return 0 if isinstance(source, LocalSource) else 1 if target.exists() else 2
+    found: list[tuple[int, Source, Path | DataError]] = []
+    for source in card.sources:
+        try:
+            target = cache.path(card, source)
+        except DataError as error:  # no such local file: its turn comes only to say so
+            found.append((2, source, error))
+        else:
+            found.append((0 if isinstance(source, LocalSource) else 1 if target.exists() else 2, source, target))
+    return [(source, target) for _, source, target in sorted(found, key=lambda each: each[0])]
 
 
-def _from_source(card: Card, source: Source, offline: bool, progress: bool) -> Dataset:
+def _from_source(card: Card, source: Source, target: Path | DataError, offline: bool, progress: bool) -> Dataset:
     from malloc_bench.data import cache
-    from malloc_bench.data.formats.formats import LAYOUTS
     from malloc_bench.data.formats.parse import Reader
     from malloc_bench.data.prepare import prepare
     from malloc_bench.data.sources import fetch as sources
 
+    if isinstance(target, DataError):
+        raise target
     label = _label(card, source)
-    target = cache.path(card, source)
     if target.exists():
         try:
-            return cache.read(card, target, label)
+            return cache.read(card, target, target, label)
         except Exception as error:  # whatever is wrong with a cache, the source mends it
             log.warning("%s is damaged and will be made again: %s", target, " ".join(str(error).split()))
     with sources.opened(source, card.family, offline=offline, progress=progress) as parts:
-        reader = Reader(LAYOUTS[source.format or card.format], Judge(card.on_bad), card.keep)
+        reader = Reader(card.layout(source), Judge(card.on_bad), card.keep)
 
         def write(folder: Path) -> tuple[str, dict[str, int]]:
             return prepare(reader.frames(parts), reader, folder)

@@ -231,7 +231,13 @@ def test_an_unwritable_cache_costs_a_warning_only(make_card, data_folder, udata,
     put(data_folder, "u.data", udata)
     put(tmp_path, "home", b"a file where a folder should be")
     assert get_dataset(make_card(sources=[{"local": "u.data"}])).n_events == 4
-    assert "toy is not cached" in caplog.text
+    assert "toy is not cached" in caplog.text and "MALLOC_BENCH_HOME names" in caplog.text
+
+
+def test_a_download_that_cannot_be_kept_names_the_cache_folder(make_card, server, udata, tmp_path):
+    put(tmp_path, "home/downloads", b"a file where a folder should be")
+    with pytest.raises(DataError, match="MALLOC_BENCH_HOME names"):
+        get_dataset(make_card(sources=[server.serve("u.data", udata)]), progress=False)
 
 
 @pytest.fixture
@@ -316,6 +322,7 @@ def test_stats_are_those_published(real_data):
 def test_ml_100k_from_the_package_index_is_the_same(real_data, monkeypatch):
     local = get_dataset("ml-100k")
     monkeypatch.delenv("MALLOC_BENCH_DATA")
-    monkeypatch.setattr(load, "_effort", lambda card, source: 0 if str(source).startswith("pip") else 1)
+    ordered = load._by_effort
+    monkeypatch.setattr(load, "_by_effort", lambda card: [pair for pair in ordered(card) if "pip" in str(pair[0])])
     data = get_dataset("ml-100k")
     assert data.source == "pip recbole==1.2.1" and data.hash == local.hash

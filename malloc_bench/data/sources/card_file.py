@@ -49,15 +49,18 @@ def variant(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     A {name} alone may stand for a list. Raises ValueError.
     """
+    if not isinstance(keys.get("variants") or {}, dict):
+        raise ValueError(f"variants: expected keys and values, not {clipped(repr(keys['variants']))}")
     if not name:
-        return dict(keys)
+        return {key: value for key, value in keys.items() if key != "variants"}
     own = next(each for key, each in keys["variants"].items() if str(key) == name)
     if not isinstance(own, dict):
         raise ValueError(f"variants.{name}: expected keys and values, not {clipped(repr(own))}")
     words = {str(key): value for key, value in own.items() if key not in VARIANT}
-    for key, word in words.items():
-        entries = word if isinstance(word, list) else [word]
-        if len(entries) > MAX_WORD or any(isinstance(each, dict | list) or len(str(each)) > MAX_WORD for each in entries):
+    for key, value in words.items():
+        entries = value if isinstance(value, list) else [value]
+        long = [each for each in entries if isinstance(each, dict | list) or len(str(each)) > MAX_WORD]
+        if long or len(entries) > MAX_WORD:
             what = f"expected at most {MAX_WORD} characters, or a list of as many such texts"
             raise ValueError(f"variants.{name}.{clipped(key)}: {what}")
 

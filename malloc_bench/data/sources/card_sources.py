@@ -51,9 +51,7 @@ def _list(value: Any) -> Any:
 FileFormat = Annotated[str, AfterValidator(known_format)]
 InnerPath = Annotated[str, AfterValidator(_inside)]
 Paths = Annotated[list[InnerPath], BeforeValidator(_list), Field(min_length=1)]  # one file, or its parts in order
-LocalPaths = Annotated[
-    list[Annotated[str, AfterValidator(_local)]], BeforeValidator(_list), Field(min_length=1)
-]
+LocalPaths = Annotated[list[Annotated[str, AfterValidator(_local)]], BeforeValidator(_list), Field(min_length=1)]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import BaseModel, PositiveInt, ValidationError, field_validator, model_validator
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.formats.formats import LAYOUTS
+from malloc_bench.data.formats.formats import LAYOUTS, Layout
 from malloc_bench.data.formats.policies import POLICIES
+from malloc_bench.data.formats.table import Table
 from malloc_bench.data.sources import card_file
 from malloc_bench.data.sources.card_sources import (
     SOURCES,
@@ -71,6 +72,7 @@ class Card(Strict):
     citation: str
     homepage: str
     format: str
+    table: Table | None = None  # of format table: its columns and how it is written
     sources: list[AnySource] = []
     published: Counts | None = None
     label: Label | None = None
@@ -82,7 +84,7 @@ class Card(Strict):
     @field_validator("format")
     @classmethod
     def _format(cls, name: str) -> str:
-        return name if name == "synthetic" else known_format(name)
+        return name if name in ("synthetic", "table") else known_format(name)
 
     @field_validator("on_bad")
     @classmethod
@@ -109,13 +111,20 @@ class Card(Strict):
                 raise ValueError(f"format {name} is of files about items: it belongs to categories")
         if synthetic != (self.parameters is not None) or synthetic == bool(self.sources):
             raise ValueError("format synthetic needs parameters and no sources, every other format the reverse")
-        names = set() if synthetic else {*LAYOUTS[self.format].feedback.values()}
+        if (self.format == "table") != (self.table is not None):
+            raise ValueError("format table needs the key table with its columns, every other format has none")
+        names = set() if synthetic else {*self.layout().feedback.values()}
         for name in self.keep or []:
             if name not in names:
                 raise ValueError(f"keep: format {self.format} has no feedback '{name}'.{suggest(name, names)}")
         if self.keep is not None and self.label and self.label.column not in self.keep:
             raise ValueError(f"keep has not the label's column '{self.label.column}'")
         return self
+
+    def layout(self, source: Source | None = None) -> Layout:
+        """How the files are read, those of a source that has a format of its own by that; not of synthetic data."""
+        name = (source and source.format) or self.format
+        return LAYOUTS[name] if self.table is None or name != "table" else self.table.layout()
 
 
 def list_datasets() -> list[str]:
@@ -150,7 +159,8 @@ def _own(spec: str, known: Mapping[str, Path]) -> Card:
         raise DataError(f"{clipped(str(path), 200)}: no such card")
     stems, name = card_file.variants(card_file.content(path)), f"{path.stem}-{variant}" if variant else path.stem
     if (variant or stems) and variant not in stems:
-        raise DataError(f"{path}: name one of its variants, as {path.name}:{stems[0] if stems else variant}: {stems}")
+        told = f"name one of its variants, as in {path.name}:{stems[0]}" if stems else f"it has no variant '{variant}'"
+        raise DataError(f"{path}: {clipped(told, 200)}")
     if name in known and not path.samefile(known[name]):
         raise DataError(f"{path}: the name '{name}' belongs to {known[name]} already; rename the file")
     return _card(path, name, {"title": name, **UNSAID}, path.parent)
@@ -173,7 +183,9 @@ def _card(path: Path, name: str, unsaid: Mapping[str, Any], folder: Path | None 
         raise DataError(f"{path}: {error}") from None
 
 
-MODELS: dict[str, type[BaseModel]] = {**SOURCES, "published": Counts, "label": Label, "parameters": SyntheticWorld}
+MODELS: dict[str, type[BaseModel]] = {
+    **SOURCES, "published": Counts, "label": Label, "table": Table, "parameters": SyntheticWorld,
+}  # fmt: skip
 
 
 def card_files() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import IO, BinaryIO
 from urllib.parse import urlsplit
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.files import whole_file
+from malloc_bench.data.files import whole_file, with_home
 
 SILENCE = 6.0  # seconds without an answer, to connect and between any two reads
 STALL = 30.0  # seconds in which at least STALL_BYTES must come
@@ -44,6 +44,8 @@ def download(url: str, target: Path, hashes: dict[str, str], *, progress: bool =
     except TimeoutError:
         raise DataError(f"no answer for {SILENCE:g} s") from None
     except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+        if getattr(error, "filename", None) is not None and not isinstance(error, urllib.error.URLError):
+            raise DataError(with_home(error)) from None  # type: ignore[arg-type]
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
             raise DataError(f"no connection within {SILENCE:g} s") from None

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.files import whole_file
+from malloc_bench.data.files import whole_file, with_home
 from malloc_bench.data.sources.archive import Part, open_parts, read_whole
 from malloc_bench.data.sources.card_sources import LocalSource, PipSource, Source, UrlSource
 from malloc_bench.data.sources.download import download, file_hash
@@ -46,7 +46,7 @@ def opened(source: Source, family: str, *, offline: bool, progress: bool) -> Ite
                 raise DataError(f"file_md5 names {len(md5)} hashes for {len(parts)} files")
             yield [replace(part, md5=digest) for part, digest in zip(parts, md5)] if md5 else parts
     except OSError as error:
-        raise DataError(str(error)) from None
+        raise DataError(with_home(error)) from None
 
 
 def local_files(source: LocalSource) -> list[Path]:

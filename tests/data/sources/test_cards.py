@@ -44,7 +44,10 @@ LOCAL = [{"local": "u.data"}]
             {"sources": LOCAL, "categories": [{"local": "u.item", "formt": "x"}]},
             "categories.0.formt: unknown key. Did you mean 'format'?",
         ),
-        ({"sources": LOCAL, "categories": [{"local": "u.data"}]}, "categories: each source needs a format that names categories: "),
+        (
+            {"sources": LOCAL, "categories": [{"local": "u.data"}]},
+            "categories: each source needs a format that names categories: ",
+        ),
         (
             {"sources": LOCAL, "categories": [{"local": "u.data", "format": "movielens-udata"}]},
             "categories: each source needs a format that names categories: movielens-movies-csv, ",
@@ -129,7 +132,8 @@ def test_installed_packages_add_cards(make_card, tmp_path, entries, caplog):
 
 
 @pytest.mark.parametrize(
-    "found, why", [(RuntimeError("no\nnetwork"), "no network"), (SystemExit(), "SystemExit"), (3, "int"), (None, "None")]
+    "found, why",
+    [(RuntimeError("no\nnetwork"), "no network"), (SystemExit(), "SystemExit"), (3, "int"), (None, "None")],
 )
 def test_a_bad_entry_point_is_one_warning_that_names_it(make_card, entries, caplog, found, why):
     make_card(sources=LOCAL)
