@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ class YamlError(ValueError):
     """What is wrong with a file, in one line that begins with `line N` where there is one."""
 
 
-def read_yaml(path: Path, most: int) -> dict[Any, Any]:
-    """The keys and values of a file of at most `most` bytes: null, true, numbers, text, lists, mappings.
+def read_yaml(path: Path, most: int, kind: str) -> dict[Any, Any]:
+    """The keys and values of a `kind` of file of at most `most` bytes: null, true, numbers, text, lists, mappings.
 
     Dates stay text. Refused with a YamlError: no UTF-8, control characters, aliases, tags, a key that is there twice,
-    more than 32 levels, whole numbers beyond 63 bits, numbers that are none or without end.
+    more than 32 levels, whole numbers beyond 63 bits. Not a number (.nan) and endless ones (.inf) are left to be
+    refused by key.
     """
     try:
         with path.open("rb") as stream:
@@ -33,7 +33,7 @@ def read_yaml(path: Path, most: int) -> dict[Any, Any]:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise YamlError(getattr(error, "strerror", None) or str(error)) from None
     if len(data) > most:
-        raise YamlError(f"over {most >> 10} KB, too large for a file of this kind")
+        raise YamlError(f"over {most >> 10} KB is no {kind}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,8 +106,6 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             raise _error(f"{clipped(repr(node.value))} is no number", node.start_mark) from None
         if whole and not -MAX_WHOLE <= value < MAX_WHOLE:
             raise _error(f"{clipped(str(node.value))} is beyond 63 bits", node.start_mark)
-        if not math.isfinite(value):
-            raise _error(f"{clipped(str(node.value))} is no finite number", node.start_mark)
         return value  # type: ignore[no-any-return]
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def get_dataset(name: str, *, offline: bool = False, progress: bool = True) -> Dataset:
-    """A data set by name; `offline` uses only what is on this machine already.
+def get_dataset(name: str | Path, *, offline: bool = False, progress: bool = True) -> Dataset:
+    """A data set by name, or by the path of a card of your own; `offline` uses only what is on this machine already.
 
     A file in the user's own folder is tried first, then what was prepared before, then the card's sources in order.
     Raises UnknownName, or DataError where no source gives the published users, items and events.
@@ -25,12 +25,12 @@ def get_dataset(name: str, *, offline: bool = False, progress: bool = True) -> D
     return _load(name, offline, progress, strict=True)
 
 
-def verify(name: str, *, offline: bool = False) -> list[str]:
+def verify(name: str | Path, *, offline: bool = False) -> list[str]:
     """What differs from the published counts in the data that answer first; empty where nothing does."""
     return _differences(_load(name, offline, progress=True, strict=False))
 
 
-def _load(name: str, offline: bool, progress: bool, strict: bool) -> Dataset:
+def _load(name: str | Path, offline: bool, progress: bool, strict: bool) -> Dataset:
     from malloc_bench.data.sources.cards import load_card
 
     card = load_card(name)

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from malloc_bench.data import list_datasets
+from malloc_bench.data import DataError, list_datasets
+from malloc_bench.data.sources.cards import is_path, load_card
 from malloc_bench.data.tasks.options import O, pick
 from malloc_bench.data.tasks.splits import RULES, Rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.paths import shipped
 from malloc_bench.registry import suggest
+from malloc_bench.strict_yaml import YamlError, clipped, read_yaml
 from malloc_bench.training.fit import Training
 
 MAX_BYTES = 1 << 18
@@ -29,7 +30,8 @@ class Fault(ValueError):
     """What is wrong at a key path; `load_suite` adds the file."""
 
     def __init__(self, where: str, what: str) -> None:
-        super().__init__(" ".join((f"{where}: {what}" if where else what).split()))
+        where = clipped(where, 200)
+        super().__init__(clipped(" ".join((f"{where}: {what}" if where else what).split()), 1000))
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,38 @@ def locate(path: str | Path) -> Path:
 
 
 def read(file: Path) -> SuiteKeys:
-    """The file's keys, of the right types, and its names of data sets; raises Fault."""
+    """The file's keys, of the right types; raises Fault."""
     try:
-        keys = SuiteKeys.model_validate(_yaml(file))
+        keys = SuiteKeys.model_validate(read_yaml(file, MAX_BYTES, "suite"))
     except ValidationError as error:
         raise fault(error) from None
-    valid = list_datasets()
-    for i, name in enumerate(keys.datasets):
-        if name not in valid:
-            raise Fault(f"datasets[{i}]", f"no dataset is named '{name}'.{suggest(name, valid)}")
+    except YamlError as error:
+        raise Fault("", str(error)) from None
     for where in ("datasets", "backbones", "compressors", "seeds"):
         no_twins(where, getattr(keys, where))
     return keys
+
+
+def cards(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """The data sets of a suite in `folder`: the name of each -> the name or the card's file that it is had by.
+
+    Raises Fault.
+    """
+    valid, found = list_datasets(), {}
+    for i, given in enumerate(names):
+        name = asked = given
+        if is_path(given):
+            asked = str((folder / given).resolve())
+            try:
+                name = load_card(asked).name
+            except DataError as error:
+                raise Fault(f"datasets[{i}]", str(error)) from None
+        elif given not in valid:
+            raise Fault(f"datasets[{i}]", f"no dataset is named '{clipped(given)}'.{suggest(given, valid)}")
+        if name in found:
+            raise Fault(f"datasets[{i}]", f"'{name}' is there twice")
+        found[name] = asked
+    return found
 
 
 def tasks(values: Sequence[Any]) -> tuple[Task, ...]:
@@ -168,49 +190,8 @@ def no_twins(where: str, values: Sequence[Any]) -> None:
     for i, value in enumerate(values):
         key = repr(value) if isinstance(value, list | dict) else value
         if key in seen:
-            raise Fault(f"{where}[{i}]", f"{value!r} is there twice")
+            raise Fault(f"{where}[{i}]", f"{shown(value)} is there twice")
         seen.add(key)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and without what makes a file other than it looks: repeated keys, and aliases, which grow without end."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem=f"aliases (*{event.anchor}) are not allowed", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(file: Path) -> dict[Any, Any]:
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise Fault("", f"over {MAX_BYTES >> 10} KB is no suite")
-        content = yaml.load(text.decode(), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise Fault(line, error.problem or error.context or "not YAML") from None
-    except Fault:
-        raise
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Fault("", getattr(error, "strerror", None) or str(error)) from None
-    except RecursionError:
-        raise Fault("", "nested too deeply") from None
-    if not isinstance(content, dict):
-        raise Fault("", f"expected keys and values, found {'nothing' if content is None else shown(content)}")
-    return content
 
 
 # ---- words
@@ -273,5 +254,4 @@ def _number_hint(kind: str, value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as it stands in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return clipped(repr(value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +26,10 @@ MAX_CELLS = 100_000
 
 @dataclass(frozen=True)
 class Suite:
-    """What a suite's file says, checked; `path` is that file."""
+    """What a suite's file says, checked; `path` is that file.
+
+    cards: for data sets of the user's own, by name, the card's file that `get_dataset` takes.
+    """
 
     name: str
     path: Path
@@ -40,6 +43,7 @@ class Suite:
     training: Training
     measure: Measure
     filter_seen: bool = True
+    cards: Mapping[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
@@ -89,10 +93,12 @@ def load_suite(path: str | Path) -> Suite:
     file = suite_file.locate(path)
     try:
         content = suite_file.read(file)
+        cards = suite_file.cards(content.datasets, file.parent)
         suite = Suite(
             name=content.name,
             path=file,
-            datasets=tuple(content.datasets),
+            datasets=tuple(cards),
+            cards=cards,
             tasks=suite_file.tasks(content.tasks),
             splits=suite_file.splits(content.split),
             backbones=suite_parts.parts("backbones", content.backbones),

@@ -169,7 +169,11 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"compressors": [{"kivi": {"bits": "4"}}]}, "compressors[0].kivi.bits: expected an integer, not '4'"),
     (
         {"compressors": [{"kivi": {"bits": yaml.safe_load("2024-01-01")}}]},
-        "compressors[0].kivi.bits: expected numbers, text, lists or mappings of them, not datetime.date(2024, 1, 1)",
+        "compressors[0].kivi.bits: expected an integer, not '2024-01-01'",
+    ),
+    (
+        {"compressors": [{"kivi": {"bits": float("nan")}}]},
+        "compressors[0].kivi.bits: expected numbers, text, lists or mappings of them, not nan",
     ),
     (
         {"compressors": [{"snapkv": {"kernel": 4}}]},
@@ -226,14 +230,13 @@ def test_each_fault_is_one_line_that_says_where_and_what(changes: dict[str, Any]
     [
         ("", "expected keys and values, found nothing"),
         ("- a\n- b\n", "expected keys and values, found ['a', 'b']"),
-        ("name: toy\ndatasets: [a\nseeds: [0]\n", "line 3: expected ',' or ']', but got ':'"),
+        ("name: toy\ndatasets: [a\nseeds: [0]\n", "line 3: "),
         ("name: a\nsplit: b\nname: c\n", "line 3: the key 'name' is there twice"),
         ("name: a\ntraining:\n  lr: 1.0\n  lr: 2.0\n", "line 4: the key 'lr' is there twice"),
         ("name: &n [1]\nseeds: *n\n", "line 2: aliases (*n) are not allowed"),
-        ("name: !!python/object/apply:os.system [ls]\n", "line 1: could not determine a constructor"),
-        ("\tname: a\n", "line 1: found character '\\t' that cannot start any token"),
-        ("a: " + "[" * 20_000, "nested too deeply"),
-        ("name: 2024-13-45\n", "month must be in 1..12"),
+        ("name: !!python/object/apply:os.system [ls]\n", "line 1: tags (tag:yaml.org,2002:python/"),
+        ("\tname: a\n", "line 1: found character"),
+        ("a: " + "[" * 20_000, "line 1: nested more than 32 levels deep"),
         ("# " + "x" * MAX_BYTES, f"over {MAX_BYTES >> 10} KB is no suite"),
     ],
 )
@@ -244,7 +247,7 @@ def test_a_file_that_is_no_suite_is_refused(text: str, message: str, tmp_path: P
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "toy.yaml"
     path.write_bytes(b"name: \xff\xfe")
-    assert "can't decode" in fault(path)
+    assert "not UTF-8" in fault(path)
 
 
 def test_a_suite_that_is_not_there() -> None:

@@ -23,7 +23,7 @@ from malloc_bench.registry import suggest
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _inside(path: str) -> str:

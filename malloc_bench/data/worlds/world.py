@@ -15,7 +15,7 @@ class SyntheticWorld(BaseModel):
     The items of a cluster stand in a round: a follower is one place on, a call-back's item `jump` places on.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     users: PositiveInt
     items: PositiveInt
