@@ -46,9 +46,7 @@ def run_suite(
     cells = suites.only(suite.cells(), only or {})
     folder = Path(out) if out is not None else Path("runs") / suite.name
     needed = dict.fromkeys(cell.dataset for cell in cells)
-    datasets = {
-        name: get_dataset(suite.cards.get(name, name), offline=offline, progress=not quiet) for name in needed
-    }
+    datasets = {name: get_dataset(suite.cards.get(name, name), offline=offline, progress=not quiet) for name in needed}
     cells = [cell.settled(datasets[cell.dataset]) for cell in cells]
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)

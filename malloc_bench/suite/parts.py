@@ -19,6 +19,9 @@ from malloc_bench.suite.cells import Part
 from malloc_bench.suite.file import Fault, TrainingKeys, expected, fault, no_twins, shown
 
 MAX_PARTS = 10_000  # of one grid
+MAX_LAYERS = 512  # of a backbone, all its blocks together: each is built to see that it can be
+MAX_SIZE = 1_000_000  # any other whole number of a backbone
+MAX_WEIGHTS = 20_000_000_000
 
 
 def budgets(values: Iterable[Any]) -> tuple[Budget, ...]:
@@ -27,7 +30,7 @@ def budgets(values: Iterable[Any]) -> tuple[Budget, ...]:
     for i, value in enumerate(values):
         try:
             parsed.append(Budget.parse(value))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise Fault(f"budgets[{i}]", str(error)) from None
     no_twins("budgets", [budget.value() for budget in parsed])
     return tuple(parsed)
@@ -40,11 +43,25 @@ def parts(kind: str, entries: Sequence[Any]) -> tuple[Part, ...]:
         where = f"{kind}[{i}]"
         for part in _expanded(kind, entry, where):
             try:
-                _ = part.build() if kind == "compressors" else part.probes
-            except (ValueError, TypeError) as error:
+                _ = part.build() if kind == "compressors" else _probed(part)
+            except (ValueError, TypeError, OverflowError) as error:
                 raise Fault(f"{where}.{part.name}", str(error).removeprefix(f"{part.name}: ")) from None
             made[part] = None
     return tuple(made)
+
+
+def _probed(part: Part) -> None:
+    """Build a backbone without weights, unless its size alone would take minutes; raises ValueError."""
+    config = find("backbones", part.name).Config(**part.params)
+    layers = getattr(config, "layers", 1) * getattr(config, "blocks", 1)
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{layers:,} layers in all, more than {MAX_LAYERS:,}")
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise ValueError(f"{key} {value:,} is more than {MAX_SIZE:,}")
+    for probe in part.probes:
+        if (weights := sum(each.numel() for each in probe.parameters())) > MAX_WEIGHTS:
+            raise ValueError(f"{weights:,} weights, more than {MAX_WEIGHTS:,}")
 
 
 def _expanded(kind: str, entry: Any, where: str) -> list[Part]:

@@ -215,6 +215,23 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"compressors": ["svd"], "budgets": [{"slots": 4}, {"slots": 8}]},
         "compressors.svd: none of its cells can run: svd keeps every slot: give its budget as a fraction or in bytes",
     ),
+    (
+        {"backbones": [{"sasrec": {"layers": 1_000_000}}]},
+        "backbones[0].sasrec: 1,000,000 layers in all, more than 512",
+    ),
+    (
+        {"backbones": [{"climber": {"layers": 64, "blocks": 64}}]},
+        "backbones[0].climber: 4,096 layers in all, more than 512",
+    ),
+    (
+        {"backbones": [{"hstu": {"max_length": 2**40}}]},
+        "backbones[0].hstu: max_length 1,099,511,627,776 is more than 1,000,000",
+    ),
+    (
+        {"backbones": [{"hstu": {"dim": 1_000_000}}]},
+        "backbones[0].hstu: 10,000,205,000,402 weights, more than 20,000,000,000",
+    ),
+    ({"budgets": [10**400]}, f"line 16: {'1' + '0' * 56}... is beyond 63 bits"),
     ({"seeds": list(range(30_000))}, "300,000 cells, more than 100,000: split the suite"),
 ]
 
