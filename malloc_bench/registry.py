@@ -28,6 +28,11 @@ class UnknownName(ValueError):
     """A name that nothing is registered under; the message lists the nearest valid ones."""
 
 
+def clipped(text: str, most: int = 60) -> str:
+    """Text short enough for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the nearest valid name; where none is near, all, or of many the three nearest."""
     names, name = sorted(valid), name[:100]
@@ -71,7 +76,7 @@ def find(kind: str, name: str) -> type[Any]:
     try:
         return _parts[kind][name]
     except KeyError:
-        raise UnknownName(f"no {kind[:-1]} is named '{name}'.{suggest(name, _parts[kind])}") from None
+        raise UnknownName(f"no {kind[:-1]} is named '{clipped(name)}'.{suggest(name, _parts[kind])}") from None
 
 
 def _scan(kind: str) -> None:

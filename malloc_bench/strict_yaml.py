@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from malloc_bench.registry import clipped
+
 MAX_DEPTH = 32  # the C parser's own recursion ends in a crash
 MAX_WHOLE = 2**63
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -44,11 +46,6 @@ def read_yaml(path: Path, most: int, kind: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise YamlError(f"expected keys and values, found {'nothing' if content is None else clipped(repr(content))}")
     return content
-
-
-def clipped(text: str, most: int = 60) -> str:
-    """Text short enough for a message."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _parsed(text: str) -> Any:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from malloc_bench.cli.data import NameArg, Offline, data
-from malloc_bench.cli.text import console, grid, listing, plain
+from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, shown
+from malloc_bench.paths import home
 
 if TYPE_CHECKING:
     from malloc_bench.suite.plan import RunResult
@@ -42,7 +43,7 @@ def _top(
     if version:
         import malloc_bench
 
-        print(malloc_bench.__version__)
+        say(malloc_bench.__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -101,7 +102,7 @@ def show(name: NameArg) -> None:
 
     on = console()
     for kind, lines in describe.show(name):
-        on.print(f"{name} ({kind})", style="bold", markup=False, highlight=False)
+        on.print(shown(f"{name} ({kind})"), style="bold", markup=False, highlight=False)
         grid(lines, on)
 
 
@@ -116,7 +117,7 @@ def tables(
     from malloc_bench.results import load_results
 
     frame = load_results(run)
-    print("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
+    say("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
 
 
 @app.command()
@@ -125,7 +126,7 @@ def report(run: RunArg) -> None:
     from malloc_bench.report import write_report
 
     for path in write_report(run):
-        print(path)
+        say(path)
 
 
 @app.command()
@@ -134,7 +135,7 @@ def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start o
     from malloc_bench.run import runner
 
     differing = runner.reproduce(run, cell)
-    print("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
+    say("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
     return 1 if differing else 0
 
 
@@ -150,8 +151,8 @@ def check(method: MethodArg) -> int:
             each()
         except Exception as error:  # whatever it is, a promise is broken
             broken += 1
-            print(f"broken: {each}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-    print(f"{len(checks) - broken} of {len(checks)} promises kept")
+            say(f"broken: {each}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    say(f"{len(checks) - broken} of {len(checks)} promises kept")
     return 1 if broken else 0
 
 
@@ -172,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     # threads that wait spin for some microseconds only: spinning on makes two runs beside each other 3 times slower,
     # sleeping at once makes a run alone a quarter slower
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    set_up()
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     try:
@@ -185,12 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug or not _expected(error):
             raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        code = _refuse(message.replace("Value error, ", ""))
+        code = _refuse(_message(error).replace("Value error, ", ""))
     else:
         code = code or 0
     if code == 130:
-        print("malloc-bench: interrupted; finished cells are kept, run again to go on", file=sys.stderr)
+        say("malloc-bench: interrupted; finished cells are kept, run again to go on", err=True)
     return code
 
 
@@ -201,8 +202,14 @@ def _expected(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
 
 
+def _message(error: Exception) -> str:
+    text = str(error.format_message() if hasattr(error, "format_message") else error)
+    ours = str(home()) in text and "MALLOC_BENCH_HOME" not in text
+    return f"{text} (MALLOC_BENCH_HOME names the folder of the cache)" if ours else text
+
+
 def _refuse(message: str) -> int:
-    print(f"malloc-bench: {' '.join(message.split())}", file=sys.stderr)
+    say(f"malloc-bench: {' '.join(message.split())}", err=True)
     return 2
 
 
@@ -218,10 +225,10 @@ def _plan(result: RunResult, quiet: bool) -> None:
     if not quiet:
         for each in result.plan:
             why = f" ({each.cell.impossible})" if each.cell.impossible else ""
-            print(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
+            say(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
     left = len(result.plan) - result.reused
     time = f"{result.estimate:.0f} seconds" if result.estimate < 120 else f"{result.estimate / 60:.0f} minutes"
-    print(f"{len(result.plan)} cells: {result.reused} done, {left} to run: very roughly {time} on 2 cores")
+    say(f"{len(result.plan)} cells: {result.reused} done, {left} to run: very roughly {time} on 2 cores")
 
 
 def _finish(result: RunResult, quiet: bool) -> None:
@@ -235,4 +242,4 @@ def _finish(result: RunResult, quiet: bool) -> None:
         asked = pl.col("cell_id").is_in([each.id for each in result.plan])
         print_leaderboard(load_results(result.folder).filter(asked), console())
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
-    print(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
+    say(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")

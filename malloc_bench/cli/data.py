@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from malloc_bench.cli.text import grid, listing, plain
+from malloc_bench.cli.text import grid, listing, plain, say
 
 data = typer.Typer(help="Fetch, verify and describe data sets.")
 
-NameArg = Annotated[str, typer.Argument(metavar="NAME")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="A name, or the file of a card of your own.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 
 
@@ -27,9 +27,9 @@ def data_get(name: NameArg, offline: Offline = False) -> None:
     from malloc_bench.data import get_dataset
 
     it = get_dataset(name, offline=offline)
-    print(f"{name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
+    say(f"{it.name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
     for what, count in it.notes.items():
-        print(f"{name}: {count:,} {what}")
+        say(f"{it.name}: {count:,} {what}")
 
 
 @data.command("verify")
@@ -40,7 +40,7 @@ def data_verify(name: NameArg, offline: Offline = False) -> int:
     differences = verify(name, offline=offline)
     published = load_card(name).published
     counts = ", ".join(published.model_dump(exclude_none=True)) if published else ""
-    print("\n".join(differences) or f"{name}: " + (f"as published ({counts})" if counts else "nothing is published"))
+    say("\n".join(differences) or f"{name}: " + (f"as published ({counts})" if counts else "nothing is published"))
     return 1 if differences else 0
 
 
@@ -58,4 +58,4 @@ def data_stats(
     told = describe(dataset)
     told["notes"] = [f"{count:,} {what}" for what, count in dataset.notes.items()] or "none"
     grid([(key, plain(value)) for key, value in told.items()])
-    print(f"histogram of lengths: {histogram(dataset, figure)}")
+    say(f"histogram of lengths: {histogram(dataset, figure)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from malloc_bench import registry
 from malloc_bench.paths import shipped
-from malloc_bench.registry import UnknownName, suggest
+from malloc_bench.registry import UnknownName, clipped, suggest
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -47,12 +47,17 @@ def _backbones() -> tuple[list[str], list[list[str]]]:
 
 
 def _datasets() -> tuple[list[str], list[list[str]]]:
+    from malloc_bench.data import DataError
     from malloc_bench.data.sources.cards import card_files, load_card
 
     rows = []
     files = card_files()
     for name, path in sorted(files.items()):
-        card = load_card(name, files)
+        try:
+            card = load_card(name, files)
+        except DataError as error:  # one bad card must not hide the others
+            rows.append([name, f"cannot be read: {error}", "", "", "", str(path.parent)])
+            continue
         counts: Any = card.published or card.parameters
         size = ["" if (n := getattr(counts, key, None)) is None else f"{n:,}" for key in ("users", "items", "events")]
         ours = path.parent == shipped("datasets")
@@ -86,7 +91,10 @@ def header(text: str) -> list[str]:
 def show(name: str) -> list[tuple[str, Lines]]:
     """(kind, [(label, text)]) of everything that has the name; raises UnknownName with the nearest."""
     from malloc_bench.data import list_datasets
+    from malloc_bench.data.sources.cards import is_path
 
+    if is_path(name):  # of a card of the user's own
+        return [("dataset", _dataset(name))]
     suites = [path.stem for path in shipped("suites").glob("*.yaml")]
     shown: list[tuple[str, Lines]] = []
     if name in registry.names("compressors"):
@@ -99,7 +107,7 @@ def show(name: str) -> list[tuple[str, Lines]]:
         shown.append(("suite", _suite(name)))
     if not shown:
         known = {*registry.names("compressors"), *registry.names("backbones"), *list_datasets(), *suites}
-        raise UnknownName(f"nothing is named '{name}'.{suggest(name, known)}")
+        raise UnknownName(f"nothing is named '{clipped(name)}'.{suggest(name, known)}")
     return shown
 
 
@@ -163,7 +171,7 @@ def _backbone(cls: type[Backbone]) -> Lines:
 
 
 def _dataset(name: str) -> Lines:
-    from malloc_bench.data.sources.cards import card_files, load_card
+    from malloc_bench.data.sources.cards import card_files, is_path, load_card
 
     card = load_card(name)
     lines = [("", card.title), ("", card.description)]
@@ -178,7 +186,8 @@ def _dataset(name: str) -> Lines:
         for m in [getattr(source, "member", None)]
     ]
     lines += [("licence", card.licence), ("citation", card.citation), ("homepage", card.homepage)]
-    return [*lines, ("from", str(card_files()[name]))]
+    lines = [line for line in lines if line[1]]  # an own card leaves some out
+    return [*lines, ("from", name if is_path(name) else str(card_files()[name]))]
 
 
 def _suite(name: str) -> Lines:

@@ -1,11 +1,56 @@
-"""What several commands print with."""
+"""What several commands print with: text that no terminal obeys, in characters that its encoding has."""
 
 from __future__ import annotations
 
+import codecs
+import logging
+import re
+import sys
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_PLAIN = {"Δ": "d", "×": "x", "≥": ">=", "≤": "<=", "±": "+-", "→": "->", "–": "-", "—": "-", "’": "'", "…": "..."}
+
+
+def say(text: object, *, end: str = "\n", err: bool = False) -> None:
+    """Print to standard output or error, with control characters from files and names shown as escapes."""
+    print(shown(str(text)), end=end, file=sys.stderr if err else sys.stdout)
+
+
+def shown(text: str) -> str:
+    """Text with what a terminal would obey as escapes: a colour code reads \\x1b[31m."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def set_up() -> None:
+    """Let standard output and error take any text, and warnings of ours go to the latter, one line each."""
+    codecs.register_error("malloc_bench", _degraded)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="malloc_bench")
+    log = logging.getLogger("malloc_bench")
+    if not any(isinstance(each, _Warnings) for each in log.handlers):
+        log.addHandler(_Warnings(logging.WARNING))
+
+
+def _degraded(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that an encoding has not: x for ×, e for é, ? where nothing is near."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = ""
+    for character in error.object[error.start : error.end]:
+        near = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        text += _PLAIN.get(character) or near or "?"
+    return text, error.end
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(" ".join(record.getMessage().split()), err=True)
 
 
 def console() -> Console:
@@ -23,7 +68,7 @@ def listing(kind: str) -> None:
     heads, rows = describe.listing(kind)
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(shown, row))
     console().print(table, markup=False, highlight=False)
 
 
@@ -34,7 +79,7 @@ def grid(lines: list[tuple[str, str]], on: Console | None = None) -> None:
 
     table = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for label, text in lines:
-        table.add_row(Text(label, "bold"), Text(text))
+        table.add_row(Text(shown(label), "bold"), Text(shown(text)))
     (on or console()).print(table)
 
 

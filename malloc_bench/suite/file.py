@@ -15,8 +15,8 @@ from malloc_bench.data.tasks.options import O, pick
 from malloc_bench.data.tasks.splits import RULES, Rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.paths import shipped
-from malloc_bench.registry import suggest
-from malloc_bench.strict_yaml import YamlError, clipped, read_yaml
+from malloc_bench.registry import clipped, suggest
+from malloc_bench.strict_yaml import YamlError, read_yaml
 from malloc_bench.training.fit import Training
 
 MAX_BYTES = 1 << 18

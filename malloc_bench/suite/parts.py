@@ -43,14 +43,14 @@ def parts(kind: str, entries: Sequence[Any]) -> tuple[Part, ...]:
         where = f"{kind}[{i}]"
         for part in _expanded(kind, entry, where):
             try:
-                _ = part.build() if kind == "compressors" else _probed(part)
+                (Part.build if kind == "compressors" else _probe)(part)
             except (ValueError, TypeError, OverflowError) as error:
                 raise Fault(f"{where}.{part.name}", str(error).removeprefix(f"{part.name}: ")) from None
             made[part] = None
     return tuple(made)
 
 
-def _probed(part: Part) -> None:
+def _probe(part: Part) -> None:
     """Build a backbone without weights, unless its size alone would take minutes; raises ValueError."""
     config = find("backbones", part.name).Config(**part.params)
     layers = getattr(config, "layers", 1) * getattr(config, "blocks", 1)

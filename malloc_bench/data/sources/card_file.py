@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.registry import suggest
-from malloc_bench.strict_yaml import YamlError, clipped, read_yaml
+from malloc_bench.registry import clipped, suggest
+from malloc_bench.strict_yaml import YamlError, read_yaml
 
 MAX_CARD_BYTES = 1 << 18
 MAX_WORD = 200  # characters or entries that stand for a {name}: a card cannot grow without end

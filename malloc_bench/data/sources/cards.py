@@ -33,8 +33,7 @@ from malloc_bench.data.sources.card_sources import (
 )
 from malloc_bench.data.worlds.world import SyntheticWorld
 from malloc_bench.paths import shipped
-from malloc_bench.registry import UnknownName, suggest
-from malloc_bench.strict_yaml import clipped
+from malloc_bench.registry import UnknownName, clipped, suggest
 
 log = logging.getLogger(__name__)
 

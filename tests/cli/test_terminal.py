@@ -1,0 +1,97 @@
+"""What reaches a terminal: control characters as escapes, any encoding, and never a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from malloc_bench.cli import commands as cli
+from malloc_bench.cli import text
+
+SUITE = """
+name: toy
+datasets: [synthetic]
+backbones: [sasrec]
+compressors: [full]
+"""
+EVIL = "\x1b[31m"
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", f"ha{EVIL}"],
+        ["run", f"{EVIL}.yaml"],
+        ["run", "smoke", "--only", f"dataset={EVIL}"],
+        ["data", "get", f"./{EVIL}.yaml"],
+        ["data", "stats", f"{EVIL}\x07\x9b"],
+        ["tables", f"{EVIL}"],
+        ["list", f"{EVIL}"],
+        [f"--{EVIL}"],
+    ],
+    ids=repr,
+)
+def test_what_a_user_or_a_file_names_cannot_steer_the_terminal(words: list[str], capsys: Capture) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "\x9b" not in err and "\\x1b[31m" in err
+    assert err.startswith("malloc-bench: ") and err.count("\n") == 1
+
+
+def test_a_file_with_control_characters_in_its_text(tmp_path: Path, capsys: Capture) -> None:
+    for evil in (EVIL, '"\\e[31m"'):
+        (tmp_path / "toy.yaml").write_text(SUITE.replace("synthetic", evil))
+        assert cli.main(["run", "toy.yaml", "--dry-run"]) == 2
+        assert "line 3: the control character U+001B is not allowed" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line_without_control_characters(capsys: Capture) -> None:
+    text.set_up()
+    text.set_up()
+    logging.getLogger("malloc_bench.x").warning("a %s\nb", EVIL)
+    assert capsys.readouterr().err == "a \\x1b[31m b\n"
+
+
+def test_any_encoding_takes_any_text() -> None:
+    code = "from malloc_bench.cli import text; text.set_up(); text.say('Δ ≤ é … 日 \\x1b \\udc80')"
+    for encoding, shown in (("ascii", "d <= e ... ? \\x1b \\udc80"), ("utf-8", "Δ ≤ é … 日 \\x1b \\udc80")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
+        )
+        assert (done.returncode, done.stdout.decode(encoding)) == (0, shown + "\n"), done.stderr
+
+
+@pytest.mark.parametrize("command", [["list", "datasets"], ["list", "compressors"], ["show", "snapkv"], ["--help"]])
+def test_an_ascii_terminal_is_no_reason_to_fall(command: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-m", "malloc_bench.cli", *command], capture_output=True, env=environment)
+    assert done.returncode == 0 and done.stdout.isascii() and not done.stderr
+
+
+def test_an_unknown_name_is_answered_in_a_line_one_can_read(capsys: Capture) -> None:
+    for words in (["show", "zzzz"], ["data", "get", "q" * 5000], ["data", "get", "zz"], ["show", "x" * 100_000]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert len(err) < 300 and err.count(",") <= 3, err
+
+
+def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "home").write_text("a file where a folder should be")
+    (tmp_path / "toy.yaml").write_text(SUITE)
+    assert cli.main(["run", "toy.yaml", "--quiet"]) != 0
+    out, err = capsys.readouterr()
+    assert "MALLOC_BENCH_HOME" in out + err
