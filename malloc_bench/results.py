@@ -189,8 +189,8 @@ def remove_leftovers(folder: str | Path) -> int:
     return len(leftovers)
 
 
-def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Write arrays of equal length (U,) or (U, n) as an atomic parquet; raises ResultsError."""
+def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray | pl.Series]) -> None:
+    """Write arrays or series of equal length (U,) or (U, n) as an atomic parquet; raises ResultsError."""
     import polars as pl
 
     _write_parquet(path, pl.DataFrame(dict(columns)))

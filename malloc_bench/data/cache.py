@@ -94,8 +94,12 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
 
     def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
         path = folder / file
-        names = pl.read_parquet_schema(path)
-        return {name: pl.read_parquet(path, columns=[name]).to_series().to_numpy(writable=True) for name in names}
+        numbers = [name for name in pl.read_parquet_schema(path) if name != "name"]
+        return {name: pl.read_parquet(path, columns=[name]).to_series().to_numpy(writable=True) for name in numbers}
+
+    def names(file: str) -> pl.Series | None:
+        path = folder / file
+        return pl.read_parquet(path, columns=["name"])["name"] if "name" in pl.read_parquet_schema(path) else None
 
     events, users, items = (columns(file) for file in FILES)
     return Dataset(
@@ -110,6 +114,8 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
         feedback=events,
         hash=about["hash"],
         notes=about["notes"],
+        user_names=names("users.parquet"),
+        item_names=names("items.parquet"),
     )
 
 

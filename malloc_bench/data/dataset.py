@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from malloc_bench.data.sources.cards import Card
 
 GRADES = ("rating", "behavior")  # feedback that is a grade: its largest value is the top of the scale
@@ -35,14 +37,20 @@ class Dataset:
     name: str
     card: Card
     source: str  # which source answered
-    user_ids: np.ndarray  # (U,) int64, original ids, ascending
-    item_ids: np.ndarray  # (n_items,) int64, original ids, ascending; item i below is item_ids[i - 1]
+    user_ids: np.ndarray  # (U,) int64, ascending: original ids, or their places among the sorted `user_names`
+    item_ids: np.ndarray  # (n_items,) int64, likewise; item i below is item_ids[i - 1]
     offsets: np.ndarray  # (U + 1,) int64
     items: np.ndarray  # (E,) int32, 1..n_items (0 is padding), in time order within the user
     times: np.ndarray | None  # (E,) int64, unix seconds; None where the source knows only the order
     feedback: dict[str, np.ndarray]  # what users did, by column name (`rating`, `is_click` ...), (E,) float32
     hash: str  # sha256 of the columns above: the same on every machine and from every source with the same rows
     notes: Mapping[str, int] = field(default_factory=dict)  # bad input that was kept or dropped, by policy
+    user_names: pl.Series | None = None  # (U,) text, sorted; None where the ids are the numbers above
+    item_names: pl.Series | None = None  # (n_items,)
+
+    def original_user(self, index: np.ndarray | slice) -> np.ndarray | pl.Series:
+        """The ids of users as their source has them, int64 or text; `index` counts users from 0."""
+        return (self.user_ids if self.user_names is None else self.user_names)[index]
 
     @property
     def n_users(self) -> int:
@@ -88,7 +96,8 @@ class Dataset:
         """
         from malloc_bench.data.formats.categories import read_categories
 
-        return read_categories(self.card, self.item_ids) if self.card.categories else None
+        items = self.item_ids if self.item_names is None else self.item_names
+        return read_categories(self.card, items) if self.card.categories else None
 
     @property
     def has_time(self) -> bool:

@@ -52,11 +52,11 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
         items.close()
         if not len(users.ids):
             raise _nothing(reader)
-        _write_ids(folder / "items.parquet", id=items.ids)
+        _write_ids(folder / "items.parquet", items.names, id=items.ids)
         buckets = _deal(spill, record, users, items)
         counts = _sort(buckets, record, users, reader, folder / "events.parquet")
     users.events = counts
-    _write_ids(folder / "users.parquet", id=users.ids, events=counts)
+    _write_ids(folder / "users.parquet", users.names, id=users.ids, events=counts)
     return _hash(folder, users, items, reader), judge.notes
 
 
@@ -88,7 +88,8 @@ def _without_single(users: Ids, items: Ids, spill: Path, record: np.dtype, reade
     if judge.answer("single_event_users") == "reject":
         rows = next(rows for rows in _chunks(spill, record) if single[users.index(rows["user"])].any())
         first = rows[single[users.index(rows["user"])]][0]
-        message = f"{reader.place(int(first['row']))}: user {users.ids[users.index(first['user'])]} has one event only"
+        user = users.name(users.index(first[None]["user"])[0])
+        message = f"{reader.place(int(first['row']))}: user {user} has one event only"
     if judge.meet("single_event_users", int(single.sum()), message) == "keep":
         return False
     kept = spill.with_name("kept")
@@ -185,7 +186,7 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     message = ""
     if reader.judge.answer("duplicates") == "reject":
         one = rows[repeats[0]]
-        user = users.ids[one["user"]]
+        user = users.name(one["user"])
         message = (
             f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {one['order']} twice"
         )
@@ -194,11 +195,13 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     return np.delete(rows, repeats)
 
 
-def _write_ids(path: Path, **columns: np.ndarray) -> None:
+def _write_ids(path: Path, names: pl.Series | None, **columns: np.ndarray) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()})
+    if names is not None:
+        table = table.append_column("name", names.to_arrow())
     pq.write_table(table, path, compression="lz4", use_dictionary=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation import metrics
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
 from malloc_bench.evaluation.requests import Values
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -121,7 +124,7 @@ def _ceiling(name: str, values: Values, users: np.ndarray) -> dict[str, float | 
     return {f"ceiling_{name}_{metric}": _mean(metrics.by_user(each, users)) for metric, each in values.items()}
 
 
-def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray) -> Mapping[str, np.ndarray]:
+def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray | pl.Series) -> Mapping[str, Any]:
     """Columns of a job's per-user file, a row for each target or request; `user` is the id in the source.
 
     In ranking also the candidates as the data set numbers them, sampled ones too, with labels and logits.

@@ -175,7 +175,7 @@ class Session:
             trace = evaluation.failed[each.id]
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
-        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
+        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.original_user(slice(None))))
         noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
         return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 

@@ -17,7 +17,7 @@ class Layout:
     """Where a file has the user, the item, the time and the feedback of an event.
 
     `lines`: delimited text, JSON objects, a user's whole history, or (arrays) one numpy or parquet table.
-    Ids are whole numbers unless named in `text`; those become the place among the sorted strings.
+    Ids are whole numbers unless named in `text`; 007 and 7 are two of them (`ids.py`).
     """
 
     lines: Literal["table", "json", "history", "npy", "parquet", "arrow", "auto"] = "table"
@@ -29,7 +29,8 @@ class Layout:
     codes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # feedback that is words -> its numbers
     text: tuple[str, ...] = ()  # id columns that are no numbers
     columns: tuple[str, ...] | None = None  # None: the first line names them
-    separator: str = ","
+    separator: str = ","  # one or two characters, or auto: what gives the first line all columns
+    quoted: bool = True  # fields may stand in quotes, as RFC 4180 has it
     date: str = ""  # strptime's, for unit date
     encoding: str = "utf-8"
     history: str = ""  # a column with the items before `item`, joined by ^; only rows with `label` 1 are read
@@ -61,11 +62,11 @@ KUAIRAND = _same(
 
 LAYOUTS: dict[str, Layout] = {
     # grouplens.org: u.data, ratings.dat and ratings.csv
-    "movielens-udata": Layout(columns=RATED, separator="\t", feedback=RATING),
-    "movielens-dat": Layout(columns=RATED, separator="::", feedback=RATING),
+    "movielens-udata": Layout(columns=RATED, separator="\t", quoted=False, feedback=RATING),
+    "movielens-dat": Layout(columns=RATED, separator="::", quoted=False, feedback=RATING),
     "movielens-csv": Layout(user="userId", item="movieId", feedback=RATING),
-    # recbole.io: fields are `name:type`
-    "recbole-inter": Layout(separator="\t", feedback=RATING),
+    # recbole.io: fields are `name:type`, ids any tokens, times floats
+    "recbole-inter": Layout(separator="auto", unit="s.fraction", feedback=RATING, text=("user_id", "item_id")),
     # McAuley lab: reviews as JSON lines (5-core), and ratings only, where 2018 has the item first
     "amazon-json": Layout(
         "json", "reviewerID", "asin", "unixReviewTime", feedback={"overall": "rating"}, text=("reviewerID", "asin")
@@ -79,7 +80,7 @@ LAYOUTS: dict[str, Layout] = {
         "json", item="parent_asin", unit="ms", feedback=RATING, text=("user_id", "parent_asin")
     ),
     # SASRec, and ICLRec and TiCoSeRec: `user item` or `user item item ...` a line, in time order
-    "user-item": Layout(columns=("user_id", "item_id"), separator=" ", time=None),
+    "user-item": Layout(columns=("user_id", "item_id"), separator=" ", quoted=False, time=None),
     "user-items": Layout("history", separator=" ", time=None),
     "user-items-times": Layout("history", separator=" ", times_in=True),
     # kuairand.com, kuairec.com
@@ -105,15 +106,16 @@ LAYOUTS: dict[str, Layout] = {
     "foursquare-tsmc": Layout(
         columns=("user_id", "venue_id", "category_id", "category", "latitude", "longitude", "offset", "utc_time"),
         item="venue_id", time="utc_time", unit="date", date="%a %b %d %H:%M:%S %z %Y", text=("venue_id",),
-        separator="\t", encoding="latin-1",
+        separator="\t", quoted=False, encoding="latin-1",
     ),
     "foursquare-npy": Layout("npy", columns=("user_id", "item_id", "minute"), time="minute", unit="minutes"),
     # about items: films' genres, videos' tags
     "movielens-movies-csv": Layout(item="movieId", category="genres", many="|"),
     "movielens-movies-dat": Layout(
-        columns=("item_id", "title", "genres"), separator="::", encoding="latin-1", category="genres", many="|"
+        columns=("item_id", "title", "genres"), separator="::", quoted=False, encoding="latin-1", category="genres",
+        many="|",
     ),
-    "recbole-item": Layout(separator="\t", category="class", many=" "),
+    "recbole-item": Layout(separator="auto", category="class", many=" ", text=("item_id",)),
     "kuairand-videos": Layout(item="video_id", category="tag", many=","),
     # our own hand-over format: the order is known, the times are not
     "parquet-ordered": Layout("parquet", time="position", unit="order"),

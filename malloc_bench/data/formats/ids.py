@@ -1,4 +1,8 @@
-"""The ids of a stream of events: which there are, how often, and the place of each among them."""
+"""The ids of a stream of events: which there are, how often, and the place of each among them.
+
+An id is text, so that 007 is not 7. Whole numbers as everyone writes them (7, -7, not 007 or +7) are held as numbers,
+which is fast; where a column has nothing else, its ids are those numbers. Else they are places among the sorted texts.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,124 @@ import numpy as np
 if TYPE_CHECKING:
     import polars as pl
 
-TABLE = 1 << 27  # ids below it are counted in a table, larger ones in a sorted list
+TABLE = 1 << 27  # codes below it are counted in a table, larger ones in a sorted list
+LOWEST, WORDS = -(1 << 63), 1 << 33  # the codes from LOWEST on are of words: no number in a file is that low
+
+
+def plain(words: pl.Series) -> pl.Series:
+    """Bool: which are whole numbers of 64 bits, written as everyone does; words that are not there are not."""
+    import polars as pl
+
+    padded = words.str.starts_with("0") & (words.str.len_bytes() > 1)
+    odd = padded | words.str.starts_with("-0") | words.str.starts_with("+")
+    numbers = words.cast(pl.Int64, strict=False)
+    return (numbers.is_not_null() & ~odd & (numbers >= LOWEST + WORDS)).fill_null(False)
+
+
+def as_numbers(words: pl.Series) -> pl.Series:
+    """Int64 where every word is plain, which needs no dictionary; else the words."""
+    import polars as pl
+
+    return words.cast(pl.Int64) if plain(words).all() else words
 
 
 class Ids:
-    """Distinct ids of one column, ascending at the end; strings get their place among the sorted strings as id.
+    """The distinct ids of one column: numbers ascending, or places among the sorted texts and `names`.
 
-    So the numbers are the same on every machine, whatever the order in which a file was read.
+    So they are the same on every machine, whatever the order in which a file was read.
     """
 
     def __init__(self, counted: bool = True) -> None:
-        self.counted = counted  # else only which ids there are: `events` means nothing then
-        self.counts = np.zeros(1 << 10, np.int32)  # by id, for small ids
-        self.sparse: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, counts), for the others
+        self.numbers, self.words = _Counts(counted), _Counts(counted)
         self.categories: Any = None
         self.held: pl.Series | None = None
+        self.names: pl.Series | None = None  # the texts, where ids are places among them; after `close`
         self.ids = np.zeros(0, np.int64)
-        self.events = np.zeros(0, np.int64)  # how many events each of `ids` has
+        self.events = np.zeros(0, np.int64)  # how many events each of `ids` has; means nothing unless counted
 
     def add(self, column: pl.Series) -> np.ndarray:
-        """Count a column's ids; gives int64 codes for `index`: the ids themselves, or numbers for strings."""
+        """Count a column's ids, whole numbers or texts; gives int64 codes for `index`."""
         codes = self._codes(column)
+        self.again(codes)
+        return codes
+
+    def again(self, codes: np.ndarray) -> None:
+        """Count codes that `add` has given."""
+        words = codes < LOWEST + WORDS
+        if words.any():
+            self.words.add(codes[words] - LOWEST)
+            codes = codes[~words]
+        if len(codes):
+            self.numbers.add(codes)
+
+    def recount(self) -> None:
+        """Forget the counts, not the texts, to add again what is left of the events."""
+        self.numbers.clear()
+        self.words.clear()
+
+    def _codes(self, column: pl.Series) -> np.ndarray:
+        import polars as pl
+
+        if column.dtype != pl.String:
+            return column.to_numpy()
+        if self.categories is None:
+            self.categories = pl.Categories.random()  # one numbering for all blocks of this column
+        easy = plain(column).to_numpy()
+        codes = column.cast(pl.Int64, strict=False).fill_null(0).to_numpy(writable=True)
+        if not easy.all():
+            cast = column.filter(~easy).cast(pl.Categorical(self.categories))
+            if self.held is None:
+                self.held = cast  # the numbering is forgotten with the last column that has it
+            codes[~easy] = cast.to_physical().cast(pl.Int64).to_numpy() + LOWEST
+        return codes
+
+    def close(self) -> None:
+        """All has been added: number the ids."""
+        import polars as pl
+
+        numbers, words = self.numbers.close(), self.words.close()
+        if not len(words):
+            self.ids, self.events, self.names = numbers, self.numbers.events, None
+            return
+        texts = pl.Series(words, dtype=pl.UInt32).cat.to(pl.Categorical(self.categories)).cast(pl.String)
+        texts = pl.concat([pl.Series(numbers, dtype=pl.Int64).cast(pl.String), texts])
+        ranked = texts.arg_sort().to_numpy()
+        self.names, self.ids = texts.gather(ranked), np.arange(len(texts))
+        self.events = np.concatenate([self.numbers.events, self.words.events])[ranked]
+        places = np.empty(len(ranked), np.int64)
+        places[ranked] = self.ids
+        self.places = places[: len(numbers)], places[len(numbers) :]
+
+    def index(self, codes: np.ndarray) -> np.ndarray:
+        """The places of codes among `ids`, from 0; after `close`."""
+        if self.names is None:
+            return self.numbers.index(codes)
+        words = codes < LOWEST + WORDS
+        found = np.empty(len(codes), np.int64)
+        found[words] = self.places[1][self.words.index(codes[words] - LOWEST)]
+        found[~words] = self.places[0][self.numbers.index(codes[~words])]
+        return found
+
+    def name(self, place: int) -> int | str:
+        """The id at a place, as it stands in the file."""
+        return int(self.ids[place]) if self.names is None else str(self.names[int(place)])
+
+
+class _Counts:
+    """How often each of some int64 codes was met."""
+
+    def __init__(self, counted: bool) -> None:
+        self.counted = counted  # else only which codes there are
+        self.counts = np.zeros(1 << 10, np.int32)  # by code, for small codes
+        self.sparse: list[tuple[np.ndarray, np.ndarray]] = []  # (codes, counts), for the others
+        self.codes, self.events = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.table: np.ndarray | None = None
+
+    def clear(self) -> None:
+        self.counts[:] = 0
+        self.sparse = []
+
+    def add(self, codes: np.ndarray) -> None:
         low, high = int(codes.min()), int(codes.max())
         if low >= 0 and high < TABLE:
             if high >= len(self.counts):
@@ -43,64 +144,29 @@ class Ids:
                 self.counts[: len(counted)] += counted.astype(np.int32)
             else:
                 np.add.at(self.counts, codes, 1)
-        else:
-            self.sparse.append(np.unique(codes, return_counts=True))
-            if sum(len(ids) for ids, _ in self.sparse[1:]) > len(self.sparse[0][0]) + (1 << 22):
-                self._merge()
-        return codes
-
-    def _codes(self, column: pl.Series) -> np.ndarray:
-        import polars as pl
-
-        if column.dtype != pl.String:
-            return column.to_numpy()
-        if self.categories is None:
-            self.categories = pl.Categories.random()  # one numbering for all blocks of this column
-        cast = column.cast(pl.Categorical(self.categories))
-        if self.held is None:
-            self.held = cast  # the numbering is forgotten with the last column that has it
-        return cast.to_physical().cast(pl.Int64).to_numpy()
+            return
+        self.sparse.append(np.unique(codes, return_counts=True))
+        if sum(len(each) for each, _ in self.sparse[1:]) > len(self.sparse[0][0]) + (1 << 22):
+            self._merge()
 
     def _merge(self) -> None:
-        ids, back = np.unique(np.concatenate([ids for ids, _ in self.sparse]), return_inverse=True)
+        codes, back = np.unique(np.concatenate([each for each, _ in self.sparse]), return_inverse=True)
         counts = np.bincount(back, np.concatenate([counts for _, counts in self.sparse])).astype(np.int64)
-        self.sparse = [(ids, counts)]
+        self.sparse = [(codes, counts)]
 
-    def close(self) -> None:
-        """All has been added (or with `drop`, taken away): number the ids."""
-        import polars as pl
-
+    def close(self) -> np.ndarray:
+        """The codes, ascending; `events` has how often each was met."""
         present = np.flatnonzero(self.counts)
+        self.codes, self.events = present, self.counts[present].astype(np.int64)
         if self.sparse:
-            self.sparse.append((present, self.counts[present].astype(np.int64)))
+            self.sparse.append((self.codes, self.events))
             self._merge()
-            [(self.ids, self.events)] = self.sparse
+            [(self.codes, self.events)] = self.sparse
             self.table = None
-            return
-        self.events = self.counts[present].astype(np.int64)
-        self.table = np.zeros(len(self.counts), np.int32)
-        if self.categories is None:
-            self.ids = present
+        else:
+            self.table = np.zeros(len(self.counts), np.int32)
             self.table[present] = np.arange(len(present), dtype=np.int32)
-            return
-        words = pl.Series(present, dtype=pl.UInt32).cat.to(pl.Categorical(self.categories)).cast(pl.String)
-        ranked = words.arg_sort().to_numpy()
-        self.ids, self.events = np.arange(len(present)), self.events[ranked]
-        self.table[present[ranked]] = np.arange(len(present), dtype=np.int32)
+        return self.codes
 
     def index(self, codes: np.ndarray) -> np.ndarray:
-        """The places of codes among `ids`, from 0; after `close`."""
-        return np.searchsorted(self.ids, codes) if self.table is None else self.table[codes]
-
-    def recount(self) -> None:
-        """Forget the counts, not the strings, to add again what is left of the events."""
-        self.counts[:] = 0
-        self.sparse = []
-
-    def again(self, codes: np.ndarray) -> None:
-        """Count codes that `add` has given."""
-        import polars as pl
-
-        categories, self.categories = self.categories, None
-        self.add(pl.Series(codes, dtype=pl.Int64))
-        self.categories = categories
+        return np.searchsorted(self.codes, codes) if self.table is None else self.table[codes]

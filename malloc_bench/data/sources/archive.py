@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import stat
@@ -18,6 +19,8 @@ from malloc_bench.data.errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 30
 MAX_RATIO = 100  # unpacked to packed; rating files are near 4, zeros 1000
+SMALL = 1 << 20  # bytes that may be unpacked from anything
+BLANK = b" \r\n"
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
 
 
@@ -38,12 +41,19 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
     """
     with ExitStack() as stack:
         try:
-            if not members:
-                parts = [Part(path.name, _opener(path)) for path in files]
-            elif _is_tar(files[0]):
-                parts = _tar(stack.enter_context(tarfile.open(files[0])), files[0].name, members)
-            else:
+            if members and _is_tar(files[0]):
+                opened = stack.enter_context(_opener(files[0])())
+                parts = _tar(stack.enter_context(tarfile.open(fileobj=opened, mode="r:")), files[0].name, members)
+            elif members:
                 parts = _zip(stack.enter_context(zipfile.ZipFile(files[0])), files[0].name, members)
+            else:
+                parts = []
+                for path in files:
+                    if path.suffix == ".zip":
+                        archive = stack.enter_context(zipfile.ZipFile(path))
+                        parts += _zip(archive, path.name, [_only(path.name, archive.namelist())])
+                    else:
+                        parts.append(Part(path.name, _opener(path)))
         except DAMAGE as error:
             raise DataError(f"{files[0].name} cannot be unpacked: {error}") from None
         yield parts
@@ -51,9 +61,40 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
     def opened() -> IO[bytes]:
-        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+        return cast(IO[bytes], _Gzip(path)) if path.suffix in {".gz", ".tgz"} else path.open("rb")
 
     return opened
+
+
+class _Gzip(gzip.GzipFile):
+    """A stream that ends with an error where it unpacks to more than any data do."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self.path, self.most = path, max(SMALL, MAX_RATIO * path.stat().st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self.most + 1 - self.tell()
+        data = super().read(left if size is None or not 0 <= size < left else size)
+        self._held(self.tell())
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0:
+            self._held(offset)
+        return super().seek(offset, whence)
+
+    def _held(self, position: int) -> None:
+        if position > self.most:
+            raise DataError(f"{self.path.name}: over {self.most} bytes from {self.path.stat().st_size}: a gzip bomb?")
+
+
+def _only(archive: str, names: Sequence[str]) -> str:
+    """The one data file of an archive."""
+    data = [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(data) != 1:
+        raise DataError(f"{archive} holds {len(data)} files: name one as member, of {', '.join(data[:5])}")
+    return data[0]
 
 
 def _is_tar(path: Path) -> bool:
@@ -83,7 +124,7 @@ def _zip(opened: zipfile.ZipFile, archive: str, members: Sequence[str]) -> list[
         info = opened.getinfo(_find(member, names))
         if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
             raise DataError(f"member '{member}' is a link, a folder or encrypted, not a plain file")
-        if info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1):
+        if info.file_size > min(MAX_MEMBER_BYTES, max(SMALL, MAX_RATIO * info.compress_size)):
             raise DataError(f"member '{member}' unpacks {info.compress_size} bytes to {info.file_size}: a zip bomb?")
         # the declared size is the cap of the stream, whatever it goes on to say; its checksum is held at the end
         parts.append(Part(member, lambda info=info: opened.open(info)))  # type: ignore[misc]
@@ -105,37 +146,63 @@ def _tar(opened: tarfile.TarFile, archive: str, members: Sequence[str]) -> list[
 
 
 def read_whole(part: Part) -> bytes:
-    """The bytes of a small part, for formats that cannot be streamed; raises DataError where it is cut."""
+    """The bytes of a part, for formats that cannot be streamed; raises DataError where it is cut or wrong."""
     try:
         with part.open() as file:
-            return file.read()
+            data = file.read()
     except DAMAGE as error:
         raise DataError(f"{part.name} cannot be unpacked: {error}") from None
+    _verified(part, hashlib.md5(data, usedforsecurity=False).hexdigest() if part.md5 else None)
+    return data
 
 
-def blocks(part: Part, size: int) -> Iterator[tuple[bytes, int]]:
-    """Whole lines of a part, about `size` bytes at a time, and how many; DataError where the part is cut or wrong."""
-    rest, row = b"", 0
+def blocks(part: Part, size: int, encoding: str = "utf-8") -> Iterator[tuple[bytes, int]]:
+    """Whole lines of a part as UTF-8, about `size` bytes at a time, and how many; no blank ones at the end.
+
+    Raises DataError where the part is cut or wrong, with row where it is no text. What is UTF-8 is not looked at.
+    """
+    rest, row, first = b"", 0, True
     digest = hashlib.md5(usedforsecurity=False)
+    decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)()
     try:
         with part.open() as file:
             while data := file.read(size):
                 if part.md5:
                     digest.update(data)
+                if decoder:
+                    data = decoder.decode(data).encode()
+                if first:
+                    data, first = data.removeprefix(codecs.BOM_UTF8), False
                 cut = data.rfind(b"\n") + 1
                 if not cut:
-                    rest += data
-                    if len(rest) > 4 * size:
-                        raise DataError(f"{part.name}: row {row + 1}: no line ends in {len(rest)} bytes: no text file?")
-                    continue
-                block = b"".join((rest, memoryview(data)[:cut]))
-                rest = data[cut:]
-                lines = block.count(b"\n")
-                yield block, lines
-                row += lines
+                    whole, end, rest = b"", 0, rest + data
+                else:
+                    whole = b"".join((rest, memoryview(data)[:cut]))
+                    end = len(whole) if whole[-2:].strip(BLANK) else _end(whole)
+                    rest = whole[end:] + data[cut:]
+                if len(rest) > 4 * size:
+                    raise DataError(f"{part.name}: row {row + 1}: no line ends in {len(rest)} bytes: no text file?")
+                if end:
+                    lines = whole.count(b"\n", 0, end)
+                    yield whole[:end], lines
+                    row += lines
+            if decoder:
+                rest += decoder.decode(b"", True).encode()
+    except UnicodeError as error:
+        raise DataError(f"{part.name}: after row {row}: is no text of {encoding}: {error}") from None
     except DAMAGE as error:
         raise DataError(f"{part.name}: cut in the middle, after row {row}: {error or 'the stream ends'}") from None
-    if part.md5 and digest.hexdigest() != part.md5:
-        raise DataError(f"{part.name}: wrong md5: {digest.hexdigest()} where {part.md5} is published")
-    if rest:
-        yield rest, 1
+    _verified(part, digest.hexdigest() if part.md5 else None)
+    if rest := rest.rstrip(BLANK):
+        yield rest, rest.count(b"\n") + 1
+
+
+def _end(text: bytes) -> int:
+    """Where the last line ends that is not blank: blank ones are rows only where more follows."""
+    said = len(text.rstrip(BLANK))
+    return text.index(b"\n", said) + 1 if said else 0
+
+
+def _verified(part: Part, found: str | None) -> None:
+    if found != part.md5:
+        raise DataError(f"{part.name}: wrong md5: {found} where {part.md5} is published")

@@ -54,10 +54,10 @@ def test_files_about_items_change_neither_the_data_s_hash_nor_its_cache(make_car
 @pytest.mark.parametrize(
     "data, why",
     [
-        (b"movieId,title\n10,A\n", "items: expected lines with movieId (a number) and genres, found: "),
-        (b"movieId,title,genres\nten,A,Drama\n", "items: expected lines with movieId (a number) and genres, found: "),
-        (b"movieId,title,genres\n", "items: no item is in it"),
-        (b"", "items: "),
+        (b"movieId,title\n10,A\n", "items: row 1: no column 'genres' among movieId, title"),
+        (b"movieId,title,genres\nten,A,Drama\n", "items: row 2: movieId is 'ten', not an id"),
+        (b"movieId,title,genres\n", "items: the file is empty but for its header"),
+        (b"", "items: no item is in it"),
         (None, "local items (no such file in "),
     ],
 )

@@ -44,7 +44,8 @@ EXPECTED = [[1, 2, 1], [1193, 661, 914], [5.0, 3.5, 3.0], [978300760, 978302109,
 )
 def test_rows_come_in_file_order(format, text):
     events = parse(format, text.encode())
-    assert columns(events) == EXPECTED
+    expected = [*EXPECTED[:3], [time * LAYOUTS[format].per_second for time in EXPECTED[3]]]
+    assert columns(events) == expected
     assert events.select("user", "item", "rating", "order").dtypes == [pl.Int64, pl.Int64, pl.Float32, pl.Int64]
 
 
@@ -67,7 +68,7 @@ def test_rows_come_in_file_order(format, text):
         ("movielens-dat", "1\t2\t3\t4\n", "f: row 1: '1\\t2\\t3\\t4' has not 4 columns: user_id, item_id"),
         ("movielens-dat", "1::2::3::4\n1::2:::3::4\n", "f: row 2: rating is ':3', not a number"),
         ("recbole-inter", "user_id:token\titem_id:token\trating:float\n1\t2\t3\n", "f: row 1: no column 'timestamp'"),
-        ("recbole-inter", HEADER + "1\t2\t3\t4\nx\t2\t3\t4\n", "f: row 3: user_id is 'x', not a number"),
+        ("recbole-inter", HEADER + "1\t2\t3\t4\n\t2\t3\t4\n", "f: row 3: user_id is '', empty"),
         ("parquet-ordered", "no parquet at all", "f: no readable parquet"),
     ],
 )
@@ -99,8 +100,11 @@ def test_ordered_parquet_has_no_time():
     "columns, message",
     [
         ({"user_id": [1], "item_id": [1]}, "f: no column 'position' among user_id, item_id"),
-        ({"user_id": [1], "item_id": ["a"], "position": [0]}, "f: item_id holds String"),
-        ({"user_id": [1], "item_id": [1], "position": [0.5]}, "f: position holds Float64"),
+        ({"user_id": [1], "item_id": ["a"], "position": [0]}, "f: row 1: item_id is 'a', not a number"),
+        ({"user_id": [1], "item_id": [1], "position": ["x"]}, "f: row 1: position is 'x', not a number"),
+        ({"user_id": [1.0], "item_id": [1], "position": [0]}, "f: user_id holds Float64, not whole numbers"),
+        ({"user_id": [[1]], "item_id": [1], "position": [0]}, "f: user_id holds large_list"),
+        ({"user_id": [2**63], "item_id": [1], "position": [0]}, "f: row 1: user_id is 9223372036854775808, beyond 63"),
         ({"user_id": [1, None], "item_id": [1, 1], "position": [0, 1]}, "f: row 2: user_id is missing"),
     ],
 )
@@ -273,7 +277,7 @@ def test_only_the_feedback_that_is_kept_is_read():
             "1,2,3,pv,4\n1,2,3,pw,5\n",
             "f: row 2: behavior is 'pw', not one of pv, fav, cart, buy",
         ),
-        ("amazon-json", REVIEW_2014 + "{}\n", "f: row 2: reviewerID is None, empty"),
+        ("amazon-json", REVIEW_2014 + "{}\n", "f: row 2: reviewerID is missing"),
         ("amazon-json", REVIEW_2014 + REVIEW_2014[:60] + "\n", 'f: row 2: \'{"reviewerID": "A2SU"'),
         (
             "amazon-json",

@@ -1,0 +1,63 @@
+"""JSON lines: an object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from malloc_bench.data.formats.batch import Batch
+from malloc_bench.data.formats.delimited import text_of
+from malloc_bench.data.formats.formats import Layout
+from malloc_bench.data.sources.archive import Part, blocks
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def objects(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+    """Batches of the named keys as text, `size` bytes of the file at a time; a key that is not there is null."""
+    row = 1
+    for block, count in blocks(part, size, layout.encoding):
+        found = _read(block, names, count)
+        yield Batch(part.name, row, found) if found else _one_by_one(block, part.name, row, names)
+        row += count
+
+
+def _read(block: bytes, names: Sequence[str], count: int) -> dict[str, pl.Series] | None:
+    import polars as pl
+
+    try:
+        found = pl.read_ndjson(block, schema=dict.fromkeys(names, pl.String))
+    except pl.exceptions.PolarsError:
+        return None
+    nested = any(found[name].str.contains(r"^[\[{]").any() for name in names)  # lists are not text
+    return {name: found[name] for name in names} if len(found) == count and not nested else None
+
+
+def _one_by_one(block: bytes, file: str, row: int, names: Sequence[str]) -> Batch:
+    """Line by line: for NaN, which is no JSON but stands in many a file, and for what is no object at all."""
+    import polars as pl
+
+    lines = text_of(block, file, row).removesuffix("\n").split("\n")
+    found: list[dict[str, Any]] = []
+    broken = np.zeros(len(lines), bool)
+    for at, line in enumerate(lines):
+        try:
+            each = json.loads(line, parse_int=str)  # an id may have any number of digits
+        except (ValueError, RecursionError):
+            each = None
+        broken[at] = not isinstance(each, dict) or any(isinstance(each.get(name), (list, dict)) for name in names)
+        found.append({} if broken[at] else each)
+    columns = {name: pl.Series(name, [_text(each.get(name)) for each in found], dtype=pl.String) for name in names}
+    return Batch(file, row, columns, broken, lambda at: f"{lines[at][:80]!r} is no JSON object of {', '.join(names)}")
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value if value is None else value.encode("utf-8", "replace").decode()  # half a surrogate is no text
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # as polars has it
+    return str(value).lower() if isinstance(value, bool) else str(value)
