@@ -32,6 +32,24 @@ def data_get(name: NameArg, offline: Offline = False) -> None:
         say(f"{it.name}: {count:,} {what}")
 
 
+@data.command("card")
+def data_card(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A log: csv, json lines, parquet, arrow, .gz, .zip.")],
+    out: Annotated[Path | None, typer.Option(help="Where the card goes; beside the log by default.")] = None,
+) -> None:
+    """Write a first card of a log of your own, from a look at its beginning."""
+    from malloc_bench.data.draft import draft
+
+    card, doubts = draft(file, out)
+    named = card if card.is_absolute() else f"./{card}"
+    for doubt in doubts:
+        say(f"to be looked at: {doubt}")
+    say(f"{card}: a first card; see whether it is right, then go on with")
+    say(f"  malloc-bench data stats {named}")
+    say(f"  datasets: [{named}]   in a suite that lies here")
+    say("  malloc-bench run mysuite.yaml")
+
+
 @data.command("verify")
 def data_verify(name: NameArg, offline: Offline = False) -> int:
     """Compare a data set with what its publisher says of it; exit code 1 where something differs."""

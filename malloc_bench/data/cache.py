@@ -81,8 +81,6 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
 
     Raises whatever is wrong with the files; DataError where their content is not what was written.
     """
-    import polars as pl
-
     text = (folder / "about.json").read_text()
     about = json.loads(text)
     about.pop("sha256")
@@ -91,6 +89,12 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
     for name in FILES:
         if _crc(folder / name) != about["crc32"][name]:
             raise DataError(f"{name} is not what was written")
+    return load(card, folder, source, about["hash"], about["notes"])
+
+
+def load(card: Card, folder: Path, source: str, digest: str, notes: dict[str, int]) -> Dataset:
+    """The files of `prepare` in `folder` as arrays, with the hash and the notes that it gave."""
+    import polars as pl
 
     def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
         path = folder / file
@@ -112,8 +116,8 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
         items=events.pop("item"),
         times=events.pop("time", None),
         feedback=events,
-        hash=about["hash"],
-        notes=about["notes"],
+        hash=digest,
+        notes=notes,
         user_names=names("users.parquet"),
         item_names=names("items.parquet"),
     )

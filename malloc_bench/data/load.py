@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from malloc_bench.data.dataset import Dataset, group
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.policies import Judge, dropped
+from malloc_bench.registry import clipped
 
 if TYPE_CHECKING:
     from malloc_bench.data.sources.cards import Card, Source
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def get_dataset(name: str | Path, *, offline: bool = False, progress: bool = True) -> Dataset:
-    """A data set by name, or by the path of a card of your own; `offline` uses only what is on this machine already.
+def get_dataset(data: Any, *, offline: bool = False, progress: bool = True, **columns: Any) -> Dataset:
+    """A data set by name, by the path of a card of your own, or from a frame of polars or pandas.
+
+    offline: use only what is on this machine already. columns: of a frame, `user=`, `item=` and, where there are,
+    `time=` (dates, or numbers of `unit=`: s, ms, us, ns, order), `rating=` and `feedback=[...]`; `name=` it if
+    "frame" will not do, and `label={"column": "rating", "at_least": 4}` says what counts as liked.
 
     A file in the user's own folder is tried first, then what was prepared before, then the card's sources in order.
     Raises UnknownName, or DataError where no source gives the published users, items and events.
     """
-    return _load(name, offline, progress, strict=True)
+    if isinstance(data, str | Path):
+        if columns:
+            raise TypeError(f"{', '.join(columns)}: only a frame is told its columns; {clipped(str(data))} has a card")
+        return _load(data, offline, progress, strict=True)
+    from malloc_bench.data.frames import from_frame
+
+    return from_frame(data, **columns)
 
 
 def verify(name: str | Path, *, offline: bool = False) -> list[str]:

@@ -168,18 +168,29 @@ def _own(spec: str, known: Mapping[str, Path]) -> Card:
 def _card(path: Path, name: str, unsaid: Mapping[str, Any], folder: Path | None = None) -> Card:
     """The card `name` of a file; `folder`: where files of the user's own may lie beside it."""
     keys = card_file.content(path)
-    if not _NAME.fullmatch(name) or len(name) > 100:
-        raise DataError(f"{path}: a data set is named by letters, digits, '.', '+', '_' and '-', not {name!r}")
     try:
         keys = card_file.variant(keys, name.removeprefix(path.stem).removeprefix("-"))
-        if folder is not None and "local" in keys and "sources" not in keys:  # the short form of an own card
-            keys["sources"] = [{"local": keys.pop("local")}]
-        given = {**unsaid, **keys, "name": name, "family": path.stem}
-        return Card.model_validate(given, context={"folder": folder and folder.resolve()})
-    except ValidationError as error:
-        raise DataError(f"{path}: {card_file.first_problem(error, Card, MODELS)}") from None
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
+    if folder is not None and "local" in keys and "sources" not in keys:  # the short form of an own card
+        keys["sources"] = [{"local": keys.pop("local")}]
+    return _valid(str(path), name, {**unsaid, **keys, "family": path.stem}, folder)
+
+
+def card_of(name: str, keys: Mapping[str, Any]) -> Card:
+    """A card that lies in no file: of data in memory. Raises DataError."""
+    return _valid(clipped(name), name, {"title": name, **UNSAID, **keys, "family": name})
+
+
+def _valid(where: str, name: str, keys: Mapping[str, Any], folder: Path | None = None) -> Card:
+    if not _NAME.fullmatch(name) or len(name) > 100:
+        raise DataError(
+            f"{where}: a data set is named by letters, digits, '.', '+', '_' and '-', not {clipped(repr(name))}"
+        )
+    try:
+        return Card.model_validate({**keys, "name": name}, context={"folder": folder and folder.resolve()})
+    except ValidationError as error:
+        raise DataError(f"{where}: {card_file.first_problem(error, Card, MODELS)}") from None
 
 
 MODELS: dict[str, type[BaseModel]] = {

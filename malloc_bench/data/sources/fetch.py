@@ -60,7 +60,7 @@ def local_files(source: LocalSource) -> list[Path]:
             return paths
     missing = next(path for path in (folders[0] / name for name in source.local) if not path.is_file())
     others = "".join(f", nor in {folder}" for folder in folders[1:])
-    raise DataError(f"no {missing.name} in {missing.parent}{others}")
+    raise DataError(f"no {missing.name if len(source.local) > 1 else 'such file'} in {missing.parent}{others}")
 
 
 def trusted_hash(source: UrlSource, family: str) -> str | None:

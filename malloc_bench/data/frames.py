@@ -1,0 +1,74 @@
+"""A data set from a table in memory, read by the same rules as a file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from malloc_bench.data.errors import DataError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from malloc_bench.data.dataset import Dataset
+
+
+def from_frame(
+    frame: Any,
+    user: str,
+    item: str,
+    time: str | None = None,
+    rating: str | None = None,
+    feedback: Sequence[str] = (),
+    unit: str | None = None,
+    name: str = "frame",
+    label: dict[str, Any] | None = None,
+) -> Dataset:
+    """The events of a polars or pandas frame, a row each; see `get_dataset`. Nothing is kept on disk.
+
+    Raises DataError as for a file.
+    """
+    import polars as pl
+
+    from malloc_bench.data import cache
+    from malloc_bench.data.formats.parse import Reader
+    from malloc_bench.data.formats.policies import Judge
+    from malloc_bench.data.prepare import prepare
+    from malloc_bench.data.sources.archive import open_parts
+    from malloc_bench.data.sources.cards import card_of
+
+    found = _polars(
+        frame, list(dict.fromkeys(each for each in (user, item, time, rating, *feedback) if each is not None))
+    )
+    if time is not None and unit is None:
+        unit = "iso" if found[time].dtype.is_temporal() or found[time].dtype == pl.String else "s"
+    columns = {"user": user, "item": item, "time": time, "unit": unit, "rating": rating}
+    table = {key: value for key, value in columns.items() if value is not None} | {"feedback": list(feedback)}
+    keys = {"format": "table", "table": {**table, "files": "parquet"}, "sources": [{"local": name}], "label": label}
+    card = card_of(name, keys)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        found.write_parquet(folder / name)
+        reader = Reader(card.layout(), Judge(card.on_bad))
+        with open_parts([folder / name]) as parts:
+            return cache.load(card, folder, "a frame in memory", *prepare(reader.frames(parts), reader, folder))
+
+
+def _polars(frame: Any, columns: list[str]) -> pl.DataFrame:
+    """Those columns as polars has them, of a frame of polars, of Arrow or of pandas."""
+    import polars as pl
+
+    try:
+        if isinstance(frame, pl.LazyFrame):
+            return frame.select(columns).collect()
+        if isinstance(frame, pl.DataFrame):
+            return frame.select(columns)
+        if hasattr(frame, "__arrow_c_stream__"):
+            return pl.DataFrame(frame[columns] if hasattr(frame, "iloc") else frame).select(columns)
+        if hasattr(frame, "to_dict"):  # an older pandas
+            return pl.DataFrame({name: frame[name].to_numpy() for name in columns})
+    except (pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the frame cannot be read: {' '.join(str(error).split())}") from None
+    raise DataError(f"expected a frame of polars or pandas, not {type(frame).__name__}")
