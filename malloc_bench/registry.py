@@ -38,6 +38,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     names, name = sorted(valid), name[:100]
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f" Did you mean '{near[0]}'?"
+    if not names:
+        return ""
     if len(names) <= MANY:
         return f" Valid: {', '.join(names)}."
     return f" Valid are {len(names)}, such as {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))}."

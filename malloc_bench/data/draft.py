@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.look import Look, is_number, look
+from malloc_bench.data.look import ISO, Look, is_number, look
 from malloc_bench.data.sources.cards import card_files, load_card
 
 #: what columns are called by, best first: letters and digits only
@@ -28,7 +28,6 @@ WORDS = {
 DID = re.compile(r"^is_|click|like|view|watch|play|purchas|bought|buy|cart|dwell|duration|share|follow", re.I)
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 EPOCHS = 157_766_400, 4_102_444_800  # seconds of 1975 and 2100: outside of it a number is no time
-ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?)?\s*(Z|[+-]\d\d:?\d\d)?")
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,8 @@ from malloc_bench.data.sources.archive import DAMAGE
 BYTES = 1 << 18  # looked at, of a text
 ROWS = 1000
 SEPARATORS = ("\t", "::", ";", "|", ",", " ")  # of equally good ones the first: commas and spaces stand in titles
+ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?)?\s*(Z|[+-]\d\d:?\d\d)?")
+_NAME = re.compile(r"[^\W\d][\w .:-]*")
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
@@ -132,9 +135,9 @@ def _table(path: Path, text: str, lines: list[str]) -> Look:
     rows = [row for row in _split(text, lines, separator) if any(map(str.strip, row))]
     width = max(len(row) for row in rows[:10])
     rows = [row for row in rows if len(row) == width]
-    header = not any(map(is_number, rows[0])) and (len(rows) == 1 or _looks_named(rows))
+    doubts: list[str] = []
+    header = _looks_named(rows, doubts)
     names = rows[0] if header else [f"column_{i + 1}" for i in range(width)]
-    doubts = []
     if len(set(names)) < width or not all(map(str.strip, names)):
         raise DataError(f"{path}: the first line names a column twice, or one not at all")
     values = rows[header : ROWS + header]
@@ -144,11 +147,19 @@ def _table(path: Path, text: str, lines: list[str]) -> Look:
     return Look("csv", columns, separator=separator, header=header, doubts=doubts)
 
 
-def _looks_named(rows: list[list[str]]) -> bool:
-    """Whether the first row differs from the others: numbers stand only below it, or it never comes again."""
-    below = rows[1:]
-    numbers = any(all(is_number(row[i]) for row in below) for i in range(len(rows[0])))
-    return numbers or all(name.replace("_", "").replace(":", "").isalpha() for name in rows[0])
+def _looks_named(rows: list[list[str]], doubts: list[str]) -> bool:
+    """Whether the first row names the columns: numbers or dates stand only below it, or its words do not."""
+    first, below = rows[0], rows[1:]
+    if any(is_number(field) or ISO.fullmatch(field.strip()) for field in first):
+        return False
+    for i in range(len(first)):
+        if below and all(is_number(row[i]) or ISO.fullmatch(row[i].strip()) for row in below):
+            return True
+    named = all(_NAME.fullmatch(field.strip()) for field in first) and not any(
+        row[i] == field for row in below for i, field in enumerate(first)
+    )
+    doubts.append(f"whether the first line names the columns is a guess: {'yes' if named else 'no'}")
+    return named
 
 
 def _split(text: str, lines: list[str], separator: str) -> list[list[str]]:

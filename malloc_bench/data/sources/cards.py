@@ -116,6 +116,11 @@ class Card(Strict):
         for name in self.keep or []:
             if name not in names:
                 raise ValueError(f"keep: format {self.format} has no feedback '{name}'.{suggest(name, names)}")
+        known = names.union(*(self.layout(source).feedback.values() for source in self.sources))
+        if self.label and self.label.column not in known:
+            raise ValueError(
+                f"label: no feedback is called '{clipped(self.label.column)}'.{suggest(self.label.column, known)}"
+            )
         if self.keep is not None and self.label and self.label.column not in self.keep:
             raise ValueError(f"keep has not the label's column '{self.label.column}'")
         return self

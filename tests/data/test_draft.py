@@ -1,0 +1,168 @@
+"""A first card of any log, from a look at it: what is guessed reads as the log's maker meant it."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+import zipfile
+
+import numpy as np
+import polars as pl
+import pytest
+
+from malloc_bench.data import DataError, get_dataset, load_card
+from malloc_bench.data.draft import draft
+
+N = 300
+RNG = np.random.default_rng(0)
+USERS = [f"u{i:03d}" for i in RNG.integers(0, 20, N)]
+ITEMS = [f"{i:05d}" for i in RNG.integers(0, 40, N)]
+TIMES = RNG.integers(1_500_000_000, 1_600_000_000, N).tolist()
+STARS = RNG.integers(1, 6, N).tolist()
+CLICKS = RNG.integers(0, 2, N).tolist()
+DATES = [datetime.datetime.fromtimestamp(t, datetime.UTC) for t in TIMES]
+
+
+def lines(head, pattern, *columns):
+    return head + "".join(pattern.format(*row) + "\n" for row in zip(*columns))
+
+
+def zipped(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+
+
+def write(folder, name):
+    """One log in many shapes; what its card must say of it."""
+    path = folder / name
+    table = lines("userId,movieId,title,rating,timestamp\n", '{0},{1},"A, the {1}",{2},{3}', USERS, ITEMS, STARS, TIMES)
+    texts = {
+        "plain.csv": table,
+        "headless.tsv": lines("", "{}\t{}\t{}\t{}", USERS, ITEMS, STARS, TIMES),
+        "old.dat": lines("", "{}::{}::{}::{}", USERS, ITEMS, STARS, TIMES),
+        "toy.inter": lines(
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float\n",
+            "{}\t{}\t{}\t{}.0",
+            USERS,
+            ITEMS,
+            STARS,
+            TIMES,
+        ),
+        "shop.jsonl": lines(
+            "", '{{"customer": "{}", "sku": "{}", "stars": {}, "ts": {}000, "tags": [1]}}', USERS, ITEMS, STARS, TIMES
+        ),
+        "semicolons.csv": lines(
+            "\ufeffCustomer ID;Product;Stars;Date\r\n", "{};{};{};{:%Y-%m-%d %H:%M:%S}\r", USERS, ITEMS, STARS, DATES
+        ),
+    }
+    if name in texts:
+        path.write_text(texts[name], newline="")
+    elif name == "clicks.tsv.gz":
+        text = lines(
+            "visitor\tproduct_id\trating\tevent_time\n",
+            "{}\t{}\t{}\t{}",
+            USERS,
+            ITEMS,
+            STARS,
+            [t * 10**6 for t in TIMES],
+        )
+        path.write_bytes(gzip.compress(text.encode()))
+    elif name == "pack.zip":
+        zipped(path, **{"README.txt": "hello", "a/log.csv": table})
+    elif name == "wide.csv":
+        path.write_text(table, encoding="utf-16")
+    else:
+        frame = pl.DataFrame({"uid": USERS, "item": ITEMS, "score": STARS, "when": DATES})
+        frame.write_parquet(path) if name.endswith("parquet") else frame.write_ipc(path)
+    return path
+
+
+SHAPES = [
+    "plain.csv", "headless.tsv", "old.dat", "toy.inter", "shop.jsonl", "semicolons.csv", "clicks.tsv.gz", "pack.zip",
+    "wide.csv", "events.parquet", "events.arrow",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_log_in_any_shape_is_the_same_data(name, tmp_path):
+    card, _ = draft(write(tmp_path, name))
+    assert card == tmp_path / f"{name.partition('.')[0]}.yaml"
+    data = get_dataset(card)
+    assert sorted(data.original_user(slice(None)).to_list()) == sorted(set(USERS))
+    assert sorted(data.item_names.to_list()) == sorted(set(ITEMS))
+    assert sorted(data.times.tolist()) == sorted(TIMES)
+    assert data.feedback.keys() == {"rating"} and sorted(data.feedback["rating"].tolist()) == sorted(STARS)
+    assert (data.labels() == (data.feedback["rating"] >= 4)).all()
+    of_first = sorted((t, i) for u, i, t in zip(USERS, ITEMS, TIMES) if u == min(USERS))
+    assert data.item_names[data.items[: data.offsets[1]] - 1].to_list() == [i for _, i in of_first]
+
+
+def test_what_could_not_be_told_is_said_and_written_down(tmp_path):
+    path = tmp_path / "odd.csv"
+    path.write_text(lines("who;what\n", "{};thing {}", USERS, ITEMS))
+    card, doubts = draft(path)
+    told = " ".join(doubts)
+    assert "user is a guess: who" in told and "item is a guess: what" in told and "no time was found" in told
+    assert all(f"# to be looked at: {doubt}" in card.read_text() for doubt in doubts)
+    data = get_dataset(card)
+    assert (data.n_users, data.n_events, data.has_time) == (len(set(USERS)), N, False)
+
+
+def test_clicks_are_feedback_and_numbers_that_are_no_time_give_the_order(tmp_path):
+    path = tmp_path / "clicks.csv"
+    path.write_text(lines("user,item,is_click,time\n", "{},{},{},{}", USERS, ITEMS, CLICKS, range(N)))
+    card, doubts = draft(path)
+    data = get_dataset(card)
+    assert data.feedback.keys() == {"is_click"} and data.card.label.column == "is_click"
+    assert not data.has_time and any("no time since 1970" in doubt for doubt in doubts)
+
+
+def test_where_a_card_goes(tmp_path, monkeypatch):
+    log = write(tmp_path, "plain.csv")
+    elsewhere, _ = draft(log, tmp_path / "cards" / "mine.yaml")
+    assert load_card(elsewhere).name == "mine" and get_dataset(elsewhere).n_events == N
+    log.rename(tmp_path / "ml-100k.csv")
+    card, _ = draft(tmp_path / "ml-100k.csv")
+    assert card.name == "my-ml-100k.yaml"  # a shipped data set has the other name
+    with pytest.raises(DataError, match="is there already"):
+        draft(tmp_path / "ml-100k.csv")
+    (tmp_path / "my log (2).csv").write_text((tmp_path / "ml-100k.csv").read_text())
+    assert draft(tmp_path / "my log (2).csv")[0].name == "my-log-2.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"a\nb\nc\n", "no separator of columns"),
+        ("a.csv", b"user,user\n1,2\n", "names a column twice"),
+        ("a.bin", bytes(range(256)) * 9, "neither text nor a table"),
+        ("a.json", b"[1]\n", "a JSON object on every line"),
+        ("a.json", b"{" * 9000, "a JSON object on every line"),
+        ("a.npy", b"\x93NUMPY\1\0", "arrays of numpy"),
+        ("a.parquet", b"PAR1" * 9, "a.parquet: "),
+        ("a.csv.gz", gzip.compress(b"user,item\n" * 9999)[:-20], "a.csv.gz: "),
+        ("a.zip", b"PK\3\4" + b"x" * 50, "a.zip: "),
+        ("a.csv", gzip.compress(b"user,item\n1,2\n"), "packed by gzip"),
+        ("none.csv", None, "No such file"),
+    ],
+)
+def test_what_no_card_can_be_made_of_is_one_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        draft(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and name in str(caught.value)
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_names_that_yaml_would_misread(tmp_path):
+    path = tmp_path / "a.csv"
+    names = ["user: no", "item #1", "yes", "null"]
+    path.write_text(lines(",".join(names) + "\n", "{},{},{},{}", USERS, ITEMS, CLICKS, TIMES))
+    data = get_dataset(draft(path)[0])
+    assert (data.n_users, data.n_events) == (len(set(USERS)), N)
+    json.dumps(data.card.table.model_dump())
