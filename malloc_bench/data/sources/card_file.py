@@ -81,7 +81,7 @@ def variant(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
     merged = {key: value for key, value in keys.items() if key != "variants"}
     merged |= {key: value for key, value in own.items() if key in VARIANT}
     common, more = keys.get("sources", []), own.get("sources", [])
-    if isinstance(common, list) and isinstance(more, list):
+    if isinstance(common, list) and isinstance(more, list) and (common or more):
         merged["sources"] = [*common, *more]
     return {key: put(value) for key, value in merged.items()}
 

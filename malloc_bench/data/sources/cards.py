@@ -159,7 +159,11 @@ def _own(spec: str, known: Mapping[str, Path]) -> Card:
     """The card of the user's own file, which may leave out what only a published one needs."""
     at = spec.find(":", spec.rfind(os.sep) + 1)
     path, variant = (Path(spec), "") if at < 0 else (Path(spec[:at]), spec[at + 1 :])
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name that no file can have
+        found = False
+    if not found:
         raise DataError(f"{clipped(str(path), 200)}: no such card")
     stems, name = card_file.variants(card_file.content(path)), f"{path.stem}-{variant}" if variant else path.stem
     if (variant or stems) and variant not in stems:
