@@ -90,6 +90,15 @@ def cell_id(payload: Any) -> str:
     return digest(payload)
 
 
+def differing(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """What two payloads differ in: key path -> both values, None for a key that is not there."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = sorted({*one, *other})
+        parts = (differing(one.get(key), other.get(key), f"{at}.{key}".lstrip(".")) for key in keys)
+        return {path: values for part in parts for path, values in part.items()}
+    return {} if one == other else {at: (one, other)}
+
+
 def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
     """The `budget` column: `0.25`, `{"slots":16}`, or null where the method has no budget."""
     if budget is None:
