@@ -262,11 +262,12 @@ def test_two_runs_on_one_folder_the_second_is_told_who_has_it(suite: Path, tmp_p
     assert run_suite(suite, out, quiet=True).ok == 4  # let go of, it is free
 
 
-def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(suite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asks", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_being_asked_to_end_keeps_what_is_finished(suite: Path, tmp_path: Path, asks: int, code: int) -> None:
     out = tmp_path / "run"
     run_suite(suite, out, only={"compressor": "full"}, quiet=True)
     before = rows_of(out)
-    code = """
+    script = """
         import sys, time
         from malloc_bench.evaluation import evaluate as evaluation
         from malloc_bench.cli.commands import main
@@ -276,11 +277,11 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(suite: Path, tmp_path: 
         evaluation._chunk = slow
         sys.exit(main(["run", sys.argv[1], "--out", sys.argv[2], "--quiet"]))
     """
-    process = in_process(code, suite, out, stderr=subprocess.PIPE, text=True)
+    process = in_process(script, suite, out, stderr=subprocess.PIPE, text=True)
     wait_for((out / "started").exists)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asks)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
+    assert process.returncode == code and "Traceback" not in said
     assert rows_of(out) == before
     assert run_suite(suite, out, quiet=True).reused == 1
 
