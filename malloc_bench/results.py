@@ -1,34 +1,43 @@
-"""Rows: one JSON file per cell, the truth of a run; `results.parquet` is derived from them.
-
-Everything is written to a temporary file beside its place, synced, and renamed: a reader sees a whole file or none.
-"""
+"""Rows: one JSON file per cell, the truth of a run; `results.parquet` is derived from them."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from malloc_bench.files import (
+    DIGEST,
+    ResultsError,
+    atomic_write,
+    canonical_json,
+    digest,
+    file_digest,
+    finite,
+    plain,
+    remove_leftovers,
+    sealed,
+)
 from malloc_bench.registry import suggest
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+__all__ = [
+    "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_text", "canonical_json", "cell_id",
+    "frame", "label", "load_results", "read_rows", "remove_leftovers", "to_parquet", "write_per_user", "write_row",
+]  # fmt: skip
+
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUSES = ("ok", "skipped", "failed")
 STEPS = ("prefill", "compress", "append", "read")
 KNOWN = ("none", "full", "window")
@@ -60,7 +69,7 @@ COLUMNS: dict[str, str] = {
     "peak_bytes": "real",
     "params": "whole",
     "train_seconds": "real",
-    "device": "text",
+    **dict.fromkeys(("device", "amp"), "text"),  # amp: the arithmetic of training, fp32 or bf16
     "threads": "whole",
     "load": "real",
     **dict.fromkeys(("git_commit", "created_at"), "text"),
@@ -69,27 +78,25 @@ COLUMNS: dict[str, str] = {
     "traceback": "text",
     **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),
     "schema_version": "whole",
+    DIGEST: "text",  # sha256 of the canonical JSON of the row without it
 }
-
-
-class ResultsError(RuntimeError):
-    """A result could not be written: one line with the path, the reason and what to do."""
 
 
 # ---- identity
 
 
-def canonical_json(obj: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII; numpy scalars as numbers, tuples as lists.
-
-    Raises ValueError for NaN and infinity, TypeError for what JSON has no word for.
-    """
-    return json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def cell_id(payload: Any) -> str:
     """sha256 (64 hex digits) of the canonical JSON of what makes a cell what it is."""
-    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+    return digest(payload)
+
+
+def differing(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """What two payloads differ in: key path -> both values, None for a key that is not there."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = sorted({*one, *other})
+        parts = (differing(one.get(key), other.get(key), f"{at}.{key}".lstrip(".")) for key in keys)
+        return {path: values for part in parts for path, values in part.items()}
+    return {} if one == other else {at: (one, other)}
 
 
 def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
@@ -115,91 +122,26 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _plain(obj: Any) -> Any:
-    """`obj` in Python's own types, with text keys."""
-    if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_plain(value) for value in obj]
-    return _plain(obj.tolist()) if hasattr(obj, "tolist") else obj
-
-
-def _finite(obj: Any) -> Any:
-    """A plain value with NaN and infinity, which JSON cannot say, as null."""
-    if isinstance(obj, dict):
-        return {key: _finite(value) for key, value in obj.items()}
-    if isinstance(obj, list):
-        return [_finite(value) for value in obj]
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
 # ---- files
 
-_ADVICE = {
-    errno.ENOSPC: "free some disk space",
-    errno.EDQUOT: "free some of your disk quota",
-    errno.EACCES: "choose a folder you may write to (--out)",
-    errno.EPERM: "choose a folder you may write to (--out)",
-    errno.EROFS: "choose a folder you may write to (--out)",
-    errno.ENOTDIR: "choose a folder, not a file (--out)",
-    errno.EEXIST: "choose a folder, not a file (--out)",
-}
 
+def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray | pl.Series]) -> str:
+    """Write arrays or series of equal length (U,) or (U, n) as an atomic parquet; its sha256, for the row to keep.
 
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all, on disk when this returns; makes the folders above it.
-
-    Raises ResultsError (disk full, no permission ...); what was at `path` is then still there.
+    Raises ResultsError.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check the disk")
-        reason = error.strerror or str(error)
-        raise ResultsError(
-            f"cannot write {path}: {reason}; {advice}, then run again: finished cells are kept"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing left to remove
-            temporary.unlink()
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def remove_leftovers(folder: str | Path) -> int:
-    """Delete temporary files that killed writers left in `folder`; how many. Only for the holder of the run's lock."""
-    leftovers = list(Path(folder).glob(".*.tmp"))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
-
-
-def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray | pl.Series]) -> None:
-    """Write arrays or series of equal length (U,) or (U, n) as an atomic parquet; raises ResultsError."""
     import polars as pl
 
-    _write_parquet(path, pl.DataFrame(dict(columns)))
-
-
-def _write_parquet(path: str | Path, frame: pl.DataFrame) -> None:
     buffer = BytesIO()
-    frame.write_parquet(buffer)
+    pl.DataFrame(dict(columns)).write_parquet(buffer)
     atomic_write(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def spoilt(rundir: str | Path, row: Row) -> str | None:
+    """Which file that belongs to a row is gone or not what was written, a path below the run folder; None: none is."""
+    files = (row["hashes"] or {}).get("files", {})
+    return next((name for name, known in files.items() if file_digest(Path(rundir) / name) != known), None)
 
 
 # ---- rows
@@ -214,18 +156,19 @@ def write_row(folder: str | Path, row: Mapping[str, Any]) -> Path:
     for name in row:
         if name not in COLUMNS:
             raise ValueError(f"a row has no column '{name}'.{suggest(name, COLUMNS)}")
-    plain = _finite(_plain(dict.fromkeys(COLUMNS) | dict(row) | {"schema_version": SCHEMA_VERSION}))
-    if fault := _fault(plain):
+    whole = finite(plain(dict.fromkeys(COLUMNS) | dict(row) | {"schema_version": SCHEMA_VERSION}))
+    if fault := _fault(whole):
         raise ValueError(f"bad row: {fault}")
-    path = Path(folder) / f"{plain['cell_id']}.json"
-    atomic_write(path, (json.dumps(plain, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    path = Path(folder) / f"{whole['cell_id']}.json"
+    atomic_write(path, sealed(whole))
     return path
 
 
 def read_rows(folder: str | Path, quarantine: bool = True) -> list[Row]:
-    """All good rows of a folder, by cell id. A broken file, or one of another schema version, is not returned:
+    """All good rows of a folder, by cell id. A broken file, one that is not what was written (by its digest, and by its
 
-    it is named in a warning and moved to `<folder>/quarantine/`, or left alone with `quarantine=False`.
+    cell's id), or one of another schema version, is not returned: it is named in a warning and moved to
+    `<folder>/quarantine/`, or left alone with `quarantine=False`.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
@@ -251,13 +194,24 @@ def _read_row(path: Path) -> tuple[Row, str | None]:
     """The row of a file and what is wrong with it."""
     try:
         row = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"not readable ({error})"
     if not isinstance(row, dict):
         return {}, "not a row"
     if row.get("schema_version") != SCHEMA_VERSION:
         return {}, f"schema version {row.get('schema_version')}, this is {SCHEMA_VERSION}"
-    return row, _fault(row) or (None if row["cell_id"] == path.stem else "its name is not its cell id")
+    if fault := _fault(row):
+        return {}, fault
+    if row.get(DIGEST) != _digest({name: value for name, value in row.items() if name != DIGEST}):
+        return {}, "its digest does not match"
+    return dict.fromkeys(COLUMNS) | row, None if row["cell_id"] == path.stem else "its name is not its cell id"
+
+
+def _digest(content: Any) -> str | None:
+    try:
+        return digest(content)
+    except ValueError:  # NaN, which was never written
+        return None
 
 
 def _fault(row: Row) -> str | None:
@@ -267,7 +221,9 @@ def _fault(row: Row) -> str | None:
     if row.get("status") not in STATUSES:
         return f"status {row.get('status')!r} is none of {', '.join(STATUSES)}"
     wrong = [name for name, kind in COLUMNS.items() if not _fits(row.get(name), kind)]
-    return f"{wrong[0]} is {row[wrong[0]]!r}, expected {COLUMNS[wrong[0]]}" if wrong else None
+    if wrong:
+        return f"{wrong[0]} is {row[wrong[0]]!r}, expected {COLUMNS[wrong[0]]}"
+    return "its cell_id is not that of its cell" if row.get("cell") and cell_id(row["cell"]) != row["cell_id"] else None
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -299,20 +255,40 @@ def _cell(value: Any, kind: str) -> Any:
 def load_results(rundir: str | Path) -> pl.DataFrame:
     """The results of a run folder: from `rows/` where there are any, else from `results.parquet`. Changes no file.
 
-    Raises FileNotFoundError where the folder has neither.
+    Raises FileNotFoundError where the folder has neither, ResultsError where the parquet is not what was written.
     """
-    import polars as pl
-
     rundir = Path(rundir)
     if any((rundir / "rows").glob("*.json")):
         return frame(read_rows(rundir / "rows", quarantine=False))
     if (rundir / "results.parquet").is_file():
-        return pl.read_parquet(rundir / "results.parquet")
+        return _read_parquet(rundir / "results.parquet")
     raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
 
 
 def to_parquet(rundir: str | Path) -> Path:
     """Derive `results.parquet` from the rows of a run folder; raises ResultsError where it cannot be written."""
     path = Path(rundir) / "results.parquet"
-    _write_parquet(path, frame(read_rows(Path(rundir) / "rows")))
+    rows, buffer = frame(read_rows(Path(rundir) / "rows")), BytesIO()
+    rows.write_parquet(buffer, metadata={DIGEST: str(_frame_digest(rows))})
+    atomic_write(path, buffer.getvalue())
     return path
+
+
+def _read_parquet(path: Path) -> pl.DataFrame:
+    """A frame with all of COLUMNS; what an older schema version did not have is null."""
+    import polars as pl
+
+    try:
+        found, known = pl.read_parquet(path), pl.read_parquet_metadata(path).get(DIGEST)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ResultsError(f"{path} cannot be read ({why}): run again, or fetch it again") from None
+    old = known is None and "schema_version" in found.columns and found["schema_version"].eq(1).all()
+    if not old and known != _frame_digest(found):
+        raise ResultsError(f"{path} is not what was written (its digest does not match): run again, or fetch it again")
+    missing = {name: kind for name, kind in frame([]).schema.items() if name not in found.columns}
+    return found.with_columns(pl.lit(None, kind).alias(name) for name, kind in missing.items())
+
+
+def _frame_digest(rows: pl.DataFrame) -> str | None:
+    return _digest(rows.to_dict(as_series=False))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malloc_bench import results
+from malloc_bench import files, results
 from malloc_bench.results import ResultsError, atomic_write, budget_text, canonical_json, cell_id, read_rows, write_row
 
 ID = cell_id({"dataset": "ml-100k"})
@@ -105,7 +105,10 @@ def test_broken_files_are_quarantined_with_a_warning(tmp_path, caplog):
         "half": whole[:200],
         "empty": "",
         "list": "[]",
-        "old": whole.replace('"schema_version": 1', '"schema_version": 0'),
+        "old": whole.replace('"schema_version": 2', '"schema_version": 1'),
+        "changed": whole.replace('"ndcg@10": 0.1', '"ndcg@10": 0.2'),
+        "unsealed": whole.replace('"digest": "', '"digest": "0'),
+        "nan": whole.replace('"ndcg@10": 0.1', '"ndcg@10": NaN'),
         "renamed": whole,
         "type": whole.replace('"ndcg@10": 0.1', '"ndcg@10": "much"').replace(ID, "type"),
     }
@@ -115,8 +118,50 @@ def test_broken_files_are_quarantined_with_a_warning(tmp_path, caplog):
     caplog.clear()
     assert [row["cell_id"] for row in read_rows(tmp_path)] == [ID]
     assert {path.stem for path in (tmp_path / "quarantine").iterdir()} == set(broken)
-    assert len(caplog.records) == len(broken) and "schema version 0, this is 1" in caplog.text
+    assert len(caplog.records) == len(broken) and "schema version 1, this is 2" in caplog.text
     assert len(read_rows(tmp_path)) == 1 and len(caplog.records) == len(broken)
+
+
+def test_a_row_is_that_of_its_cell(tmp_path):
+    cell = {"dataset": "ml-100k"}
+    write_row(tmp_path, a_row(cell=cell))
+    with pytest.raises(ValueError, match="its cell_id is not that of its cell"):
+        write_row(tmp_path, a_row(cell={**cell, "seed": 1}))
+    assert len(read_rows(tmp_path)) == 1
+
+
+def test_a_row_that_lacks_a_newer_column_is_read(tmp_path):
+    path = write_row(tmp_path, a_row())
+    row = json.loads(path.read_text())
+    del row["amp"]
+    path.write_bytes(files.sealed(row))
+    assert read_rows(tmp_path)[0]["amp"] is None
+
+
+def test_sealed_files_say_when_they_are_not_what_was_written(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"b": [1, 2.5, None], "a": {"x": "é", "nan": float("nan")}}
+    atomic_write(path, files.sealed(content))
+    assert files.read_sealed(path) == {"b": [1, 2.5, None], "a": {"x": "é", "nan": None}}
+    whole = path.read_bytes()
+    for text in (b"", whole[:40], b"[]", b"[" * 100_000, whole.replace(b"2.5", b"2.6"), b"{}", b"\xff" + whole):
+        path.write_bytes(text)
+        with pytest.raises(files.Damaged):
+            files.read_sealed(path)
+    with pytest.raises(FileNotFoundError):
+        files.read_sealed(tmp_path / "nothing")
+    with pytest.raises(files.Damaged):
+        files.read_sealed(tmp_path)
+
+
+def test_the_advice_names_what_chooses_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").write_text("no folder")
+    (tmp_path / "run").write_text("no folder")
+    with pytest.raises(ResultsError, match=r"choose a folder, not a file \(MALLOC_BENCH_HOME\)"):
+        atomic_write(tmp_path / "home" / "checkpoints" / "x", b"")
+    with pytest.raises(ResultsError, match=r"choose a folder, not a file \(--out\)"):
+        atomic_write(tmp_path / "run" / "x", b"")
 
 
 def test_temporary_files_of_killed_writers_are_ignored_and_cleaned(tmp_path):
@@ -157,7 +202,7 @@ def fails_with(code):
 def test_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, code, advice):
     path = write_row(tmp_path, a_row())
     before = path.read_bytes()
-    monkeypatch.setattr(results.os, "fsync", fails_with(code))
+    monkeypatch.setattr(os, "fsync", fails_with(code))
     with pytest.raises(ResultsError) as caught:
         write_row(tmp_path, a_row(mrr=0.5))
     text = str(caught.value)
@@ -219,6 +264,44 @@ def test_parquet_round_trip(tmp_path):
     assert json.loads(one["compressor_params"]) == params and one["bytes_mean"] == 3.0 and one["budget"] == "0.5"
     (tmp_path / "rows" / f"{ID}.json").unlink()
     assert results.load_results(tmp_path).equals(loaded)  # a folder that kept the parquet only
+
+
+def test_a_parquet_that_is_not_what_was_written_is_refused(tmp_path):
+    write_row(tmp_path / "rows", a_row())
+    path = results.to_parquet(tmp_path)
+    (tmp_path / "rows" / f"{ID}.json").unlink()
+    whole = path.read_bytes()
+    good = results.load_results(tmp_path)
+    pl.read_parquet(path).with_columns(pl.lit(0.2).alias("ndcg@10")).write_parquet(path)
+    with pytest.raises(ResultsError, match=r"is not what was written"):
+        results.load_results(tmp_path)
+    for cut in (0, 100, len(whole) - 3):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ResultsError, match=r"results.parquet cannot be read"):
+            results.load_results(tmp_path)
+    path.write_bytes(whole)
+    assert results.load_results(tmp_path).equals(good)
+
+
+def test_a_parquet_of_the_first_schema_version_is_read(tmp_path):
+    """It had no digest, and fewer columns."""
+    write_row(tmp_path / "rows", a_row())
+    path = results.to_parquet(tmp_path)
+    (tmp_path / "rows" / f"{ID}.json").unlink()
+    old = pl.read_parquet(path).drop("amp", "digest").with_columns(pl.lit(1, pl.Int64).alias("schema_version"))
+    old.write_parquet(path)
+    found = results.load_results(tmp_path)
+    assert found["ndcg@10"][0] == 0.1 and found["amp"][0] is None and set(found.columns) == set(results.COLUMNS)
+
+
+def test_files_of_a_row_are_told_from_others(tmp_path):
+    known = results.write_per_user(tmp_path / "per_user" / "x.parquet", {"rank": np.arange(5)})
+    row = a_row(hashes={"files": {"per_user/x.parquet": known}})
+    assert results.spoilt(tmp_path, row) is None and results.spoilt(tmp_path, a_row(hashes=None)) is None
+    results.write_per_user(tmp_path / "per_user" / "x.parquet", {"rank": np.arange(5) + 1})
+    assert results.spoilt(tmp_path, row) == "per_user/x.parquet"
+    (tmp_path / "per_user" / "x.parquet").unlink()
+    assert results.spoilt(tmp_path, row) == "per_user/x.parquet"
 
 
 def test_loading_changes_nothing_and_needs_results(tmp_path):

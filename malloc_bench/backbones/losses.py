@@ -46,8 +46,12 @@ class _FullSoftmax(torch.autograd.Function):
 
 
 def next_item_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the whole catalogue: hidden [N, d], table [n_items, d], targets [N] int64 from 0."""
-    return _FullSoftmax.apply(hidden, table, targets)
+    """Mean cross-entropy over the whole catalogue: hidden [N, d], table [n_items, d], targets [N] int64 from 0.
+
+    Under autocast either may come as bfloat16: sums and gradients are kept in float32 at least.
+    """
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
+    return _FullSoftmax.apply(hidden.to(wide), table.to(wide), targets)
 
 
 def sampled_loss(hidden: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def sampled_loss(hidden: Tensor, table: Tensor, targets: Tensor, negatives: Tens
     own = (hidden * table[targets.clamp(min=0)]).sum(2, keepdim=True)
     others = hidden @ table[negatives].mT
     others = others.masked_fill(negatives[:, None] == targets[..., None], -torch.inf)
-    logits = torch.cat([own, others], dim=2)[targets >= 0]
+    logits = torch.cat([own, others.to(own.dtype)], dim=2)[targets >= 0]  # in autocast a product is a bfloat16
     return F.cross_entropy(logits, targets.new_zeros(len(logits)))
 
 

@@ -63,7 +63,7 @@ class MARMBlock(SASRecBlock):
         q = (q * self.scale) @ w_k.unflatten(0, (self.heads, -1))  # a key's bias is the same for all slots: softmax
         hidden = hidden.unsqueeze(1).contiguous()
         if self.search == "group":
-            q = torch.cat([q, self._group(hidden).to(q.dtype).unsqueeze(-1).expand(*q.shape[:3], 1)], -1)
+            q = torch.cat([q, self._group(hidden).float().unsqueeze(-1).expand(*q.shape[:3], 1)], -1)
         return q, {"hidden": hidden}, None
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:

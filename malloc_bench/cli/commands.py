@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The entry point: an exit code, and one line on stderr for whatever the user can mend.
 
     0 all well, 1 some cells failed or something differs, 2 the suite, an argument or the folder is wrong, 130
-    interrupted.
+    interrupted, 143 ended by SIGTERM.
     """
     # threads that wait spin for some microseconds only: spinning on makes two runs beside each other 3 times slower,
     # sleeping at once makes a run alone a quarter slower
@@ -176,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     set_up()
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
+    ended: list[int] = []  # by a signal that asks to end
     try:
+        _end_as_by_ctrl_c(ended)
         code = app(args=[word for word in words if word != "--debug"], prog_name="malloc-bench", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
@@ -191,8 +194,20 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         code = code or 0
     if code == 130:
+        code = 128 + ended[0] if ended else 130
         say("malloc-bench: interrupted; finished cells are kept, run again to go on", err=True)
     return code
+
+
+def _end_as_by_ctrl_c(ended: list[int]) -> None:
+    """Let SIGTERM (of a scheduler, or `timeout`) end a run as ctrl-C does; the exit code is then 143, as of shells."""
+
+    def end(number: int, frame: object) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, end)
 
 
 def _expected(error: Exception) -> bool:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -121,6 +122,11 @@ class Compressor(ABC):
     def needs(self) -> Stats:
         """Attention statistics that `compress` reads."""
         return Stats()
+
+    @property
+    def files(self) -> Sequence[str | Path]:
+        """Files that the method reads, such as a codebook: their content is a part of what a row depends on."""
+        return ()
 
     @property
     def takes_budget(self) -> bool:

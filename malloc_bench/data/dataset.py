@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -102,6 +102,19 @@ class Dataset:
     @property
     def has_time(self) -> bool:
         return self.times is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What a number computed from the data depends on: their content, and what the card says of its meaning."""
+        card = self.card
+        rule, parameters = getattr(card, "label", None), getattr(card, "parameters", None)
+        return {
+            "hash": self.hash,
+            "label": rule and rule.model_dump(mode="json"),
+            "keep": getattr(card, "keep", None),
+            "on_bad": dict(getattr(card, "on_bad", {})),
+            "ties": getattr(card, "ties", None),
+            "parameters": parameters and parameters.model_dump(mode="json"),  # the ceilings of generated data
+        }
 
 
 def group(card: Card, rows: Rows, source: str) -> Dataset:

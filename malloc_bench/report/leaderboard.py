@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm
+from malloc_bench.report.lineage import APART, apart
 from malloc_bench.report.render import (
     Column,
     budget_label,
@@ -39,8 +40,12 @@ _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 
 
 def newest(frame: pl.DataFrame) -> pl.DataFrame:
-    """One row a cell and seed: where a method was rerun in another version, its latest."""
-    same = [*GROUP, "backbone_params", *METHOD, "seed"]
+    """One row a cell and seed: where a method was rerun in another version, its latest.
+
+    Rows of other data, training or weights stay, with what tells them apart in a column of its own (`lineage.apart`).
+    """
+    frame = apart(frame, [*GROUP, "backbone_params"])
+    same = [*GROUP, "backbone_params", APART, *METHOD, "seed"]
     return frame.sort("created_at", nulls_last=False, maintain_order=True).unique(
         same, keep="last", maintain_order=True
     )
@@ -112,11 +117,15 @@ def share_of(known: str, metric: str = "hr@10") -> pl.Expr:
 
 
 def _labelled(frame: pl.DataFrame) -> pl.DataFrame:
-    """`compressor_params` becomes the method's label; `backbone` gets its parameters where one name has several."""
+    """`compressor_params` becomes the method's label; `backbone` gets its parameters where one name has several, and
+
+    what else tells its rows apart: they are tables of their own.
+    """
     ambiguous = pl.col("backbone_params").n_unique().over("backbone") > 1
     pairs = pl.struct("backbone", "backbone_params").map_elements(_backbone, pl.String)
     return frame.with_columns(
-        pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone")).alias("backbone"),
+        pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone"))
+        + pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit("")),
         pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
         pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -11,14 +12,14 @@ import os
 import shutil
 import socket
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from malloc_bench.evaluation.requests import Values
-from malloc_bench.results import ResultsError, atomic_write
+from malloc_bench.files import Damaged, ResultsError, advice, atomic_write, read_sealed, remove_leftovers, sealed
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = path.open("a+")
     except OSError as error:
-        raise ResultsError(f"{folder}: {error.strerror}; choose a folder you may write to (--out)") from None
+        raise ResultsError(f"{folder}: {error.strerror}; {advice(folder, error)}") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -55,22 +56,48 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def remove_dead(folder: Path) -> None:
+    """Delete what killed runs left half-written in a run folder; only for the holder of its lock.
+
+    A report may be writing tables and figures beside a run, so what lies there must be an hour old.
+    """
+    for each in ("rows", "per_user", "latency", "partial/*", "checkpoints/*"):
+        for owned in folder.glob(each):
+            remove_leftovers(owned)
+    for shared in (folder, folder / "figures"):
+        remove_leftovers(shared, older=3600)
+
+
+def remove_partial(folder: Path, wanted: Collection[str]) -> None:
+    """Delete chunks of groups that a whole suite, as it now is, has no undone cells of; wanted: keys of the others."""
+    for path in (folder / "partial").glob("*"):
+        if path.name not in wanted:
+            Chunks(path).drop()
+
+
 class Chunks:
-    """Finished chunks of one group, an .npz each: what a killed run has already paid for."""
+    """Finished chunks of one group, a file each: what a killed run has already paid for.
+
+    A file is a sha256 of its place and its content, then an .npz.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, chunk: int) -> dict[str, Values]:
         path = self._path(chunk)
-        if not path.exists():
-            return {}
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                done: dict[str, Values] = {}
+            whole = path.read_bytes()
+            head, content = whole[:_HASH], whole[_HASH:]
+            if head != self._hash(chunk, content):
+                raise ValueError("not what was written")
+            done: dict[str, Values] = {}
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 for key in arrays.files:
                     job, column = key.rsplit("/", 1)
                     done.setdefault(job, {})[column] = arrays[key]
+        except FileNotFoundError:
+            return {}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return {}
@@ -80,7 +107,7 @@ class Chunks:
         buffer = io.BytesIO()
         arrays: Any = {f"{job}/{column}": array for job, values in done.items() for column, array in values.items()}
         np.savez(buffer, **arrays)
-        atomic_write(self._path(chunk), buffer.getvalue())
+        atomic_write(self._path(chunk), self._hash(chunk, buffer.getvalue()) + buffer.getvalue())
 
     def drop(self) -> None:
         """Forget the group: its rows are written."""
@@ -91,7 +118,24 @@ class Chunks:
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk:05d}.npz"
 
+    def _hash(self, chunk: int, content: bytes) -> bytes:
+        return hashlib.sha256(f"{self.folder.name}/{chunk}/".encode() + content).digest()
+
+
+_HASH = hashlib.sha256().digest_size
+
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """manifest.json, in place of the one before."""
-    atomic_write(folder / "manifest.json", (json.dumps(manifest, indent=1, default=str) + "\n").encode())
+    """manifest.json, sealed, in place of the one before."""
+    atomic_write(folder / "manifest.json", sealed(json.loads(json.dumps(manifest, default=str))))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What manifest.json holds; nothing, with a warning, where it is not what was written."""
+    try:
+        return read_sealed(folder / "manifest.json")
+    except FileNotFoundError:
+        return {}
+    except Damaged as error:
+        log.warning("%s/manifest.json is not what was written (%s): it begins anew", folder, error)
+        return {}

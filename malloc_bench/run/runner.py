@@ -14,13 +14,13 @@ import torch
 from malloc_bench.data import get_dataset
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
-from malloc_bench.results import read_rows, remove_leftovers
-from malloc_bench.run.folder import LockedError, locked
+from malloc_bench.results import differing, read_rows
+from malloc_bench.run.folder import LockedError, locked, remove_dead, remove_partial
 from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.plan import RunResult, make_plan
+from malloc_bench.suite.plan import RunResult, checkpoint_folder, groups, make_plan
 from malloc_bench.suite.suite import Suite, load_suite
 
 __all__ = ["LockedError", "RunResult", "compare", "reproduce", "run_suite"]
@@ -42,19 +42,37 @@ def run_suite(
     only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
     unfinished chunks (checkpoints are kept). Raises SuiteError, DataError, LockedError, ResultsError.
     """
+    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, whole=not only)
+
+
+def _run(
+    suite: Suite | str | Path,
+    out: str | Path | None,
+    only: Mapping[str, str],
+    dry_run: bool,
+    fresh: bool,
+    offline: bool,
+    device: str,
+    quiet: bool,
+    whole: bool,
+) -> RunResult:
+    """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
-    cells = suites.only(suite.cells(), only or {})
+    cells = suites.only(suite.cells(), only)
+    on = _device(device)
     folder = Path(out) if out is not None else Path("runs") / suite.name
     needed = dict.fromkeys(cell.dataset for cell in cells)
     datasets = {name: get_dataset(suite.cards.get(name, name), offline=offline, progress=not quiet) for name in needed}
-    cells = [cell.settled(datasets[cell.dataset]) for cell in cells]
+    cells = [cell.settled(datasets[cell.dataset], on) for cell in cells]
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
     started = time.perf_counter()
     with locked(folder), bars(quiet) as watch:
-        remove_leftovers(folder / "rows")
+        remove_dead(folder)
         result = make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows"), suite)
-        run = Session(suite, folder, datasets, _device(device), watch, result, fresh)
+        if whole:
+            remove_partial(folder, {checkpoint_folder(cell.plain).name for cell, _ in groups(result.plan)})
+        run = Session(suite, folder, datasets, on, watch, result, fresh)
         try:
             run.all()
         finally:
@@ -75,7 +93,7 @@ def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: st
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
     for part in parts:
         part.build()  # an unknown name is an error before anything runs
-    return run_suite(replace(base, compressors=tuple(parts)), out)
+    return _run(replace(base, compressors=tuple(parts)), out, {}, False, False, False, "auto", False, whole=False)
 
 
 def reproduce(run: str | Path, prefix: str) -> list[str]:
@@ -91,6 +109,9 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         run_cells([cell], Path(folder))
         (again,) = read_rows(Path(folder) / "rows")
+    if again["cell_id"] != row["cell_id"]:
+        other = [f"{name}: {a} then, {b} now" for name, (a, b) in differing(row["cell"], again["cell"]).items()]
+        return [f"it is another cell today: {', '.join(other)}"]
     numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
     same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
     return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]

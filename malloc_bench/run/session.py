@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import shutil
+import hashlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,15 +23,17 @@ from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
-from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
-from malloc_bench.run.folder import Chunks, LockedError, locked, write_manifest
+from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
+from malloc_bench.results import Row, to_parquet, write_per_user, write_row
+from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, write_manifest
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.rows import accuracy, ceilings, per_user
 from malloc_bench.state import Prefill, UserState
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.suite.suite import Suite
-from malloc_bench.training.fit import Fit, Training, fit, tune_malloc
+from malloc_bench.training.checkpoints import Fit, copy_weights, finished
+from malloc_bench.training.fit import Training, fit, tune_malloc
 
 
 class Session:
@@ -53,6 +54,7 @@ class Session:
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
         self.ceilings: dict[str, Any] = {}
+        self.files: dict[str, dict[str, str]] = {}  # cell id -> what was written of it beside its row, and the sha256
         self.cut: tuple[Any, Split | Impressions] | None = None
         tune_malloc()
 
@@ -116,7 +118,7 @@ class Session:
         data = self.datasets[cell.dataset]
         trained = self._all_trained(cell, split, todo)
         todo = [each for each in todo if _part(each) in trained]
-        backbone, _, key = trained[None]
+        backbone, plain, key = trained[None]
         store = Chunks(self.folder / "partial" / key)
         if self.fresh:
             store.drop()
@@ -132,15 +134,20 @@ class Session:
         resources = self._resources(cell, [job for job in jobs if job.id in columns])
         for each in todo:
             own, fitted, key = trained[_part(each)]
+            outcome = self._outcome(each, evaluation, columns, split)
             shared = {
                 "params": sum(p.numel() for p in own.parameters()),
                 "train_seconds": fitted.seconds,
                 "device": str(self.device),
-                "hashes": {"data": data.hash, "checkpoint": key},
+                "hashes": {
+                    "data": data.hash,
+                    "checkpoint": key,
+                    "weights": fitted.weights,
+                    "reference": plain.weights,  # of the full state that it is compared with
+                    "files": self.files.get(each.id, {}),
+                },
             }
-            self._write(
-                each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
-            )
+            self._write(each, {**outcome, **shared, **resources.get(each.id, {})})
         store.drop()
 
     def _all_trained(
@@ -175,26 +182,26 @@ class Session:
             trace = evaluation.failed[each.id]
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
-        write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.original_user(slice(None))))
+        values = per_user(evaluation, each.id, split.dataset.original_user(slice(None)))
+        self.files.setdefault(each.id, {})[path] = write_per_user(self.folder / path, values)
         noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
         return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
         """The backbone of a cell, adapted or not, trained now or before; the run folder has a copy of its weights."""
-        folder = checkpoint_folder(cell, self.datasets[cell.dataset])
+        folder = checkpoint_folder(cell)
         backbone, part = self._backbone(cell), cell.compressor.build().structural
         if part:
             part.adapt(backbone)
-        backbone = backbone.to(self.device)
+        backbone, copy = backbone.to(self.device), self.folder / "checkpoints" / folder.name
         with locked(folder, wait=True):  # two runs that need the same weights train them once
-            fitted = fit(
-                backbone, split, Training(**cell.training), cell.seed, folder, self.watch.fit, cell.filter_seen
-            )
-        copy = self.folder / "checkpoints" / folder.name
-        if not (copy / "fit.json").exists():
-            copy.mkdir(parents=True, exist_ok=True)
-            for name in ("model.safetensors", "fit.json"):
-                shutil.copyfile(folder / name, copy / name)
+            remove_leftovers(folder)
+            theirs = finished(copy) is not None  # what the rows that are there were made with goes before the cache
+            if theirs and not finished(folder):
+                copy_weights(copy, folder)
+            settings, place = Training(**cell.training), copy if theirs else folder
+            fitted = fit(backbone, split, settings, cell.seed, place, self.watch.fit, cell.filter_seen)
+            copy_weights(place, copy)
         self.fits[folder.name] = asdict(fitted)
         return backbone, fitted, folder.name
 
@@ -216,7 +223,9 @@ class Session:
                 longer, methods, workload, self.device, seconds=settings.seconds
             ).items():
                 rows[each] |= {**timing.columns(), "threads": timing.threads, "load": timing.load}
-                atomic_write(self.folder / "latency" / f"{each}.json", json.dumps(asdict(timing)).encode())
+                path, content = f"latency/{each}.json", sealed({"cell_id": each, **asdict(timing)})
+                atomic_write(self.folder / path, content)
+                self.files.setdefault(each, {})[path] = hashlib.sha256(content).hexdigest()
         if settings.flops:
             backbone = longer(workload.max_length).to(self.device).eval()
             rows = {each: {**rows[each], **costs} for each, costs in _costs(backbone, jobs, workload)}
@@ -239,6 +248,7 @@ class Session:
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
             "seed": cell.seed,
+            "amp": cell.training["amp"],
             "git_commit": environment.get("git_commit"),
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "cell": cell.payload(),
@@ -254,7 +264,7 @@ class Session:
         """The derived table and the manifest, also after an interrupt."""
         if any((self.folder / "rows").glob("*.json")):
             to_parquet(self.folder)
-        before = _read_json(self.folder / "manifest.json")
+        before = read_manifest(self.folder)
         sets = {
             name: {"hash": data.hash, "source": data.source, "has_time": data.has_time, "users": data.n_users,
                    "items": data.n_items, "events": data.n_events, "notes": dict(data.notes)}
@@ -304,10 +314,3 @@ def _last_line() -> str:
 
 def _text(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -6,9 +6,9 @@ import hashlib
 import inspect
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ import torch
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
-from malloc_bench.data import Dataset
+from malloc_bench.data import DataError, Dataset
 from malloc_bench.data.tasks.options import pick
 from malloc_bench.data.tasks.splits import RULES, Rule, default_rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
+from malloc_bench.files import file_digest
 from malloc_bench.registry import find
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
+from malloc_bench.training.fit import arithmetic
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -62,12 +64,14 @@ class Part:
     def content(self) -> dict[str, Any]:
         """What defines its results: name, version and all parameters, defaults too; of each step of a chain.
 
-        A class that is not ours adds the sha256 of its file, as it is when first asked for.
+        A class that is not ours adds the sha256 of its file, and whatever declares `files` that it reads, theirs, as
+        they are when first asked for. Raises ValueError where such a file cannot be read.
         """
         if self.kind == "compressors":
             return _content(self.build())
         cls = find(self.kind, self.name)
-        return _identity(cls, asdict(cls.Config(**self.params)))
+        config = cls.Config(**self.params)
+        return _identity(cls, asdict(config), getattr(config, "files", ()))
 
     @cached_property
     def structural(self) -> dict[str, Any] | None:
@@ -89,15 +93,38 @@ class Part:
 
 def _content(value: Any) -> Any:
     if isinstance(value, Compressor):
-        return _identity(type(value), {f.name: _content(getattr(value, f.name)) for f in fields(value)})  # type: ignore[arg-type]
+        params = {f.name: _content(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
+        return _identity(type(value), params, value.files)
     return [_content(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _identity(cls: type, params: dict[str, Any]) -> dict[str, Any]:
-    known = {"name": cls.name, "version": cls.version, "params": params}  # type: ignore[attr-defined]
-    return known if cls.__module__.split(".")[0] == "malloc_bench" else {**known, "source": _source_hash(cls)}
+def _identity(cls: type, params: dict[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:
+    known = {"name": cls.name, "version": cls.version}  # type: ignore[attr-defined]
+    if cls.__module__.split(".")[0] != "malloc_bench":
+        known["source"] = _source_hash(cls)
+    if hashes := {str(path): _content_hash(cls.name, path) for path in files}:  # type: ignore[attr-defined]
+        known["files"] = list(hashes.values())
+        params = {key: _without_paths(value, hashes) for key, value in params.items()}
+    return {**known, "params": params}
 
 
+def _content_hash(name: str, path: str | Path) -> str:
+    if (found := file_digest(path)) is None:
+        raise ValueError(f"{name} reads the file {path}, which is not there or cannot be read")
+    return found
+
+
+def _without_paths(value: Any, hashes: Mapping[str, str]) -> Any:
+    """A parameter as it is, or the hash of the file that it names: where a file lies changes no number."""
+    if isinstance(value, list | tuple):
+        return [_without_paths(each, hashes) for each in value]
+    if not isinstance(value, str | Path):
+        return value
+    known = {str(Path(path).absolute()): found for path, found in hashes.items()}
+    return known.get(str(Path(value).expanduser().absolute()), value)
+
+
+@cache  # of the class as it was imported: its file may be edited while the class stays
 def _source_hash(cls: type) -> str:
     try:
         return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
@@ -120,6 +147,7 @@ class Cell:
     training: dict[str, Any]
     filter_seen: bool = True
     impossible: str | None = None  # why it cannot run: its row is skipped with this reason
+    data: dict[str, Any] | None = None  # `Dataset.identity`, and the categories where they are used; None: not settled
 
     def __str__(self) -> str:
         where = f"{self.dataset}, {self.task}, {self.split}, {self.backbone.label}, {self.compressor.label}"
@@ -136,9 +164,11 @@ class Cell:
         return replace(self, compressor=Part("full"), budget=None)
 
     def payload(self) -> dict[str, Any]:
-        """What defines the cell's results, but for the data: no name of a suite, no key order, no omitted default."""
+        """What defines the cell's results: no name of a suite, no key order, no omitted default."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "dataset": self.dataset,
+            "data": self.data,
             "task": self.task.value(),
             "split": self.split and self.split.value(),
             "backbone": self.backbone.content,
@@ -149,15 +179,27 @@ class Cell:
             "evaluation": {"filter_seen": self.filter_seen},
         }
 
-    def settled(self, dataset: Dataset) -> Cell:
-        """The cell with what its suite leaves open chosen by the data; raises DataError where they do not fit it."""
+    def settled(self, dataset: Dataset, device: torch.device | None = None) -> Cell:
+        """The cell with what its suite leaves open: by the data, and the arithmetic of training by the device.
+
+        Raises DataError where the data do not fit it.
+        """
         split = self.split or default_rule(dataset)
         split.check(dataset)
-        return replace(self, split=split, task=self.task.settled(dataset))
+        training = {**self.training, "amp": arithmetic(self.training["amp"], device or torch.device("cpu"))}
+        data = {**dataset.identity(), **({"categories": _categories(dataset)} if self._uses_categories else {})}
+        return replace(self, split=split, task=self.task.settled(dataset), training=training, data=data)
 
-    def id(self, data_hash: str) -> str:
-        """The name of its row: sha256 of the payload, the data's hash and the schema version of rows."""
-        return cell_id({**self.payload(), "data": data_hash, "schema_version": SCHEMA_VERSION})
+    @property
+    def _uses_categories(self) -> bool:
+        """Whether the categories of items count: also where nobody can say."""
+        wanted = any(probe.uses_categories for probe in self.backbone.probes) or not self.backbone.probes
+        return wanted or bool(getattr(self.compressor.build().needs, "categories", False))
+
+    @property
+    def id(self) -> str:
+        """The name of its row: sha256 of the payload."""
+        return cell_id(self.payload())
 
     @staticmethod
     def of_row(row: Mapping[str, Any]) -> Cell:
@@ -174,4 +216,14 @@ class Cell:
             seed=row["seed"],
             training=payload["training"],
             filter_seen=payload["evaluation"]["filter_seen"],
+            data=payload["data"],
         )
+
+
+def _categories(dataset: Dataset) -> str | None:
+    """A hash of the category of each item; None where there are none, or no source answers: training then says so."""
+    try:
+        found = dataset.categories
+    except DataError:
+        return None
+    return None if found is None else hashlib.sha256(found.astype("<i8").tobytes()).hexdigest()

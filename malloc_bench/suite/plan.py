@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -10,9 +11,11 @@ from typing import Any
 
 from malloc_bench.data import Dataset
 from malloc_bench.paths import home
-from malloc_bench.results import Row, cell_id
+from malloc_bench.results import Row, cell_id, spoilt
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.suite import Suite
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,27 @@ class RunResult:
 def make_plan(
     cells: Sequence[Cell], datasets: Mapping[str, Dataset], folder: Path, rows: list[Row], suite: Suite
 ) -> RunResult:
-    finished = {row["cell_id"] for row in rows if row["status"] == "skipped" or _complete(row, suite)}
-    ids = [cell.id(datasets[cell.dataset].hash) for cell in cells]
-    plan = [Planned(cell, each, each in finished) for cell, each in zip(cells, ids)]
+    """Cells, settled, with which of them have a finished row in `folder`, whose files are still what was written."""
+    known = {row["cell_id"]: row for row in rows}
+    plan = [Planned(cell, each := cell.id, _finished(known.get(each), folder, suite)) for cell in cells]
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
     for cell, group in groups(plan):
         data = datasets[cell.dataset]
-        needed = {checkpoint_folder(each, data) for each in (cell.plain, *(member.cell for member in group))}
+        needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
         result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
         result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
     return result
+
+
+def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
+    if row is None or row["status"] == "skipped":
+        return row is not None
+    if not _complete(row, suite):
+        return False
+    if bad := spoilt(folder, row):
+        log.warning("%s is gone or not what was written: its cell is computed again", folder / bad)
+    return not bad
 
 
 def _complete(row: Row, suite: Suite) -> bool:
@@ -75,10 +88,11 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
     return [((members := list(group))[0].cell, members) for _, group in groupby(todo, key)]
 
 
-def checkpoint_folder(cell: Cell, dataset: Dataset) -> Path:
-    """Where the trained backbone of a cell, adapted or not, is kept: named by all that its weights depend on."""
+def checkpoint_folder(cell: Cell) -> Path:
+    """Where the trained backbone of a settled cell, adapted or not, is kept: named by all its weights depend on."""
+    assert cell.data is not None, "settled when the run began"
     parts: dict[str, Any] = {
-        "data": dataset.hash,
+        "data": cell.data,
         "split": cell.split and cell.split.value(),
         "task": cell.task.value(),
         "backbone": cell.backbone.content,

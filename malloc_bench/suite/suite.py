@@ -51,12 +51,11 @@ class Suite:
         A compressor that takes no budget is one cell. A pair that makes no sense is a cell with the reason in
         `impossible`.
         """
-        methods = [
-            (part, budget, _refusal(part, budget)) for part in self.compressors for budget in self._budgets(part)
-        ]
-        pairs = {pair: refused(*pair) for pair in product(self.backbones, self.compressors)}
+        backbones, compressors = map(_anew, (self.backbones, self.compressors))
+        methods = [(part, budget, _refusal(part, budget)) for part in compressors for budget in self._budgets(part)]
+        pairs = {pair: refused(*pair) for pair in product(backbones, compressors)}
         cells: dict[str, Cell] = {}
-        grid = product(self.datasets, self.tasks, self.splits, self.backbones, self.seeds)
+        grid = product(self.datasets, self.tasks, self.splits, backbones, self.seeds)
         for dataset, task, split, backbone, seed in grid:
             training = replace(self.training, **backbone.training).content()
             for part, budget, why in methods:
@@ -69,6 +68,11 @@ class Suite:
 
     def _budgets(self, part: Part) -> Sequence[Budget | None]:
         return self.budgets if part.build().takes_budget else (None,)
+
+
+def _anew(parts: Sequence[Part]) -> list[Part]:
+    """The same parts, which have not yet looked at any file."""
+    return [replace(part) for part in parts]
 
 
 def _refusal(part: Part, budget: Budget | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from malloc_bench.backbones import Backbone
-from malloc_bench.data.files import whole_file
 from malloc_bench.data.tasks.batches import by_length, training_batches, window
 from malloc_bench.data.tasks.impressions import Impressions, ask, ranking_batches
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.evaluation.metrics import auc_by_user, lists
 from malloc_bench.evaluation.ranking import question, rank
 from malloc_bench.state import map_tensors
+from malloc_bench.training import checkpoints
+from malloc_bench.training.checkpoints import Fit
 
 _BIG_BATCH = 256  # users a batch where nothing is trained
 
@@ -62,22 +60,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What a fit came to: epochs run, the best of them, its validation score, seconds spent (all sessions).
-
-    The score is NDCG@10 for retrieval and AUC for ranking; the other one is None, both where nothing validates, and
-    the best epoch is then the last. sgd_after: the epochs that Adam had run when SGD took over; None: it never did.
-    """
-
-    epochs: int
-    best_epoch: int
-    best_ndcg: float | None
-    seconds: float
-    best_auc: float | None = None
-    sgd_after: int | None = None
-
-
-@dataclass(frozen=True)
 class Progress:
     """One step of a fit, for a progress bar."""
 
@@ -113,7 +95,8 @@ def fit(
     """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
 
     Where nothing validates (the published protocol) all epochs are run and the last one's weights are kept.
-    A folder with fit.json is only loaded; one with the state of an interrupted fit goes on from its last whole epoch.
+    A folder with a finished fit is only loaded; one with the state of an interrupted fit goes on from its last whole
+    epoch; what is not what was written is made again, with a warning.
     Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
     epoch is chosen as the test will ask.
     """
@@ -122,18 +105,14 @@ def fit(
     def to_device(x: torch.Tensor) -> torch.Tensor:
         return x.to(device, non_blocking=True)
 
-    done, model = folder / "fit.json", folder / "model.safetensors"
-    if done.exists():
-        backbone.load_state_dict(load_file(model, device=str(device)))
-        backbone.eval()
-        return Fit(**json.loads(done.read_text()))
+    if done := checkpoints.load_weights(backbone, folder):
+        return done
     if settings.optimizer == "adam_then_sgd" and not len(split.valid):
         raise ValueError("adam_then_sgd goes over to SGD when validation stalls, and with this split nothing validates")
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizer, where = _resume(backbone, settings, folder)
+    where, optimizer = _start(backbone, settings, folder)
     epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
     sgd_after: int | None = where["sgd_after"]
-    amp = settings.amp == "bf16" or (settings.amp == "auto" and fast_bfloat16(device))
+    amp = arithmetic(settings.amp, device) == "bf16"
     ranking = isinstance(split, Impressions)
     metric = "AUC" if ranking else "NDCG@10"
 
@@ -149,7 +128,7 @@ def fit(
         if epoch - max(best_epoch, sgd_after or 0) >= max(settings.patience, 1):
             if settings.optimizer == "adam" or sgd_after is not None:
                 break
-            backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
+            checkpoints.load_best(backbone, folder, where)
             sgd_after, optimizer = epoch, _optimizer(backbone, settings, sgd=True)
         top = settings.lr if sgd_after is None else settings.sgd_lr
         started = time.perf_counter()
@@ -174,18 +153,25 @@ def fit(
         if score is None or score > best:
             best, best_epoch = -1.0 if score is None else score, epoch
         seconds += time.perf_counter() - started
-        where = {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
-        _checkpoint(backbone, optimizer, folder, where)
+        where |= {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
+        where = checkpoints.keep(backbone, optimizer, folder, where)
     if best_epoch:
-        backbone.load_state_dict(load_file(folder / f"best-{best_epoch}.safetensors", device=str(device)))
+        checkpoints.load_best(backbone, folder, where)
     backbone.eval()
     reached = best if len(split.valid) else None
     result = Fit(epoch, best_epoch, None if ranking else reached, seconds, reached if ranking else None, sgd_after)
-    _save(model, backbone.state_dict())
-    _write(done, json.dumps(asdict(result)))
-    for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
-        leftover.unlink()
-    return result
+    return checkpoints.save_weights(backbone, folder, result)
+
+
+def _start(backbone: Backbone, settings: Training, folder: Path) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    """The whereabouts of an interrupted fit, or of a fresh one, and its optimizer."""
+    if found := checkpoints.resume(backbone, folder):
+        where, state = found
+        optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return where, optimizer
+    fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None, "weights": None}
+    return fresh, _optimizer(backbone, settings, sgd=False)
 
 
 def _validate(backbone: Backbone, split: Split | Impressions, filter_seen: bool) -> float | None:
@@ -244,6 +230,11 @@ def validation_auc(backbone: Backbone, data: Impressions, limit: int = 20_000) -
     return 0.5 if math.isnan(found) else float(found)
 
 
+def arithmetic(amp: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What `amp` of a suite ("auto", "fp32" or "bf16") comes to on a device."""
+    return "bf16" if amp == "bf16" or (amp == "auto" and fast_bfloat16(device)) else "fp32"
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matmuls beat float32 ones here: some CPUs emulate them at a hundredth of the speed."""
     if device.type == "cuda":
@@ -262,51 +253,3 @@ def _optimizer(backbone: Backbone, settings: Training, sgd: bool) -> torch.optim
     if sgd:
         return torch.optim.SGD(parameters, settings.sgd_lr, momentum=0.9, weight_decay=decay)
     return torch.optim.AdamW(parameters, settings.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
-
-
-def _resume(backbone: Backbone, settings: Training, folder: Path) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
-    """The optimizer and the whereabouts of an interrupted fit, or of a fresh one."""
-    try:
-        where = json.loads((folder / "resume.json").read_text())
-        tensors = load_file(folder / f"resume-{where['epoch']}.safetensors")
-        (folder / f"best-{where['best_epoch']}.safetensors").stat()
-        optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None}
-        return _optimizer(backbone, settings, sgd=False), fresh
-    backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    numbers = {name: i for i, (name, _) in enumerate(backbone.named_parameters())}
-    state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in numbers.values()}
-    for label, tensor in tensors.items():
-        kind, _, rest = label.partition(".")
-        if kind == "optimizer":
-            key, _, name = rest.partition(".")
-            state[numbers[name]][key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return optimizer, where
-
-
-def _checkpoint(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: dict[str, Any]) -> None:
-    """The tensors first, then the small file that names them: a kill between the two leaves the older ones in force."""
-    current, best = (f"{kind}-{where[key]}.safetensors" for kind, key in (("resume", "epoch"), ("best", "best_epoch")))
-    tensors = {f"model.{k}": v for k, v in backbone.state_dict().items()}
-    for name, parameter in backbone.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    if where["best_epoch"] == where["epoch"]:
-        _save(folder / best, backbone.state_dict())
-    _save(folder / current, tensors)
-    _write(folder / "resume.json", json.dumps(where))
-    for older in (*folder.glob("resume-*"), *folder.glob("best-*")):
-        if older.name not in (current, best):
-            older.unlink()
-
-
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with whole_file(path) as file:
-        file.write(save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}))
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as file:
-        file.write(text.encode())

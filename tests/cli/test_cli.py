@@ -52,7 +52,7 @@ def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def smoke(tmp_path: Path) -> tuple[Path, list[Planned]]:
     """A run folder with a made-up row for each cell of the smoke suite, and the plan."""
-    plan = [Planned(cell, cell.id("data"), False) for cell in load_suite("smoke").cells()]
+    plan = [Planned(cell, cell.id, False) for cell in load_suite("smoke").cells()]
     for place, each in enumerate(plan):
         results.write_row(
             tmp_path / "runs" / "smoke" / "rows",

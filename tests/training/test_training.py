@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from malloc_bench.data.dataset import group
 from malloc_bench.data.tasks.batches import training_batches, window
 from malloc_bench.data.tasks.splits import Targets, get_split, leave_one_out
 from malloc_bench.data.worlds.synthetic import generate
+from malloc_bench.files import atomic_write, file_digest, sealed
+from malloc_bench.training import checkpoints
 from malloc_bench.training import fit as training
 from malloc_bench.training.fit import Fit, Training, fast_bfloat16, fit, validation_ndcg
 
@@ -156,7 +159,8 @@ def test_patience_counts_epochs_without_a_better_one(split, tmp_path, scores, pa
 def test_no_epochs_leave_the_weights_alone(split, tmp_path):
     backbone = fresh(split)
     before = weights(backbone)
-    assert fit(backbone, split, Training(epochs=0), 0, tmp_path) == Fit(0, 0, -1.0, 0.0)
+    result = fit(backbone, split, Training(epochs=0), 0, tmp_path)
+    assert result == Fit(0, 0, -1.0, 0.0, weights=file_digest(tmp_path / "model.safetensors"))
     assert_equal(weights(backbone), before)
 
 
@@ -245,18 +249,18 @@ def test_a_torn_checkpoint_starts_afresh(split, tmp_path, whole, tear):
 def test_killed_between_any_two_files(split, tmp_path, whole, monkeypatch, call):
     """Every write of the fit is the last one once."""
     name, _, _, final = whole
-    inner, calls = training.whole_file, []
+    inner, calls = checkpoints.atomic_write, []
 
-    def dies(path):
+    def dies(path, content):
         calls.append(path.name)
         if len(calls) == call:
             raise Killed
-        return inner(path)
+        return inner(path, content)
 
-    monkeypatch.setattr(training, "whole_file", dies)
+    monkeypatch.setattr(checkpoints, "atomic_write", dies)
     with pytest.raises(Killed):
         fit(fresh(split, name), split, SETTINGS, 7, tmp_path)
-    monkeypatch.setattr(training, "whole_file", inner)
+    monkeypatch.setattr(checkpoints, "atomic_write", inner)
     if call <= 3:  # nothing to go on from: the weights are those of a fresh backbone
         backbone = fresh(split, name)
         fit(backbone, split, SETTINGS, 7, tmp_path)
@@ -269,15 +273,17 @@ def test_killed_between_any_two_files(split, tmp_path, whole, monkeypatch, call)
 def test_a_lost_epoch_leaves_no_trace(split, tmp_path, scores, monkeypatch):
     """An epoch that was killed before its checkpoint was whole is not kept as the best, though it was better."""
     first = scores(0.3, 0.5)
-    inner = training._write
-    monkeypatch.setattr(training, "_write", lambda path, text: inner(path, text) if '"epoch": 1' in text else dies())
+    inner = checkpoints.atomic_write
 
-    def dies():
-        raise Killed
+    def dies(path, content):
+        if path.name == "resume.json" and b'"epoch": 2' in content:
+            raise Killed
+        inner(path, content)
 
+    monkeypatch.setattr(checkpoints, "atomic_write", dies)
     with pytest.raises(Killed):
         fit(fresh(split), split, Training(epochs=2, batch_size=16), 7, tmp_path)
-    monkeypatch.setattr(training, "_write", inner)
+    monkeypatch.setattr(checkpoints, "atomic_write", inner)
     scores(0.2)
     backbone = fresh(split)
     result = fit(backbone, split, Training(epochs=2, batch_size=16), 7, tmp_path)
@@ -295,7 +301,53 @@ def test_a_finished_folder_is_only_loaded(split, whole, monkeypatch):
     assert fit(backbone, split, SETTINGS, 7, folder) == result and not backbone.training
     assert_equal(weights(backbone), final)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert Fit(**json.loads((folder / "fit.json").read_text())) == result
+    assert checkpoints.finished(folder) == result
+
+
+@pytest.mark.parametrize("whole", ["sasrec"], indirect=True)
+@pytest.mark.parametrize("spoil", ["flip", "cut", "empty", "weights of another", "fit of another", "fit empty", "gone"])
+def test_weights_that_are_not_what_was_written_are_made_again(split, tmp_path, whole, caplog, spoil):
+    name, folder, result, final = whole
+    mine, other = tmp_path / folder.name, tmp_path / "other"
+    shutil.copytree(folder, mine)
+    fit(fresh(split, name), split, replace(SETTINGS, epochs=1), 8, other)
+    model, done = mine / "model.safetensors", mine / "fit.json"
+    content = bytearray(model.read_bytes())
+    content[-5] ^= 1
+    if spoil == "flip":
+        model.write_bytes(content)
+    elif spoil in ("cut", "empty"):
+        model.write_bytes(content[:-400] if spoil == "cut" else b"")
+    elif spoil == "weights of another":
+        shutil.copy(other / "model.safetensors", model)
+    elif spoil == "fit of another":
+        for each in other.iterdir():
+            shutil.copy(each, mine)
+    elif spoil == "fit empty":
+        done.write_bytes(b"")
+    else:
+        model.unlink()
+    backbone = fresh(split, name)
+    again = fit(backbone, split, SETTINGS, 7, mine)
+    assert len(caplog.records) == 1 and "made again" in caplog.text
+    assert replace(again, seconds=0) == replace(result, seconds=0)
+    assert_equal(weights(backbone), final)
+    caplog.clear()
+    assert fit(fresh(split, name), split, SETTINGS, 7, mine) == again and not caplog.records
+
+
+@pytest.mark.parametrize("name", ["resume.json", "resume-2.safetensors", "best"])
+def test_an_unfinished_fit_that_is_not_what_was_written_begins_anew(split, tmp_path, whole, caplog, name):
+    part, _, _, final = whole
+    interrupted(split, part, tmp_path, 2)
+    path = next(tmp_path.glob("best-*")) if name == "best" else tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 2  # a digit of the JSON's digest, or of a number
+    path.write_bytes(content)
+    backbone = fresh(split, part)
+    fit(backbone, split, SETTINGS, 7, tmp_path)
+    assert len(caplog.records) == 1 and "begins anew" in caplog.text
+    assert_equal(weights(backbone), final)
 
 
 def test_no_pickle_is_ever_read_or_written(split, tmp_path, monkeypatch):
@@ -309,11 +361,13 @@ def test_no_pickle_is_ever_read_or_written(split, tmp_path, monkeypatch):
     finish(split, "sasrec", tmp_path)
     bomb = tmp_path / "bomb"
     bomb.mkdir()
-    (bomb / "resume.json").write_text('{"epoch": 1, "best_epoch": 1, "best": 0.5, "seconds": 1}')
     for name in ("resume-1.safetensors", "best-1.safetensors"):
         (bomb / name).write_bytes(
             b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R."
         )
+    known = file_digest(bomb / "best-1.safetensors")
+    where = {"epoch": 1, "best_epoch": 1, "best": 0.5, "seconds": 1, "sgd_after": None, "weights": known}
+    atomic_write(bomb / "resume.json", sealed({**where, "resume": known, "folder": "bomb"}))
     epochs = []
     fit(fresh(split), split, Training(epochs=1, batch_size=64), 0, bomb, lambda p: epochs.append(p.epoch))
     assert set(epochs) == {0}
@@ -532,7 +586,7 @@ def test_without_validation_all_epochs_are_run_and_the_last_is_kept(split, tmp_p
     backbone = fresh(split)
     result = fit(backbone, published, replace(SETTINGS, patience=1), 7, tmp_path)
     assert (result.epochs, result.best_epoch, result.best_ndcg, result.best_auc) == (4, 4, None, None)
-    assert Fit(**json.loads((tmp_path / "fit.json").read_text())) == result
+    assert checkpoints.finished(tmp_path) == result
     last = fresh(split)
     last.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert_equal(weights(backbone), weights(last))

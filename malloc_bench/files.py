@@ -1,0 +1,174 @@
+"""Files that are whole or not there, and that are told apart from what was written.
+
+Everything is written to a temporary file beside its place, synced, and renamed: a reader sees a whole file or none.
+What may rot or be swapped on the disk carries a digest, and is made again where that does not match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from malloc_bench.paths import home
+
+DIGEST = "digest"  # the key under which a JSON file says the sha256 of all else in it
+
+
+class ResultsError(RuntimeError):
+    """A file could not be written, or is not what was written: one line with the path, the reason and what to do."""
+
+
+class Damaged(ValueError):
+    """A file is not what was written; the message says in what."""
+
+
+# ---- what is in a file
+
+
+def plain(obj: Any) -> Any:
+    """`obj` in Python's own types, with text keys."""
+    if isinstance(obj, Mapping):
+        return {str(key): plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(value) for value in obj]
+    return plain(obj.tolist()) if hasattr(obj, "tolist") else obj
+
+
+def finite(obj: Any) -> Any:
+    """A plain value with NaN and infinity, which JSON cannot say, as null."""
+    if isinstance(obj, dict):
+        return {key: finite(value) for key, value in obj.items()}
+    if isinstance(obj, list):
+        return [finite(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def canonical_json(obj: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII; numpy scalars as numbers, tuples as lists.
+
+    Raises ValueError for NaN and infinity, TypeError for what JSON has no word for.
+    """
+    return json.dumps(plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(obj: Any) -> str:
+    """sha256 (64 hex digits) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
+
+
+def file_digest(path: str | Path) -> str | None:
+    """sha256 (64 hex digits) of a file's bytes; None where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """The text of a JSON file with `content` and its digest; NaN and infinity become null."""
+    whole = finite(plain({key: value for key, value in content.items() if key != DIGEST}))
+    return (json.dumps({**whole, DIGEST: digest(whole)}, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The content of a JSON file that `sealed` made; raises Damaged."""
+    try:
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise Damaged("not keys and values")
+        if content.pop(DIGEST, None) != digest(content):
+            raise Damaged("its digest does not match")
+    except Damaged:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"not readable ({error})") from None
+    return content
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """The content of a JSON file that was written sealed; raises Damaged, FileNotFoundError where there is none."""
+    try:
+        return unsealed(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(f"not readable ({error})") from None
+
+
+# ---- how it gets there
+
+_ADVICE = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your disk quota",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "choose a folder you may write to",
+    errno.ENOTDIR: "choose a folder, not a file",
+    errno.EEXIST: "choose a folder, not a file",
+}
+
+
+def advice(path: Path, error: OSError) -> str:
+    """What to do about a file that cannot be written, and what chooses its folder."""
+    what = _ADVICE.get(error.errno or 0, "check the disk")
+    choice = "MALLOC_BENCH_HOME" if path.absolute().is_relative_to(home().absolute()) else "--out"
+    return f"{what} ({choice})"
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all, on disk when this returns; makes the folders above it.
+
+    Raises ResultsError (disk full, no permission ...); what was at `path` is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ResultsError(
+            f"cannot write {path}: {reason}; {advice(path, error)}, then run again: finished cells are kept"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # after success there is nothing left to remove
+            temporary.unlink()
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str | Path, older: float = 0.0) -> int:
+    """Delete temporary files that killed writers left in `folder`; how many. Only for the holder of its lock.
+
+    older: of so many seconds, where others may be writing too.
+    """
+    leftovers = [each for pattern in (".*.tmp", "*.part") for each in Path(folder).glob(pattern) if each.is_file()]
+    gone = 0
+    for path in leftovers:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+                gone += 1
+    return gone
