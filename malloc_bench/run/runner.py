@@ -15,7 +15,7 @@ from malloc_bench.data import get_dataset
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
 from malloc_bench.results import differing, read_rows
-from malloc_bench.run.folder import LockedError, locked, remove_dead, remove_partial
+from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
@@ -106,8 +106,9 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
         raise ValueError(f"{run}: {len(rows)} rows have an id that begins with '{prefix}'; give one that is unique")
     (row,) = rows
     cell = Cell.of_row(row)
+    card = read_manifest(Path(run)).get("datasets", {}).get(cell.dataset, {}).get("card", cell.dataset)
     with tempfile.TemporaryDirectory() as folder:
-        run_cells([cell], Path(folder))
+        run_cells([cell], Path(folder), {cell.dataset: card})
         (again,) = read_rows(Path(folder) / "rows")
     if again["cell_id"] != row["cell_id"]:
         other = [f"{name}: {a} then, {b} now" for name, (a, b) in differing(row["cell"], again["cell"]).items()]
@@ -124,8 +125,8 @@ def _equal(a: object, b: object) -> bool:
     return a == b
 
 
-def run_cells(cells: Sequence[Cell], folder: Path) -> RunResult:
-    """Cells by themselves, without latency; used to reproduce rows."""
+def run_cells(cells: Sequence[Cell], folder: Path, cards: Mapping[str, str] | None = None) -> RunResult:
+    """Cells by themselves, without latency; used to reproduce rows. cards: as a suite has them."""
     first = cells[0]
     suite = Suite(
         name=first.suite,
@@ -140,6 +141,7 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> RunResult:
         training=suites.Training(**first.training),
         measure=suites.Measure(latency=False, flops=False),
         filter_seen=first.filter_seen,
+        cards=cards or {},
     )
     return run_suite(suite, folder, quiet=True)
 

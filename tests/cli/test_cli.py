@@ -27,7 +27,7 @@ from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
     ["run"], ["list"], ["show"], ["compare"], ["tables"], ["report"], ["reproduce"], ["check"], ["env"], ["data"],
-    ["data", "list"], ["data", "get"], ["data", "verify"], ["data", "stats"],
+    ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
 METHOD = """
