@@ -267,7 +267,8 @@ class Session:
         before = read_manifest(self.folder)
         sets = {
             name: {"hash": data.hash, "card": self.suite.cards.get(name, name), "source": data.source,
-                   "has_time": data.has_time, "users": data.n_users, "items": data.n_items, "events": data.n_events, "notes": dict(data.notes)}
+                   "has_time": data.has_time, "users": data.n_users, "items": data.n_items, "events": data.n_events,
+                   "notes": dict(data.notes)}
             for name, data in self.datasets.items()
         }  # fmt: skip
         session = {
