@@ -22,12 +22,12 @@ class YamlError(ValueError):
     """What is wrong with a file, in one line that begins with `line N` where there is one."""
 
 
-def read_yaml(path: Path, most: int, kind: str) -> dict[Any, Any]:
+def read_yaml(path: Path, most: int, kind: str, *, whole_keys: bool = False) -> dict[Any, Any]:
     """The keys and values of a `kind` of file of at most `most` bytes: null, true, numbers, text, lists, mappings.
 
-    Dates stay text. Refused with a YamlError: no UTF-8, control characters, aliases, tags, a key that is there twice,
-    more than 32 levels, whole numbers beyond 63 bits. Not a number (.nan) and endless ones (.inf) are left to be
-    refused by key.
+    Keys are text, or with `whole_keys` whole numbers too. Dates stay text. Refused with a YamlError: no UTF-8, control
+    characters, aliases, tags, a key that is there twice, more than 32 levels, whole numbers beyond 63 bits. What is not
+    a number (.nan) or endless (.inf) is left to be refused by key.
     """
     try:
         with path.open("rb") as stream:
@@ -42,16 +42,16 @@ def read_yaml(path: Path, most: int, kind: str) -> dict[Any, Any]:
         raise YamlError(f"line {_line(data[: error.start])}: not UTF-8 text") from None
     if found := _CONTROL.search(text):
         raise YamlError(f"line {_line(data[: len(text[: found.start()].encode())])}: {_named(found[0])}")
-    content = _parsed(text)
+    content = _parsed(text, _Loader if whole_keys else _TextKeys)
     if not isinstance(content, dict):
         raise YamlError(f"expected keys and values, found {'nothing' if content is None else clipped(repr(content))}")
     return content
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, loader: type[_Loader]) -> Any:
     try:
         _bounded(text)
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(str(error.problem or error.context or "not YAML").split())
@@ -76,6 +76,8 @@ def _bounded(text: str) -> None:
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Knows the types of JSON and no others."""
 
+    key_types: tuple[type, ...] = (str, int)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -87,6 +89,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(found) < len(node.value):  # 1 and 0x1
             raise _error("a key is there twice", node.start_mark)
+        if odd := [key for key in found if type(key) not in self.key_types]:
+            raise _error(f"the key {clipped(repr(odd[0]))} is no text", node.start_mark)
         return found
 
     def text(self, node: Any) -> str:
@@ -113,6 +117,10 @@ _Loader.yaml_constructors = {
     **{_TAG + name: _Loader.number for name in ("int", "float")},
     None: yaml.SafeLoader.construct_undefined,
 }
+
+
+class _TextKeys(_Loader):
+    key_types = (str,)
 
 
 def _error(what: str, mark: Any) -> yaml.MarkedYAMLError:

@@ -37,6 +37,9 @@ HOSTILE = [
     ("[1]", "expected keys and values, found [1]"),
     ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is there twice"),
     ("b: 2\n1: a\n0x1: b", "line 1: a key is there twice"),
+    ("a: {b: {2: 1}}", "line 1: the key 2 is no text"),
+    ("no: 1", "line 1: the key False is no text"),
+    ("a: {.nan: 1}", "line 1: the key nan is no text"),
     ("a: &x [1]\nb: *x", "line 2: aliases (*x) are not allowed"),
     ("a: &x [*x]", "line 1: aliases (*x) are not allowed"),
     ("a: {<<: {b: 1}}", "line 1: merged keys (<<) are not allowed"),
@@ -68,6 +71,14 @@ def test_all_else_is_refused_in_one_line_and_at_once(text: str | bytes, message:
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert time.monotonic() - began < 2
+
+
+def test_keys_may_be_whole_numbers_where_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: {50: 1}")
+    assert read_yaml(tmp_path / "a.yaml", 100, "toy", whole_keys=True) == {"a": {50: 1}}
+    (tmp_path / "a.yaml").write_text("a: {true: 1}")
+    with pytest.raises(YamlError, match="the key True is no text"):
+        read_yaml(tmp_path / "a.yaml", 100, "toy", whole_keys=True)
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def content(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _read(path: Path, *state: int) -> dict[str, Any]:
     """Cards stand for dozens of data sets each, and are asked for by name: one parse a file."""
-    found = read_yaml(path, MAX_CARD_BYTES, "card")
+    found = read_yaml(path, MAX_CARD_BYTES, "card", whole_keys=True)  # the lags of a generated world
     if odd := [key for key in found if not isinstance(key, str)]:
         raise YamlError(f"the key {clipped(repr(odd[0]))} is no text")
     return found
