@@ -30,7 +30,7 @@ class Requests(Targets):
 
 @dataclass(frozen=True)
 class Impressions:
-    """A data set cut up for ranking.
+    """What users were shown, cut up for ranking: histories, candidates with labels, and requests that score them.
 
     dataset: histories, the events that users liked. shown: the E events that the split cuts: all of them where labels
     tell liked from not, else the liked ones, each with `negatives` [E, n] int32, items that the user has not liked.
