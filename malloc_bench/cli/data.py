@@ -30,6 +30,8 @@ def data_get(name: NameArg, offline: Offline = False) -> None:
     say(f"{it.name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
     for what, count in it.notes.items():
         say(f"{it.name}: {count:,} {what}")
+    if it.tied:
+        say(f"{it.name}: {it.tied:.1%} of events are of the same second as the one before")
 
 
 @data.command("card")
