@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "malloc_bench"
 #: from the top floor down; a room may import what stands behind it, and itself
 ROOMS = (
     "cli", "run", "suite", "report", "measure", "training", "testing", "evaluation", "compressors", "data", "backbones",
-    "results", "state", "registry", "paths",
+    "results", "state", "files", "strict_yaml", "registry", "paths",
 )  # fmt: skip
 #: and of these rooms only so much
 ONLY = {"state": set(), "registry": set(), "paths": set(), "report": {"results", "evaluation", "registry"}}

@@ -21,6 +21,7 @@ from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
 from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
+from malloc_bench.files import read_sealed, sealed
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
     try:
         digest, notes = write(folder)
         about = {"for": target.name, "hash": digest, "notes": notes, "crc32": {n: _crc(folder / n) for n in FILES}}
-        (folder / "about.json").write_text(_sealed(about))
+        (folder / "about.json").write_bytes(sealed(about))
         dataset = read(card, folder, target, source)
         if keep:
             shutil.rmtree(target, ignore_errors=True)  # damaged, or another process's, which has the same content
@@ -70,22 +71,14 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sealed(about: dict[str, Any]) -> str:
-    """The text of about.json: what is said of the files, and the digest of that."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**about, "sha256": digest}, indent=1)
-
-
 def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
     """The prepared data in `folder`, made to lie at `target`.
 
     Raises whatever is wrong with the files; DataError where their content is not what was written.
     """
-    text = (folder / "about.json").read_text()
-    about = json.loads(text)
-    about.pop("sha256")
-    if _sealed(about) != text or about["for"] != target.name:
-        raise DataError("about.json is not what was written")
+    about = read_sealed(folder / "about.json")
+    if about["for"] != target.name:
+        raise DataError("about.json is of another folder")
     for name in FILES:
         if _crc(folder / name) != about["crc32"][name]:
             raise DataError(f"{name} is not what was written")
