@@ -67,7 +67,7 @@ def _datasets() -> tuple[list[str], list[list[str]]]:
 
 def _suites() -> tuple[list[str], list[list[str]]]:
     files = sorted(shipped("suites").glob("*.yaml"))
-    return ["name", "what it does"], [[file.stem, header(file.read_text())[0]] for file in files]
+    return ["name", "what it does"], [[file.stem, header(file.read_text(encoding="utf-8"))[0]] for file in files]
 
 
 def origin(cls: type) -> str:
@@ -203,7 +203,7 @@ def _suite(name: str) -> Lines:
         "budgets": [str(budget.value()) for budget in suite.budgets],
         "seeds": [str(seed) for seed in suite.seeds],
     }
-    lines = [("", line.strip()) for line in header(suite.path.read_text())]
+    lines = [("", line.strip()) for line in header(suite.path.read_text(encoding="utf-8"))]
     lines += [(key, ", ".join(values)) for key, values in listed.items()]
     return [*lines, ("cells", str(len(suite.cells()))), ("from", str(suite.path))]
 
