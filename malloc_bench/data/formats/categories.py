@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,7 @@ def read_categories(card: Card, items: np.ndarray | pl.Series) -> np.ndarray:
         assert source.format is not None, "the card is validated"
         try:
             with opened(source, card.family, offline=False, progress=True) as parts:
-                found = pl.concat([_columns(part, LAYOUTS[source.format]) for part in parts])
+                found = first_categories(parts, LAYOUTS[source.format])
         except DataError as error:
             failures.append(f"{source} ({error})")
             continue
@@ -50,8 +51,14 @@ def read_categories(card: Card, items: np.ndarray | pl.Series) -> np.ndarray:
     raise DataError(f"{card.name}: no source of its items' categories answered: {'; '.join(failures)}")
 
 
+def first_categories(parts: Sequence[Part], layout: Layout) -> pl.DataFrame:
+    """`item` and its first `category` ("" where there is none) of all lines of files about items, as text."""
+    import polars as pl
+
+    return pl.concat([_columns(part, layout) for part in parts])
+
+
 def _columns(part: Part, layout: Layout) -> pl.DataFrame:
-    """`item` and its first `category` ("" where there is none) of all lines of a file, as text."""
     import polars as pl
 
     found = []

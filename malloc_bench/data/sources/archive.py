@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
@@ -51,7 +51,8 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
                 for path in files:
                     if path.suffix == ".zip":
                         archive = stack.enter_context(zipfile.ZipFile(path))
-                        parts += _zip(archive, path.name, [_only(path.name, archive.namelist())])
+                        [part] = _zip(archive, path.name, [_only(path.name, archive.namelist())])
+                        parts.append(replace(part, name=f"{path.name}/{part.name}"))
                     else:
                         parts.append(Part(path.name, _opener(path)))
         except DAMAGE as error:
