@@ -62,7 +62,7 @@ def _columns(part: Part, layout: Layout) -> pl.DataFrame:
     import polars as pl
 
     found = []
-    for batch in table(part, layout, [layout.item, layout.category], _MB):
+    for batch in table(part, layout, dict.fromkeys((layout.item, layout.category), pl.String), _MB):
         items = batch.columns[layout.item]
         broken = np.zeros(len(items), bool) if batch.broken is None else batch.broken
         must = "." if layout.item in layout.text else WHOLE

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from malloc_bench.data.formats.batch import Batch
 from malloc_bench.data.formats.formats import Layout
 from malloc_bench.data.formats.lines import BREAK, CUT, INNER, Lines, records, restored
 from malloc_bench.data.formats.table import MOST_COLUMNS
-from malloc_bench.data.sources.archive import Part, blocks
+from malloc_bench.data.sources.archive import PACKED, Part, blocks
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SEPARATORS = ("\t", ",", ";", "|", "::", " ")  # in the order in which they are tried
 
 
-def table(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
     """Batches of the named columns as text, `size` bytes of the file at a time.
 
     Raises DataError where the header lacks one, has it twice, or is no text.
@@ -32,9 +32,9 @@ def table(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterat
     if first is None:
         return
     head = text_of(first[0].partition(b"\n")[0], part.name, 1).rstrip("\r")
-    separator = layout.separator if layout.separator != "auto" else _sniffed(head, layout, names, part.name)
+    separator = layout.separator if layout.separator != "auto" else _sniffed(head, layout, list(types), part.name)
     sign = separator if len(separator) == 1 else CUT
-    width, places, empty = 0, [], True
+    names, width, places, empty = list(types), 0, {}, True
     for lines in records(chain([first], source), separator, layout.quoted, 4 * size):
         if not width:
             fields = list(layout.columns or ())
@@ -42,11 +42,11 @@ def table(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterat
                 told = text_of(lines.text.partition(b"\n")[0], part.name, 1).rstrip("\r")
                 fields = [restored(field, separator) for field in told.split(sign)]
                 lines = lines.without_first()
-            places = _places(fields, names, part.name)
+            places = dict(zip(names, _places(fields, names, part.name)))
             width, told = len(fields), f"has not {len(fields)} columns: {_listed(fields)}"
         if lines.count:
             empty = False
-            yield _batch(lines, part.name, dict(zip(names, places)), width, sign, separator, told)
+            yield _batch(lines, part.name, types, places, width, sign, separator, told)
     if empty:
         raise DataError(f"{part.name}: the file is empty but for its header")
 
@@ -100,10 +100,19 @@ def _sniffed(head: str, layout: Layout, names: Sequence[str], file: str) -> str:
     return max(found, key=lambda separator: found[separator], default=",")
 
 
-def _batch(lines: Lines, file: str, places: dict[str, int], width: int, sign: str, separator: str, why: str) -> Batch:
+def _batch(
+    lines: Lines,
+    file: str,
+    types: Mapping[str, Any],
+    places: dict[str, int],
+    width: int,
+    sign: str,
+    separator: str,
+    why: str,
+) -> Batch:
     import polars as pl
 
-    found = _read(lines, places, width, sign)
+    found = _read(lines, types, places, width, sign)
     broken, told = None, None
     if found is None:
         told = text_of(lines.text, file, lines.rows if isinstance(lines.rows, int) else int(lines.rows[0]))
@@ -112,10 +121,10 @@ def _batch(lines: Lines, file: str, places: dict[str, int], width: int, sign: st
         broken = (fields[f"field_{width}"].is_not_null() | fields[f"field_{width - 1}"].is_null()).to_numpy()
         found = {name: fields[f"field_{at}"] for name, at in places.items()}
     if lines.quoted:
-        found = {
-            name: raw.str.replace_all(INNER, separator, literal=True).str.replace_all(BREAK, "\n", literal=True)
-            for name, raw in found.items()
-        }
+        texts = {name: raw for name, raw in found.items() if raw.dtype == pl.String}
+        for sign_, stood in ((INNER, separator), (BREAK, "\n")):
+            texts = {name: raw.str.replace_all(sign_, stood, literal=True) for name, raw in texts.items()}
+        found |= texts
 
     def said(at: int) -> str:
         return f"{restored(listed[at], separator).replace(CUT, separator)[:80]!r} {why}"
@@ -123,19 +132,38 @@ def _batch(lines: Lines, file: str, places: dict[str, int], width: int, sign: st
     return Batch(file, lines.rows, found, broken, said)
 
 
-def _read(lines: Lines, places: dict[str, int], width: int, sign: str) -> dict[str, pl.Series] | None:
-    """The columns at their places, or None where some line has more or fewer fields than it must, or is no text."""
+def _read(
+    lines: Lines, types: Mapping[str, Any], places: dict[str, int], width: int, sign: str
+) -> dict[str, pl.Series] | None:
+    """The columns at their places, as their types where every value is one, else as text.
+
+    None where some line has more or fewer fields than it must, or is no text.
+    """
     import polars as pl
 
     signs = np.frombuffer(lines.text, np.uint8)
-    if np.count_nonzero(signs == ord(sign)) != lines.count * (width - 1):
-        return None  # polars takes a line that ends too soon for one with empty columns
-    schema = {str(i): pl.String for i in range(width)}
-    frame = pl.scan_csv(
-        lines.text, has_header=False, schema=schema, separator=sign, quote_char=None, empty_string_is_null=False
-    )
-    try:
-        found = frame.select(str(at) for at in sorted(set(places.values()))).collect()
-    except pl.exceptions.PolarsError:
-        return None
-    return {name: found[str(at)] for name, at in places.items()} if len(found) == lines.count else None
+    if np.count_nonzero(signs == ord(sign)) != lines.count * (width - 1) or lines.text.startswith(PACKED):
+        return None  # polars takes a line that ends too soon for one with empty columns, and unpacks what is packed
+    text = dict.fromkeys(types, pl.String)
+    for asked in (text if _odd_numbers(lines.text, signs, sign) else types, text):
+        schema: dict[str, Any] = {str(i): pl.String for i in range(width)}
+        schema |= {str(at): asked[name] for name, at in places.items()}
+        frame = pl.scan_csv(
+            lines.text, has_header=False, schema=schema, separator=sign, quote_char=None, empty_string_is_null=False
+        )
+        try:
+            found = frame.select(str(at) for at in sorted(set(places.values()))).collect()
+        except (pl.exceptions.PolarsError, OSError):
+            continue
+        if len(found) == lines.count and not sum(found.null_count().row(0)):
+            return {name: found[str(at)] for name, at in places.items()}
+    return None
+
+
+def _odd_numbers(text: bytes, signs: np.ndarray, sign: str) -> bool:
+    """Whether a field may be a number in an odd way (007, +7, -0): as text it is another id than 7."""
+    if b"+" in text or b"-0" in text or text[:1] == b"0":
+        return True
+    zeros = np.flatnonzero(signs[:-1] == ord("0"))
+    begins = zeros[np.isin(signs[zeros - 1], (ord(sign), ord("\n")))]
+    return bool(((signs[begins + 1] >= ord("0")) & (signs[begins + 1] <= ord("9"))).any())
