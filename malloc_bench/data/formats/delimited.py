@@ -19,6 +19,7 @@ from malloc_bench.data.sources.archive import PACKED, Part, blocks
 if TYPE_CHECKING:
     import polars as pl
 
+CACHED = 1 << 17  # bytes looked at together, so that they stay in a cache
 SEPARATORS = ("\t", ",", ";", "|", "::", " ")  # in the order in which they are tried
 
 
@@ -145,7 +146,7 @@ def _read(
     if np.count_nonzero(signs == ord(sign)) != lines.count * (width - 1) or lines.text.startswith(PACKED):
         return None  # polars takes a line that ends too soon for one with empty columns, and unpacks what is packed
     text = dict.fromkeys(types, pl.String)
-    for asked in (text if _odd_numbers(lines.text, signs, sign) else types, text):
+    for asked in (text if _odd_numbers(signs, sign) else types, text):
         schema: dict[str, Any] = {str(i): pl.String for i in range(width)}
         schema |= {str(at): asked[name] for name, at in places.items()}
         frame = pl.scan_csv(
@@ -160,10 +161,13 @@ def _read(
     return None
 
 
-def _odd_numbers(text: bytes, signs: np.ndarray, sign: str) -> bool:
+def _odd_numbers(signs: np.ndarray, sign: str) -> bool:
     """Whether a field may be a number in an odd way (007, +7, -0): as text it is another id than 7."""
-    if b"+" in text or b"-0" in text or text[:1] == b"0":
-        return True
-    zeros = np.flatnonzero(signs[:-1] == ord("0"))
-    begins = zeros[np.isin(signs[zeros - 1], (ord(sign), ord("\n")))]
-    return bool(((signs[begins + 1] >= ord("0")) & (signs[begins + 1] <= ord("9"))).any())
+    signs = np.concatenate((np.frombuffer(b"\n", np.uint8), signs, np.zeros(1, np.uint8)))
+    for at in range(0, len(signs), CACHED):
+        before, first, second = (signs[at + i : at + CACHED + i] for i in range(3))
+        before, first = before[: len(second)], first[: len(second)]
+        odd = (first == ord("0")) & (second - ord("0") < 10) | (first == ord("-")) & (second == ord("0"))
+        if ((odd | (first == ord("+"))) & ((before == ord(sign)) | (before == ord("\n")))).any():
+            return True
+    return False
