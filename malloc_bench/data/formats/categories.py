@@ -9,7 +9,7 @@ import numpy as np
 
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.batch import row_of
-from malloc_bench.data.formats.columns import WHOLE
+from malloc_bench.data.formats.columns import WHOLE, short
 from malloc_bench.data.formats.delimited import table
 from malloc_bench.data.formats.formats import LAYOUTS, Layout
 from malloc_bench.data.sources.archive import Part
@@ -69,7 +69,7 @@ def _columns(part: Part, layout: Layout) -> pl.DataFrame:
         wrong = broken | ~items.str.contains(must).fill_null(False).to_numpy()
         if wrong.any():
             at = int(wrong.argmax())
-            why = batch.why(at) if broken[at] else f"{layout.item} is {items[at]!r}, not an id"
+            why = batch.why(at) if broken[at] else f"{layout.item} is {short(items[at])}, not an id"
             raise DataError(f"{part.name}: row {row_of(batch.rows, at)}: {why}")
         first = batch.columns[layout.category].str.split(layout.many).list.first().fill_null("")
         found.append(pl.DataFrame({"item": items, "category": first}))

@@ -109,10 +109,10 @@ def _amiss(batch: Batch, found: Mapping[str, Column], judge: Judge) -> np.ndarra
 
 def _said(batch: Batch, name: str, at: int, must: str) -> str:
     value = batch.columns[name][at]
-    return f"{name} is missing" if value is None else f"{name} is {_short(value)}, {must}"
+    return f"{name} is missing" if value is None else f"{name} is {short(value)}, {must}"
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     told = repr(value)
     return told if len(told) <= 80 else f"{told[:60]}...{told[-10:]}"
 

@@ -36,7 +36,7 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
     separator = layout.separator if layout.separator != "auto" else _sniffed(head, layout, list(types), part.name)
     sign = separator if len(separator) == 1 else CUT
     names, width, places, empty = list(types), 0, {}, True
-    for lines in records(chain([first], source), separator, layout.quoted, 4 * size):
+    for lines in records(chain([first], source), separator, 4 * size):
         if not width:
             fields = list(layout.columns or ())
             if layout.columns is None:
@@ -58,7 +58,7 @@ def text_of(data: bytes, file: str, row: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         at = row + data.count(b"\n", 0, error.start)
-        what = f"byte 0x{data[error.start]:02x} is no plain text"
+        what = f"byte 0x{data[error.start]:02x} is no plain text of utf-8"
         hint = " (it begins as utf-16 does)" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
         raise DataError(f"{file}: row {at}: {what}{hint}") from None
 

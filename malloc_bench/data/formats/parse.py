@@ -108,7 +108,7 @@ class Reader:
         frame = frame.select("user", "item", order, *self.feedback.values())
         if bad.any():
             at = bad.arg_max() or 0
-            message = f"{file}: row {row_of(rows, at)}: {name} is {clock[at]}, not {must}"
+            message = f"{file}: row {row_of(rows, at)}: {name} is {times.shown(clock[at], self.layout)}, not {must}"
             if self.judge.meet("bad_time", int(bad.sum()), message) == "drop":
                 good = np.flatnonzero(~bad.to_numpy())
                 return frame[good], rows_at(rows, good)

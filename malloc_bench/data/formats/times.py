@@ -58,6 +58,8 @@ def _numbers(raw: pl.Series, unit: str) -> tuple[pl.Series, str]:
         raw = raw.str.strip_chars()
     values = raw.cast(pl.Float64, strict=False)
     values = nulled(values, ~values.is_finite())
+    if raw.dtype == pl.String and values.null_count() and raw.filter(values.is_null()).str.contains(ISO).any():
+        must = "not a number: unit iso is for dates"
     if unit in {"s.fraction", "order"}:
         return values, must
     values = nulled(values, (values != values.round()) | (values.abs() > FARTHEST))
@@ -116,6 +118,11 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
     if far is not None and (value.abs() > FARTHEST).any():  # beyond 64 bits the product means nothing
         order = nulled(order, value.abs() > FARTHEST).fill_null(far)
     return order, bad, must
+
+
+def shown(value: float, layout: Layout) -> str:
+    """A time as messages have it."""
+    return f"{np.datetime64(int(value), 'us')} UTC" if layout.unit == "iso" else str(value)
 
 
 def other_unit(raw: pl.Series, layout: Layout) -> str | None:
