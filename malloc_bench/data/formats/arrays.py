@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 1 << 17  # of a batch
-MOST_ROWS = 1000  # to a byte of a parquet file: what has more was not written by people who interact
+MOST_ROWS = 100  # to a byte of a parquet file: what has more was not written by people who interact
 
 
 def numpy_array(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
