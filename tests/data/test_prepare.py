@@ -34,7 +34,7 @@ def test_stable_order_is_lexsort(keys):
 @pytest.fixture
 def small(monkeypatch, request):
     """Pieces so small that every seam is crossed many times."""
-    for name, size in zip(("prepare.BUCKET", "prepare.CHUNK", "parse.BLOCK"), request.param):
+    for name, size in zip(("prepare.BUCKET", "prepare.CHUNK", "formats.parse.BLOCK"), request.param):
         monkeypatch.setattr(f"malloc_bench.data.{name}", size)
 
 
