@@ -12,7 +12,7 @@ import numpy as np
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.batch import Batch
 from malloc_bench.data.formats.formats import Layout
-from malloc_bench.data.sources.archive import Part, read_whole
+from malloc_bench.data.sources.archive import DAMAGE, Part, read_whole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -130,14 +130,17 @@ def _series(name: str, column: pa.Array, file: str) -> pl.Series:
         column = column.dictionary_decode()
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         column = column.cast(pa.large_string())  # text of older writers
-    if pa.types.is_nested(column.type):
-        raise DataError(f"{file}: {name} holds {column.type}, not one value a row")
+    if pa.types.is_nested(column.type) or pa.types.is_decimal256(column.type):  # polars ends the process at the latter
+        raise DataError(f"{file}: {name} holds {column.type}, not one text or number a row")
     return pl.Series(name, pl.from_arrow(column))
 
 
 def _seekable(part: Part) -> IO[bytes]:
     """The part as a file on disk, or in memory where it is packed."""
-    stream = part.open()
+    try:
+        stream = part.open()
+    except DAMAGE as error:
+        raise DataError(f"{part.name} cannot be unpacked: {error}") from None
     if isinstance(stream, io.BufferedReader) and part.md5 is None:
         return stream
     stream.close()

@@ -133,6 +133,9 @@ def _ids(file: str, name: str, raw: pl.Series, text: bool) -> Column:
         if not beyond.any():
             return Column(numbers, must)
         return Column(raw.cast(pl.String), must) if text else Column(numbers, must, beyond.to_numpy())
+    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # what some databases make of 64 bits without a sign
+        raw = raw.cast(pl.String)
+        dtype = raw.dtype
     if not text and dtype != pl.String:
         raise refused(file, name, raw, "whole numbers")
     if isinstance(dtype, (pl.Categorical, pl.Enum)):

@@ -43,7 +43,7 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
                 told = text_of(lines.text.partition(b"\n")[0], part.name, 1).rstrip("\r")
                 fields = [restored(field, separator) for field in told.split(sign)]
                 lines = lines.without_first()
-            places = dict(zip(names, _places(fields, names, part.name)))
+            places = dict(zip(names, _places(fields, names, part.name, layout)))
             width, told = len(fields), f"has not {len(fields)} columns: {_listed(fields)}"
         if lines.count:
             empty = False
@@ -68,7 +68,7 @@ def _listed(fields: Sequence[str]) -> str:
     return ", ".join(told) + (" ..." if len(fields) > 30 else "")
 
 
-def _places(fields: Sequence[str], names: Sequence[str], file: str) -> list[int]:
+def _places(fields: Sequence[str], names: Sequence[str], file: str, layout: Layout) -> list[int]:
     """Where the named columns stand among the fields; in the header of recbole, as `name:type`."""
     if len(fields) > MOST_COLUMNS:
         raise DataError(f"{file}: row 1: {len(fields)} columns are no table of events")
@@ -77,7 +77,8 @@ def _places(fields: Sequence[str], names: Sequence[str], file: str) -> list[int]
         told = [field.partition(":")[0] for field in told]
     for name in names:
         if name not in told:
-            raise DataError(f"{file}: row 1: no column '{name}' among {_listed(told)}")
+            hint = " (keep in a card says which feedback is read)" if name in layout.feedback else ""
+            raise DataError(f"{file}: row 1: no column '{name}' among {_listed(told)}{hint}")
         if told.count(name) > 1:
             raise DataError(f"{file}: row 1: column '{name}' stands there {told.count(name)} times")
     return [told.index(name) for name in names]

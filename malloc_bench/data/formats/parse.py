@@ -36,7 +36,7 @@ MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b
 OTHERS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet", b"\x1f\x8b": "packed by gzip: name it .gz", b"FEA1": "feather 1",
     b"SQLite": "a database", b"\xd0\xcf\x11\xe0": "a spreadsheet", b"BZh": "packed by bzip2",
-    b"(\xb5/\xfd": "packed by zstd", b"\xfd7zXZ": "packed by xz",
+    b"(\xb5/\xfd": "packed by zstd", b"\xfd7zXZ": "packed by xz", b"[{": "one JSON array, where a line is an object",
 }  # fmt: skip
 
 

@@ -4,9 +4,11 @@ import gzip
 import io
 import zipfile
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
@@ -194,6 +196,7 @@ def test_times_with_a_fraction_and_large_numbers_of_nanoseconds(tmp_path):
         (b'{"uid": 1, "sku": 2}\nNone\n', {}, "log: row 2: 'None' is no JSON object of uid, sku"),
         (b"PK\x03\x04uid,sku\n1,2\n", {}, "log: is a zip archive or a spreadsheet, not csv"),
         (gzip.compress(b"uid,sku\n1,2\n"), {}, "log: is packed by gzip: name it .gz, not csv"),
+        (b'[{"uid": 1, "sku": 2}]', {}, "log: is one JSON array, where a line is an object, not csv"),
         (b"PAR1uid,sku\n1,2\n", {}, "log: no readable parquet: after row 0: "),
         (b"ARROW1uid,sku\n1,2\n", {}, "log: no readable Arrow file: after row 0: "),
         (b"uid,sku\n7,2\nx,2\n", {"ids": "number"}, "log: row 3: uid is 'x', not a number"),
@@ -233,6 +236,35 @@ def test_columns_of_parquet_that_are_no_ids(tmp_path, column, message):
 def test_other_columns_of_parquet_that_are_text(tmp_path, column):
     found = read(tmp_path, ("log", written("parquet", LOG.with_columns(uid=column))))
     assert found["user"].to_list() == LOG["uid"].to_list()
+
+
+ARROW = {
+    "whole decimals": (pa.array([Decimal(2**63), Decimal(7)], pa.decimal128(20, 0)), ["9223372036854775808", "7"]),
+    "unsigned": (pa.array([2**64 - 1, 7], pa.uint64()), ["18446744073709551615", "7"]),
+    "dictionary": (pa.array(["007", "7"]).dictionary_encode(), ["007", "7"]),
+    "dictionary of numbers": (pa.array([7, 8]).dictionary_encode(), ["7", "8"]),
+    "views": (pa.array(["007", "7"], pa.string_view()), ["007", "7"]),
+    "wide decimals": (pa.array([Decimal(1), Decimal(2)], pa.decimal256(50, 0)), "uid holds decimal256(50, 0), not one"),
+    "fractions": (pa.array([Decimal("1.5"), Decimal(2)], pa.decimal128(20, 2)), "uid holds Decimal(precision=20"),
+    "maps": (pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32())), "uid holds map<string, int32>, not one"),
+    "intervals": (pa.array([(1, 2, 3)] * 2, pa.month_day_nano_interval()), "no readable Arrow file: after row 0"),
+    "nothing": (pa.nulls(2), "uid holds Null, not text or whole numbers"),
+    "moments": (pa.array([1, 2], pa.timestamp("ns")), "uid holds Datetime(time_unit='ns'"),
+}
+
+
+@pytest.mark.parametrize("name", ARROW)
+def test_types_of_arrow(tmp_path, name):
+    column, expected = ARROW[name]
+    log = pa.table({"uid": column, "sku": ["a", "b"]})
+    with pa.ipc.new_file(stream := io.BytesIO(), log.schema) as file:
+        file.write_table(log)
+    if isinstance(expected, list):
+        assert read(tmp_path, ("log", stream.getvalue()))["user"].to_list() == expected
+        return
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, ("log", stream.getvalue()))
+    assert str(caught.value).startswith(f"log: {expected}")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
