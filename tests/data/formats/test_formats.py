@@ -55,7 +55,7 @@ def test_rows_come_in_file_order(format, text):
         ("movielens-udata", "", "f: the file is empty"),
         ("movielens-dat", "\n\n", "f: the file is empty"),
         ("movielens-udata", "1\t2\t3\t4\n1\ttwo\t3\t4\n", "f: row 2: item_id is 'two', not a number"),
-        ("movielens-udata", "1\t2\tnan\t4\n", "f: row 1: rating is 'nan', not a number"),
+        ("movielens-udata", "1\t2\tnan\t4\n", "f: row 1: rating is nan, not a number"),
         ("movielens-udata", "1\t2\t3\t4\n1\t2\t3\t4.5\n", "f: row 2: timestamp is '4.5', not a number"),
         (
             "movielens-udata",
