@@ -8,7 +8,7 @@ import json
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
-from malloc_bench.results import ResultsError, Row, atomic_write, to_parquet, write_per_user, write_row
+from malloc_bench.results import ResultsError, Row, to_parquet, write_per_user, write_row
 from malloc_bench.run.folder import Chunks, LockedError, locked, write_manifest
 from malloc_bench.run.progress import Watch
+from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
-from malloc_bench.state import Prefill, UserState
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.suite.suite import Suite
@@ -129,7 +129,14 @@ class Session:
             known = self._ceilings(cell, backbone, split)
             for job, best in ceilings(known, evaluation, list(columns)).items():
                 columns[job] |= best
-        resources = self._resources(cell, [job for job in jobs if job.id in columns])
+        costs = resources(
+            self.suite.measure,
+            [job for job in jobs if job.id in columns],
+            lambda length: self._backbone(cell, max_length=length),
+            self.device,
+            self.folder / "latency",
+            self.watch.measure,
+        )
         for each in todo:
             own, fitted, key = trained[_part(each)]
             shared = {
@@ -138,9 +145,7 @@ class Session:
                 "device": str(self.device),
                 "hashes": {"data": data.hash, "checkpoint": key},
             }
-            self._write(
-                each, {**shared, **self._outcome(each, evaluation, columns, split), **resources.get(each.id, {})}
-            )
+            self._write(each, {**shared, **self._outcome(each, evaluation, columns, split), **costs.get(each.id, {})})
         store.drop()
 
     def _all_trained(
@@ -198,30 +203,6 @@ class Session:
         self.fits[folder.name] = asdict(fitted)
         return backbone, fitted, folder.name
 
-    def _resources(self, cell: Cell, jobs: list[Job]) -> dict[str, dict[str, Any]]:
-        """Latency, FLOPs and peak memory on the suite's fixed workload, by job id."""
-        settings = self.suite.measure
-        if not jobs or not (settings.latency or settings.flops):
-            return {}
-        self.watch.measure(len(jobs))
-        workload = measure.Workload(users=settings.users, history=settings.history, candidates=settings.candidates)
-        rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
-
-        def longer(max_length: int) -> Backbone:
-            return self._backbone(cell, max_length=max_length)
-
-        if settings.latency:
-            methods = {job.id: (job.compressor, job.budget) for job in jobs}
-            for each, timing in measure.latency(
-                longer, methods, workload, self.device, seconds=settings.seconds
-            ).items():
-                rows[each] |= {**timing.columns(), "threads": timing.threads, "load": timing.load}
-                atomic_write(self.folder / "latency" / f"{each}.json", json.dumps(asdict(timing)).encode())
-        if settings.flops:
-            backbone = longer(workload.max_length).to(self.device).eval()
-            rows = {each: {**rows[each], **costs} for each, costs in _costs(backbone, jobs, workload)}
-        return rows
-
     def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
         cell = each.cell
         environment = self.environment
@@ -273,24 +254,6 @@ class Session:
             "sessions": [*before.get("sessions", []), session],
         }
         write_manifest(self.folder, manifest)
-
-
-@torch.inference_mode()
-def _costs(backbone: Backbone, jobs: list[Job], workload: measure.Workload) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
-    device = next(backbone.parameters()).device
-    models = measure.adapted(backbone, [job.compressor for job in jobs], workload)
-    _, tokens, _ = workload.events(backbone.n_items, device)
-    for job in jobs:
-        own, prefill = models[job.compressor.structural]
-
-        def work(job: Job = job, own: Backbone = own, prefill: Prefill = prefill) -> UserState:
-            state = job.compressor.compress(replace(prefill, memo={}), job.budget)
-            own.read(tokens, state)
-            return state
-
-        state, peak = measure.peak_memory(work, device)
-        yield job.id, {**measure.closed_form(own, job.compressor, state, workload), "peak_bytes": peak}
 
 
 def _part(each: Planned) -> Structural | None:
