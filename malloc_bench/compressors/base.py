@@ -160,6 +160,10 @@ class Compressor(ABC):
         """None, or why the method cannot be sized by such a budget: the row is skipped with that reason."""
         return None
 
+    def budget_unit(self, budget: Budget) -> str:
+        """What such a budget counts here: `bytes` of the state, `slots`, or `events`."""
+        return "bytes" if budget.slots is None else "slots"
+
     @abstractmethod
     def compress(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
         """The smaller state; `prefill` is not changed. budget: None, or as `Budget.parse` takes it.

@@ -181,7 +181,9 @@ class Session:
             return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
         path = f"per_user/{each.id}.parquet"
         write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
-        noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
+        noisy = (
+            dict.fromkeys(("p_value", "p_auc", "p_noninferior")) if _part(each) else {}
+        )  # one training tells no noise from effect
         return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
@@ -219,6 +221,7 @@ class Session:
             "compressor_params": cell.compressor.params,
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
+            "budget_unit": None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget),
             "seed": cell.seed,
             "git_commit": environment.get("git_commit"),
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
