@@ -132,8 +132,9 @@ class Session:
         costs = resources(
             self.suite.measure,
             [job for job in jobs if job.id in columns],
+            {part: model for part, (model, _, _) in trained.items()},
             lambda length: self._backbone(cell, max_length=length),
-            self.device,
+            evaluation.length,
             self.folder / "latency",
             self.watch.measure,
         )

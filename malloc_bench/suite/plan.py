@@ -54,7 +54,7 @@ def make_plan(
         needed = {checkpoint_folder(each, data) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
         result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
-        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
+        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + 2 * suite.measure.seconds * suite.measure.latency)
     return result
 
 
