@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from malloc_bench.report.judge import full as full
 from malloc_bench.report.judge import judged, main, one_line_a_state, remark, tested
 from malloc_bench.report.render import (
     Column,
@@ -173,12 +172,15 @@ def _seeds(row: Mapping[str, Any]) -> str:
     return "" if row["seeds_total"] == 1 else f"{row['seeds']}/{row['seeds_total']}"
 
 
+#: where a budget of that many bytes or slots does not buy bytes or slots
+BUDGET_OF = Column("budget of", lambda row: row["budget_unit"] if row["budget_unit"] == "events" else "", rank=3)
+
 COLUMNS_SHOWN = (
     words("compressor", "compressor"),
     words("family", "family", rank=6),
     Column("seeds ok", _seeds, rank=3),
     Column("budget", lambda row: row["budget"] or ""),
-    Column("budget of", lambda row: row["budget_unit"] or "", rank=8),
+    BUDGET_OF,
     significant("bytes_mean", "state (KB/user)", scale=1e-3),
     number("smaller_x", "× smaller", ".1f", rank=2),
     number("smaller_f16_x", "× smaller than float16", ".1f", rank=7),
@@ -207,14 +209,16 @@ COLUMNS_SHOWN = (
 
 NOTES = (
     "State: measured mean bytes per user (1 KB = 1000 bytes). × smaller: sum of full float32 bytes / sum of bytes; "
-    "half of it against a full state in float16. Budget of: bytes, slots, or raw events (as many as slots would fit).",
+    "half of it against a full state in float16. Budget of events: as many raw events as slots would fit, in far fewer "
+    "bytes.",
     "Δ: difference to the full state, 95 % paired bootstrap interval over users; p: two-sided, Holm-corrected "
     "within each table. ✓ lossless: it surely loses less than 1 % of the full state's metric named (NDCG@10, or GAUC "
     "above 0.5), by a one-sided paired test at 2.5 %, Holm-corrected within each table.",
     "Overlap@10: share of the full state's top 10 that stays. Agreement: pairs of a request's candidates in the full "
     "state's order. Fidelity: (overlap or agreement - no history's) / (1 - no history's).",
     "ms and FLOPs: per user, at the median length of the histories evaluated. × full: a read over the full state's, "
-    "round by round. Noisy: the interval of that ratio is wider than 10 %; busy: other work was on the machine.",
+    "round by round (CPU time on one thread). Noisy: the interval of that ratio is wider than 10 % either way; busy: "
+    "other work was on the machine.",
     "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
 )
 CEILINGS = (
@@ -284,6 +288,7 @@ def print_leaderboard(frame: pl.DataFrame, console: Console) -> None:
             console.print(said, style="bold yellow", highlight=False, markup=False)
         console.print(terminal(group, filled(group, COLUMNS_SHOWN), head, console.width))
         console.print()
-    console.print(EMPTY if board.is_empty() else NOTES[1], style="dim", highlight=False, markup=False)
+    for note in (EMPTY,) if board.is_empty() else NOTES[1:3]:
+        console.print(note, style="dim", highlight=False, markup=False)
     for line in problems(frame):
         console.print(line, style="red" if line.startswith("failed") else "yellow", highlight=False, markup=False)

@@ -10,13 +10,13 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
+from malloc_bench.report.judge import full, main
 from malloc_bench.report.leaderboard import (
+    BUDGET_OF,
     EMPTY,
     GROUP,
     aggregate,
     caption,
-    full,
-    main,
     newest,
     on_top,
     sections,
@@ -132,7 +132,7 @@ TABLES = {
         (
             *LABELS,
             *(significant(name, f"{name.replace('_', ' ')} (KB)", scale=1e-3) for name in SIZES),
-            words("budget_unit", "budget of"),
+            BUDGET_OF,
             number("smaller_x", "× smaller", ".1f"),
             number("smaller_f16_x", "× smaller than float16", ".1f"),
             number("share_at_floor", "at floor (% users)", ".0f", scale=100),

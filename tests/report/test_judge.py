@@ -144,6 +144,7 @@ def test_what_a_budget_counts_and_how_times_were_taken_is_shown(row, board_of):
     ]
     text, board = lb.to_markdown(board_of(rows)), lb.leaderboard(board_of(rows))
     assert "| 25 % | events |" in text and "| 3.21 | noisy |" in text and "| ok |" not in text
+    assert "bytes |" not in text and set(board["budget_unit"]) == {"events", "bytes", None}
     assert dict(zip(board["compressor"], board["timing"])) == {
         "truncate": "noisy", "h2o": "ok", "knorm": "noisy, busy",
     }  # fmt: skip
