@@ -61,7 +61,7 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             pl.len().cast(pl.Int64).alias("seeds_total"),
             *(pl.col(name).filter(ok).max() for name in _MOST),
             pl.col("structural").filter(ok).any(),
-            pl.col("budget_unit").filter(ok).first(),
+            *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights")),
             pl.col("values_digest").filter(ok).str.join(" ", ignore_nulls=False).alias("digests"),
             _worst(pl.col("timing").filter(ok)),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
@@ -136,7 +136,8 @@ SHOWN = (
     "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc", "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss",
     "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "logit_error",
     "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling", "measured_history",
-    "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing", "compress_ms_p50", "read_mflops",
+    "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing",
+    "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
 
@@ -205,6 +206,7 @@ COLUMNS_SHOWN = (
     Column("timing", lambda row: "" if row["timing"] in (None, "ok") else row["timing"], rank=4),
     significant("compress_ms_p50", "compress (ms, p50)", rank=7),
     significant("read_mflops", "read (MFLOPs)", rank=8),
+    number("measured_history", "measured at (events)", ",.0f", rank=9),
 )
 
 NOTES = (
@@ -216,9 +218,9 @@ NOTES = (
     "above 0.5), by a one-sided paired test at 2.5 %, Holm-corrected within each table.",
     "Overlap@10: share of the full state's top 10 that stays. Agreement: pairs of a request's candidates in the full "
     "state's order. Fidelity: (overlap or agreement - no history's) / (1 - no history's).",
-    "ms and FLOPs: per user, at the median length of the histories evaluated. × full: a read over the full state's, "
-    "round by round (CPU time on one thread). Noisy: the interval of that ratio is wider than 10 % either way; busy: "
-    "other work was on the machine.",
+    "ms and FLOPs: per user, at the median length of the histories evaluated (the longest: table `resources`). × full: "
+    "a read over the full state's, round by round (CPU time on one thread). Noisy: the interval of that ratio is wider "
+    "than 10 % either way; busy: other work was on the machine.",
     "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
 )
 CEILINGS = (

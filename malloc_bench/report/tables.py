@@ -65,7 +65,16 @@ def resources(frame: pl.DataFrame) -> pl.DataFrame:
         (pl.col(f"{step}_flops{long}") / 1e6).alias(f"{step}_mflops{long}") for long in ("", "_long") for step in STEPS
     ]
     sizes = (*SIZES, "budget_unit", "smaller_x", "smaller_f16_x", "share_at_floor")
-    measured = ("measured_history", "measured_history_long", *TIMES, *CPU_TIMES, *LONG_TIMES, *RATIOS, "timing")
+    measured = (
+        "measured_history",
+        "measured_history_long",
+        "measured_weights",
+        *TIMES,
+        *CPU_TIMES,
+        *LONG_TIMES,
+        *RATIOS,
+        "timing",
+    )
     return aggregate(frame).select(*HEAD, *sizes, *measured, *flops, "peak_bytes", "peak_bytes_long")
 
 
@@ -137,6 +146,7 @@ TABLES = {
             number("smaller_f16_x", "× smaller than float16", ".1f"),
             number("share_at_floor", "at floor (% users)", ".0f", scale=100),
             number("measured_history", "measured at (events)", ",.0f"),
+            Column("on weights", lambda row: "fresh" if row["measured_weights"] == "fresh" else ""),
             *(significant(name, name.replace("_ms_", " ") + " (ms)") for name in TIMES),
             *(significant(name, name.removesuffix("_cpu_ms_p50") + " p50 (CPU ms)") for name in CPU_TIMES),
             *(number(name, f"read (× full){end}", ".2f") for name, end in zip(RATIOS[:3], ("", " from", " to"))),
