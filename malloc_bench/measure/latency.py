@@ -134,7 +134,7 @@ def latency(
             try:
                 state = compressor.compress(replace(filled[part], memo={}), budget)
                 shares[name] = first.setdefault(_make(part, state), name)
-            except Exception:
+            except (Exception, SystemExit):
                 _failed(name)
                 continue
             groups[name] = {"compress": _compress(compressor, budget, filled[part])}

@@ -165,7 +165,7 @@ def _failing(
 ) -> Iterator[None]:
     try:
         yield
-    except Exception:
+    except (Exception, SystemExit):
         if failed is None:
             raise
         failed(key)

@@ -62,7 +62,11 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             *(pl.col(name).filter(ok).max() for name in _MOST),
             pl.col("structural").filter(ok).any(),
             *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights")),
-            pl.col("values_digest").filter(ok).str.join(" ", ignore_nulls=False).alias("digests"),
+            pl.col("values_digest")
+            .filter(ok)
+            .sort_by(pl.col("seed").filter(ok))
+            .str.join(" ", ignore_nulls=False)
+            .alias("digests"),
             _worst(pl.col("timing").filter(ok)),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )

@@ -132,6 +132,11 @@ def test_like_numbers_of_other_values_stay_apart(row, board_of):
     one, other = (cell(row, "h2o", budget=b, values_digest=d) for b, d in ((0.5, "a"), (0.25, "b")))
     assert len(lb.leaderboard(board_of(full(row), one, other))) == 3
     assert len(lb.leaderboard(board_of(full(row), one, {**other, "values_digest": "a"}))) == 2
+    seeds = [
+        {**each, "seed": seed, "created_at": f"2026-11-22T1{at}:00:00+00:00", "values_digest": digest}
+        for each, at, seed, digest in ((one, 0, 0, "a"), (one, 1, 1, "b"), (other, 3, 0, "a"), (other, 2, 1, "b"))
+    ]
+    assert len(lb.leaderboard(board_of(full(row), seeds))) == 2  # whatever the order in which seeds were run
     assert len(lb.leaderboard(board_of(full(row), one, {**other, "compressor": "knorm", "values_digest": "a"}))) == 3
 
 

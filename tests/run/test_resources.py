@@ -106,10 +106,11 @@ def test_only_what_is_asked_for_is_measured(models, tmp_path, what):
     assert resources(settings, [], models, never, LENGTHS, tmp_path, never) == {}
 
 
-def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, tmp_path, caplog):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, tmp_path, caplog, error):
     class Broken(type(JOBS[1].compressor)):
         def compress(self, prefill, budget=None, fitted=None):
-            raise RuntimeError("not here")
+            raise error("not here")
 
     jobs = [JOBS[0], Job("broken", Broken(), Budget(0.5)), JOBS[2]]
     rows = resources(Measure(seconds=0, users=1), jobs, models, never, LENGTHS, tmp_path, lambda n: None)
