@@ -59,9 +59,13 @@ def make_plan(
 
 
 def _complete(row: Row, suite: Suite) -> bool:
-    """Whether an ok row also has what the suite wants measured: latency may have been off when it was made."""
+    """Whether an ok row also has what the suite wants measured: that may have been off, or done at another length."""
     wanted = ["read_ms_p50"] * suite.measure.latency + ["peak_bytes"] * suite.measure.flops
-    return row["status"] == "ok" and all(row[name] is not None for name in wanted)
+    if wanted:
+        wanted.append("measured_history")
+    length = suite.measure.history
+    there = all(row.get(name) is not None for name in wanted)
+    return row["status"] == "ok" and there and (not wanted or length in (None, row["measured_history"]))
 
 
 def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
