@@ -34,7 +34,7 @@ def measure(name: str, candidates: int, seconds: float = 2.0) -> list[str]:
     """A table: milliseconds a user of a read, its ratio to full in wall and CPU time, in FLOPs and in bytes."""
     tune_malloc()
     work, lines = replace(WORK, candidates=candidates), []
-    with threads(1), torch.inference_mode():
+    with threads(1), torch.no_grad():  # not inference mode: methods may fit by gradient
         backbone = get_backbone(name, 3706, max_length=work.max_length).eval()
         _, tokens, _ = work.events(backbone.n_items)
         full = work.prefill(backbone)

@@ -9,7 +9,7 @@ from malloc_bench import _moved as _moved
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import get_backbone
-    from malloc_bench.compressors import get_compressor
+    from malloc_bench.compressors import Budget, get_compressor
     from malloc_bench.data import get_dataset
     from malloc_bench.registry import register
     from malloc_bench.results import load_results
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from malloc_bench.suite.suite import load_suite
 
 __all__ = [
-    "Prefill", "UserState", "get_backbone", "get_compressor", "get_dataset", "load_results", "load_suite", "register",
-    "run_suite",
+    "Budget", "Prefill", "UserState", "get_backbone", "get_compressor", "get_dataset", "load_results", "load_suite",
+    "register", "run_suite",
 ]  # fmt: skip
 
 #: public name -> module, imported when it is first asked for: torch alone takes seconds
 _HOME = {
+    "Budget": "compressors",
     "Prefill": "state",
     "UserState": "state",
     "get_backbone": "backbones",

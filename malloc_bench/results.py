@@ -50,6 +50,7 @@ COLUMNS: dict[str, str] = {
     "compressor_params": "json",
     "structural": "flag",  # trained with the backbone: its differences carry training noise
     "budget": "text",  # see `budget_text`
+    "budget_unit": "text",  # what the budget counts: bytes, slots or events
     "seed": "whole",
     **dict.fromkeys(("status", "reason"), "text"),
     **dict.fromkeys(("n_users", "n_targets"), "whole"),
@@ -60,13 +61,24 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
     **{f"delta_{name}{end}": "real" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")},
     **dict.fromkeys(("p_value", "p_auc"), "real"),  # of delta_ndcg@10 or delta_gauc, and of delta_auc
+    "p_noninferior": "real",  # one-sided, of a loss of 1 % or more of the full state's NDCG@10, or GAUC above 0.5
     # generated data: the best possible with no event, with all, with the newest in as many bytes
     **{f"ceiling_{known}_{name}": "real" for known in KNOWN for name in ("hr@5", "hr@10", "hr@50", "auc")},
     **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
+    "measured_history": "whole",  # events of each history that was timed: the median of those evaluated
     **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},
+    **{f"{step}_cpu_ms_p50": "real" for step in STEPS},
+    **dict.fromkeys(("read_ratio", "read_ratio_lo", "read_ratio_hi"), "real"),  # to the full state's, round by round
+    "timing": "text",  # ok, noisy (the ratio's interval is wide), busy (other work on the machine), or both
     **{f"{step}_flops": "real" for step in STEPS},
     "peak_bytes": "real",
+    "measured_history_long": "whole",  # the longest history evaluated, and what it costs
+    **{f"{step}_ms_p50_long": "real" for step in STEPS},
+    **dict.fromkeys(("read_ratio_long", "read_ratio_lo_long", "read_ratio_hi_long"), "real"),
+    **{f"{step}_flops_long": "real" for step in STEPS},
+    "peak_bytes_long": "real",
+    "measured_weights": "text",  # trained, or fresh: a suite's own length is beyond what the trained ones serve
     "params": "whole",
     "train_seconds": "real",
     **dict.fromkeys(("device", "amp"), "text"),  # amp: the arithmetic of training, fp32 or bf16
@@ -75,6 +87,7 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("git_commit", "created_at"), "text"),
     "slices": "json",  # history length -> n_users and ndcg@10, hr@10, overlap@10 or agreement, logit_error
     "per_user": "text",  # path below the run folder
+    "values_digest": "text",  # sha256 of the per-user values
     "traceback": "text",
     **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),
     "schema_version": "whole",
@@ -241,9 +254,24 @@ def frame(rows: Sequence[Row]) -> pl.DataFrame:
     """Rows as a polars frame: all of COLUMNS in order, typed even where all values are null."""
     import polars as pl
 
-    types = {"text": pl.String, "json": pl.String, "whole": pl.Int64, "real": pl.Float64, "flag": pl.Boolean}
     data = {name: [_cell(row.get(name), kind) for row in rows] for name, kind in COLUMNS.items()}
-    return pl.DataFrame(data, schema={name: types[kind] for name, kind in COLUMNS.items()})
+    return pl.DataFrame(data, schema=_schema())
+
+
+def complete(frame: pl.DataFrame) -> pl.DataFrame:
+    """A results frame of any age with all of COLUMNS in order; those that it lacks are null."""
+    import polars as pl
+
+    missing = [pl.lit(None, kind).alias(name) for name, kind in _schema().items() if name not in frame.columns]
+    whole = frame.with_columns(missing)
+    return whole.select(*COLUMNS, *(name for name in whole.columns if name not in COLUMNS))
+
+
+def _schema() -> dict[str, Any]:
+    import polars as pl
+
+    types = {"text": pl.String, "json": pl.String, "whole": pl.Int64, "real": pl.Float64, "flag": pl.Boolean}
+    return {name: types[kind] for name, kind in COLUMNS.items()}
 
 
 def _cell(value: Any, kind: str) -> Any:
@@ -286,8 +314,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
     old = known is None and "schema_version" in found.columns and found["schema_version"].eq(1).all()
     if not old and known != _frame_digest(found):
         raise ResultsError(f"{path} is not what was written (its digest does not match): run again, or fetch it again")
-    missing = {name: kind for name, kind in frame([]).schema.items() if name not in found.columns}
-    return found.with_columns(pl.lit(None, kind).alias(name) for name, kind in missing.items())
+    return complete(found)
 
 
 def _frame_digest(rows: pl.DataFrame) -> str | None:

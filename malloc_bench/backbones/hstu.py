@@ -17,6 +17,7 @@ from malloc_bench.state import Segment
 
 TIME_BUCKETS = 128
 _OCTAVE = 0.301
+_EPS = 1e-6  # of the layer norms, as the authors' code has it
 _NEVER = -1e4  # SiLU and its gradient are exactly 0 here
 
 
@@ -62,11 +63,11 @@ class HSTUBlock(Block):
         nn.init.xavier_uniform_(self.out.weight)
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:]))))
+        return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:], eps=_EPS))))
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        normed = F.layer_norm(mixed.transpose(1, 2).flatten(2), (self.dim,))
+        normed = F.layer_norm(mixed.transpose(1, 2).flatten(2), (self.dim,), eps=_EPS)
         return x + self.out(dropout(gate * normed, self.rate, self.training))
 
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
@@ -120,6 +121,7 @@ class HSTU(AttentionBackbone):
         "books": {"layers": 4, "heads": 4, "dim": 64, "max_length": 50, "dropout": 0.5},
         "books-large": {"layers": 16, "heads": 8, "dim": 64, "max_length": 50, "dropout": 0.5},
     }
+    version = 2
     uses_positions = True
 
     def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:

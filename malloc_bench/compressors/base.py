@@ -9,8 +9,9 @@ subclasses `Compressor`.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -30,7 +31,10 @@ COUNT_BYTES = 4  # one int32: the length of a history, or the count of a set of 
 
 @dataclass(frozen=True)
 class Budget:
-    """The target size of a state: a fraction of the user's own full float32 bytes, or `slots` or `bytes` per user."""
+    """The target size of a state: a fraction of the user's own full bytes, or `slots` or `bytes` per user.
+
+    Full bytes are those of the state in its own dtype: float32 behind a backbone.
+    """
 
     fraction: float | None = None
     slots: int | None = None
@@ -38,12 +42,12 @@ class Budget:
 
     @staticmethod
     def parse(value: Any) -> Budget:
-        """From YAML: 0.25, {slots: 16} or {bytes: 4096}. Raises ValueError that says what was expected."""
+        """From 0.25, {slots: 16} or {bytes: 4096}. Raises ValueError that says what was expected."""
         if isinstance(value, Budget):
             return value
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf:
             return Budget(fraction=float(value))
-        if isinstance(value, dict) and len(value) == 1:
+        if isinstance(value, Mapping) and len(value) == 1:
             ((unit, size),) = value.items()
             if unit in ("slots", "bytes") and isinstance(size, int) and not isinstance(size, bool) and size > 0:
                 return Budget(**{unit: size})
@@ -71,7 +75,8 @@ class Layout:
 
     counts: stored counts, one for each distinct set of slots. lists: how many lists of slots the method tells apart: 1,
     or one for each layer or head. positions, mass, times: how many lists of them are stored; positions and mass are
-    not where every event has its own slot. vectors: (field, heads, width) of every layer.
+    not where every event has its own slot. vectors: (field, heads, width) of every layer. number: bytes of one number
+    of a dense vector.
     """
 
     counts: int
@@ -80,6 +85,7 @@ class Layout:
     mass: int
     times: int
     vectors: tuple[tuple[str, int, int], ...]
+    number: int = 4
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
@@ -99,8 +105,16 @@ class Layout:
         )
 
     def dense(self, n: Tensor, length: Tensor) -> Tensor:
-        """Bytes [B] with float32 vectors."""
-        return self.beside(n, length) + n * sum(4 * heads * width for _, heads, width in self.vectors)
+        """Bytes [B] with dense vectors."""
+        return self.beside(n, length) + n * sum(self.number * heads * width for _, heads, width in self.vectors)
+
+
+def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
+    @functools.wraps(compress)
+    def parsed(self: Compressor, prefill: Prefill, budget: Any = None, *more: Any, **named: Any) -> UserState:
+        return compress(self, prefill, None if budget is None else Budget.parse(budget), *more, **named)
+
+    return parsed
 
 
 class Compressor(ABC):
@@ -117,6 +131,12 @@ class Compressor(ABC):
     formula: ClassVar[str] = "see its source"
     stores: ClassVar[str] = "see its source"
     version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every `compress` takes its budget as a suite writes it: 0.25, {"slots": 8}, {"bytes": 4096} or a Budget."""
+        super().__init_subclass__(**kwargs)
+        if "compress" in cls.__dict__:
+            cls.compress = _parsing(cls.__dict__["compress"])  # type: ignore[method-assign]
 
     @property
     def needs(self) -> Stats:
@@ -146,9 +166,16 @@ class Compressor(ABC):
         """None, or why the method cannot be sized by such a budget: the row is skipped with that reason."""
         return None
 
+    def budget_unit(self, budget: Budget) -> str:
+        """What such a budget counts here: `bytes` of the state, `slots`, or `events`."""
+        return "bytes" if budget.slots is None else "slots"
+
     @abstractmethod
-    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
-        """The smaller state; `prefill` is not changed."""
+    def compress(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
+        """The smaller state; `prefill` is not changed. budget: None, or as `Budget.parse` takes it.
+
+        An implementation gets a Budget, or None; raises ValueError for what is no budget.
+        """
 
     def floor(self, prefill: Prefill) -> Tensor:
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
@@ -222,12 +249,13 @@ def dense_layout(
     heads = [next(iter(prefill.segment(layer).fields.values())).shape[1] for layer in prefill.layers]
     counts = 1 if per == "state" else len(heads)
     lists = {"state": 1, "layer": len(heads), "head": sum(heads)}[per]
+    number = next((v.dense().element_size() for v in prefill.segment(0).fields.values()), 4)
     old = prefill.segment(0).slots
     if old is None:
-        return Layout(0, 0, 0, 0, 0, tuple(vectors))
+        return Layout(0, 0, 0, 0, 0, tuple(vectors), number)
     implied, times = consecutive and old.positions is None, old.timestamps is not None
     positions = prefill.uses_positions and not implied
-    return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors))
+    return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors), number)
 
 
 def slots_within(target: Tensor, length: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:

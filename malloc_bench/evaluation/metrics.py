@@ -212,6 +212,32 @@ def _two_sided(delta: float, error: float, users: int) -> float:
     return max(tail, 2.0 ** (1 - users))
 
 
+def noninferiority(cells: npt.ArrayLike, reference: npt.ArrayLike, kept: float = 0.99, chance: float = 0.0) -> Floats:
+    """One-sided p (C,) of each cell (C, U) losing more than 1 - `kept` of what the reference (U,) lies above `chance`.
+
+    Small: mean(cell) - chance > kept x (mean(reference) - chance). The normal tail at that contrast's mean over its
+    bootstrap standard error, which for a mean over users is known without drawing: the standard deviation / sqrt(U).
+    Paired; the reference's own noise counts, as it sets the margin. Never below 2 ** -U, which is what equal values
+    get; 1 where the reference is not above chance: there is nothing to keep. Raises ValueError where shapes disagree
+    or there is no user.
+    """
+    cells, reference = np.asarray(cells, np.float64), np.asarray(reference, np.float64)
+    if cells.ndim != 2 or reference.shape != cells.shape[1:] or not reference.size:
+        raise ValueError(f"expected cells (C, U) and reference (U,), U > 0; got {cells.shape} and {reference.shape}")
+    if reference.mean() <= chance:
+        return np.ones(len(cells))
+    contrast = (cells - chance) - kept * (reference - chance)
+    errors = contrast.std(axis=1) / math.sqrt(reference.size) * (cells != reference).any(axis=1)
+    return np.array([max(upper_tail(m, se), 2.0**-reference.size) for m, se in zip(contrast.mean(axis=1), errors)])
+
+
+def upper_tail(mean: float, error: float) -> float:
+    """P(Z >= mean / error) of a standard normal Z; without any error 0 for a mean above 0, else 1."""
+    if error <= 0:
+        return 0.0 if mean > 0 else 1.0
+    return math.erfc(mean / error / math.sqrt(2)) / 2
+
+
 def holm(p: Iterable[float | None]) -> Floats:
     """Holm's step-down adjusted p-values, in the order given; None and NaN stay NaN and do not count as tests."""
     values = np.array([math.nan if x is None else x for x in p], np.float64)

@@ -2,10 +2,12 @@
 
 from malloc_bench.measure.environment import environment, load
 from malloc_bench.measure.flops import closed_form, count_flops
-from malloc_bench.measure.latency import Samples, Timing, Workload, adapted, interleaved, latency, summary, threads
+from malloc_bench.measure.latency import Models, Timing, latency, prefilled
 from malloc_bench.measure.memory import peak_memory
+from malloc_bench.measure.sampling import Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
+from malloc_bench.measure.workload import Workload
 
 __all__ = [
-    "Samples", "Timing", "Workload", "adapted", "closed_form", "count_flops", "environment", "interleaved", "latency",
-    "load", "peak_memory", "summary", "threads",
+    "Models", "Ratio", "Samples", "Timing", "Workload", "closed_form", "count_flops", "environment", "in_rounds",
+    "interleaved", "latency", "load", "peak_memory", "prefilled", "ratio", "summary", "threads",
 ]  # fmt: skip

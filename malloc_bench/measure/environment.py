@@ -27,6 +27,11 @@ def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and settings, ready for JSON; what does not apply is None. Memory in bytes.
 
@@ -46,7 +51,7 @@ def environment() -> dict[str, Any]:
         "cpu_flags": flags,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_usable": cores(),
         "memory_bytes": _memory(),
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),

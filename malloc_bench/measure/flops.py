@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
-from malloc_bench.measure.latency import Workload
+from malloc_bench.measure.workload import Workload
 from malloc_bench.state import Stats, UserState
 
 

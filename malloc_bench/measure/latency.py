@@ -1,102 +1,50 @@
-"""How long the steps take: fixed workloads on made-up histories, everything that is compared measured in turns."""
+"""How long the steps of every cell take, on trained weights, beside the full state in every round."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import hashlib
 import logging
-import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, Structural
-from malloc_bench.measure.environment import load
-from malloc_bench.state import Events, Prefill, Stats
+from malloc_bench.measure.environment import cores, load
+from malloc_bench.measure.sampling import MOST, Call, Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
+from malloc_bench.measure.workload import Workload
+from malloc_bench.state import Events, Prefill, Stats, UserState
 from malloc_bench.training.fit import tune_malloc
 
-K = TypeVar("K", bound=Hashable)
+#: structural part -> the backbone that it has adapted; None: the backbone as it is
+Models = Mapping[Structural | None, Backbone]
+Method = tuple[Compressor, Budget | None]
 
 log = logging.getLogger(__name__)
 
-_ENOUGH = 500  # samples below which a 99th percentile says nothing
+PATIENCE = 3  # times the seconds that are asked for, where the ratio to the full state is not sure before
 _PLAIN = Stats()
 _PREFILLS = 9  # rounds at least: statistics are small differences of large times
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed: `users` histories of `history` events at once, `candidates` tokens that read each of them, and
-    `appended` new events for each. Ids, times (about 6 hours apart) and kinds are drawn from the seed."""
-
-    users: int = 8
-    history: int = 1000
-    candidates: int = 1
-    appended: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.users < 1 or self.history < 0 or self.candidates < 1 or self.appended < 1:
-            raise ValueError(f"a workload has users, candidates and appended >= 1 and history >= 0, not {self}")
-
-    @property
-    def max_length(self) -> int:
-        """What a backbone must keep: the history and what is appended."""
-        return self.history + self.appended
-
-    def events(self, n_items: int, device: str | torch.device = "cpu") -> tuple[Events, Events, Events]:
-        """The histories, the tokens that read (all asked for at one time), and the new events to append."""
-        rng = np.random.default_rng(self.seed)
-        total = self.history + max(self.candidates, self.appended)
-        items = torch.from_numpy(rng.integers(1, n_items + 1, (self.users, total), np.int32)).to(device)
-        gaps = rng.exponential(21_600, (self.users, total + 1)).astype(np.int64) + 1
-        times = torch.from_numpy(1_700_000_000 + gaps.cumsum(1)).to(device)
-        kinds = torch.from_numpy(rng.integers(0, 256, (self.users, total), np.uint8)).to(device)
-
-        def part(start: int, size: int) -> Events:
-            count = torch.full((self.users,), size, dtype=torch.int32, device=device)
-            rows, following = slice(start, start + size), slice(start + 1, start + size + 1)
-            return Events(items[:, rows], count, times[:, rows], times[:, following], kinds[:, rows])
-
-        now = times[:, self.history : self.history + 1].expand(-1, self.candidates)
-        tokens = replace(part(self.history, self.candidates), times=now, next_times=now)
-        return part(0, self.history), tokens, part(self.history, self.appended)
-
-    def prefill(self, backbone: Backbone, stats: Stats = _PLAIN) -> Prefill:
-        """The workload's histories in a backbone of at least `max_length`."""
-        device = next(backbone.parameters()).device
-        return backbone.prefill(self.events(backbone.n_items, device)[0], stats=stats)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Seconds per call, in the order in which they were taken: on the wall, and CPU time of the whole process."""
-
-    wall: list[float]
-    cpu: list[float]
-
-    def __len__(self) -> int:
-        return len(self.wall)
+_WAITED = 1.25  # wall over CPU time of one thread above which something else had the core
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Raw times of one cell; every call serves the whole batch of `users`.
+    """Raw times of one cell; every call serves the whole batch of `users` histories of `history` events.
 
     prefill: without statistics, the same for all cells of a backbone, adapted or not. statistics: what gathering this
     method's attention statistics took beyond it, measured in turns with it and round by round (noise can make a round
     negative); None where it needs none. compress: without its statistics. append: None for a state of raw events, whose
     append computes nothing. full_append, full_read: the full state of the backbone as it is, measured in turns with
     this cell's: the fair partners of a ratio.
-    load: 1-minute load average when the cell began.
+    load: the highest 1-minute load average when sampling began and ended.
     """
 
     users: int
+    history: int
     prefill: Samples
     statistics: Samples | None
     compress: Samples
@@ -109,6 +57,18 @@ class Timing:
     load: float
 
     @property
+    def read_ratio(self) -> Ratio:
+        """Reads over the full state's."""
+        return _over(self.read, self.full_read, self.device, self.threads)
+
+    @property
+    def quality(self) -> str:
+        """`ok`, or what is wrong: `noisy` (the ratio is not known to 10 %), `busy` (other work was on the machine)."""
+        waited = self.device == "cpu" and median(self.read.wall) > _WAITED * median(self.read.cpu)
+        wrong = {"noisy": not self.read_ratio.tight, "busy": waited or self.load > cores()}
+        return ", ".join(word for word, holds in wrong.items() if holds) or "ok"
+
+    @property
     def charged(self) -> Samples:
         """Compress with the method's own statistics: their median cost, if positive, on top of every sample."""
         if self.statistics is None:
@@ -116,181 +76,152 @@ class Timing:
         wall, cpu = (max(0.0, median(x)) for x in (self.statistics.wall, self.statistics.cpu))
         return Samples([x + wall for x in self.compress.wall], [x + cpu for x in self.compress.cpu])
 
-    def columns(self) -> dict[str, float | None]:
-        """{prefill, compress, append, read}_ms_{p50, p95, p99}: wall milliseconds per user, see `summary`."""
+    def columns(self) -> dict[str, Any]:
+        """{prefill, compress, append, read}_ms_{p50, p95, p99}: wall milliseconds per user, see `summary`; _cpu_ms_p50;
+
+        read_ratio with its interval, how good they are (`timing`), threads and load.
+        """
         steps = {"prefill": self.prefill, "compress": self.charged, "append": self.append, "read": self.read}
-        columns: dict[str, float | None] = {}
+        columns: dict[str, Any] = {}
         for step, samples in steps.items():
             found = summary(samples.wall if samples else [], self.users)
             columns |= {f"{step}_ms_{name}": value for name, value in found.items()}
-        return columns
-
-
-def summary(seconds: Sequence[float], users: int = 1) -> dict[str, float | None]:
-    """p50, p95 and p99 in milliseconds per user: a batch's seconds divided by its users.
-
-    So it is what one user's request costs a machine that serves `users` at a time, not how long a user waits; the
-    percentiles are over batches. p99 is None below 500 samples, all are None without any.
-    """
-    if not len(seconds):
-        return {"p50": None, "p95": None, "p99": None}
-    p50, p95, p99 = (float(x) * 1000 / users for x in np.percentile(seconds, (50, 95, 99)))
-    return {"p50": p50, "p95": p95, "p99": p99 if len(seconds) >= _ENOUGH else None}
-
-
-@contextlib.contextmanager
-def threads(n: int) -> Iterator[None]:
-    """torch with n threads inside, with as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def interleaved(
-    calls: Mapping[K, Callable[[], object]],
-    device: str | torch.device = "cpu",
-    seconds: float = 0.5,
-    repeats: int = 5,
-    most: int = 1000,
-) -> dict[K, Samples]:
-    """Times of several calls taken in turns, each round beginning with another one, after a round that is not counted.
-
-    At least `repeats` rounds, then as many as begin within `seconds` of the first, at most `most` (or `repeats`, if
-    that is more). The garbage collector rests meanwhile. Waits for a CUDA device before and after each call.
-    """
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
-    samples = {name: Samples([], []) for name in calls}
-    names = list(calls)
-    for call in calls.values():
-        call()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        start, rounds = time.perf_counter(), 0
-        while rounds < repeats or (rounds < most and time.perf_counter() - start < seconds):
-            first = rounds % max(len(names), 1)
-            for name in names[first:] + names[:first]:
-                wait()
-                cpu, wall = time.process_time(), time.perf_counter()
-                result = calls[name]()
-                wait()
-                samples[name].wall.append(time.perf_counter() - wall)
-                samples[name].cpu.append(time.process_time() - cpu)
-                del result  # freeing is not timed
-            rounds += 1
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
+            columns[f"{step}_cpu_ms_p50"] = summary(samples.cpu if samples else [], self.users)["p50"]
+        value, lo, hi = self.read_ratio
+        columns |= {"read_ratio": value, "read_ratio_lo": lo, "read_ratio_hi": hi, "timing": self.quality}
+        return columns | {"threads": self.threads, "load": self.load}
 
 
 def latency(
-    make_backbone: Callable[[int], Backbone],
-    compressors: Mapping[str, tuple[Compressor, Budget | None]],
-    workload: Workload = Workload(),
-    device: str | torch.device = "cpu",
+    models: Models,
+    methods: Mapping[str, Method],
+    workload: Workload,
     *,
     seconds: float = 0.3,
     repeats: int = 5,
     n_threads: int = 1,
 ) -> dict[str, Timing]:
-    """Times of every cell on one workload, on one backbone, adapted where a compressor is structural.
+    """Times of every cell on one workload.
 
-    make_backbone: max_length -> a backbone; fresh weights will do, they do not change the work.
-    seconds: of sampling for each cell, ten times as many for the prefills; repeats: samples at least (500 for a p99),
-    9 of the prefills.
+    seconds: of sampling for each cell, up to PATIENCE times as many until the ratio of its reads to the full state's is
+    tight, and ten times as many for the prefills; repeats: samples at least (500 for a p99), 9 of the prefills.
 
     One plain prefill and one with each set of statistics that some cell needs are timed in turns, once for all cells,
     those of adapted backbones among them.
-    Then, cell by cell: compress, append and read, in turns with append and read of the full state. Every compress
-    starts from a prefill that remembers nothing. A cell that raises is logged and left out. Page faults of freshly
-    mapped temporaries would be most of some steps: malloc is told to keep its memory, for the rest of the process.
+    Then, in rounds over all cells: compress, append and read, and append and read of the full state. Every compress
+    starts from a prefill that remembers nothing. Cells whose states are the same bytes share their appends and reads.
+    A cell that raises is logged and left out. Page faults of freshly mapped temporaries would be most of some steps:
+    malloc is told to keep its memory, for the rest of the process.
     """
     tune_malloc()
-    gc.collect()
-    timings: dict[str, Timing] = {}
-    with threads(n_threads), torch.inference_mode():
-        backbone = make_backbone(workload.max_length).to(device).eval()
-        history, tokens, new = workload.events(backbone.n_items, device)
-        models = adapted(backbone, [compressor for compressor, _ in compressors.values()], workload)
+    with threads(n_threads), torch.no_grad():  # not inference mode: methods may fit by gradient
+        device = next(models[None].parameters()).device
+        history, tokens, new = workload.events(models[None].n_items, device)
+        filled = prefilled(models, [compressor for compressor, _ in methods.values()], workload)
 
-        def prefills(part: Structural | None, stats: Stats) -> Callable[[], Prefill]:
-            return lambda: models[part][0].prefill(history, stats=stats)
+        def prefill(part: Structural | None, stats: Stats) -> Call:
+            return lambda: models[part].prefill(history, stats=stats)
 
-        needs = {(part, _PLAIN) for part in models} | {(c.structural, c.needs) for c, _ in compressors.values()}
-        built = interleaved({each: prefills(*each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS))
-        for name, (compressor, budget) in compressors.items():
-            began, part = load(), compressor.structural
+        needs = {(part, _PLAIN) for part in filled} | {(c.structural, c.needs) for c, _ in methods.values()}
+        built = interleaved({each: prefill(*each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS))
+
+        began, first = load(), {_make(None, filled[None].state): ""}  # by the make of a state: whose reads are timed
+        groups: dict[str, dict[str, Call]] = {}
+        shares: dict[str, str] = {}
+        raw = set()
+        for name, (compressor, budget) in methods.items():
+            part = compressor.structural
             try:
-                calls = _calls(compressor, budget, models[part], models[None], tokens, new)
-                samples = interleaved(calls, device, seconds, repeats)
-            except Exception:
-                log.warning("latency of %s could not be measured", name, exc_info=True)
+                state = compressor.compress(replace(filled[part], memo={}), budget)
+                shares[name] = first.setdefault(_make(part, state), name)
+            except (Exception, SystemExit):
+                _failed(name)
                 continue
-            plain = built[part, _PLAIN]
-            statistics = None if compressor.needs == _PLAIN else _beyond(built[part, compressor.needs], plain)
-            timings[name] = Timing(
-                users=workload.users,
-                prefill=plain,
-                statistics=statistics,
-                compress=samples["compress"],
-                append=samples.get("append"),
-                read=samples["read"],
-                full_append=samples["full append"],
-                full_read=samples["full read"],
-                threads=n_threads,
-                device=str(device),
-                load=began,
-            )
+            groups[name] = {"compress": _compress(compressor, budget, filled[part])}
+            if state.events is not None:
+                raw.add(name)
+            if shares[name] == name:
+                groups[name] |= _reads(models[part], state, tokens, new, "")
+                groups[name] |= _reads(models[None], filled[None].state, tokens, new, "full ")
+        if "" in shares.values():
+            groups[""] = _reads(models[None], filled[None].state, tokens, new, "")
+
+        def enough(name: str, samples: Mapping[str, Samples], spent: float) -> bool:
+            alone = "full read" not in samples
+            sure = alone or _over(samples["read"], samples["full read"], str(device), n_threads).tight
+            return spent >= (seconds if sure else PATIENCE * seconds) or len(next(iter(samples.values()))) >= MOST
+
+        found = in_rounds(groups, enough, device, repeats, _failed)
+        ended = load()
+    timings: dict[str, Timing] = {}
+    for name, whose in shares.items():
+        if name not in found or whose not in found:
+            continue
+        (compressor, _), samples = methods[name], found[whose]
+        plain = built[compressor.structural, _PLAIN]
+        none = compressor.needs == _PLAIN
+        timings[name] = Timing(
+            users=workload.users,
+            history=workload.history,
+            prefill=plain,
+            statistics=None if none else _beyond(built[compressor.structural, compressor.needs], plain),
+            compress=found[name]["compress"],
+            append=None if name in raw else samples["append"],
+            read=samples["read"],
+            full_append=samples["full append" if whose else "append"],
+            full_read=samples["full read" if whose else "read"],
+            threads=n_threads,
+            device=str(device),
+            load=max(began, ended),
+        )
     return timings
 
 
-def adapted(
-    backbone: Backbone, compressors: Iterable[Compressor], workload: Workload
-) -> dict[Structural | None, tuple[Backbone, Prefill]]:
-    """By structural part, None first: the backbone as the part adapts it, and its prefill of the workload.
+def prefilled(
+    models: Models, compressors: Iterable[Compressor], workload: Workload
+) -> dict[Structural | None, Prefill]:
+    """By structural part, None first: the prefill of the workload with the statistics that the part's compressors need.
 
-    The prefill has the statistics that the part's compressors need; budgets are shares of the un-adapted state's bytes.
+    Budgets are shares of the un-adapted state's bytes.
     """
     needs: dict[Structural | None, Stats] = {None: _PLAIN}
     for each in compressors:
         needs[each.structural] = needs.get(each.structural, _PLAIN) | each.needs
-    models = {part: part.adapted(backbone) if part else backbone for part in needs}
-    prefills = {part: workload.prefill(models[part], needs[part]) for part in needs}
+    prefills = {part: workload.prefill(models[part], stats) for part, stats in needs.items()}
     whole = prefills[None].full_bytes()
-    return {part: (models[part], replace(prefills[part], whole=whole)) for part in needs}
+    return {part: replace(prefill, whole=whole) for part, prefill in prefills.items()}
 
 
-def _calls(
-    compressor: Compressor,
-    budget: Budget | None,
-    own: tuple[Backbone, Prefill],
-    plain: tuple[Backbone, Prefill],
-    tokens: Events,
-    new: Events,
-) -> dict[str, Callable[[], object]]:
-    """Compress, append (unless the state is raw events) and read, and append and read of the plain full state."""
-    (backbone, full), (reference, whole) = own, plain
-    state = compressor.compress(replace(full, memo={}), budget)
-    calls: dict[str, Callable[[], object]] = {
-        "compress": lambda: compressor.compress(replace(full, memo={}), budget),
-        "append": lambda: backbone.append(state, new),
-        "full append": lambda: reference.append(whole.state, new),
-        "read": lambda: backbone.read(tokens, state),
-        "full read": lambda: reference.read(tokens, whole.state),
-    }
-    if state.events is not None:
-        del calls["append"]
-    return calls
+def _compress(compressor: Compressor, budget: Budget | None, full: Prefill) -> Call:
+    return lambda: compressor.compress(replace(full, memo={}), budget)
+
+
+def _reads(backbone: Backbone, state: UserState, tokens: Events, new: Events, prefix: str) -> dict[str, Call]:
+    """Append (unless the state is raw events) and read."""
+    read: dict[str, Call] = {f"{prefix}read": lambda: backbone.read(tokens, state)}
+    return read if state.events is not None else {f"{prefix}append": lambda: backbone.append(state, new), **read}
+
+
+def _make(part: Structural | None, state: UserState) -> tuple[Structural | None, str]:
+    """Equal for states that are the same bytes, written in the same ways, of the same backbone."""
+    found = hashlib.sha256()
+    for layer in state.layers:
+        found.update(repr([[type(v).__name__ for v in segment.fields.values()] for segment in layer]).encode())
+    for user in range(len(state)):
+        found.update(state.pack(user))
+    return part, found.hexdigest()
+
+
+def _over(ours: Samples, theirs: Samples, device: str, n_threads: int) -> Ratio:
+    """Of CPU time where one thread does all the work: what waits for a core that is taken costs wall time alone."""
+    alone = device == "cpu" and n_threads == 1
+    return ratio(ours.cpu, theirs.cpu) if alone else ratio(ours.wall, theirs.wall)
+
+
+def _failed(name: str) -> None:
+    log.warning("latency of %s could not be measured", name, exc_info=True)
 
 
 def _beyond(samples: Samples, plain: Samples) -> Samples:
     """Differences round by round."""
     return Samples([a - b for a, b in zip(samples.wall, plain.wall)], [a - b for a, b in zip(samples.cpu, plain.cpu)])
-
-
-def _nothing() -> None:
-    return None

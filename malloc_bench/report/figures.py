@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
+from malloc_bench.report.judge import remark
 from malloc_bench.report.leaderboard import aggregate, sections
 from malloc_bench.results import atomic_write
 
@@ -218,7 +219,7 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
 
     paths = []
     for head, board in sections(aggregate(frame)):
-        figure = pareto_figure(board, head)
+        figure = pareto_figure(board, f"{head} · no headroom, judges nothing" if remark(board) else head)
         stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
         for suffix in formats:
             buffer = BytesIO()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from malloc_bench.evaluation.metrics import holm
+from malloc_bench.report.judge import judged, main, one_line_a_state, remark, tested
 from malloc_bench.report.lineage import APART, apart
 from malloc_bench.report.render import (
     Column,
@@ -23,7 +23,7 @@ from malloc_bench.report.render import (
     terminal,
     words,
 )
-from malloc_bench.results import COLUMNS, label
+from malloc_bench.results import COLUMNS, complete, label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
 GROUP = ("dataset", "task", "split", "backbone")
 METHOD = ("family", "compressor", "compressor_params", "budget")
-LOSSLESS = -0.01  # the most that a lossless method may lose, relative: of NDCG@10, or of GAUC above guessing's 0.5
 MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
 
-P_VALUES = {"p_value": "p_holm", "p_auc": "p_auc_holm"}
+_MOST = ("n_users", "n_targets", "users_one_class", "measured_history", "measured_history_long")
 _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 
 
@@ -54,59 +53,48 @@ def newest(frame: pl.DataFrame) -> pl.DataFrame:
 def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
 
-    Adds `seeds` (how many the means cover), `seeds_total`, `method` (the bare name), `lossless`, P_VALUES (corrected
-    within dataset, task, split and backbone). Over several seeds, p is twice the mean of theirs, valid however they
-    depend; interval ends are averaged, which leaves the interval as wide as one seed's.
-    `also` names further columns of numbers to average.
+    Adds `seeds` (how many the means cover), `seeds_total`, `method` (the bare name), and within each dataset, task,
+    split and backbone what `judge.judged` says. Over several seeds interval ends are averaged, which leaves the
+    interval as wide as one seed's. `also` names further columns of numbers to average.
     """
     ok = pl.col("status") == "ok"
     means = (
-        _labelled(newest(frame))
+        _labelled(newest(complete(frame)))
         .group_by(*GROUP, *METHOD, maintain_order=True)
         .agg(
             ok.sum().cast(pl.Int64).alias("seeds"),
             pl.len().cast(pl.Int64).alias("seeds_total"),
-            *(pl.col(name).filter(ok).max() for name in ("n_users", "n_targets", "users_one_class")),
+            *(pl.col(name).filter(ok).max() for name in _MOST),
             pl.col("structural").filter(ok).any(),
+            *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights")),
+            pl.col("values_digest")
+            .filter(ok)
+            .sort_by(pl.col("seed").filter(ok))
+            .str.join(" ", ignore_nulls=False)
+            .alias("digests"),
+            _worst(pl.col("timing").filter(ok)),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )
         .filter(pl.col("seeds") > 0)
         .rename({"compressor": "method", "compressor_params": "compressor"})
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
-    reference = pl.col("method") == "full"
-    judged = means.with_columns(
-        *(pl.when(~noisy & ~reference).then(_several(name)).alias(name) for name in P_VALUES),
-        pl.when(~noisy & ~reference & (full() > 0)).then(_delta("_lo") / full() > LOSSLESS).alias("lossless"),
-        *(pl.when(~reference).then(pl.col(name)).alias(name) for name in _REALS if name.startswith("delta_")),
+    board = tested(one_line_a_state(means, GROUP), noisy).with_columns(
+        *(pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name) for name in _REALS if "delta_" in name),
         (1 / pl.col("ratio")).alias("smaller_x"),
+        (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
         *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
         (pl.col("read_flops") / 1e6).alias("read_mflops"),
     )
-    corrected = [group.with_columns(_holm(group, *pair) for pair in P_VALUES.items()) for _, group in _groups(judged)]
-    if not corrected:
-        return judged.with_columns(pl.lit(None, pl.Float64).alias(name) for name in P_VALUES.values())
-    return _sorted(pl.concat(corrected))
+    groups = [judged(group) for _, group in _groups(board)]
+    return _sorted(pl.concat(groups)) if groups else judged(board)
 
 
-def main() -> pl.Expr:
-    """What a task is judged by: GAUC above guessing's 0.5 where there is one, else NDCG@10."""
-    return pl.coalesce(pl.col("gauc") - 0.5, "ndcg@10")
-
-
-def full() -> pl.Expr:
-    """The full state's `main`."""
-    return main() - _delta("")
-
-
-def _delta(end: str) -> pl.Expr:
-    """The difference in `main` to the full state, or an end of its interval."""
-    return pl.when(pl.col("gauc").is_not_null()).then(f"delta_gauc{end}").otherwise(f"delta_ndcg@10{end}")
-
-
-def _several(p: str) -> pl.Expr:
-    """p over the seeds: twice the mean of theirs."""
-    return pl.when(pl.col("seeds") > 1).then(pl.min_horizontal(2 * pl.col(p), pl.lit(1.0))).otherwise(pl.col(p))
+def _worst(timing: pl.Expr) -> pl.Expr:
+    """`ok`, or all that is wrong with the times of some seed."""
+    wrong = [pl.when(timing.str.contains(word).any()).then(pl.lit(word)) for word in ("noisy", "busy")]
+    said = pl.concat_str(*wrong, separator=", ", ignore_nulls=True)
+    return pl.when(timing.is_not_null().any()).then(said.replace("", "ok")).alias("timing")
 
 
 def share_of(known: str, metric: str = "hr@10") -> pl.Expr:
@@ -139,17 +127,13 @@ def _compressor(row: Mapping[str, Any]) -> str:
     return label(row["compressor"], row["compressor_params"])
 
 
-def _holm(group: pl.DataFrame, p: str, corrected: str) -> pl.Series:
-    return pl.Series(corrected, holm(group[p]), nan_to_null=True)
-
-
 def _groups(frame: pl.DataFrame) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:
     yield from frame.group_by(*GROUP, maintain_order=True)
 
 
 def _sorted(board: pl.DataFrame) -> pl.DataFrame:
     """Groups by name; in each the full state, then larger budgets first (the achieved ratio where there is none)."""
-    size = pl.col("budget").str.strip_suffix(" %").cast(pl.Float64, strict=False) / 100
+    size = pl.col("budget").str.extract(r"^([\d.]+)(?:, [\d.]+)* %$").cast(pl.Float64) / 100
     keys = [
         *(pl.col(name) for name in GROUP),
         pl.col("method") != "full",
@@ -160,11 +144,13 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
 
 
 SHOWN = (
-    *GROUP, "n_users", "seeds", "seeds_total", "compressor", "family", "budget", "bytes_mean", "smaller_x",
-    "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc",
-    "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss", "p_holm", "lossless", "overlap@10", "agreement",
-    "logit_error", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
-    "read_ms_p50", "compress_ms_p50", "read_mflops",
+    *GROUP, "n_users", "headroom", "note", "seeds", "seeds_total", "compressor", "family", "budget", "budget_unit",
+    "bytes_mean", "smaller_x", "smaller_f16_x", "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10",
+    "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc", "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss",
+    "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "logit_error",
+    "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling", "measured_history",
+    "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing",
+    "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
 
@@ -200,13 +186,18 @@ def _seeds(row: Mapping[str, Any]) -> str:
     return "" if row["seeds_total"] == 1 else f"{row['seeds']}/{row['seeds_total']}"
 
 
+#: where a budget of that many bytes or slots does not buy bytes or slots
+BUDGET_OF = Column("budget of", lambda row: row["budget_unit"] if row["budget_unit"] == "events" else "", rank=3)
+
 COLUMNS_SHOWN = (
     words("compressor", "compressor"),
     words("family", "family", rank=6),
     Column("seeds ok", _seeds, rank=3),
     Column("budget", lambda row: row["budget"] or ""),
+    BUDGET_OF,
     significant("bytes_mean", "state (KB/user)", scale=1e-3),
     number("smaller_x", "× smaller", ".1f", rank=2),
+    number("smaller_f16_x", "× smaller than float16", ".1f", rank=7),
     number("share_at_floor", "at floor (% users)", ".0f", rank=9, scale=100),
     number("hr@10", "HR@10", ".4f", rank=5),
     number("gauc", "GAUC", ".4f"),
@@ -216,22 +207,33 @@ COLUMNS_SHOWN = (
     number("ndcg@10", "NDCG@10", ".4f"),
     Column("ΔNDCG@10 [95 % interval]", partial(_difference, "ndcg@10"), rank=1),
     Column("p (Holm)", _p, rank=4),
-    Column("lossless", lambda row: "✓" if row["lossless"] else "", rank=3),
+    Column("lossless", lambda row: f"✓ {row['lossless_of']}" if row["lossless"] else "", rank=3),
     number("overlap@10", "overlap@10", ".3f", rank=2),
     number("of_full_ceiling", "HR@10 of its ceiling (%)", ".1f", rank=2, scale=100),
     number("ceiling_window_hr@10", "a window's HR@10 (at most)", ".4f", rank=2),
     number("of_window_ceiling", "HR@10 of a window's (%)", ".1f", rank=2, scale=100),
     number("agreement", "agreement", ".3f", rank=2),
+    number("fidelity", "fidelity", ".3f", rank=3),
     significant("read_ms_p50", "read (ms, p50)", rank=4),
+    number("read_ratio", "read (× full)", ".2f", rank=4),
+    Column("timing", lambda row: "" if row["timing"] in (None, "ok") else row["timing"], rank=4),
     significant("compress_ms_p50", "compress (ms, p50)", rank=7),
     significant("read_mflops", "read (MFLOPs)", rank=8),
+    number("measured_history", "measured at (events)", ",.0f", rank=9),
 )
 
 NOTES = (
-    "State: measured mean bytes per user (1 KB = 1000 bytes). × smaller: sum of full bytes / sum of bytes.",
+    "State: measured mean bytes per user (1 KB = 1000 bytes). × smaller: sum of full float32 bytes / sum of bytes; "
+    "half of it against a full state in float16. Budget of events: as many raw events as slots would fit, in far fewer "
+    "bytes.",
     "Δ: difference to the full state, 95 % paired bootstrap interval over users; p: two-sided, Holm-corrected "
-    "within each table. ✓ lossless: the interval's lower end is above -1 % of the full state's NDCG@10, or of its GAUC "
-    "above 0.5. Agreement: pairs of a request's candidates in the full state's order.",
+    "within each table. ✓ lossless: it surely loses less than 1 % of the full state's metric named (NDCG@10, or GAUC "
+    "above 0.5), by a one-sided paired test at 2.5 %, Holm-corrected within each table.",
+    "Overlap@10: share of the full state's top 10 that stays. Agreement: pairs of a request's candidates in the full "
+    "state's order. Fidelity: (overlap or agreement - no history's) / (1 - no history's).",
+    "ms and FLOPs: per user, at the median length of the histories evaluated (the longest: table `resources`). × full: "
+    "a read over the full state's, round by round (CPU time on one thread). Noisy: the interval of that ratio is wider "
+    "than 10 % either way; busy: other work was on the machine.",
     "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
 )
 CEILINGS = (
@@ -257,10 +259,23 @@ def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 def to_markdown(frame: pl.DataFrame) -> str:
     """The leaderboard of a results frame as a Markdown page."""
     board, faults = leaderboard(frame), problems(frame)
-    parts = [f"## {head}\n\n{markdown(group, filled(group, COLUMNS_SHOWN))}" for head, group in sections(board)]
+    parts = [
+        f"## {head}\n\n{on_top(group)}{markdown(group, filled(group, COLUMNS_SHOWN))}"
+        for head, group in sections(board)
+    ]
     notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"
     listed = "## Skipped and failed\n\n" + "".join(f"- {line}\n" for line in faults) if faults else ""
     return "\n".join(["# Leaderboard\n", *parts, notes, *([listed] if listed else [])])
+
+
+def on_top(group: pl.DataFrame) -> str:
+    """What must be said above a Markdown table, or nothing."""
+    return f"> **{said}**\n\n" if (said := remark(group)) else ""
+
+
+def caption(head: str, group: pl.DataFrame) -> str:
+    """A LaTeX table's caption: its title and what must be said of it."""
+    return f"{head}. {said}" if (said := remark(group)) else head
 
 
 def _notes(board: pl.DataFrame) -> tuple[str, ...]:
@@ -274,7 +289,9 @@ def to_csv(frame: pl.DataFrame) -> str:
 
 def to_latex(frame: pl.DataFrame) -> str:
     """The leaderboard of a results frame as LaTeX tables, problems as comments."""
-    parts = [latex(group, filled(group, COLUMNS_SHOWN), head) for head, group in sections(leaderboard(frame))]
+    parts = [
+        latex(group, filled(group, COLUMNS_SHOWN), caption(head, group)) for head, group in sections(leaderboard(frame))
+    ]
     return "\n".join([*(parts or [f"% {EMPTY}\n"]), *(f"% {line}\n" for line in problems(frame))])
 
 
@@ -282,8 +299,11 @@ def print_leaderboard(frame: pl.DataFrame, console: Console) -> None:
     """Print the leaderboard of a results frame; columns that do not fit the terminal are left out."""
     board = leaderboard(frame)
     for head, group in sections(board):
+        if said := remark(group):
+            console.print(said, style="bold yellow", highlight=False, markup=False)
         console.print(terminal(group, filled(group, COLUMNS_SHOWN), head, console.width))
         console.print()
-    console.print(EMPTY if board.is_empty() else NOTES[1], style="dim", highlight=False, markup=False)
+    for note in (EMPTY,) if board.is_empty() else NOTES[1:3]:
+        console.print(note, style="dim", highlight=False, markup=False)
     for line in problems(frame):
         console.print(line, style="red" if line.startswith("failed") else "yellow", highlight=False, markup=False)

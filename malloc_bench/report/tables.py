@@ -10,7 +10,18 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
-from malloc_bench.report.leaderboard import EMPTY, GROUP, aggregate, full, main, newest, sections, share_of
+from malloc_bench.report.judge import full, main
+from malloc_bench.report.leaderboard import (
+    BUDGET_OF,
+    EMPTY,
+    GROUP,
+    aggregate,
+    caption,
+    newest,
+    on_top,
+    sections,
+    share_of,
+)
 from malloc_bench.report.render import (
     FORMATS,
     Column,
@@ -24,18 +35,21 @@ from malloc_bench.report.render import (
 )
 from malloc_bench.results import KNOWN, STEPS
 
-HEAD = (*GROUP, "n_users", "family", "compressor", "budget")
+HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
 ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "users_one_class", "logloss"),
-    *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "logit_error"),
+    *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "fidelity", "logit_error"),
     *(f"delta_{name}{end}" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")),
-    *("p_holm", "p_auc_holm"),
+    *("p_holm", "p_auc_holm", "p_lossless"),
 )
 NOTHING = "Nothing here applies to these results."
 HITS = ("hr@5", "hr@10", "hr@50")
 SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
 TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
+CPU_TIMES = tuple(f"{step}_cpu_ms_p50" for step in STEPS)
+LONG_TIMES = tuple(f"{step}_ms_p50_long" for step in STEPS)
+RATIOS = tuple(f"read_ratio{part}{long}" for long in ("", "_long") for part in ("", "_lo", "_hi"))
 SLICES = tuple(length_slices([]))
 SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10", "agreement")
 
@@ -46,9 +60,22 @@ def accuracy(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def resources(frame: pl.DataFrame) -> pl.DataFrame:
-    """Bytes, milliseconds, FLOPs and peak memory of every method and budget."""
-    flops = [(pl.col(f"{step}_flops") / 1e6).alias(f"{step}_mflops") for step in STEPS]
-    return aggregate(frame).select(*HEAD, *SIZES, "smaller_x", "share_at_floor", *TIMES, *flops, "peak_bytes")
+    """Bytes, milliseconds, FLOPs and peak memory of every method and budget, at the median and the longest history."""
+    flops = [
+        (pl.col(f"{step}_flops{long}") / 1e6).alias(f"{step}_mflops{long}") for long in ("", "_long") for step in STEPS
+    ]
+    sizes = (*SIZES, "budget_unit", "smaller_x", "smaller_f16_x", "share_at_floor")
+    measured = (
+        "measured_history",
+        "measured_history_long",
+        "measured_weights",
+        *TIMES,
+        *CPU_TIMES,
+        *LONG_TIMES,
+        *RATIOS,
+        "timing",
+    )
+    return aggregate(frame).select(*HEAD, *sizes, *measured, *flops, "peak_bytes", "peak_bytes_long")
 
 
 def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
@@ -61,6 +88,7 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
         .group_by(*GROUP, "family", "method", maintain_order=True)
         .agg(
             pl.col("n_users").max(),
+            pl.col("note").first(),
             pl.len().cast(pl.Int64).alias("cells"),
             pl.col("smaller_x").filter(lossless).max().alias("lossless_smaller_x"),
             pl.col("bytes_mean").filter(lossless).min().alias("lossless_bytes"),
@@ -113,11 +141,23 @@ TABLES = {
         (
             *LABELS,
             *(significant(name, f"{name.replace('_', ' ')} (KB)", scale=1e-3) for name in SIZES),
+            BUDGET_OF,
             number("smaller_x", "× smaller", ".1f"),
+            number("smaller_f16_x", "× smaller than float16", ".1f"),
             number("share_at_floor", "at floor (% users)", ".0f", scale=100),
+            number("measured_history", "measured at (events)", ",.0f"),
+            Column("on weights", lambda row: "fresh" if row["measured_weights"] == "fresh" else ""),
             *(significant(name, name.replace("_ms_", " ") + " (ms)") for name in TIMES),
+            *(significant(name, name.removesuffix("_cpu_ms_p50") + " p50 (CPU ms)") for name in CPU_TIMES),
+            *(number(name, f"read (× full){end}", ".2f") for name, end in zip(RATIOS[:3], ("", " from", " to"))),
+            words("timing", "timing"),
             *(significant(f"{step}_mflops", f"{step} (MFLOPs)") for step in STEPS),
             significant("peak_bytes", "peak memory (MB)", scale=1e-6),
+            number("measured_history_long", "longest (events)", ",.0f"),
+            *(significant(name, f"longest: {name.removesuffix('_ms_p50_long')} p50 (ms)") for name in LONG_TIMES),
+            *(number(n, f"longest: read (× full){end}", ".2f") for n, end in zip(RATIOS[3:], ("", " from", " to"))),
+            *(significant(f"{step}_mflops_long", f"longest: {step} (MFLOPs)") for step in STEPS),
+            significant("peak_bytes_long", "longest: peak memory (MB)", scale=1e-6),
         ),
     ),
     "taxonomy": Table(
@@ -188,9 +228,11 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
     if format == "csv":
         return csv(data)
     if format == "latex":
-        parts = [latex(group, filled(group, columns), f"{name}: {head}") for head, group in sections(data)]
+        parts = [
+            latex(group, filled(group, columns), f"{name}: {caption(head, group)}") for head, group in sections(data)
+        ]
         return "\n".join(parts) or f"% {nothing}\n"
-    parts = [f"## {head}\n\n{markdown(group, filled(group, columns))}" for head, group in sections(data)]
+    parts = [f"## {head}\n\n{on_top(group)}{markdown(group, filled(group, columns))}" for head, group in sections(data)]
     return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{nothing}\n"])])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,18 @@ def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
         "n_targets": len(evaluation.users),
         "state_between": "rebuilt",  # for each target or request from all events before it
     }
-    return {each: {**shared, **found[each], **_sizes(evaluation.values[each], evaluation)} for each in ids}
+    rows = {}
+    for each in ids:
+        values = evaluation.values[each]
+        rows[each] = {**shared, **found[each], **_sizes(values, evaluation), "values_digest": digest(values)}
+    return rows
 
 
 def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:
     users, ranks = evaluation.users, {each: evaluation.values[each]["rank"] for each in (REFERENCE, *ids)}
     gains = {each: metrics.ndcg(ranks[each], 10) for each in ranks}
-    deltas = _differences("ndcg@10", {each: metrics.by_user(gains[each], users) for each in ranks}, ids)
+    means = {each: metrics.by_user(gains[each], users) for each in ranks}
+    deltas, kept = _differences("ndcg@10", means, ids), _noninferior(means, ids)
     rows = {}
     for each, delta in zip(ids, deltas):
         p = delta.pop("p_ndcg@10")
@@ -48,6 +54,7 @@ def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, An
             "overlap@10": _mean(metrics.by_user(shares, users)),
             **delta,
             "p_value": None if np.array_equal(ranks[each], ranks[REFERENCE]) else p,  # nothing to test
+            "p_noninferior": kept.get(each),
             "slices": metrics.by_slice(slices, evaluation.length, users),
         }
     return rows
@@ -65,6 +72,7 @@ def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
     auc = {each: metrics.auc(together[each], users) for each in scores}
     gauc = {each: metrics.gauc(found[each]) for each in scores}
     deltas = zip(_differences("auc", auc, ids), _differences("gauc", gauc, ids))
+    kept = _noninferior(gauc, ids, chance=0.5)
     rows = {}
     for each, (across, within) in zip(ids, deltas):
         same = np.array_equal(scores[each], scores[REFERENCE])
@@ -84,6 +92,7 @@ def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
             "p_auc": None if same else across.get("p_auc"),
             **within,
             "p_value": None if same else p,
+            "p_noninferior": kept.get(each),
             "slices": metrics.by_slice(
                 {name: values[name] for name in ("agreement", "logit_error")}, lengths, evaluation.users
             ),
@@ -98,6 +107,22 @@ def _differences(name: str, values: Mapping[str, np.ndarray], ids: list[str]) ->
     boot = metrics.paired_bootstrap_many(np.stack([values[each] for each in ids]), values[REFERENCE])
     columns = (f"delta_{name}", f"delta_{name}_lo", f"delta_{name}_hi", f"p_{name}")
     return [dict(zip(columns, map(float, one))) for one in zip(*boot)]
+
+
+def _noninferior(values: Mapping[str, np.ndarray], ids: list[str], chance: float = 0.0) -> dict[str, float]:
+    """One-sided p by job id: that it loses 1 % or more of what the full state gains; none where nobody was judged."""
+    if not len(values[REFERENCE]):
+        return {}
+    p = metrics.noninferiority(np.stack([values[each] for each in ids]), values[REFERENCE], chance=chance)
+    return dict(zip(ids, map(float, p)))
+
+
+def digest(values: Values) -> str:
+    """sha256 of all per-user values of a job: equal for methods whose states are equal, whatever their budgets."""
+    found = hashlib.sha256()
+    for name in sorted(values.keys() - {"at_floor"}):  # of the budget, not of the state
+        found.update(f"{name} {values[name].dtype} {values[name].shape} ".encode() + values[name].tobytes())
+    return found.hexdigest()
 
 
 def ceilings(known: Ceilings, evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:

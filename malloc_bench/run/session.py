@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sea
 from malloc_bench.results import Row, to_parquet, write_per_user, write_row
 from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, write_manifest
 from malloc_bench.run.progress import Watch
+from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
-from malloc_bench.state import Prefill, UserState
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.suite.suite import Suite
@@ -131,7 +131,15 @@ class Session:
             known = self._ceilings(cell, backbone, split)
             for job, best in ceilings(known, evaluation, list(columns)).items():
                 columns[job] |= best
-        resources = self._resources(cell, [job for job in jobs if job.id in columns])
+        costs = resources(
+            self.suite.measure,
+            [job for job in jobs if job.id in columns],
+            {part: model for part, (model, _, _) in trained.items()},
+            lambda length: self._backbone(cell, max_length=length),
+            evaluation.length,
+            self._keep_samples,
+            self.watch.measure,
+        )
         for each in todo:
             own, fitted, key = trained[_part(each)]
             outcome = self._outcome(each, evaluation, columns, split)
@@ -147,7 +155,7 @@ class Session:
                     "files": self.files.get(each.id, {}),
                 },
             }
-            self._write(each, {**outcome, **shared, **resources.get(each.id, {})})
+            self._write(each, {**outcome, **shared, **costs.get(each.id, {})})
         store.drop()
 
     def _all_trained(
@@ -184,7 +192,8 @@ class Session:
         path = f"per_user/{each.id}.parquet"
         values = per_user(evaluation, each.id, split.dataset.original_user(slice(None)))
         self.files.setdefault(each.id, {})[path] = write_per_user(self.folder / path, values)
-        noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
+        training_noise = ("p_value", "p_auc", "p_noninferior")  # one training tells no noise from effect
+        noisy = dict.fromkeys(training_noise) if _part(each) else {}
         return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
@@ -205,31 +214,11 @@ class Session:
         self.fits[folder.name] = asdict(fitted)
         return backbone, fitted, folder.name
 
-    def _resources(self, cell: Cell, jobs: list[Job]) -> dict[str, dict[str, Any]]:
-        """Latency, FLOPs and peak memory on the suite's fixed workload, by job id."""
-        settings = self.suite.measure
-        if not jobs or not (settings.latency or settings.flops):
-            return {}
-        self.watch.measure(len(jobs))
-        workload = measure.Workload(users=settings.users, history=settings.history, candidates=settings.candidates)
-        rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
-
-        def longer(max_length: int) -> Backbone:
-            return self._backbone(cell, max_length=max_length)
-
-        if settings.latency:
-            methods = {job.id: (job.compressor, job.budget) for job in jobs}
-            for each, timing in measure.latency(
-                longer, methods, workload, self.device, seconds=settings.seconds
-            ).items():
-                rows[each] |= {**timing.columns(), "threads": timing.threads, "load": timing.load}
-                path, content = f"latency/{each}.json", sealed({"cell_id": each, **asdict(timing)})
-                atomic_write(self.folder / path, content)
-                self.files.setdefault(each, {})[path] = hashlib.sha256(content).hexdigest()
-        if settings.flops:
-            backbone = longer(workload.max_length).to(self.device).eval()
-            rows = {each: {**rows[each], **costs} for each, costs in _costs(backbone, jobs, workload)}
-        return rows
+    def _keep_samples(self, each: str, samples: Mapping[str, Any]) -> None:
+        """A cell's raw times, sealed, and their hash for its row."""
+        path, content = f"latency/{each}.json", sealed({"cell_id": each, **samples})
+        atomic_write(self.folder / path, content)
+        self.files.setdefault(each, {})[path] = hashlib.sha256(content).hexdigest()
 
     def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
         cell = each.cell
@@ -247,6 +236,7 @@ class Session:
             "compressor_params": cell.compressor.params,
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
+            "budget_unit": None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget),
             "seed": cell.seed,
             "amp": cell.training["amp"],
             "git_commit": environment.get("git_commit"),
@@ -284,24 +274,6 @@ class Session:
             "sessions": [*before.get("sessions", []), session],
         }
         write_manifest(self.folder, manifest)
-
-
-@torch.inference_mode()
-def _costs(backbone: Backbone, jobs: list[Job], workload: measure.Workload) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates."""
-    device = next(backbone.parameters()).device
-    models = measure.adapted(backbone, [job.compressor for job in jobs], workload)
-    _, tokens, _ = workload.events(backbone.n_items, device)
-    for job in jobs:
-        own, prefill = models[job.compressor.structural]
-
-        def work(job: Job = job, own: Backbone = own, prefill: Prefill = prefill) -> UserState:
-            state = job.compressor.compress(replace(prefill, memo={}), job.budget)
-            own.read(tokens, state)
-            return state
-
-        state, peak = measure.peak_memory(work, device)
-        yield job.id, {**measure.closed_form(own, job.compressor, state, workload), "peak_bytes": peak}
 
 
 def _part(each: Planned) -> Structural | None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from malloc_bench.state.observed import Lazy, Observed, Rows, check, check_users, softmax_rows
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.user_state import Events, Segment, UserState
 from malloc_bench.state.vectors import Dense
@@ -125,6 +126,8 @@ class Prefill:
             raise MissingStatistic(
                 f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain"
             )
+        if isinstance(self.window, Lazy):
+            return self.window.newest(layer, min(window, self.segment(layer).width))
         rows, slots = self.window[layer].shape[2:]
         if rows < min(window, slots):
             raise MissingStatistic(f"the newest {window} queries are asked for, only {rows} were observed")
@@ -149,7 +152,7 @@ class Prefill:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         queries: Sequence[Tensor] | None = None,
-        attention: Sequence[Tensor] | None = None,
+        attention: Sequence[Tensor] | Rows | None = None,
         lengths: Tensor | None = None,
         users: Tensor | None = None,
         positions: bool = False,
@@ -157,26 +160,36 @@ class Prefill:
     ) -> Prefill:
         """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
 
-        Args, one entry a layer: keys, values [B, H, S, D]; queries [B, H, S, D] (causal softmax attention is computed
-        from them) or attention [B, H, S, S] (row = query); lengths [B], default S. positions: slots must know theirs.
+        Args, one entry a layer: keys [B, H, S, D], values [B, H, S, D'], any floating point dtype, on any one device;
+        queries [B, Hq, S, D], Hq a multiple of H (causal softmax attention is computed from them) or attention
+        [B, Hq, S, S] (row = query), or a function (layer, first, last) -> the rows [B, Hq, last - first, S] of the
+        queries first ... last - 1. lengths [B] int, default S; users [B] int. positions: slots must know theirs.
+        Statistics are worked out block by block when a method asks for them. Budgets are shares of the bytes in the
+        dtype given. Raises ValueError that names the argument and what was expected.
         """
-        b, _, s, d = keys[0].shape
-        count = torch.full((b,), s) if lengths is None else lengths
-        count = count.to(torch.int32)
-        real = torch.arange(s) < count[:, None]  # [B, S]
-        if attention is None and queries is not None:
-            future = torch.ones(s, s, dtype=torch.bool).triu(1)
-            logits = [(q @ k.transpose(-1, -2) / d**0.5).masked_fill(future, -torch.inf) for q, k in zip(queries, keys)]
-            attention = [x.softmax(-1) for x in logits]
-        column_sum = window = None
-        if attention is not None:
-            seen = [torch.where(real[:, None, :, None] & real[:, None, None, :], a, 0.0) for a in attention]
-            column_sum = [a.abs().sum(2) for a in seen]
-            rows = (count.long()[:, None] - s + torch.arange(s))[:, None, :, None]  # newest last, negative: not there
-            window = [
-                torch.where(rows >= 0, a.gather(2, rows.clamp(min=0).expand(-1, a.shape[1], -1, s)), 0.0) for a in seen
-            ]
+        check("keys", keys, keys, "D")
+        check("values", values, keys, "D'")
+        (b, _, s, _), device = keys[0].shape, keys[0].device
+        if lengths is not None:
+            check_users("lengths", lengths, b, s)
+        if users is not None:
+            check_users("users", users, b)
+        if queries is not None:
+            check("queries", queries, keys, "D")
+        if attention is not None and not callable(attention):
+            check("attention", attention, keys, "S")
+        count = (torch.full((b,), s) if lengths is None else lengths).to(device, torch.int32)
+        rows: Rows | None = None
+        if callable(attention):
+            rows = attention
+        elif attention is not None:
+            maps = attention
+            rows = lambda layer, first, last: maps[layer][:, :, first:last]  # noqa: E731
+        elif queries is not None:
+            rows = softmax_rows(keys, queries)
+        seen = None if rows is None else Observed(rows, count, s, tuple(k.shape[1] for k in keys))
+        column_sum, window = (None, None) if seen is None else (Lazy(seen), Lazy(seen, all_rows=True))
         slots = Slots(count[:, None])
         layers = tuple((Segment({"keys": Dense(k), "values": Dense(v)}, slots),) for k, v in zip(keys, values))
-        ids = torch.arange(b) if users is None else users
+        ids = torch.arange(b, device=device) if users is None else users.to(device)
         return Prefill(UserState(layers, count), ids, None, column_sum, window, seed, positions)

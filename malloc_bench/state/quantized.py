@@ -99,6 +99,7 @@ def quantize(
     Asymmetric: zero = min, scale = (max - min) / (2^bits - 1). Symmetric: scale = max|x| / (2^(bits-1) - 1).
     """
     b, h, s, d = x.shape
+    x = x.float() if x.element_size() < 4 else x
     real = mask.unsqueeze(-1)
     blank = x.masked_fill(~real, torch.inf), x.masked_fill(~real, -torch.inf)
     low, high = (_grouped(y, group, along, fill) for y, fill in zip(blank, (torch.inf, -torch.inf)))

@@ -38,13 +38,14 @@ class Fault(ValueError):
 class Measure:
     """What is measured beside accuracy and bytes, and the workload of latency.
 
-    history: events of each generated user (at most what the backbone keeps); users: in a batch; candidates: tokens
-    that a read answers; seconds: of measuring per cell.
+    history: events of each generated user; None: the median and the longest history of the data that are evaluated.
+    users: in a batch; candidates: tokens that a read answers; seconds: of measuring per cell and length, three times as
+    many at most where the ratio to the full state is not sure before.
     """
 
     latency: bool = True
     flops: bool = True
-    history: int = 1000
+    history: int | None = None
     users: int = 8
     candidates: int = 1
     seconds: float = 0.3
@@ -79,7 +80,7 @@ class TrainingKeys(_Strict):
 class MeasureKeys(_Strict):
     latency: bool = Measure.latency
     flops: bool = Measure.flops
-    history: Whole = Measure.history
+    history: Whole | None = Measure.history
     users: Whole = Measure.users
     candidates: Whole = Measure.candidates
     seconds: Positive = Measure.seconds

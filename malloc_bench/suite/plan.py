@@ -57,7 +57,7 @@ def make_plan(
         needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
         result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
-        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + suite.measure.seconds * suite.measure.latency)
+        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + 2 * suite.measure.seconds * suite.measure.latency)
     return result
 
 
@@ -72,9 +72,13 @@ def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
 
 
 def _complete(row: Row, suite: Suite) -> bool:
-    """Whether an ok row also has what the suite wants measured: latency may have been off when it was made."""
+    """Whether an ok row also has what the suite wants measured: that may have been off, or done at another length."""
     wanted = ["read_ms_p50"] * suite.measure.latency + ["peak_bytes"] * suite.measure.flops
-    return row["status"] == "ok" and all(row[name] is not None for name in wanted)
+    if wanted:
+        wanted.append("measured_history")
+    length = suite.measure.history
+    there = all(row.get(name) is not None for name in wanted)
+    return row["status"] == "ok" and there and (not wanted or length in (None, row["measured_history"]))
 
 
 def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:

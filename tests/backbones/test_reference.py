@@ -15,9 +15,9 @@ from malloc_bench.testing.worlds import LENGTHS, close
 CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "lsrm-2-heads")
 
 
-def layer_norm(x, weight=None, bias=None):
+def layer_norm(x, weight=None, bias=None, eps=1e-5):
     centred = x - x.mean(-1, keepdim=True)
-    x = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    x = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return x if weight is None else x * weight + bias
 
 
@@ -27,7 +27,7 @@ def hstu(p, config, items, times, following):
     x = p["items.weight"][items] * d**0.5 + p["positions.weight"][:s]
     maps = []
     for i in range(config.layers):
-        uvqk = layer_norm(x) @ p[f"blocks.{i}.uvqk.weight"].T
+        uvqk = layer_norm(x, eps=1e-6) @ p[f"blocks.{i}.uvqk.weight"].T
         u, v, q, k = (uvqk / (1 + (-uvqk).exp())).chunk(4, -1)
         heads, attention = [], torch.zeros(h, s, s, dtype=torch.float64)
         for head in range(h):
@@ -41,7 +41,7 @@ def hstu(p, config, items, times, following):
                         logit = logit + p[f"blocks.{i}.time_bias"][bucket]
                     attention[head, row, col] = logit / (1 + (-logit).exp()) / config.max_length
             heads.append(attention[head] @ v[:, part])
-        gated = u * layer_norm(torch.cat(heads, -1))
+        gated = u * layer_norm(torch.cat(heads, -1), eps=1e-6)
         x = x + gated @ p[f"blocks.{i}.out.weight"].T + p[f"blocks.{i}.out.bias"]
         maps.append(attention)
     return x / x.norm(dim=-1, keepdim=True), maps

@@ -119,6 +119,42 @@ def test_bootstrap_of_ml_1m_is_quick():
     assert min(seconds) < 1.0  # measured 0.18
 
 
+def brute_force(cell, reference, kept, chance, n=20_000):
+    """One-sided p by drawing users again and again."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(cell), (n, len(cell)))
+    contrast = cell[drawn].mean(1) - chance - kept * (reference[drawn].mean(1) - chance)
+    return metrics.upper_tail(cell.mean() - chance - kept * (reference.mean() - chance), contrast.std())
+
+
+@pytest.mark.parametrize(("kept", "chance"), [(0.99, 0.0), (0.9, 0.5), (0.99, 0.5)])
+def test_noninferiority_is_the_bootstraps_without_drawing(kept, chance):
+    rng = np.random.default_rng(7)
+    reference = 0.55 + 0.3 * rng.random(300)
+    cells = reference + rng.normal([[-0.02], [-0.006], [0.0], [0.004]], 0.03, (4, 300))
+    found = metrics.noninferiority(cells, reference, kept, chance)
+    for p, cell in zip(found, cells):
+        assert math.log(p) == pytest.approx(math.log(brute_force(cell, reference, kept, chance)), rel=0.05, abs=0.03)
+    assert (np.diff(found) < 0).all()
+
+
+def test_noninferiority_errs_in_one_of_twenty_at_the_margin():
+    rng = np.random.default_rng(8)
+    reference = rng.exponential(1.0, (500, 200))
+    cells = 0.99 * reference + rng.normal(0, 0.1, reference.shape)  # exactly 1 % worse
+    p = np.array([metrics.noninferiority(c[None], r)[0] for c, r in zip(cells, reference)])
+    assert 0.02 <= np.mean(p < 0.05) <= 0.08 and 0.43 <= np.mean(p < 0.5) <= 0.57
+
+
+def test_noninferiority_where_there_is_little_to_test():
+    same = np.array([0.2, 0.4, 0.0])
+    assert metrics.noninferiority([same], same).tolist() == [0.125]  # nothing lost; three users cannot show more
+    assert metrics.noninferiority([[1.0, 1.0]], [1.0, 1.0]).tolist() == [0.25]
+    assert metrics.noninferiority([[0.4, 0.5]], [0.4, 0.5], chance=0.5).tolist() == [1.0]  # nothing to keep
+    with pytest.raises(ValueError, match="expected cells"):
+        metrics.noninferiority([[1.0]], [1.0, 2.0])
+
+
 def test_holm_by_hand():
     np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
 

@@ -121,6 +121,16 @@ def test_the_same_results_make_the_same_file(suite, tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.parametrize(("end", "said"), [(0.001, True), (-0.001, False)])
+def test_a_figure_without_headroom_says_so(row, board_of, end, said, tmp_path, monkeypatch):
+    titles, draw = [], figures.pareto_figure
+    monkeypatch.setattr(figures, "pareto_figure", lambda board, title: titles.append(title) or draw(board, title))
+    floor = {"ndcg@10": 0.19, "delta_ndcg@10": -0.01, "delta_ndcg@10_lo": -0.02, "delta_ndcg@10_hi": end}
+    rows = row(compressor="full", bytes_mean=9, **{"ndcg@10": 0.2}), row(compressor="none", bytes_mean=1, **floor)
+    figures.write_figures(board_of(*rows), tmp_path, formats=("svg",))
+    assert ["no headroom" in title for title in titles] == [said]
+
+
 def test_write_report(suite, row, tmp_path):
     for one in (row(family="baseline", compressor="full", **{"ndcg@10": 0.2, "bytes_mean": 10, "ratio": 1.0}),):
         write_row(tmp_path / "rows", one)

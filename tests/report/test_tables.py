@@ -38,6 +38,19 @@ def test_resources_say_units_and_leave_out_what_was_not_measured(suite):
     assert "prefill" not in head and "peak" not in head
 
 
+def test_resources_name_the_lengths_and_weights_that_were_measured(row, board_of):
+    measured = {"measured_history": 35, "measured_history_long": 1200, "read_ms_p50": 0.5, "read_ms_p50_long": 2.5}
+    measured |= {"read_cpu_ms_p50": 0.45, "read_ratio": 1.5, "read_ratio_lo": 1.4, "read_ratio_hi": 1.6}
+    one = row(compressor="h2o", ratio=0.5, read_flops_long=3e6, measured_weights="fresh", timing="busy", **measured)
+    lines = tables.render_table(board_of(one), "resources").splitlines()[4:7]
+    cells = dict(zip(*([cell.strip() for cell in lines[i].split("|")] for i in (0, 2))))
+    assert cells["measured at (events)"] == "35" and cells["longest (events)"] == "1,200"
+    assert cells["read p50 (ms)"] == "0.500" and cells["longest: read p50 (ms)"] == "2.50"
+    assert cells["read p50 (CPU ms)"] == "0.450" and cells["longest: read (MFLOPs)"] == "3.00"
+    assert [cells[f"read (× full){end}"] for end in ("", " from", " to")] == ["1.50", "1.40", "1.60"]
+    assert cells["on weights"] == "fresh" and cells["timing"] == "busy"
+
+
 def test_taxonomy_finds_the_smallest_lossless_state(row, board_of):
     def cell(ratio, lo):
         values = {"ndcg@10": 0.2, "delta_ndcg@10": 0.0, "delta_ndcg@10_lo": lo}

@@ -78,6 +78,26 @@ def test_differences_are_paired_with_the_full_state(evaluation):
     assert row["delta_ndcg@10_lo"] < want < row["delta_ndcg@10_hi"] and 0 < row["p_value"] <= 1
 
 
+def test_noninferiority_is_of_one_percent_of_the_full_states_ndcg(evaluation):
+    rows = accuracy(evaluation, ["small", "full"])
+    gains = {
+        name: np.array([gain(r, 10) for r in evaluation.values[name]["rank"].tolist()]) for name in ("small", REFERENCE)
+    }
+    contrast = gains["small"] - 0.99 * gains[REFERENCE]
+    z = contrast.mean() / (contrast.std() / math.sqrt(len(contrast)))
+    assert rows["small"]["p_noninferior"] == pytest.approx(max(math.erfc(z / math.sqrt(2)) / 2, 2.0 ** -len(contrast)))
+    assert rows["full"]["p_noninferior"] < rows["small"]["p_noninferior"]
+
+
+def test_equal_values_have_equal_digests(evaluation):
+    jobs = evaluation.values
+    jobs["again"] = {**jobs["small"], "at_floor": ~jobs["small"]["at_floor"]}  # another budget, the same state
+    jobs["other"] = {**jobs["small"], "bytes": jobs["small"]["bytes"] + 1}
+    rows = accuracy(evaluation, ["small", "again", "other", "full"])
+    digests = [rows[name]["values_digest"] for name in ("small", "again", "other", "full")]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 def test_what_equals_the_full_state_has_no_p(evaluation):
     row = accuracy(evaluation, ["full"])["full"]
     assert row["p_value"] is None

@@ -153,7 +153,13 @@ def test_measuring_later_fills_in_what_was_not_measured(suite: Path, tmp_path: P
     suite.write_text(SUITE.replace("latency: false, flops: false", "latency: true, flops: true, history: 20"))
     assert run_suite(suite, tmp_path / "run", only=only, quiet=True).ok == 1
     (row,) = read_rows(tmp_path / "run" / "rows")
-    assert row["read_ms_p50"] > 0 and row["read_flops"] > 0 and row["peak_bytes"] > 0
+    assert row["read_ms_p50"] > 0 and row["read_flops"] > 0 and row["peak_bytes"] > 0 and row["measured_history"] == 20
+    assert run_suite(suite, tmp_path / "run", only=only, quiet=True).reused == 1
+    suite.write_text(suite.read_text().replace("history: 20", "history: 30"))  # other times are wanted
+    assert run_suite(suite, tmp_path / "run", only=only, quiet=True).ok == 1
+    (row,) = read_rows(tmp_path / "run" / "rows")
+    assert row["measured_history"] == 30
+    suite.write_text(suite.read_text().replace(", history: 30", ""))  # any length of the data will do
     assert run_suite(suite, tmp_path / "run", only=only, quiet=True).reused == 1
 
 

@@ -30,7 +30,7 @@ class SVD(Encoder):
     family = "low-rank"
     paper = "Eckart and Young 1936; absorbed factors as in DeepSeek-V2's latent attention, arXiv 2405.04434"
     formula = "X = U V with rank r: q.X' is read as (q V') U'"
-    stores = "n x r and r x d factors per layer, head and field"
+    stores = "n x r and r x d factors (float32 or wider) per layer, head and field"
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -67,6 +67,7 @@ class SVD(Encoder):
         def factors(name: str, segment: Segment) -> LowRank:
             vectors = segment.fields[name]
             x = vectors.dense()
+            x = x.float() if x.element_size() < 4 else x  # no eigenvectors in half precision
             mask = segment.real(x)
             fits = rank[:, None].minimum(mask.sum(-1)).clamp(max=x.shape[3])
             return low_rank(x, mask, fits, once(("principal", id(vectors)), lambda: principal(x, mask)))
@@ -82,7 +83,7 @@ class SVD(Encoder):
             layout, n = dense_layout(view, "state", consecutive=True), view.rows(0)
             fixed = fixed + layout.beside(n, length) + COUNT_BYTES * len(layout.vectors)
             for _, heads, width in layout.vectors:
-                step += 4 * heads * (n + width) * (n > 0)
+                step += max(4, layout.number) * heads * (n + width) * (n > 0)
         return fixed, step
 
     def floor(self, prefill: Prefill) -> Tensor:
@@ -93,7 +94,7 @@ class SVD(Encoder):
         assert self.rank is not None
         total = layout.beside(n, length) + COUNT_BYTES * len(layout.vectors)
         for _, heads, width in layout.vectors:
-            total = total + 4 * heads * (n + width) * n.clamp(max=min(self.rank, width))
+            total = total + max(4, layout.number) * heads * (n + width) * n.clamp(max=min(self.rank, width))
         return total
 
     def flops(self, state: UserState, history: int) -> int:

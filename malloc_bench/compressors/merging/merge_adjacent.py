@@ -41,7 +41,8 @@ class MergeAdjacent(TokenMethod):
                 made[id(old)] = *_merged(old, run, kept, prefill.state.length, prefill.uses_positions), run
             slots, share, run = made[id(old)]
             size = int(slots.count.max()) if len(k) else 0
-            fields = {f: Dense(_sum(v.dense() * share.unsqueeze(-1), run, size)) for f, v in segment.fields.items()}
+            whole = {f: v.dense() for f, v in segment.fields.items()}
+            fields = {f: Dense(_sum(x * share.unsqueeze(-1), run, size).to(x.dtype)) for f, x in whole.items()}
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)
 

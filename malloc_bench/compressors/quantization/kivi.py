@@ -59,7 +59,7 @@ class KIVI(Encoder):
         for name, heads, width in layout.vectors:
             codes = body * -(-width * self.bits // 8)
             groups = body * -(-width // self.group) if name == "values" else -(-body // self.group) * width
-            total = total + heads * (1 + codes + 4 * groups + 4 * width * tail)
+            total = total + heads * (1 + codes + 4 * groups + layout.number * width * tail)
         return total
 
 

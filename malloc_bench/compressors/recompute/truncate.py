@@ -30,6 +30,9 @@ class Truncate(Recent):
     formula = "read = prefill of the newest k events, then read"
     stores = "k item ids (int32), times (int64) and kinds (uint8) where the backbone reads them"
 
+    def budget_unit(self, budget: Budget) -> str:
+        return "events"  # of raw ids, as many as slots would fit
+
     def supports(self, backbone: "Backbone") -> str | None:
         return None  # any state can be rebuilt from ids
 

@@ -1,0 +1,128 @@
+"""What a table may say of its methods: is there anything to lose, what is lost, is that sure. Knows results only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from malloc_bench.evaluation.metrics import holm, upper_tail
+
+LOSSLESS = -0.01  # the most that a lossless method may lose, relative: of NDCG@10, or of GAUC above guessing's 0.5
+LEVEL = 0.025  # one-sided: that of a 95 % interval's lower end
+CORRECTED = {"p_value": "p_holm", "p_auc": "p_auc_holm", "p_noninferior": "p_lossless"}
+
+#: rows of one method that agree in all of these hold one state, whatever their budgets
+SAME = (
+    *("hr@10", "ndcg@10", "mrr", "auc", "gauc", "logloss", "overlap@10", "agreement", "logit_error"),
+    *("bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed", "ratio"),
+)
+
+
+def main() -> pl.Expr:
+    """What a task is judged by: GAUC above guessing's 0.5 where there is one, else NDCG@10."""
+    return pl.coalesce(pl.col("gauc") - 0.5, "ndcg@10")
+
+
+def delta(end: str = "") -> pl.Expr:
+    """The difference in `main` to the full state, or an end of its interval."""
+    return pl.when(pl.col("gauc").is_not_null()).then(f"delta_gauc{end}").otherwise(f"delta_ndcg@10{end}")
+
+
+def full() -> pl.Expr:
+    """The full state's `main`."""
+    return main() - delta()
+
+
+def one_line_a_state(means: pl.DataFrame, group: Sequence[str]) -> pl.DataFrame:
+    """Rows of one method whose states and results are the same under several budgets, as one row that names them.
+
+    So are chains whose encoder alone meets every budget: they are one state, and one test.
+    """
+    keys = [*group, "family", "method", "compressor", "seeds", "seeds_total", "digests", *SAME]
+    alone = pl.col("budget").is_null() | pl.col("bytes_mean").is_null()
+    rows = means.with_row_index("row").with_columns(pl.when(alone).then("row").alias("alone"))
+    found = (
+        rows.group_by(*keys, "alone", maintain_order=True)
+        .agg(
+            pl.col("budget").alias("budgets"),
+            pl.col("share_at_floor").max(),
+            pl.all().exclude(*keys, "alone", "share_at_floor").first(),
+        )
+        .with_columns(pl.col("budgets").map_elements(_joined, pl.String).alias("budget"))
+    )
+    return found.select(means.columns)
+
+
+def _joined(budgets: Sequence[str | None]) -> str | None:
+    """`50, 25, 12.5 %` of `25 %`, `50 %` and `12.5 %`."""
+    labels = sorted((each for each in budgets if each), key=lambda each: -float(each.split()[0]))
+    units = {each.split(" ", 1)[1] for each in labels}
+    if len(units) != 1:
+        return ", ".join(labels) or None
+    return f"{', '.join(each.split()[0] for each in labels)} {units.pop()}"
+
+
+def tested(means: pl.DataFrame, noisy: pl.Expr) -> pl.DataFrame:
+    """With p of each row: null for the full state and where `noisy`; over several seeds twice the mean of theirs.
+
+    `p_noninferior` of rows that have none (older ones) follows from the lower end of their interval.
+    """
+    judged = ~noisy & (pl.col("method") != "full")
+    low = pl.struct((delta() - LOSSLESS * full()).alias("mean"), ((delta() - delta("_lo")) / 1.959964).alias("error"))
+    follows = low.map_elements(_tail, pl.Float64)
+    sure = judged & (full() > 0)
+    return means.with_columns(
+        *(pl.when(judged).then(_several(name)).alias(name) for name in ("p_value", "p_auc")),
+        pl.when(sure).then(pl.coalesce(_several("p_noninferior"), follows)).alias("p_noninferior"),
+    )
+
+
+def _tail(row: dict[str, float | None]) -> float | None:
+    mean, error = row["mean"], row["error"]
+    return None if mean is None or error is None else upper_tail(mean, error)
+
+
+def _several(p: str) -> pl.Expr:
+    """p over the seeds: twice the mean of theirs, valid however they depend."""
+    return pl.when(pl.col("seeds") > 1).then(pl.min_horizontal(2 * pl.col(p), pl.lit(1.0))).otherwise(pl.col(p))
+
+
+def judged(group: pl.DataFrame) -> pl.DataFrame:
+    """One table's rows with Holm's corrections, `headroom`, `lossless` and what of, `fidelity` and a `note` or null.
+
+    headroom: the full state beats no history (the interval of their difference); null without a `none` row. Without
+    headroom nothing is called lossless. fidelity: (overlap - none's) / (1 - none's), of agreement in ranking.
+    """
+    none = group.filter(pl.col("method") == "none")
+    worst = none.select(delta("_hi")).to_series().max() if len(none) else None
+    headroom = None if worst is None else bool(worst < 0)  # type: ignore[operator]
+    of = "GAUC" if group["gauc"].is_not_null().any() else "NDCG@10"
+    note = None if headroom is not False else _note(of, none)
+    alike = pl.coalesce("agreement", "overlap@10")
+    floor = none.select(alike).to_series().max() if len(none) else None
+    room = None if floor is None else 1.0 - float(floor)  # type: ignore[arg-type]
+    return group.with_columns(
+        *(pl.Series(new, holm(group[p]), nan_to_null=True) for p, new in CORRECTED.items()),
+        pl.lit(headroom, pl.Boolean).alias("headroom"),
+        pl.lit(note, pl.String).alias("note"),
+        (pl.lit(None, pl.Float64) if not room else 1 - (1 - alike) / room).alias("fidelity"),
+    ).with_columns(
+        pl.when(pl.lit(headroom is not False)).then(pl.col("p_lossless") < LEVEL).alias("lossless"),
+        pl.lit(of).alias("lossless_of"),
+    )
+
+
+def _note(of: str, none: pl.DataFrame) -> str:
+    here, gone = none.select(main(), delta()).row(0)
+    base = 0.5 if of == "GAUC" else 0.0
+    return (
+        f"No headroom: the full state's {of} ({base + here - gone:.4f}) is not significantly above that of no history "
+        f"({base + here:.4f}), so this table cannot judge methods."
+    )
+
+
+def remark(group: pl.DataFrame) -> str | None:
+    """What must be said on top of a table, if anything."""
+    notes = group["note"].drop_nulls()
+    return notes[0] if len(notes) else None

@@ -1,0 +1,130 @@
+"""What the cells of a group cost beside their bytes: latency, FLOPs and peak memory, as columns of their rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from malloc_bench import measure
+from malloc_bench.backbones import Backbone
+from malloc_bench.evaluation.evaluate import Job
+from malloc_bench.results import COLUMNS
+from malloc_bench.state import UserState
+from malloc_bench.suite.file import Measure
+
+log = logging.getLogger(__name__)
+
+
+def resources(
+    settings: Measure,
+    jobs: Sequence[Job],
+    models: measure.Models,
+    fresh: Callable[[int], Backbone],
+    lengths: np.ndarray,
+    keep: Callable[[str, dict[str, Any]], None],
+    report: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """Latency, FLOPs and peak memory of every job, row columns by job id, on generated histories of two lengths:
+
+    the median and the longest of those evaluated, `lengths` [N] events in a state, or one that the suite names.
+
+    models: the trained backbone under None, and as structural parts have adapted it. They serve unless the suite's
+    length is beyond them: then fresh(max_length) makes one that keeps so many events. keep(job id, raw samples) is
+    called with what was timed, report(cells) before anything is measured.
+    """
+    if not jobs or not (settings.latency or settings.flops):
+        return {}
+    report(len(jobs))
+    parts = {job.compressor.structural for job in jobs} | {None}
+    models = {part: models[part] for part in models if part in parts}
+    works = [
+        measure.Workload(settings.users, n, settings.candidates) for n in histories(settings, lengths, models[None])
+    ]
+    trained = works[-1].max_length <= models[None].max_length
+    if not trained:
+        plain, device = fresh(works[-1].max_length), next(models[None].parameters()).device
+        models = {part: (part.adapted(plain) if part else plain).to(device) for part in models}
+    for model in models.values():
+        model.eval()
+    rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
+    taken: dict[str, list[dict[str, Any]]] = {job.id: [] for job in jobs}
+    for work in works:
+        for each, columns in _measured(settings, jobs, models, work, taken):
+            rows[each] = _both(rows[each], {"measured_history": work.history, **columns})
+    for each, samples in taken.items():
+        if samples:
+            longest = samples[1] if len(samples) > 1 else None
+            keep(each, {**samples[0], "longest": longest})
+    weights = {"measured_weights": "trained" if trained else "fresh"}
+    return {each: (_both(row, row) if len(works) == 1 else row) | weights for each, row in rows.items() if row}
+
+
+def histories(settings: Measure, lengths: np.ndarray, backbone: Backbone) -> list[int]:
+    """Lengths to be measured at: the suite's own, or the median and the longest where a history was evaluated.
+
+    One event at least, and room for the one that is appended.
+    """
+    if settings.history is not None:
+        return [settings.history]
+    most = max(1, backbone.max_length - measure.Workload.appended)
+    some = lengths[lengths > 0] if (lengths > 0).any() else np.ones(1)
+    return sorted({int(min(most, x)) for x in (np.median(some), some.max())})
+
+
+def _both(median: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the median length, or with those of the longest beside them."""
+    return {**median, **{f"{k}_long": v for k, v in columns.items() if f"{k}_long" in COLUMNS}} if median else columns
+
+
+def _measured(
+    settings: Measure,
+    jobs: Sequence[Job],
+    models: measure.Models,
+    workload: measure.Workload,
+    taken: dict[str, list[dict[str, Any]]],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Columns by job id; raw times are added to `taken`."""
+    timings: dict[str, measure.Timing] = {}
+    if settings.latency:
+        methods = {job.id: (job.compressor, job.budget) for job in jobs}
+        timings = measure.latency(models, methods, workload, seconds=settings.seconds)
+    costs = dict(_costs(models, jobs, workload)) if settings.flops else {}
+    for job in jobs:
+        columns: dict[str, Any] = {}
+        if job.id in timings:
+            columns |= timings[job.id].columns()
+            taken[job.id].append(asdict(timings[job.id]))
+        yield job.id, columns | costs.get(job.id, {})
+
+
+@torch.no_grad()
+def _costs(
+    models: measure.Models, jobs: Sequence[Job], workload: measure.Workload
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates.
+
+    A job that raises is logged and left out.
+    """
+    device = next(models[None].parameters()).device
+    prefills = measure.prefilled(models, [job.compressor for job in jobs], workload)
+    _, tokens, _ = workload.events(models[None].n_items, device)
+    for job in jobs:
+        own = models[job.compressor.structural]
+
+        def work(job: Job = job, own: Backbone = own) -> UserState:
+            state = job.compressor.compress(replace(prefills[job.compressor.structural], memo={}), job.budget)
+            own.read(tokens, state)
+            return state
+
+        try:
+            state, peak = measure.peak_memory(work, device)
+            found = measure.closed_form(own, job.compressor, state, workload)
+        except (Exception, SystemExit):
+            log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
+            continue
+        yield job.id, {**found, "peak_bytes": peak}

@@ -1,0 +1,151 @@
+"""Attention statistics of plain tensors, worked out when asked for: no map of all pairs is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+
+_CELLS = 1 << 22  # weights at a time: 16 MB
+
+#: (layer, first, last) -> weights of the queries first ... last - 1 over all slots, [B, Hq, last - first, S]
+Rows = Callable[[int, int, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """Attention weights of B users, a block of queries at a time.
+
+    rows: see `Rows`; Hq is a multiple of a layer's heads. count: [B] events. slots: S. heads: stored heads H of each
+    layer; where several query heads share one, statistics are means of their absolute weights.
+    """
+
+    rows: Rows
+    count: Tensor
+    slots: int
+    heads: tuple[int, ...]
+    made: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def blocks(self, layer: int, first: int = 0) -> Iterator[tuple[Tensor, int, int]]:
+        """(weights, first, last) from query `first` on, 0 where query or slot is padding."""
+        real = torch.arange(self.slots, device=self.count.device) < self.count[:, None]  # [B, S]
+        last = int(self.count.max()) if len(self.count) else 0
+        step = 1
+        while first < last:
+            stop = min(first + step, last)
+            weights = self.rows(layer, first, stop)
+            want = (len(real), weights.shape[1], stop - first, self.slots)
+            if weights.shape != want or weights.shape[1] % self.heads[layer]:
+                raise ValueError(
+                    f"attention({layer}, {first}, {stop}): expected {list(want)}, a multiple of {self.heads[layer]} "
+                    f"heads, not {list(weights.shape)}"
+                )
+            both = real[:, None, first:stop, None] & real[:, None, None, :]
+            yield torch.where(both, weights, 0.0), first, stop
+            first, step = stop, max(1, _CELLS // (weights[:, :, 0].numel() or 1))
+
+    def received(self, layer: int) -> Tensor:
+        """Total |weight| that each slot received, [B, H, S]."""
+        total: Tensor | float = 0.0
+        for weights, _, _ in self.blocks(layer):
+            total = total + weights.abs().sum(2)
+        if not isinstance(total, Tensor):
+            return torch.zeros(len(self.count), self.heads[layer], self.slots, device=self.count.device)
+        return total.unflatten(1, (self.heads[layer], -1)).mean(2)
+
+    def newest(self, layer: int, window: int) -> Tensor:
+        """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; 0 where there is none."""
+        at = self.count.long()[:, None] - window + torch.arange(window, device=self.count.device)  # [B, W]
+        out = torch.zeros(len(at), self.heads[layer], window, self.slots, device=at.device)
+        for weights, first, last in self.blocks(layer, max(0, int(at.min())) if at.numel() else 0):
+            if weights.shape[1] != self.heads[layer]:
+                weights = weights.unflatten(1, (self.heads[layer], -1)).abs().mean(2)
+            here = ((at >= first) & (at < last))[:, None, :, None]
+            index = (at - first).clamp(0, last - first - 1)[:, None, :, None].expand(*out.shape[:3], self.slots)
+            out = torch.where(here, weights.gather(2, index), out)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy(Sequence[Tensor]):
+    """A statistic of each layer, made when it is first read: the column sums, or (`all_rows`) every query's weights."""
+
+    observed: Observed
+    all_rows: bool = False
+
+    def __len__(self) -> int:
+        return len(self.observed.heads)
+
+    @overload
+    def __getitem__(self, layer: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, layer: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(layer, slice):
+            return [self[i] for i in range(*layer.indices(len(self)))]
+        return self.newest(range(len(self))[layer], self.observed.slots if self.all_rows else None)
+
+    def newest(self, layer: int, window: int | None) -> Tensor:
+        """The column sums (None), or the newest `window` queries' weights."""
+        made = self.observed.made
+        if (layer, window) not in made:
+            new = self.observed.received(layer) if window is None else self.observed.newest(layer, window)
+            made[layer, window] = new
+        return made[layer, window]
+
+
+def softmax_rows(keys: Sequence[Tensor], queries: Sequence[Tensor]) -> Rows:
+    """Causal softmax attention; keys [B, H, S, D] and queries [B, Hq, S, D] of each layer, at least in float32."""
+
+    def rows(layer: int, first: int, last: int) -> Tensor:
+        k, q = keys[layer], queries[layer][:, :, first:last]
+        k, q = (x.float() if x.element_size() < 4 else x for x in (k, q))
+        logits = q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT / k.shape[-1] ** 0.5  # [B, H, group, rows, S]
+        future = torch.arange(k.shape[2], device=k.device) > torch.arange(first, last, device=k.device)[:, None]
+        return logits.masked_fill(future, -torch.inf).softmax(-1).flatten(1, 2)
+
+    return rows
+
+
+# ---- what tensors must look like
+
+
+def check(name: str, given: Sequence[Tensor], like: Sequence[Tensor], last: str) -> None:
+    """Raises ValueError in one line where a layer of `given` is no tensor of [B, H, S, last] beside keys `like`.
+
+    last: the name of the last dimension: "D" as the keys', "S" their slots, anything else any number. `queries` and
+    `attention` may have a multiple of the keys' heads.
+    """
+    grouped = name in ("queries", "attention")
+    if not isinstance(given, Sequence | Tensor) or len(given) != len(like) or not len(given):
+        found = str(len(given)) if isinstance(given, Sequence | Tensor) else type(given).__name__
+        wanted = "one or more" if given is like else len(like)
+        raise ValueError(f"{name}: expected a list of one tensor a layer, {wanted}, not {found}")
+    for i, (x, key) in enumerate(zip(given, like)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            found = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}[{i}]: expected floating point numbers [B, H, S, {last}], not {found}")
+        b, h, s, d = (like[0].shape[0], key.shape[1], like[0].shape[2], key.shape[3])
+        size = {"D": d, "S": s}.get(last, x.shape[3])
+        heads = x.shape[1] % h == 0 and x.shape[1] > 0 if grouped else x.shape[1] == h
+        if not heads or (x.shape[0], x.shape[2], x.shape[3]) != (b, s, size):
+            wanted = f"a multiple of {h}" if grouped else h
+            raise ValueError(f"{name}[{i}]: expected [{b}, {wanted}, {s}, {size}], not {list(x.shape)}")
+        if x.device != like[0].device or (x.dtype != like[0].dtype and not grouped):
+            raise ValueError(
+                f"{name}[{i}]: expected {like[0].dtype} on {like[0].device}, as keys[0], not {x.dtype} on {x.device}"
+            )
+
+
+def check_users(name: str, given: Tensor, users: int, most: int | None = None) -> None:
+    """Raises ValueError in one line where `given` is no whole number [B] for each user, of 0 to `most`."""
+    if not isinstance(given, Tensor) or given.shape != (users,) or given.is_floating_point() or given.is_complex():
+        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"{name}: expected whole numbers [{users}], one a user, not {found}")
+    if most is not None and users and not bool(((given >= 0) & (given <= most)).all()):
+        raise ValueError(
+            f"{name}: expected 0 to {most}, the slots of keys, not {int(given.min())} to {int(given.max())}"
+        )
