@@ -11,6 +11,7 @@ import pytest
 
 from malloc_bench.data import get_dataset
 from malloc_bench.files import ResultsError
+from malloc_bench.report import write_report
 from malloc_bench.run import runner
 from malloc_bench.run.folder import remove_dead
 from malloc_bench.run.runner import compare, run_suite
@@ -125,3 +126,16 @@ def test_a_full_cache_names_its_variable(
         run_suite(suite, tmp_path / "run", quiet=True)
     monkeypatch.setattr(os, "fsync", inner)
     assert run_suite(suite, tmp_path / "run", quiet=True).ok == 2
+
+
+def test_a_report_names_what_is_not_what_was_written(
+    suite: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_suite(suite, tmp_path / "run", quiet=True)
+    write_report(tmp_path / "run")
+    assert not caplog.records
+    spoilt = next((tmp_path / "run" / "per_user").iterdir())
+    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"X")
+    write_report(tmp_path / "run")
+    assert [record.getMessage().startswith(f"{spoilt} is not what") for record in caplog.records] == [True]
+    assert run_suite(suite, tmp_path / "run", quiet=True).ok == 1  # made anew
