@@ -1,7 +1,5 @@
 """What cells cost is measured on the weights that were judged, at the lengths that were judged."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -33,6 +31,10 @@ def never(length):
     raise AssertionError("the trained weights serve")
 
 
+def unkept(job, samples):
+    """Raw times that nobody looks at."""
+
+
 @pytest.mark.parametrize(
     ("lengths", "most", "own", "want"),
     [
@@ -49,16 +51,16 @@ def test_the_lengths_are_those_of_the_data_or_the_suites_own(lengths, most, own,
     assert histories(Measure(history=own), lengths, backbone) == want
 
 
-def test_a_row_is_measured_at_the_median_and_the_longest_history_on_trained_weights(models, tmp_path, monkeypatch):
+def test_a_row_is_measured_at_the_median_and_the_longest_history_on_trained_weights(models, monkeypatch):
     seen = []
     for model in models.values():
         prefill = model.prefill
         monkeypatch.setattr(
             model, "prefill", lambda e, *a, p=prefill, **k: seen.append(e.items.shape[1]) or p(e, *a, **k)
         )
-    told = []
+    told, kept = [], {}
     settings = Measure(seconds=0.01, users=2)
-    rows = resources(settings, JOBS, models, never, LENGTHS, tmp_path, told.append)
+    rows = resources(settings, JOBS, models, never, LENGTHS, kept.__setitem__, told.append)
     assert told == [4] and set(seen) >= {10, 50} and rows.keys() == {"full", "mine", "raw", "narrow"}
     long = [name for name in COLUMNS if name.endswith("_long")]
     for name, row in rows.items():
@@ -67,20 +69,20 @@ def test_a_row_is_measured_at_the_median_and_the_longest_history_on_trained_weig
         assert row["read_flops_long"] > row["read_flops"] > 0 and row["peak_bytes_long"] > row["peak_bytes"] > 0
         empty = {each for each in long if row[each] is None}
         assert empty == ({"append_ms_p50_long", "append_flops_long"} if name == "raw" else set())
-        saved = json.loads((tmp_path / f"{name}.json").read_text())
+        saved = kept[name]
         assert saved["history"] == 10 and saved["longest"]["history"] == 50
     assert rows["full"]["read_ratio"] == 1 and rows["raw"]["read_ratio"] > 1
     assert rows["narrow"]["prefill_flops"] < rows["full"]["prefill_flops"]
 
 
-def test_one_length_fills_both_places(models, tmp_path):
+def test_one_length_fills_both_places(models):
     settings = Measure(seconds=0, users=1)
-    (row,) = resources(settings, JOBS[1:2], models, never, np.full(4, 7), tmp_path, lambda n: None).values()
+    (row,) = resources(settings, JOBS[1:2], models, never, np.full(4, 7), unkept, lambda n: None).values()
     assert row["measured_history"] == row["measured_history_long"] == 7
     assert row["read_ms_p50"] == row["read_ms_p50_long"] and row["read_flops"] == row["read_flops_long"]
 
 
-def test_a_suites_own_length_beyond_the_weights_takes_fresh_ones_and_says_so(models, tmp_path):
+def test_a_suites_own_length_beyond_the_weights_takes_fresh_ones_and_says_so(models):
     asked = []
 
     def fresh(length):
@@ -88,32 +90,32 @@ def test_a_suites_own_length_beyond_the_weights_takes_fresh_ones_and_says_so(mod
         return get_backbone("sasrec", 30, heads=2, dim=8, layers=1, max_length=length)
 
     settings = Measure(seconds=0, users=1, history=99)
-    rows = resources(settings, JOBS, models, fresh, LENGTHS, tmp_path, lambda n: None)
+    rows = resources(settings, JOBS, models, fresh, LENGTHS, unkept, lambda n: None)
     assert asked == [100]
     assert {row["measured_weights"] for row in rows.values()} == {"fresh"}
     assert {row["measured_history"] for row in rows.values()} == {99}
-    within = resources(Measure(seconds=0, users=1, history=59), JOBS, models, never, LENGTHS, tmp_path, lambda n: None)
+    within = resources(Measure(seconds=0, users=1, history=59), JOBS, models, never, LENGTHS, unkept, lambda n: None)
     assert {row["measured_weights"] for row in within.values()} == {"trained"}
 
 
 @pytest.mark.parametrize("what", ["latency", "flops"])
-def test_only_what_is_asked_for_is_measured(models, tmp_path, what):
+def test_only_what_is_asked_for_is_measured(models, what):
     settings = Measure(latency=what == "latency", flops=what == "flops", seconds=0, users=1)
-    (row,) = resources(settings, JOBS[:1], models, never, LENGTHS, tmp_path, lambda n: None).values()
+    (row,) = resources(settings, JOBS[:1], models, never, LENGTHS, unkept, lambda n: None).values()
     assert ("read_ms_p50" in row) == (what == "latency") and ("read_flops" in row) == (what == "flops")
     nothing = Measure(latency=False, flops=False)
-    assert resources(nothing, JOBS, models, never, LENGTHS, tmp_path, never) == {}
-    assert resources(settings, [], models, never, LENGTHS, tmp_path, never) == {}
+    assert resources(nothing, JOBS, models, never, LENGTHS, unkept, never) == {}
+    assert resources(settings, [], models, never, LENGTHS, unkept, never) == {}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, tmp_path, caplog, error):
+def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, caplog, error):
     class Broken(type(JOBS[1].compressor)):
         def compress(self, prefill, budget=None, fitted=None):
             raise error("not here")
 
     jobs = [JOBS[0], Job("broken", Broken(), Budget(0.5)), JOBS[2]]
-    rows = resources(Measure(seconds=0, users=1), jobs, models, never, LENGTHS, tmp_path, lambda n: None)
+    rows = resources(Measure(seconds=0, users=1), jobs, models, never, LENGTHS, unkept, lambda n: None)
     assert rows["full"]["read_flops"] > 0 and rows["raw"]["read_flops_long"] > 0
     assert "read_ms_p50" not in rows["broken"] and "read_flops" not in rows["broken"]
     assert caplog.text.count("not here") >= 4 and "latency of broken" in caplog.text
