@@ -118,7 +118,7 @@ def _batch(
     broken, told = None, None
     if found is None:
         told = text_of(lines.text, file, lines.rows if isinstance(lines.rows, int) else int(lines.rows[0]))
-        listed = pl.Series([line.removesuffix("\r") for line in told.removesuffix("\n").split("\n")], dtype=pl.String)
+        listed = pl.Series([told.removesuffix("\n")]).str.split("\n").explode().str.strip_suffix("\r")
         fields = listed.str.split_exact(sign, width).struct.unnest()  # one more: null unless a row is too long
         broken = (fields[f"field_{width}"].is_not_null() | fields[f"field_{width - 1}"].is_null()).to_numpy()
         found = {name: fields[f"field_{at}"] for name, at in places.items()}
