@@ -52,6 +52,15 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
         raise DataError(f"{part.name}: the file is empty but for its header")
 
 
+def header(part: Part, layout: Layout, names: Sequence[str], size: int) -> list[str]:
+    """The names in the first line of a file, of which `names` may be some; without the types of recbole."""
+    for block, _ in blocks(part, size, layout.encoding):
+        head = text_of(block.partition(b"\n")[0], part.name, 1)
+        separator = layout.separator if layout.separator != "auto" else _sniffed(head, layout, names, part.name)
+        return [field.strip(' "\r').partition(":")[0] for field in head.split(separator)]
+    return []
+
+
 def text_of(data: bytes, file: str, row: int) -> str:
     """Bytes as text; raises DataError with row and byte where they are none."""
     try:
