@@ -98,6 +98,13 @@ def test_text_that_is_whole_numbers_is_those_numbers():
     assert ids.name(1) == 7
 
 
+def test_numbers_that_are_the_codes_of_texts_are_texts():
+    ids = Ids()
+    codes = ids.add(pl.Series([-(2**63), 7, -(2**63) + 1]))
+    ids.close()
+    assert [ids.name(place) for place in ids.index(codes)] == ["-9223372036854775808", "7", "-9223372036854775807"]
+
+
 @pytest.mark.parametrize(
     "format, text",
     [
