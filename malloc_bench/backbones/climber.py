@@ -130,7 +130,7 @@ class Fusion(nn.Module):
 
 @register("climber")
 class Climber(AttentionBackbone):
-    """N_b sub-sequences over the whole history, a stack of adaptive transformer layers for each, gated fusion.
+    """A transformer over N_b parts of the history: adaptive layers of each part's own, fused by a gate.
 
     From the paper: events of the whole history are partitioned into blocks; each block has its own layers; a bias of
     positions and times is added to QK', then a temperature of layer, block and scenario divides, in the place of

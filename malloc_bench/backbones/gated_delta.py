@@ -124,7 +124,7 @@ class GatedDeltaBlock(nn.Module):
 
 @register("gated_delta")
 class GatedDelta(ItemBackbone):
-    """Linear attention that forgets (alpha) and corrects (delta rule): each head's state is one D x D matrix.
+    """A recurrent network whose state is one D x D matrix a head: linear attention that forgets and corrects.
 
     A state has one field `memory` [B, H, D, D] a layer and no slots: layers x dim^2 / heads numbers whatever the length
     of the history, stored for every user, also for one without events, whose memory is zero. `append` reads a

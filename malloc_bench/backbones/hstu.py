@@ -103,7 +103,7 @@ class HSTUBlock(Block):
 
 @register("hstu")
 class HSTU(AttentionBackbone):
-    """Pointwise SiLU attention with position and time bias and a U gate; no 1/sqrt(d), no feed-forward.
+    """A stack of gated attention layers that weigh events by SiLU, not softmax, with position and time bias.
 
     The time bias needs data with times and uses the gap between a slot's event and the moment at which the prediction
     is asked for, as the authors' code does; without times the position bias stands alone.

@@ -54,7 +54,7 @@ class LSRMBlock(SASRecBlock):
 
 @register("lsrm")
 class LSRM(AttentionBackbone):
-    """SASRec's decoder made large: causal softmax attention over item and learned position embeddings.
+    """A causal transformer decoder over item ids made to be scaled: SASRec's kind of attention, many sizes.
 
     From the paper: item ids alone, 50 events, layers, heads and widths, a GELU, cross-entropy over the whole catalogue,
     more dropout in low layers than in high ones, and Adam followed by SGD (`training: {optimizer: adam_then_sgd}`).

@@ -136,7 +136,7 @@ class MARMBlock(SASRecBlock):
 
 @register("marm")
 class MARM(AttentionBackbone):
-    """The newest item attends, layer by layer, to the cached outputs that the layer below gave for each past item.
+    """A decoder that caches each layer's outputs: the newest item attends to what the layer below gave for past items.
 
     From the paper: what is cached per user, item and layer is the attention block's output, so a state is L x n x d
     numbers; layer 0 is the item itself; multi-layer target attention, O(n d) a layer; results are written back; with

@@ -62,7 +62,7 @@ class SASRecBlock(Block):
 
 @register("sasrec")
 class SASRec(AttentionBackbone):
-    """Causal softmax attention over item and learned position embeddings.
+    """A causal transformer over item and learned position embeddings, the field's common baseline.
 
     From the paper: embeddings x sqrt(d), one-d feed-forward, causal mask, dropout. Ours, as in the comparison of
     HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature. Presets: the settings of that

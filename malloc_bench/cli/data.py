@@ -30,6 +30,8 @@ def data_get(name: NameArg, offline: Offline = False) -> None:
     print(f"{name}: {it.n_users:,} users, {it.n_items:,} items, {it.n_events:,} events from {it.source}")
     for what, count in it.notes.items():
         print(f"{name}: {count:,} {what}")
+    if it.tied:
+        print(f"{name}: {it.tied:.1%} of events are of the same second as the one before")
 
 
 @data.command("verify")

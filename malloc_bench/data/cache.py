@@ -24,7 +24,7 @@ from malloc_bench.paths import home
 log = logging.getLogger(__name__)
 
 FILES = ("events.parquet", "users.parquet", "items.parquet")
-VERSION = 3  # raise it when the order of events or the layout of these files changes
+VERSION = 4  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:

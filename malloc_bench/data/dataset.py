@@ -103,12 +103,35 @@ class Dataset:
     def has_time(self) -> bool:
         return self.times is not None
 
+    @cached_property
+    def first_of_time(self) -> np.ndarray:
+        """(E,) int64: the place of the first event of the same user and time: of each event itself where none ties."""
+        place = np.arange(self.n_events)
+        if self.times is None:
+            return place
+        new = np.ones(self.n_events, dtype=bool)
+        new[1:] = self.times[1:] != self.times[:-1]
+        new[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        return np.maximum.accumulate(np.where(new, place, 0))
+
+    @property
+    def tied(self) -> float:
+        """The share of events, each user's first apart, of the same second as the one before: in no known order."""
+        pairs = self.n_events - np.count_nonzero(np.diff(self.offsets))
+        return float((self.first_of_time < np.arange(self.n_events)).sum() / max(pairs, 1))
+
 
 def group(card: Card, rows: Rows, source: str) -> Dataset:
-    """Group rows by user, each in time order with ties in file order; ids become dense by ascending original id."""
+    """Group rows by user, each in time order, ties as `shuffle_ties` has them but for generated events, whose order
+
+    is known; ids become dense by ascending original id.
+    """
     user_ids, users = _dense(rows.users)
     item_ids, items = _dense(rows.items)
-    by_time = np.lexsort((rows.order, users))  # stable: ties keep their file order
+    by_time = np.lexsort((rows.order, users))  # stable: without times, rows keep their file order
+    if rows.has_time and card.parameters is None:
+        tied, again = shuffle_ties(users[by_time], items[by_time] + 1, rows.order[by_time])
+        by_time[tied] = by_time[tied[again]]
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
         "item_ids": item_ids,
@@ -120,6 +143,28 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     found = {name: column for name, column in {**columns, **feedback}.items() if column is not None}
     digest = content_hash((name, _little(column), len(column), [column]) for name, column in found.items())
     return Dataset(card.name, card, source, hash=digest, feedback=feedback, **columns)  # type: ignore[arg-type]
+
+
+def shuffle_ties(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An order that says nothing for the events of a user at one time: (places [K] of tied events, which [K] of these
+    goes to each). Sources often sort such events by item, and a model would learn from that what no request knows.
+
+    users, items, times: [E] integers, sorted by user and time. By a hash of the three, so every file with the same
+    events gives the same order; events that are alike in all three keep theirs.
+    """
+    same = np.zeros(len(users) + 1, dtype=bool)
+    same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    tied = np.flatnonzero(same[1:] | same[:-1])
+    users, items, times = (each[tied].astype(np.uint64) for each in (users, items, times))
+    return tied, np.lexsort((_mixed(_mixed(_mixed(users) ^ items) ^ times), times, users))
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _dense(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

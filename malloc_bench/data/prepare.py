@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from malloc_bench.data.dataset import content_hash
+from malloc_bench.data.dataset import content_hash, shuffle_ties
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.ids import Ids
 from malloc_bench.data.formats.parse import Reader
@@ -136,7 +136,7 @@ def _deal(spill: Path, record: np.dtype, users: Ids, items: Ids) -> list[tuple[P
 def _sort(
     buckets: list[tuple[Path, int, int]], record: np.dtype, users: Ids, reader: Reader, target: Path
 ) -> np.ndarray:
-    """Write the buckets sorted by user and time, ties in file order; how many events each user has then."""
+    """Write the buckets sorted by user and time, ties by their policy; how many events each user has then."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -151,7 +151,7 @@ def _sort(
             path.unlink()
             rows = rows[stable_order(rows["user"], rows["order"])]
             if timed:
-                rows = _without_duplicates(rows, reader, users)
+                rows = _without_duplicates(_ties(rows, reader), reader, users)
             counts[first:end] = np.bincount(rows["user"] - first, minlength=end - first)
             held = {name: rows[name] for name in names if name != "time"}
             if timed:
@@ -171,6 +171,14 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
             digit = (left >> np.uint64(shift)).astype(np.uint16)[order]
             order = order[np.argsort(digit, kind="stable")]
     return order
+
+
+def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
+    """Events of a user at one time, shuffled or left in file order as the policy has it; `Dataset.tied` counts them."""
+    if reader.judge.answer("ties") == "shuffle":
+        tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"])
+        rows[tied] = rows[tied[again]]
+    return rows
 
 
 def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndarray:

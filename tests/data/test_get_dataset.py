@@ -34,15 +34,34 @@ def prepared(tmp_path):
     return list((tmp_path / "home" / "prepared").iterdir())
 
 
-def test_events_are_grouped_by_user_in_time_order_with_ties_in_file_order(make_card, data_folder, udata):
+def test_events_are_grouped_by_user_in_time_order(make_card, data_folder, udata):
     put(data_folder, "u.data", udata)
-    data = get_dataset(make_card(sources=[{"local": "u.data"}]))
+    data = get_dataset(make_card(sources=[{"local": "u.data"}], on_bad={"ties": "keep"}))
     assert data.user_ids.tolist() == [1, 2] and data.item_ids.tolist() == [10, 20, 30]
     assert data.offsets.tolist() == [0, 2, 4]
     assert data.items.tolist() == [3, 1, 2, 1]  # user 1 by time; user 2's two events share a second
     assert data.times.tolist() == [200, 300, 100, 100] and data.feedback["rating"].tolist() == [4, 5, 3, 1]
     assert (data.items.dtype, data.times.dtype, data.offsets.dtype) == (np.int32, np.int64, np.int64)
     assert (data.feedback["rating"].dtype, data.user_ids.dtype, data.item_ids.dtype) == (np.float32, np.int64, np.int64)
+
+
+def test_events_at_one_time_are_in_an_order_that_says_nothing(make_card, data_folder):
+    """Whatever the file's own order is, which often is that of the items."""
+    lines = [f"{u}\t{i}\t{i % 5}\t{7 if i < 50 else i}\n".encode() for u in range(40) for i in range(60)]
+    for name, order in (("sorted", lines), ("reversed", lines[::-1])):
+        put(data_folder, name, b"".join(order))
+    ordered, backwards = (get_dataset(make_card(sources=[{"local": name}])) for name in ("sorted", "reversed"))
+    assert ordered.hash == backwards.hash
+    items, times = ordered.items.reshape(40, 60), ordered.times.reshape(40, 60)
+    assert (np.sort(items[:, :50]) == np.arange(1, 51)).all() and (items[:, 50:] == np.arange(51, 61)).all()
+    assert (ordered.feedback["rating"] == (ordered.items - 1) % 5).all() and (np.diff(times) >= 0).all()
+    rising = (np.diff(items[:, :50]) > 0).mean()
+    assert (
+        0.45 < rising < 0.55 and len({tuple(row) for row in items.tolist()}) == 40
+    )  # to each user an order of their own
+    assert ordered.tied == pytest.approx(49 / 59)
+    kept = get_dataset(make_card(sources=[{"local": "sorted"}], on_bad={"ties": "keep"}))
+    assert (kept.items.reshape(40, 60) == np.arange(1, 61)).all() and kept.tied == ordered.tied
 
 
 def test_ids_far_apart(make_card, data_folder):
@@ -285,11 +304,14 @@ def test_importing_the_package_needs_neither_polars_nor_pydantic():
 def test_ml_100k_from_u_data(real_data):
     data = get_dataset("ml-100k", offline=True)
     assert (data.n_users, data.n_items, data.n_events, data.has_time) == (943, 1682, 100_000, True)
-    expected = pl.read_parquet(real_data / "ml-100k/ml-100k.parquet").sort("user_id", "timestamp", "file_row")
-    assert (np.repeat(data.user_ids, np.diff(data.offsets)) == expected["user_id"].to_numpy()).all()
-    assert (data.item_ids[data.items - 1] == expected["item_id"].to_numpy()).all()
-    assert (data.times == expected["timestamp"].to_numpy()).all()
-    assert (data.feedback["rating"] == expected["rating"].to_numpy()).all()
+    expected = pl.read_parquet(real_data / "ml-100k/ml-100k.parquet").sort("user_id", "timestamp", "item_id")
+    users, items = np.repeat(data.user_ids, np.diff(data.offsets)), data.item_ids[data.items - 1]
+    order = np.lexsort((items, data.times, users))
+    found = {"user_id": users, "item_id": items, "timestamp": data.times, "rating": data.feedback["rating"]}
+    assert (users == users[order]).all() and (data.times == data.times[order]).all()
+    for name, column in found.items():
+        assert (column[order] == expected[name].to_numpy()).all()
+    assert data.tied == pytest.approx(0.5104, abs=1e-4)
 
 
 def test_ml_1m_by_order_alone(real_data):

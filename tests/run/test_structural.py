@@ -159,7 +159,7 @@ def test_one_that_cannot_be_trained_fails_its_own_cells_only(home: Path, tmp_pat
 @pytest.mark.parametrize("name", ["quick", "ml1m"])
 def test_committed_rows_keep_their_ids_and_checkpoints(name: str) -> None:
     """Of cells without a structural part, as long as their parts keep their versions."""
-    frame = pl.read_parquet(Path(__file__).parent.parent / "results" / name / "results.parquet")
+    frame = pl.read_parquet(Path(__file__).parents[2] / "results" / name / "results.parquet")
     checked = 0
     for row in frame.filter(pl.col("hashes").is_not_null()).iter_rows(named=True):
         known = {key: json.loads(row[key]) for key in ("backbone_params", "compressor_params", "cell", "hashes")}

@@ -13,7 +13,7 @@ from malloc_bench.state import Prefill, UserState
 @register("none")
 @dataclass(frozen=True)
 class NoHistory(Compressor):
-    """The reading token sees itself alone, as a new user's first event does."""
+    """No state at all: the reading token sees itself alone, as a new user's first event does."""
 
     family = "baseline"
     paper = "none: the floor"

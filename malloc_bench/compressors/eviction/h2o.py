@@ -12,7 +12,7 @@ from malloc_bench.state import Prefill, Stats
 @register("h2o")
 @dataclass(frozen=True)
 class H2O(Eviction):
-    """Half the budget for the newest slots, half for those of most attention (Zhang et al., NeurIPS 2023).
+    """Keeps the newest slots (half the budget) and, of the rest, those that drew most attention.
 
     The sum runs over all queries of the history (the paper's statistic at the end of the prompt, without its greedy
     evictions on the way). SiLU weights can be negative: their absolute values are summed.

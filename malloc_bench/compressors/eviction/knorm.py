@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @register("knorm")
 @dataclass(frozen=True)
 class KNorm(Eviction):
-    """In language models keys of low L2 norm draw attention (Devoto et al., EMNLP 2024, arXiv 2406.11430).
+    """Keeps slots whose keys are short: in language models keys of low L2 norm draw attention (Devoto et al.).
 
     The score does not look at weights, so it is the same for softmax and SiLU attention.
     """

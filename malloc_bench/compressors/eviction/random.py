@@ -23,7 +23,7 @@ def _hash(x: Tensor) -> Tensor:
 @register("random")
 @dataclass(frozen=True)
 class Random(Eviction):
-    """Each slot draws a number from (seed, user id, layer, position), so no batch or order of cells changes it."""
+    """Keeps slots by lot, by a number from (seed, user id, layer, position): no batch or order of cells changes it."""
 
     family = "eviction"
     per_head = False

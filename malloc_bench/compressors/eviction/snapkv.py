@@ -14,7 +14,7 @@ from malloc_bench.state import Prefill, Stats
 @register("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Eviction):
-    """Mean attention of an observation window at the end, average-pooled over neighbours (Li et al., NeurIPS 2024).
+    """Keeps what the newest queries attend to, on average and pooled over neighbours (Li et al., NeurIPS 2024).
 
     The window itself stays as far as half the budget goes; its slots do not leak into the pool of those before it.
     SiLU weights can be negative: absolute values are averaged.

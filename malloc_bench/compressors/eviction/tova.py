@@ -12,7 +12,7 @@ from malloc_bench.state import Prefill, Stats
 @register("tova")
 @dataclass(frozen=True)
 class TOVA(Eviction):
-    """Token omission via attention: the newest query's weights, mean over heads (Oren et al., EMNLP 2024).
+    """Keeps what the newest query attends to, mean over heads: token omission via attention (Oren et al., EMNLP 2024).
 
     The newest slot stays. SiLU weights can be negative: absolute values are taken before the mean.
     """

@@ -36,7 +36,7 @@ class FewerHeads(Structural):
 @register("gqa")
 @dataclass(frozen=True)
 class GQA(FewerHeads):
-    """Neighbouring query heads share keys and values (Ainslie et al., EMNLP 2023).
+    """Stores fewer heads of keys and values: neighbouring query heads share them (Ainslie et al., EMNLP 2023).
 
     n_kv_heads: heads of keys and values; the backbone's heads must be a larger multiple of it. Ours: trained from the
     start, where the paper pools the heads of a trained model and trains on.

@@ -19,7 +19,7 @@ def _made(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
 @register("svd")
 @dataclass(frozen=True)
 class SVD(Encoder):
-    """Truncated SVD per user, layer and head; the factors are absorbed into the query (Eckart and Young, 1936).
+    """Stores keys and values as two thin factors: a truncated SVD per user, layer and head (Eckart and Young, 1936).
 
     rank None: the largest rank that fits the budget, one for all layers and fields. A number: that rank (at most the
     number of slots), the size follows. Of a memory without slots the matrix itself is factored.

@@ -14,7 +14,7 @@ from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
 @register("merge_adjacent")
 @dataclass(frozen=True)
 class MergeAdjacent(TokenMethod):
-    """Runs of neighbouring events are averaged (as LONGER's token merge, arXiv 2505.04421, but weighted by counts).
+    """Averages runs of neighbouring events into one slot each, weighted by counts (LONGER's token merge is unweighted).
 
     A slot's count enters the attention: + log count for softmax, x count for SiLU. Its position and time are the
     rounded means of its events'.

@@ -12,7 +12,7 @@ from malloc_bench.state import Quantized, Segment, UserState, quantize
 @register("int8")
 @dataclass(frozen=True)
 class Int8(Encoder):
-    """Symmetric absmax rounding of every key and value vector (LLM.int8's vector-wise scheme, arXiv 2208.07339)."""
+    """Writes every key and value vector in 8 bits with one scale: symmetric absmax rounding."""
 
     family = "quantization"
     paper = "vector-wise int8 as in LLM.int8(), Dettmers et al., NeurIPS 2022, arXiv 2208.07339"

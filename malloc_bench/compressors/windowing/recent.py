@@ -42,7 +42,7 @@ class Window(TokenMethod):
 @register("recent")
 @dataclass(frozen=True)
 class Recent(Window):
-    """A sliding window over the history (Beltagy et al., Longformer, arXiv 2004.05150, without global tokens)."""
+    """Keeps the newest k events: a sliding window over the history (Longformer without global tokens)."""
 
     family = "windowing"
     paper = "Longformer's sliding window, Beltagy et al., arXiv 2004.05150"

@@ -12,7 +12,7 @@ from malloc_bench.registry import register
 @register("sink_recent")
 @dataclass(frozen=True)
 class SinkRecent(Window):
-    """StreamingLLM: attention sinks at the start and a sliding window (Xiao et al., ICLR 2024, arXiv 2309.17453)."""
+    """Keeps a few oldest events (attention sinks) and the newest ones: StreamingLLM (Xiao et al., ICLR 2024)."""
 
     sinks: int = 4
 

@@ -30,12 +30,12 @@ class Requests(Targets):
 
 @dataclass(frozen=True)
 class Impressions:
-    """A data set cut up for ranking.
+    """What users were shown, cut up for ranking: histories, candidates with labels, and requests that score them.
 
     dataset: histories, the events that users liked. shown: the E events that the split cuts: all of them where labels
     tell liked from not, else the liked ones, each with `negatives` [E, n] int32, items that the user has not liked.
-    liked: [E] bool. before: [E] places in `dataset` of the first liked event that is not older. run: shown events in a
-    request, at most. train_end [U]: user u trains on shown events [offsets[u], train_end[u]).
+    liked: [E] bool. before: [E] places in `dataset` behind the last liked event that is strictly older. run: shown
+    events in a request, at most. train_end [U]: user u trains on shown events [offsets[u], train_end[u]).
     """
 
     name: str
@@ -67,7 +67,8 @@ class Impressions:
             None if self.shown.times is None else np.repeat(np.where(real, self.shown.times[place], 0), each, axis=1)
         )
         real = real[..., None]
-        return np.where(real, items, 0).reshape(n, -1), np.where(real, labels, False).reshape(n, -1), times
+        shape = n, place.shape[1] * each
+        return np.where(real, items, 0).reshape(shape), np.where(real, labels, False).reshape(shape), times
 
 
 def expose(dataset: Dataset, rule: Rule, negatives: int, candidates: int, seed: int) -> Impressions:
@@ -82,7 +83,7 @@ def expose(dataset: Dataset, rule: Rule, negatives: int, candidates: int, seed: 
     history = dataset if labels is None else only(dataset, labels)
     shown = history if negatives else dataset
     liked = np.ones(shown.n_events, dtype=bool) if negatives or labels is None else labels
-    before = np.cumsum(liked) - liked
+    before = (np.cumsum(liked) - liked)[shown.first_of_time]  # a state knows nothing of the second it is asked in
     first, last = shown.offsets[:-1], shown.offsets[1:]
     train_end, valid_end = rule.bounds(shown)
     drawn = np.zeros((shown.n_events, negatives), np.int32)

@@ -92,7 +92,7 @@ def lineage(world: SyntheticWorld, history: Histories) -> Lineage:
 
 
 class Chunk:
-    """Some targets of one block of users."""
+    """Targets of one block of users whose ceilings are computed together."""
 
     def __init__(self, world: SyntheticWorld, items: Catalogue, history: Histories, at: np.ndarray) -> None:
         self.world, self.catalogue, self.items, self.at = world, items, history.items, at

@@ -74,6 +74,27 @@ def test_the_newest_of_a_long_history_are_kept():
         assert short == past[-4:]
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("negatives", [0, 1])
+def test_a_state_holds_only_what_is_strictly_older_than_its_candidates(rule, negatives):
+    """Ratings of one evening share a second: their order is not known, so none may tell of another."""
+    dataset = world()
+    dataset = replace(dataset, times=dataset.times // 40_000)
+    assert dataset.tied > 0.3
+    data = expose(dataset, RULES[rule](), negatives, 8, 0)
+    held = 0
+    for asked in (data.test, data.valid):
+        for user, past, _, shown in asked_of(data, asked):
+            first = min(time for _, time, _ in shown)
+            assert past == [(item, time) for item, time, liked in events_of(dataset, user) if liked and time < first]
+            held += len(past)
+    for history, tokens, _ in ranking_batches(data, 1000, 8, 0, 0):
+        for row in range(len(history.count)):
+            own = history.times[row, : int(history.count[row])]
+            assert not len(own) or own.max() < tokens.times[row, : int(tokens.count[row])].min()
+    assert held > 100
+
+
 @pytest.mark.parametrize("stars", [True, False])
 @pytest.mark.parametrize("negatives", [1, 3])
 def test_each_liked_event_comes_with_items_that_were_not_liked(stars, negatives):
