@@ -22,7 +22,7 @@ _MOVED = {
         },
         "data.": {
             **{name: f"data.sources.{name}" for name in ("cards", "card_sources", "download", "archive")},
-            **{name: f"data.formats.{name}" for name in ("parse", "ids", "policies", "categories", "examine")},
+            **{name: f"data.formats.{name}" for name in ("parse", "ids", "policies", "categories")},
             **{name: f"data.tasks.{name}" for name in ("splits", "batches", "options")},
             **{name: f"data.worlds.{name}" for name in ("synthetic", "world", "ceilings")},
             "exposures": "data.tasks.impressions",

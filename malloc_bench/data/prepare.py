@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
 
     Raises DataError where a file is bad and the card's policy is to reject that, OSError where there is no room.
     """
-    judge = reader.judge
+    judge, frames = reader.judge, iter(frames)
+    first = next(frames, None)  # the reader knows its feedback once it has seen a file
     rejects = "reject" in (judge.answer("duplicates"), judge.answer("single_event_users"))
     record = np.dtype(
         [("user", "<i8"), ("item", "<i8"), ("order", "<i8")]
@@ -42,7 +44,7 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
     with tempfile.TemporaryDirectory(prefix="spill-", dir=folder) as temporary:
         spill = Path(temporary) / "all"
         with spill.open("wb") as file:
-            for frame in frames:
+            for frame in chain([] if first is None else [first], frames):
                 _records(frame, record, users, items, reader).tofile(file)
         if not spill.stat().st_size:
             raise _nothing(reader)

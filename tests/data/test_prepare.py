@@ -100,6 +100,13 @@ def test_text_that_is_whole_numbers_is_those_numbers():
     assert ids.name(1) == 7
 
 
+def test_numbers_that_are_the_codes_of_texts_are_texts():
+    ids = Ids()
+    codes = ids.add(pl.Series([-(2**63), 7, -(2**63) + 1]))
+    ids.close()
+    assert [ids.name(place) for place in ids.index(codes)] == ["-9223372036854775808", "7", "-9223372036854775807"]
+
+
 @pytest.mark.parametrize(
     "format, text",
     [
@@ -125,6 +132,17 @@ def test_a_leading_zero_makes_another_id_in_every_layout(make_card, tmp_path, mo
         again = get_dataset(make_card(sources=[{"local": "f"}], format=format))  # from what was prepared
         assert list(again.original_user(np.array([0]))) == users[:1] and again.hash == data.hash
         assert data.item_names is None
+
+
+def test_a_rating_that_an_inter_file_has_not_is_not_missed(make_card, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    (tmp_path / "f").write_text("timestamp:float\titem_id:token\tuser_id:token\n1.5e9\tA\tU\n1.6e9\tB\tU\n")
+    data = get_dataset(make_card(sources=[{"local": "f"}], format="recbole-inter"))
+    assert data.feedback == {} and data.times.tolist() == [1_500_000_000, 1_600_000_000]
+    assert data.item_names.to_list() == ["A", "B"] and data.user_names.to_list() == ["U"]
+    (tmp_path / "g").write_text("item_id:token\tuser_id:token\ttimestamp:float\trating:float\nA\tV\t1.5e9\t3\n")
+    with pytest.raises(DataError, match=r"f: row 1: no column 'rating' among timestamp, item_id, user_id"):
+        get_dataset(make_card(sources=[{"local": ["g", "f"]}], format="recbole-inter"))
 
 
 def test_policies_name_text_ids_and_the_rows_of_records_with_line_breaks(make_card, tmp_path, monkeypatch):

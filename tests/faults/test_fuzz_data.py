@@ -106,6 +106,9 @@ def seeds() -> dict[str, tuple[Layout, str, tuple[bytes, ...]]]:
     found["table iso"] = Table(**told, unit="iso").layout(), "f.csv", (iso.write_csv().encode(),)
     wide = Table(**told, encoding="utf-16").layout()
     found["table utf-16"] = wide, "f.csv", (texts[","].decode().encode("utf-16"),)
+    bare = Table(**told, columns=log.columns, separator="|", ids="number", unit="order").layout()
+    numbers = log.with_columns(pl.col("user").str.slice(2)).write_csv(separator="|", include_header=False)
+    found["table of numbers without a header"] = bare, "f.csv", (numbers.encode(),)
     found["table two parts"] = layout, "f.csv", (texts[","], files["parquet"])
     return found
 

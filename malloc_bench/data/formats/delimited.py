@@ -52,6 +52,15 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
         raise DataError(f"{part.name}: the file is empty but for its header")
 
 
+def header(part: Part, layout: Layout, names: Sequence[str], size: int) -> list[str]:
+    """The names in the first line of a file, of which `names` may be some; without the types of recbole."""
+    for block, _ in blocks(part, size, layout.encoding):
+        head = text_of(block.partition(b"\n")[0], part.name, 1)
+        separator = layout.separator if layout.separator != "auto" else _sniffed(head, layout, names, part.name)
+        return [field.strip(' "\r').partition(":")[0] for field in head.split(separator)]
+    return []
+
+
 def text_of(data: bytes, file: str, row: int) -> str:
     """Bytes as text; raises DataError with row and byte where they are none."""
     try:
@@ -118,7 +127,7 @@ def _batch(
     broken, told = None, None
     if found is None:
         told = text_of(lines.text, file, lines.rows if isinstance(lines.rows, int) else int(lines.rows[0]))
-        listed = pl.Series([line.removesuffix("\r") for line in told.removesuffix("\n").split("\n")], dtype=pl.String)
+        listed = pl.Series([told.removesuffix("\n")]).str.split("\n").explode().str.strip_suffix("\r")
         fields = listed.str.split_exact(sign, width).struct.unnest()  # one more: null unless a row is too long
         broken = (fields[f"field_{width}"].is_not_null() | fields[f"field_{width - 1}"].is_null()).to_numpy()
         found = {name: fields[f"field_{at}"] for name, at in places.items()}

@@ -26,6 +26,7 @@ class Layout:
     time: str | None = "timestamp"
     unit: Unit = "s"
     feedback: Mapping[str, str] = field(default_factory=dict)  # column -> the name it gets
+    optional: bool = False  # feedback that the header of the first file has not is not read
     codes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # feedback that is words -> its numbers
     text: tuple[str, ...] = ()  # id columns that are no numbers
     columns: tuple[str, ...] | None = None  # None: the first line names them
@@ -65,7 +66,9 @@ LAYOUTS: dict[str, Layout] = {
     "movielens-dat": Layout(columns=RATED, separator="::", feedback=RATING),
     "movielens-csv": Layout(user="userId", item="movieId", feedback=RATING),
     # recbole.io: fields are `name:type`, ids any tokens, times floats
-    "recbole-inter": Layout(separator="auto", unit="s.fraction", feedback=RATING, text=("user_id", "item_id")),
+    "recbole-inter": Layout(
+        separator="auto", unit="s.fraction", feedback=RATING, optional=True, text=("user_id", "item_id")
+    ),
     # McAuley lab: reviews as JSON lines (5-core), and ratings only, where 2018 has the item first
     "amazon-json": Layout(
         "json", "reviewerID", "asin", "unixReviewTime", feedback={"overall": "rating"}, text=("reviewerID", "asin")

@@ -72,7 +72,10 @@ class Ids:
         import polars as pl
 
         if column.dtype != pl.String:
-            return column.to_numpy()
+            codes = column.to_numpy()
+            if codes.min() >= LOWEST + WORDS:
+                return codes
+            column = column.cast(pl.String)
         if self.categories is None:
             self.categories = pl.Categories.random()  # one numbering for all blocks of this column
         easy = plain(column)

@@ -117,9 +117,8 @@ def _leniently(block: bytes, row: int, sign: str) -> Lines:
     told: list[str] = []
     rows: list[int] = []
     while at < len(lines):
-        open_ended = lines[at].count('"') % 2
-        some = lines[at : at + (MOST_LINES if open_ended else 1)]
-        reader = csv.reader([f"{line}\n" for line in some], delimiter=sign)
+        last = min(at + MOST_LINES, len(lines)) if lines[at].count('"') % 2 else at + 1
+        reader = csv.reader((f"{line}\n" for line in lines[at:last]), delimiter=sign)
         alone = lines[at].removesuffix("\r").split(sign)
         try:
             fields, used = next(reader), reader.line_num

@@ -16,7 +16,7 @@ from malloc_bench.data.formats import times
 from malloc_bench.data.formats.arrays import arrow, numpy_array, parquet
 from malloc_bench.data.formats.batch import Batch, Rows, row_of, rows_at
 from malloc_bench.data.formats.columns import converted, wanted
-from malloc_bench.data.formats.delimited import table
+from malloc_bench.data.formats.delimited import header, table
 from malloc_bench.data.formats.formats import Layout
 from malloc_bench.data.formats.histories import histories
 from malloc_bench.data.formats.ids import as_numbers
@@ -49,11 +49,13 @@ class Reader:
     keep: Sequence[str] | None = None
     starts: list[tuple[int, str, Rows]] = field(default_factory=list)  # (first event, part, rows) of each batch
     events: int = 0
+    absent: frozenset[str] = frozenset()  # optional feedback that the files turned out not to have
 
     @property
     def feedback(self) -> dict[str, str]:
-        """Column in the file -> name, of the feedback that is read."""
-        return {old: new for old, new in self.layout.feedback.items() if self.keep is None or new in self.keep}
+        """Column in the file -> name, of the feedback that is read; final once there is a frame."""
+        wished = {old: new for old, new in self.layout.feedback.items() if self.keep is None or new in self.keep}
+        return {old: new for old, new in wished.items() if old not in self.absent}
 
     def frames(self, parts: Sequence[Part]) -> Iterator[pl.DataFrame]:
         """Frames of `user`, `item` (Int64 or String), `order` (Int64) and the feedback (Float32), in file order.
@@ -63,6 +65,9 @@ class Reader:
         if self.layout.lines == "history":
             yield from self._events(histories(parts, self.layout, self.judge, BLOCK), parts[0].name)
             return
+        if self.layout.optional and self.feedback:
+            names = header(parts[0], self.layout, [*wanted(self.layout, self.feedback)], BLOCK)
+            self.absent = frozenset(self.feedback) - frozenset(names)
         types = wanted(self.layout, self.feedback)
         for part in parts:
             read = KINDS[_kind(part) if self.layout.lines == "auto" else self.layout.lines]
