@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from malloc_bench.data import get_dataset, load_card, prepare
+from malloc_bench.data import DataError, get_dataset, load_card, prepare
 from malloc_bench.data.dataset import Rows, group
 from malloc_bench.data.formats.formats import LAYOUTS
 from malloc_bench.data.formats.ids import Ids
@@ -76,6 +76,69 @@ def test_string_ids_are_their_places_among_the_sorted_strings(make_card, tmp_pat
     expected = np.lexsort((times, by[0]))
     assert np.repeat(found.user_ids, np.diff(found.offsets)).tolist() == by[0][expected].tolist()
     assert found.item_ids[found.items - 1].tolist() == by[1][expected].tolist()
+
+
+WORDS = ["7", "007", "07", "+7", "-7", "-0", "0", "A", "é", "a,b", str(2**63 - 1), str(2**63), "-9223372036854775808"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 400])
+def test_whole_numbers_and_texts_are_told_apart(size):
+    column = pl.Series(rng.choice(np.array(WORDS, object), 400).tolist() + WORDS, dtype=pl.String)
+    ids = Ids()
+    codes = np.concatenate([ids.add(column.slice(at, size)) for at in range(0, len(column), size)])
+    ids.close()
+    assert ids.names.to_list() == sorted(WORDS, key=str.encode) and ids.ids.tolist() == list(range(len(WORDS)))
+    assert [ids.name(place) for place in ids.index(codes)] == column.to_list()
+    assert ids.events.tolist() == [int((column == name).sum()) for name in ids.names]
+
+
+def test_text_that_is_whole_numbers_is_those_numbers():
+    ids = Ids()
+    codes = np.concatenate([ids.add(pl.Series(["7", "-3"])), ids.add(pl.Series([10, 7]))])
+    ids.close()
+    assert ids.names is None and ids.ids.tolist() == [-3, 7, 10] and ids.index(codes).tolist() == [1, 0, 2, 1]
+    assert ids.name(1) == 7
+
+
+@pytest.mark.parametrize(
+    "format, text",
+    [
+        ("movielens-csv", "userId,movieId,rating,timestamp\n{},1,3,4\n{},2,3,4\n"),
+        ("movielens-csv", 'userId,movieId,rating,timestamp\n"{}","1",3,4\n"{}","2","3",4\n'),
+        ("movielens-udata", "{}\t1\t3\t4\n{}\t2\t3\t4\n"),
+        ("movielens-dat", "{}::1::3::4\n{}::2::3::4\n"),
+        ("recbole-inter", "item_id:token\tuser_id:token\trating:float\ttimestamp:float\n1\t{}\t3\t4.0\n2\t{}\t3\t4\n"),
+        ("recbole-inter", "item_id:token,user_id:token,rating:float,timestamp:float\n1,{},3,4.0\n2,{},3,4\n"),
+        ("amazon-json", '{{"reviewerID": "{}", "asin": "1", "overall": 3, "unixReviewTime": 4, "x": NaN}}\n' * 2),
+        ("user-item", "{} 1\n{} 2\n"),
+        ("user-items", "{} 1\n{} 2 3\n"),
+        ("reczoo-din", "user_id,item_id,item_history,label\n{},1,5^6,1\n{},2,5^6,1\n"),
+    ],
+)
+def test_a_leading_zero_makes_another_id_in_every_layout(make_card, tmp_path, monkeypatch, format, text):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    for one, two, users in (("007", "7", ["007", "7"]), ("7", "7", [7])):
+        (tmp_path / "f").write_text(text.format(one, two))
+        data = get_dataset(make_card(sources=[{"local": "f"}], format=format))
+        assert list(data.original_user(slice(None))) == users
+        assert data.user_ids.tolist() == ([0, 1] if one == "007" else [7])
+        again = get_dataset(make_card(sources=[{"local": "f"}], format=format))  # from what was prepared
+        assert list(again.original_user(np.array([0]))) == users[:1] and again.hash == data.hash
+        assert data.item_names is None
+
+
+def test_policies_name_text_ids_and_the_rows_of_records_with_line_breaks(make_card, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    head = "user_id,parent_asin,rating,timestamp\n"
+    (tmp_path / "f").write_text(head + '"a\nb",1,3,4000\nc,1,3,\nd,1,3,4000\nd,1,3,4000\n')
+    card = {"sources": [{"local": "f"}], "format": "amazon-2023-ratings"}
+    drop = {"bad_row": "drop"}
+    with pytest.raises(DataError, match=r"f: row 4: timestamp is '', not a number"):
+        get_dataset(make_card(**card))
+    with pytest.raises(DataError, match=r"f: row 6: user d has the same item at the same time 4000 twice"):
+        get_dataset(make_card(**card, on_bad=drop | {"duplicates": "reject"}))
+    with pytest.raises(DataError, match=r"f: row 2: user a b has one event only"):
+        get_dataset(make_card(**card, on_bad=drop | {"single_event_users": "reject"}))
 
 
 def test_milliseconds_order_events_within_a_second_that_is_kept(make_card, tmp_path, monkeypatch):

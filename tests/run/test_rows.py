@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
@@ -136,6 +137,8 @@ def test_per_user_columns_carry_the_ids_of_the_source(evaluation):
     columns = per_user(evaluation, "small", ids)
     assert list(columns) == ["user", "length", "bytes_full", "rank", "overlap", "bytes", "at_floor"]
     assert columns["user"].tolist() == (evaluation.users + 1000).tolist()
+    names = pl.Series([f"u{i:03d}" for i in ids])  # text, where the source has that
+    assert per_user(evaluation, "small", names)["user"].to_list() == [names[int(i)] for i in evaluation.users]
     np.testing.assert_array_equal(columns["rank"], evaluation.values["small"]["rank"])
     assert {len(column) for column in columns.values()} == {len(LENGTHS)}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from tokenize import TokenError
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 1 << 17  # of a batch
-MOST_ROWS = 1000  # to a byte of a parquet file: what has more was not written by people who interact
+MOST_ROWS = 100  # to a byte of a parquet file: what has more was not written by people who interact
 
 
-def numpy_array(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+def numpy_array(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
     """An .npy file of whole numbers, a column for each of the layout's; read as what its header says, no more."""
     import polars as pl
 
@@ -29,7 +30,7 @@ def numpy_array(part: Part, layout: Layout, names: Sequence[str], size: int) -> 
     if not data:
         return
     shape, fortran, dtype, start = _header(data, part.name)
-    told = list(layout.columns or names)
+    told = list(layout.columns or types)
     if len(shape) != 2 or shape[1] != len(told) or dtype.kind not in "iu":
         raise DataError(f"{part.name}: holds {dtype}{list(shape)}, not rows of {', '.join(told)}")
     expected = shape[0] * shape[1] * dtype.itemsize
@@ -39,7 +40,7 @@ def numpy_array(part: Part, layout: Layout, names: Sequence[str], size: int) -> 
     array = np.frombuffer(data, dtype, shape[0] * shape[1], start).reshape(shape, order="F" if fortran else "C")
     for at in range(0, len(array), ROWS):
         rows = array[at : at + ROWS].astype(dtype.newbyteorder("="))
-        yield Batch(part.name, at + 1, {name: pl.Series(name, rows[:, told.index(name)]) for name in names})
+        yield Batch(part.name, at + 1, {name: pl.Series(name, rows[:, told.index(name)]) for name in types})
 
 
 def _header(data: bytes, file: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -55,18 +56,18 @@ def _header(data: bytes, file: str) -> tuple[tuple[int, ...], bool, np.dtype[Any
         shape, fortran, dtype = readers[version](stream)
         if dtype.hasobject or not all(type(n) is int and 0 <= n <= len(data) for n in shape):
             raise ValueError(f"holds {'objects' if dtype.hasobject else f'the shape {str(shape)[:60]}'}")
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError, EOFError) as error:
+    except (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, OverflowError) as error:
         raise DataError(f"{file}: no readable numpy array: {str(error).splitlines()[0][:120]}") from None
     return shape, fortran, dtype, stream.tell()
 
 
-def parquet(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+def parquet(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
     """A parquet file, some rows at a time."""
     with _seekable(part) as stream:
-        yield from _guarded(part.name, "parquet", names, lambda: _parquet(stream, names, part.name))
+        yield from _guarded(part.name, "parquet", types, lambda: _parquet(stream, types, part.name))
 
 
-def _parquet(stream: IO[bytes], names: Sequence[str], name: str) -> Iterator[pa.RecordBatch]:
+def _parquet(stream: IO[bytes], names: Iterable[str], name: str) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(stream)
@@ -77,13 +78,13 @@ def _parquet(stream: IO[bytes], names: Sequence[str], name: str) -> Iterator[pa.
     yield from file.iter_batches(ROWS, columns=list(names), use_threads=False)
 
 
-def arrow(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+def arrow(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
     """An Arrow file (feather 2) or stream, batch by batch."""
     with _seekable(part) as stream:
-        yield from _guarded(part.name, "Arrow file", names, lambda: _arrow(stream, names, part.name))
+        yield from _guarded(part.name, "Arrow file", types, lambda: _arrow(stream, types, part.name))
 
 
-def _arrow(stream: IO[bytes], names: Sequence[str], name: str) -> Iterator[pa.RecordBatch]:
+def _arrow(stream: IO[bytes], names: Iterable[str], name: str) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -95,7 +96,7 @@ def _arrow(stream: IO[bytes], names: Sequence[str], name: str) -> Iterator[pa.Re
         yield batch.select(list(names))
 
 
-def _has(schema: pa.Schema, names: Sequence[str], file: str) -> None:
+def _has(schema: pa.Schema, names: Iterable[str], file: str) -> None:
     for name in names:
         found = schema.names.count(name)
         if found != 1:
@@ -103,7 +104,7 @@ def _has(schema: pa.Schema, names: Sequence[str], file: str) -> None:
             raise DataError(f"{file}: {'' if found else 'no '}column '{name}' {what}")
 
 
-def _guarded(file: str, kind: str, names: Sequence[str], opened: Any) -> Iterator[Batch]:
+def _guarded(file: str, kind: str, names: Iterable[str], opened: Any) -> Iterator[Batch]:
     """The batches of a reader, each of them checked before anything follows its offsets."""
     import polars as pl
     import pyarrow as pa
@@ -129,8 +130,8 @@ def _series(name: str, column: pa.Array, file: str) -> pl.Series:
         column = column.dictionary_decode()
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         column = column.cast(pa.large_string())  # text of older writers
-    if pa.types.is_nested(column.type):
-        raise DataError(f"{file}: {name} holds {column.type}, not one value a row")
+    if pa.types.is_nested(column.type) or pa.types.is_decimal256(column.type):  # polars ends the process at the latter
+        raise DataError(f"{file}: {name} holds {column.type}, not one text or number a row")
     return pl.Series(name, pl.from_arrow(column))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.batch import row_of
-from malloc_bench.data.formats.columns import WHOLE
+from malloc_bench.data.formats.columns import WHOLE, short
 from malloc_bench.data.formats.delimited import table
 from malloc_bench.data.formats.formats import LAYOUTS, Layout
 from malloc_bench.data.sources.archive import Part
@@ -36,7 +37,7 @@ def read_categories(card: Card, items: np.ndarray | pl.Series) -> np.ndarray:
         assert source.format is not None, "the card is validated"
         try:
             with opened(source, card.family, offline=False, progress=True) as parts:
-                found = pl.concat([_columns(part, LAYOUTS[source.format]) for part in parts])
+                found = first_categories(parts, LAYOUTS[source.format])
         except DataError as error:
             failures.append(f"{source} ({error})")
             continue
@@ -50,19 +51,25 @@ def read_categories(card: Card, items: np.ndarray | pl.Series) -> np.ndarray:
     raise DataError(f"{card.name}: no source of its items' categories answered: {'; '.join(failures)}")
 
 
+def first_categories(parts: Sequence[Part], layout: Layout) -> pl.DataFrame:
+    """`item` and its first `category` ("" where there is none) of all lines of files about items, as text."""
+    import polars as pl
+
+    return pl.concat([_columns(part, layout) for part in parts])
+
+
 def _columns(part: Part, layout: Layout) -> pl.DataFrame:
-    """`item` and its first `category` ("" where there is none) of all lines of a file, as text."""
     import polars as pl
 
     found = []
-    for batch in table(part, layout, [layout.item, layout.category], _MB):
+    for batch in table(part, layout, dict.fromkeys((layout.item, layout.category), pl.String), _MB):
         items = batch.columns[layout.item]
         broken = np.zeros(len(items), bool) if batch.broken is None else batch.broken
         must = "." if layout.item in layout.text else WHOLE
         wrong = broken | ~items.str.contains(must).fill_null(False).to_numpy()
         if wrong.any():
             at = int(wrong.argmax())
-            why = batch.why(at) if broken[at] else f"{layout.item} is {items[at]!r}, not an id"
+            why = batch.why(at) if broken[at] else f"{layout.item} is {short(items[at])}, not an id"
             raise DataError(f"{part.name}: row {row_of(batch.rows, at)}: {why}")
         first = batch.columns[layout.category].str.split(layout.many).list.first().fill_null("")
         found.append(pl.DataFrame({"item": items, "category": first}))

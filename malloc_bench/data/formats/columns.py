@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,11 +35,19 @@ class Column:
     huge: np.ndarray | None = None  # (n,) bool: of the nulls, the ids beyond 63 bits
 
 
-def wanted(layout: Layout, feedback: Mapping[str, str]) -> list[str]:
-    """The columns that are read of a file."""
-    times = [layout.time] if layout.time else []
-    samples = [layout.label, layout.history] if layout.history else []
-    return list(dict.fromkeys([layout.user, layout.item, *times, *samples, *feedback]))
+def wanted(layout: Layout, feedback: Mapping[str, str]) -> dict[str, Any]:
+    """The columns that are read of a file, and as what a parser may read them where every value is that."""
+    import polars as pl
+
+    types: dict[str, Any] = {
+        name: pl.String if name in layout.text else pl.Int64 for name in (layout.user, layout.item)
+    }
+    if layout.time:
+        units = {"date": pl.String, "iso": pl.String, "s.fraction": pl.Float64, "order": pl.Float64}
+        types[layout.time] = units.get(layout.unit, pl.Int64)
+    if layout.history:
+        types |= {layout.label: pl.Float32, layout.history: pl.String}
+    return types | {name: pl.String if name in layout.codes else pl.Float32 for name in feedback}
 
 
 def converted(
@@ -101,10 +109,10 @@ def _amiss(batch: Batch, found: Mapping[str, Column], judge: Judge) -> np.ndarra
 
 def _said(batch: Batch, name: str, at: int, must: str) -> str:
     value = batch.columns[name][at]
-    return f"{name} is missing" if value is None else f"{name} is {_short(value)}, {must}"
+    return f"{name} is missing" if value is None else f"{name} is {short(value)}, {must}"
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     told = repr(value)
     return told if len(told) <= 80 else f"{told[:60]}...{told[-10:]}"
 
@@ -125,6 +133,9 @@ def _ids(file: str, name: str, raw: pl.Series, text: bool) -> Column:
         if not beyond.any():
             return Column(numbers, must)
         return Column(raw.cast(pl.String), must) if text else Column(numbers, must, beyond.to_numpy())
+    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # what some databases make of 64 bits without a sign
+        raw = raw.cast(pl.String)
+        dtype = raw.dtype
     if not text and dtype != pl.String:
         raise refused(file, name, raw, "whole numbers")
     if isinstance(dtype, (pl.Categorical, pl.Enum)):
@@ -133,8 +144,7 @@ def _ids(file: str, name: str, raw: pl.Series, text: bool) -> Column:
         raise refused(file, name, raw, "text or whole numbers")
     if text:
         return Column(nulled(raw, raw == ""), must)
-    numbers = raw.cast(pl.Int64, strict=False)
-    if not numbers.null_count():
+    if not raw.cast(pl.Int64, strict=False).null_count():
         return Column(raw, must)
     raw = raw.str.strip_chars()
     beyond = raw.str.contains(r"^[+-]?0*[1-9]\d{18,}$") & raw.cast(pl.Int64, strict=False).is_null()

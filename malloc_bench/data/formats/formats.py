@@ -30,7 +30,6 @@ class Layout:
     text: tuple[str, ...] = ()  # id columns that are no numbers
     columns: tuple[str, ...] | None = None  # None: the first line names them
     separator: str = ","  # one or two characters, or auto: what gives the first line all columns
-    quoted: bool = True  # fields may stand in quotes, as RFC 4180 has it
     date: str = ""  # strptime's, for unit date
     encoding: str = "utf-8"
     history: str = ""  # a column with the items before `item`, joined by ^; only rows with `label` 1 are read
@@ -62,8 +61,8 @@ KUAIRAND = _same(
 
 LAYOUTS: dict[str, Layout] = {
     # grouplens.org: u.data, ratings.dat and ratings.csv
-    "movielens-udata": Layout(columns=RATED, separator="\t", quoted=False, feedback=RATING),
-    "movielens-dat": Layout(columns=RATED, separator="::", quoted=False, feedback=RATING),
+    "movielens-udata": Layout(columns=RATED, separator="\t", feedback=RATING),
+    "movielens-dat": Layout(columns=RATED, separator="::", feedback=RATING),
     "movielens-csv": Layout(user="userId", item="movieId", feedback=RATING),
     # recbole.io: fields are `name:type`, ids any tokens, times floats
     "recbole-inter": Layout(separator="auto", unit="s.fraction", feedback=RATING, text=("user_id", "item_id")),
@@ -80,7 +79,7 @@ LAYOUTS: dict[str, Layout] = {
         "json", item="parent_asin", unit="ms", feedback=RATING, text=("user_id", "parent_asin")
     ),
     # SASRec, and ICLRec and TiCoSeRec: `user item` or `user item item ...` a line, in time order
-    "user-item": Layout(columns=("user_id", "item_id"), separator=" ", quoted=False, time=None),
+    "user-item": Layout(columns=("user_id", "item_id"), separator=" ", time=None),
     "user-items": Layout("history", separator=" ", time=None),
     "user-items-times": Layout("history", separator=" ", times_in=True),
     # kuairand.com, kuairec.com
@@ -106,14 +105,13 @@ LAYOUTS: dict[str, Layout] = {
     "foursquare-tsmc": Layout(
         columns=("user_id", "venue_id", "category_id", "category", "latitude", "longitude", "offset", "utc_time"),
         item="venue_id", time="utc_time", unit="date", date="%a %b %d %H:%M:%S %z %Y", text=("venue_id",),
-        separator="\t", quoted=False, encoding="latin-1",
+        separator="\t", encoding="latin-1",
     ),
     "foursquare-npy": Layout("npy", columns=("user_id", "item_id", "minute"), time="minute", unit="minutes"),
     # about items: films' genres, videos' tags
     "movielens-movies-csv": Layout(item="movieId", category="genres", many="|"),
     "movielens-movies-dat": Layout(
-        columns=("item_id", "title", "genres"), separator="::", quoted=False, encoding="latin-1", category="genres",
-        many="|",
+        columns=("item_id", "title", "genres"), separator="::", encoding="latin-1", category="genres", many="|"
     ),
     "recbole-item": Layout(separator="auto", category="class", many=" ", text=("item_id",)),
     "kuairand-videos": Layout(item="video_id", category="tag", many=","),

@@ -37,6 +37,10 @@ def histories(parts: Sequence[Part], layout: Layout, judge: Judge, size: int) ->
             times = pl.Series([next(clock, "") for _ in range(count)], dtype=pl.String) if clock else None
             yield _batch(lines, times, part.name, row, layout, judge)
             row += count
+        if row == 1:
+            raise DataError(f"{part.name}: the file is empty")
+        if clock and next(clock, None) is not None:
+            raise DataError(f"{parts[1].name}: row {row}: has more lines than {part.name}")
 
 
 def _lines(part: Part, layout: Layout, size: int) -> Iterator[str]:

@@ -31,7 +31,7 @@ def as_numbers(words: pl.Series) -> pl.Series:
     """Int64 where every word is plain, which needs no dictionary; else the words."""
     import polars as pl
 
-    return words.cast(pl.Int64) if plain(words).all() else words
+    return words.cast(pl.Int64) if plain(words.head(1)).all() and plain(words).all() else words
 
 
 class Ids:
@@ -75,14 +75,17 @@ class Ids:
             return column.to_numpy()
         if self.categories is None:
             self.categories = pl.Categories.random()  # one numbering for all blocks of this column
-        easy = plain(column).to_numpy()
-        codes = column.cast(pl.Int64, strict=False).fill_null(0).to_numpy(writable=True)
-        if not easy.all():
-            cast = column.filter(~easy).cast(pl.Categorical(self.categories))
-            if self.held is None:
-                self.held = cast  # the numbering is forgotten with the last column that has it
-            codes[~easy] = cast.to_physical().cast(pl.Int64).to_numpy() + LOWEST
-        return codes
+        easy = plain(column)
+        words = column.filter(~easy) if easy.any() else column
+        cast = words.cast(pl.Categorical(self.categories))
+        if self.held is None:
+            self.held = cast  # the numbering is forgotten with the last column that has it
+        codes = cast.to_physical().cast(pl.Int64).to_numpy() + LOWEST
+        if len(words) == len(column):
+            return codes
+        found = column.cast(pl.Int64, strict=False).fill_null(0).to_numpy(writable=True)
+        found[~easy.to_numpy()] = codes
+        return found
 
     def close(self) -> None:
         """All has been added: number the ids."""

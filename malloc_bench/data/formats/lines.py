@@ -40,7 +40,7 @@ def restored(text: str, separator: str) -> str:
     return text.replace(INNER, separator).replace(BREAK, "\n")
 
 
-def records(source: Iterator[tuple[bytes, int]], separator: str, quoted: bool, most: int) -> Iterator[Lines]:
+def records(source: Iterator[tuple[bytes, int]], separator: str, most: int) -> Iterator[Lines]:
     """Blocks of lines as blocks of records, separated by the sign itself or, where it is two, by CUT.
 
     A quote that does not end within `most` bytes is taken for one that is none.
@@ -52,7 +52,7 @@ def records(source: Iterator[tuple[bytes, int]], separator: str, quoted: bool, m
             block = block.replace(separator.encode(), CUT.encode())
         if held:
             block, count, held = held + block, kept + count, b""
-        if not quoted or b'"' not in block:
+        if b'"' not in block:
             yield Lines(block, row, count)
             row += count
             continue

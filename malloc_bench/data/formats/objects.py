@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +11,15 @@ import numpy as np
 from malloc_bench.data.formats.batch import Batch
 from malloc_bench.data.formats.delimited import text_of
 from malloc_bench.data.formats.formats import Layout
-from malloc_bench.data.sources.archive import Part, blocks
+from malloc_bench.data.sources.archive import PACKED, Part, blocks
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def objects(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iterator[Batch]:
+def objects(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> Iterator[Batch]:
     """Batches of the named keys as text, `size` bytes of the file at a time; a key that is not there is null."""
-    row = 1
+    row, names = 1, list(types)
     for block, count in blocks(part, size, layout.encoding):
         found = _read(block, names, count)
         yield Batch(part.name, row, found) if found else _one_by_one(block, part.name, row, names)
@@ -29,9 +29,11 @@ def objects(part: Part, layout: Layout, names: Sequence[str], size: int) -> Iter
 def _read(block: bytes, names: Sequence[str], count: int) -> dict[str, pl.Series] | None:
     import polars as pl
 
+    if block.startswith(PACKED):
+        return None
     try:
         found = pl.read_ndjson(block, schema=dict.fromkeys(names, pl.String))
-    except pl.exceptions.PolarsError:
+    except (pl.exceptions.PolarsError, OSError):
         return None
     nested = any(found[name].str.contains(r"^[\[{]").any() for name in names)  # lists are not text
     return {name: found[name] for name in names} if len(found) == count and not nested else None

@@ -5,9 +5,9 @@ What a kind of file looks like is said in its own module: each gives batches of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +22,13 @@ from malloc_bench.data.formats.histories import histories
 from malloc_bench.data.formats.ids import as_numbers
 from malloc_bench.data.formats.objects import objects
 from malloc_bench.data.formats.policies import Judge
-from malloc_bench.data.sources.archive import DAMAGE, Part
+from malloc_bench.data.sources.archive import Part, head
 
 if TYPE_CHECKING:
     import polars as pl
 
 BLOCK = 8 << 20  # bytes of text at a time: small enough that memory is used again, not asked for
-KINDS: dict[str, Callable[[Part, Layout, Sequence[str], int], Iterator[Batch]]] = {
+KINDS: dict[str, Callable[[Part, Layout, Mapping[str, Any], int], Iterator[Batch]]] = {
     "table": table, "json": objects, "npy": numpy_array, "parquet": parquet, "arrow": arrow,
 }  # fmt: skip
 #: how files begin that are not what they seem, and what would mend them
@@ -36,7 +36,7 @@ MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b
 OTHERS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet", b"\x1f\x8b": "packed by gzip: name it .gz", b"FEA1": "feather 1",
     b"SQLite": "a database", b"\xd0\xcf\x11\xe0": "a spreadsheet", b"BZh": "packed by bzip2",
-    b"(\xb5/\xfd": "packed by zstd", b"\xfd7zXZ": "packed by xz",
+    b"(\xb5/\xfd": "packed by zstd", b"\xfd7zXZ": "packed by xz", b"[{": "one JSON array, where a line is an object",
 }  # fmt: skip
 
 
@@ -63,10 +63,10 @@ class Reader:
         if self.layout.lines == "history":
             yield from self._events(histories(parts, self.layout, self.judge, BLOCK), parts[0].name)
             return
-        names = wanted(self.layout, self.feedback)
+        types = wanted(self.layout, self.feedback)
         for part in parts:
             read = KINDS[_kind(part) if self.layout.lines == "auto" else self.layout.lines]
-            yield from self._events(read(part, self.layout, names, BLOCK), part.name)
+            yield from self._events(read(part, self.layout, types, BLOCK), part.name)
 
     def place(self, event: int) -> str:
         """File and row of an event by its number, for messages."""
@@ -108,7 +108,7 @@ class Reader:
         frame = frame.select("user", "item", order, *self.feedback.values())
         if bad.any():
             at = bad.arg_max() or 0
-            message = f"{file}: row {row_of(rows, at)}: {name} is {clock[at]}, not {must}"
+            message = f"{file}: row {row_of(rows, at)}: {name} is {times.shown(clock[at], self.layout)}, not {must}"
             if self.judge.meet("bad_time", int(bad.sum()), message) == "drop":
                 good = np.flatnonzero(~bad.to_numpy())
                 return frame[good], rows_at(rows, good)
@@ -129,11 +129,7 @@ def _samples(frame: pl.DataFrame, rows: Rows) -> tuple[pl.DataFrame, Rows]:
 
 def _kind(part: Part) -> str:
     """What a file is, by how it begins: text in columns where nothing else is known of it."""
-    try:
-        with part.open() as file:
-            begins = file.read(16)
-    except DAMAGE as error:
-        raise DataError(f"{part.name} cannot be unpacked: {error}") from None
+    begins = head(part, 16)
     for magic, what in OTHERS.items():
         if begins.startswith(magic):
             raise DataError(f"{part.name}: is {what}, not csv, parquet, arrow or json lines")

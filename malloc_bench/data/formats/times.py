@@ -58,6 +58,8 @@ def _numbers(raw: pl.Series, unit: str) -> tuple[pl.Series, str]:
         raw = raw.str.strip_chars()
     values = raw.cast(pl.Float64, strict=False)
     values = nulled(values, ~values.is_finite())
+    if raw.dtype == pl.String and values.null_count() and raw.filter(values.is_null()).str.contains(ISO).any():
+        must = "not a number: unit iso is for dates"
     if unit in {"s.fraction", "order"}:
         return values, must
     values = nulled(values, (values != values.round()) | (values.abs() > FARTHEST))
@@ -105,14 +107,22 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
             return raw, pl.repeat(False, len(raw), eager=True), ""
         raw = raw.cast(pl.Float64) + 0.0  # -0.0 is 0; floats from 0 on compare as their bits do
         return pl.Series(raw.to_numpy().view(np.int64)), raw < 0, "a number from 0 on"
+    must = "a time between 1970 and 2099"
     times = {"s.fraction": 1000, "minutes": 60}.get(layout.unit, 1)
+    if times == 1 and raw.dtype == pl.Int64:
+        return raw, (raw < 0) | (raw >= LATEST * layout.per_second), must
     value = raw.cast(pl.Float64) * times
     bad = (value < 0) | (value >= LATEST * layout.per_second)
     far = pl.select(pl.when(raw < 0).then(-FARTHEST).otherwise(FARTHEST)).to_series() if bad.any() else None
     order = raw * times if raw.dtype.is_integer() else value.round().cast(pl.Int64, strict=False)
     if far is not None and (value.abs() > FARTHEST).any():  # beyond 64 bits the product means nothing
         order = nulled(order, value.abs() > FARTHEST).fill_null(far)
-    return order, bad, "a time between 1970 and 2099"
+    return order, bad, must
+
+
+def shown(value: float, layout: Layout) -> str:
+    """A time as messages have it."""
+    return f"{np.datetime64(int(value), 'us')} UTC" if layout.unit == "iso" else str(value)
 
 
 def other_unit(raw: pl.Series, layout: Layout) -> str | None:

@@ -11,7 +11,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
@@ -21,6 +22,7 @@ MAX_MEMBER_BYTES = 64 << 30
 MAX_RATIO = 100  # unpacked to packed; rating files are near 4, zeros 1000
 SMALL = 1 << 20  # bytes that may be unpacked from anything
 BLANK = b" \r\n"
+PACKED = (b"\x1f\x8b", b"x\x01", b"x^", b"x\x9c", b"x\xda", b"(\xb5/\xfd")  # polars unpacks what begins so, unasked
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
 
 
@@ -51,7 +53,8 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
                 for path in files:
                     if path.suffix == ".zip":
                         archive = stack.enter_context(zipfile.ZipFile(path))
-                        parts += _zip(archive, path.name, [_only(path.name, archive.namelist())])
+                        [part] = _zip(archive, path.name, [_only(path.name, archive.namelist())])
+                        parts.append(replace(part, name=f"{path.name}/{part.name}"))
                     else:
                         parts.append(Part(path.name, _opener(path)))
         except DAMAGE as error:
@@ -116,6 +119,13 @@ def _find(member: str, names: Sequence[str]) -> str:
     raise DataError(f"no member '{member}'; the archive holds {', '.join(names[:5])}")
 
 
+def _member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return opened.open(info)
+    except OSError as error:  # an offset before the file
+        raise zipfile.BadZipFile(str(error)) from None
+
+
 def _zip(opened: zipfile.ZipFile, archive: str, members: Sequence[str]) -> list[Part]:
     names = opened.namelist()
     _safe(archive, names)
@@ -123,11 +133,13 @@ def _zip(opened: zipfile.ZipFile, archive: str, members: Sequence[str]) -> list[
     for member in members:
         info = opened.getinfo(_find(member, names))
         if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
-            raise DataError(f"member '{member}' is a link, a folder or encrypted, not a plain file")
+            raise DataError(f"{archive}: member '{member}' is a link, a folder or encrypted, not a plain file")
         if info.file_size > min(MAX_MEMBER_BYTES, max(SMALL, MAX_RATIO * info.compress_size)):
-            raise DataError(f"member '{member}' unpacks {info.compress_size} bytes to {info.file_size}: a zip bomb?")
+            raise DataError(
+                f"{archive}: member '{member}' unpacks {info.compress_size} bytes to {info.file_size}: a zip bomb?"
+            )
         # the declared size is the cap of the stream, whatever it goes on to say; its checksum is held at the end
-        parts.append(Part(member, lambda info=info: opened.open(info)))  # type: ignore[misc]
+        parts.append(Part(member, partial(_member, opened, info)))
     return parts
 
 
@@ -154,6 +166,15 @@ def read_whole(part: Part) -> bytes:
         raise DataError(f"{part.name} cannot be unpacked: {error}") from None
     _verified(part, hashlib.md5(data, usedforsecurity=False).hexdigest() if part.md5 else None)
     return data
+
+
+def head(part: Part, size: int) -> bytes:
+    """How a part begins; raises DataError where it is damaged."""
+    try:
+        with part.open() as file:
+            return file.read(size)
+    except DAMAGE as error:
+        raise DataError(f"{part.name} cannot be unpacked: {error}") from None
 
 
 def blocks(part: Part, size: int, encoding: str = "utf-8") -> Iterator[tuple[bytes, int]]:

@@ -55,7 +55,7 @@ def test_rows_come_in_file_order(format, text):
         ("movielens-udata", "", "f: the file is empty"),
         ("movielens-dat", "\n\n", "f: the file is empty"),
         ("movielens-udata", "1\t2\t3\t4\n1\ttwo\t3\t4\n", "f: row 2: item_id is 'two', not a number"),
-        ("movielens-udata", "1\t2\tnan\t4\n", "f: row 1: rating is 'nan', not a number"),
+        ("movielens-udata", "1\t2\tnan\t4\n", "f: row 1: rating is nan, not a number"),
         ("movielens-udata", "1\t2\t3\t4\n1\t2\t3\t4.5\n", "f: row 2: timestamp is '4.5', not a number"),
         (
             "movielens-udata",
@@ -223,6 +223,9 @@ def test_histories_become_events_in_their_order():
         ([b"7 10\n8 1\n", b"7 1\n"], "f: row 2: '8 1' is not"),
         ([b"7 10\n", b"8 1\n"], "f: row 1: '7 10' is not"),
         ([b"7 10\n", b"7 -5\n"], "f: row 1: timestamp is -5, not a time between 1970 and 2099"),
+        ([b"7 10\n", b"7 5\n8 5\n"], "f2: row 2: has more lines than f"),
+        ([b"7 10\n7 9\n", b"7 5\n7 99999999999999999999\n"], "f: row 2: timestamp is '99999999999999999999', not"),
+        ([b"", b""], "f: the file is empty"),
         ([b"7 10\n"], "format user-items-times needs the files of items and of times, found 1"),
     ],
 )
