@@ -139,9 +139,13 @@ def write_per_user(path: str | Path, columns: Mapping[str, np.ndarray | pl.Serie
 
 
 def spoilt(rundir: str | Path, row: Row) -> str | None:
-    """Which file that belongs to a row is gone or not what was written, a path below the run folder; None: none is."""
+    """Which file that belongs to a row is not what was written, a path below the run folder; None: none is.
+
+    One that is gone misleads nobody: a run may be kept or sent without them.
+    """
     files = (row["hashes"] or {}).get("files", {})
-    return next((name for name, known in files.items() if file_digest(Path(rundir) / name) != known), None)
+    there = ((name, known) for name, known in files.items() if (Path(rundir) / name).exists())
+    return next((name for name, known in there if file_digest(Path(rundir) / name) != known), None)
 
 
 # ---- rows

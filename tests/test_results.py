@@ -301,7 +301,7 @@ def test_files_of_a_row_are_told_from_others(tmp_path):
     results.write_per_user(tmp_path / "per_user" / "x.parquet", {"rank": np.arange(5) + 1})
     assert results.spoilt(tmp_path, row) == "per_user/x.parquet"
     (tmp_path / "per_user" / "x.parquet").unlink()
-    assert results.spoilt(tmp_path, row) == "per_user/x.parquet"
+    assert results.spoilt(tmp_path, row) is None  # sent without it
 
 
 def test_loading_changes_nothing_and_needs_results(tmp_path):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
-from malloc_bench.results import atomic_write, load_results, to_parquet
+from malloc_bench.results import atomic_write, load_results, spoilt, to_parquet
+
+log = logging.getLogger(__name__)
 
 
 def write_report(rundir: str | Path) -> list[Path]:
     """Write `results.parquet`, `leaderboard.md|csv|tex` and `figures/` of a run folder from its rows.
 
-    Every file is replaced whole; a parquet without rows beside it is the truth itself and stays. Raises
-    FileNotFoundError where the folder holds no results, ResultsError where a file cannot be written.
+    Every file is replaced whole; a parquet without rows beside it is the truth itself and stays. Files of a row that
+    are not what was written are named in a warning. Raises FileNotFoundError where the folder holds no results,
+    ResultsError where a file cannot be written.
     """
     from malloc_bench.report import figures, leaderboard
 
     rundir = Path(rundir)
     frame = load_results(rundir)
+    for path in filter(None, (spoilt(rundir, {"hashes": json.loads(each)}) for each in frame["hashes"].drop_nulls())):
+        log.warning("%s is not what was written: run the suite again to make it anew", rundir / path)
     paths = [to_parquet(rundir)] if any((rundir / "rows").glob("*.json")) else []
     for name, render in (
         ("leaderboard.md", leaderboard.to_markdown),

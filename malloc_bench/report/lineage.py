@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import polars as pl
@@ -61,6 +60,8 @@ def _words(protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _at(protocol: Mapping[str, Any], path: str) -> str:
-    value = reduce(lambda inner, key: inner.get(key) if isinstance(inner, Mapping) else None, path.split("."), protocol)
+    value: Any = protocol
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text[:8] if isinstance(value, str) and len(text) == 64 else text

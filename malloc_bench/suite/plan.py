@@ -67,7 +67,7 @@ def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
     if not _complete(row, suite):
         return False
     if bad := spoilt(folder, row):
-        log.warning("%s is gone or not what was written: its cell is computed again", folder / bad)
+        log.warning("%s is not what was written: its cell is computed again", folder / bad)
     return not bad
 
 

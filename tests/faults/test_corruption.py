@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -15,11 +16,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from malloc_bench.data import Dataset, get_dataset
 from malloc_bench.evaluation import evaluate as evaluation
 from malloc_bench.files import ResultsError, file_digest
 from malloc_bench.results import load_results
@@ -44,13 +47,23 @@ class Killed(BaseException):
     pass
 
 
+@cache
+def dataset(name: str, **options: Any) -> Dataset:
+    return get_dataset(name)
+
+
 @contextmanager
 def world(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """A cache of its own, chunks of 150 users, and no leaderboard or figures: they are made of the rows."""
+    """A cache of its own, chunks of 150 users, and no leaderboard or figures: they are made of the rows.
+
+    The data are generated once, and no garbage is collected before latency: it is not judged here.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_BENCH_HOME", str(home))
         patch.setattr(evaluation, "_USERS", 150)
         patch.setattr(runner, "write_report", lambda folder: None)
+        patch.setattr(runner, "get_dataset", dataset)
+        patch.setattr(gc, "collect", lambda: 0)
         yield patch
 
 

@@ -1,0 +1,206 @@
+"""Whatever a number depends on is in its identity: change it, run again, and nothing old is served."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from malloc_bench import registry
+from malloc_bench.data.sources import cards
+from malloc_bench.results import read_rows
+from malloc_bench.run import runner
+from malloc_bench.run.runner import reproduce, run_suite
+from malloc_bench.suite import cells, suite
+from malloc_bench.training import fit as training
+
+SASREC = {"sasrec": {"layers": 1, "dim": 8, "max_length": 12}}
+CATEGORIES = {"climber": {"layers": 1, "dim": 8, "max_length": 12, "blocks": 2, "strategy": "category"}}
+ABOUT = dict.fromkeys(("title", "description", "licence", "citation", "homepage"), "-")
+
+
+class World:
+    """A card, its files and a suite of one cell, in a cache of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, monkeypatch
+        (folder / "cards").mkdir()
+        monkeypatch.setenv("MALLOC_BENCH_DATA", str(folder))
+        monkeypatch.setattr(cards, "shipped", lambda kind: folder / "cards")
+        monkeypatch.setattr(runner, "write_report", lambda folder: None)  # a second a run, of which nothing is asked
+        draw, lines = np.random.default_rng(0), ["userId,movieId,rating,timestamp"]
+        for user in range(1, 41):
+            for place, item in enumerate(draw.permutation(30)[:16], 1):
+                lines.append(f"{user},{item + 1},{draw.integers(1, 6)},{1000 * user + 60 * place}")
+        lines.append(lines[-1])  # one event twice
+        (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
+        self.card()
+        self.home("home")
+
+    def home(self, name: str) -> None:
+        self.patch.setenv("MALLOC_BENCH_HOME", str(self.folder / name))
+
+    def card(self, **changes: Any) -> None:
+        source = {"format": "movielens-csv", "sources": [{"local": "ratings.csv"}]}
+        (self.folder / "cards" / "toy.yaml").write_text(yaml.safe_dump({**ABOUT, **source, **changes}))
+
+    def categories(self, names: str) -> None:
+        """A card whose items are of these categories in turn."""
+        lines = [f"{item},film {item},{names[item % len(names)]}" for item in range(1, 31)]
+        (self.folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *lines]) + "\n")
+        self.card(categories=[{"local": "movies.csv", "format": "movielens-movies-csv"}])
+
+    def run(self, out: str = "run", backbone: Any = SASREC, **changes: Any) -> tuple[Any, dict[str, Any]]:
+        """What the run came to, and the row of its cell."""
+        content = {
+            "name": "toy", "datasets": ["toy"], "tasks": ["retrieval"], "split": "ratio", "backbones": [backbone],
+            "compressors": ["full"], "training": {"epochs": 1, "amp": "fp32"},
+            "measure": {"latency": False, "flops": False},
+        } | changes  # fmt: skip
+        path = self.folder / "toy.yaml"
+        path.write_text(yaml.safe_dump(content))
+        planned = [each.id for each in run_suite(path, self.folder / out, dry_run=True).plan]
+        result = run_suite(path, self.folder / out, quiet=True)
+        assert [each.id for each in result.plan] == planned and result.failed == 0
+        (row,) = [row for row in read_rows(self.folder / out / "rows") if row["cell_id"] == planned[0]]
+        return result, row
+
+
+NUMBERS = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "logloss", "bytes_mean", "amp")
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in NUMBERS}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def changed(world: World, first: Callable[[], None], second: Callable[[], None], **suite: Any) -> None:
+    """After the change nothing is reused, and the numbers are those of a cache that never saw the first."""
+    first()
+    _, before = world.run(**suite)
+    second()
+    again, after = world.run(**suite)
+    assert again.reused == 0 and before["hashes"]["checkpoint"] != after["hashes"]["checkpoint"]
+    world.home("other")
+    _, alone = world.run(out="other-run", **suite)
+    assert numbers(after) == numbers(alone) and after["cell_id"] == alone["cell_id"]
+    assert after["hashes"]["weights"] == alone["hashes"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "task"),
+    [
+        ({"label": {"column": "rating", "at_least": 4}}, {"label": {"column": "rating", "at_least": 2}}, "ranking"),
+        ({"keep": ["rating"]}, {"keep": []}, "retrieval"),
+        ({"on_bad": {"duplicates": "keep"}}, {"on_bad": {"duplicates": "drop"}}, "retrieval"),
+    ],
+    ids=["label", "keep", "on_bad"],
+)
+def test_what_a_card_says_of_the_data(world: World, first: Any, second: Any, task: str) -> None:
+    changed(world, lambda: world.card(**first), lambda: world.card(**second), tasks=[task])
+
+
+def test_categories_count_where_they_are_used(world: World) -> None:
+    changed(world, lambda: world.categories("ABCD"), lambda: world.categories("AABC"), backbone=CATEGORIES)
+    assert world.run(backbone=SASREC)[0].ok == 1
+    world.categories("ABBB")
+    assert world.run(backbone=SASREC)[0].reused == 1
+
+
+def test_categories_that_no_source_has_are_a_failed_row(world: World) -> None:
+    world.categories("AB")
+    (world.folder / "movies.csv").unlink()
+    with pytest.raises(AssertionError):  # it did not go well
+        world.run(backbone=CATEGORIES)
+    (row,) = read_rows(world.folder / "run" / "rows")
+    assert row["status"] == "failed" and "no source of its items' categories answered" in row["reason"]
+    world.categories("AB")
+    assert world.run(backbone=CATEGORIES)[0].ok == 1
+
+
+def test_the_arithmetic_that_auto_comes_to(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines have two ids; what is asked for by name is what auto comes to."""
+    rows = {}
+    for fast, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(training, "fast_bfloat16", lambda device, fast=fast: fast)
+        result, rows[name] = world.run(training={"epochs": 1, "amp": "auto"})
+        assert result.ok == 1 and rows[name]["amp"] == name and rows[name]["cell"]["training"]["amp"] == name
+        assert world.run(training={"epochs": 1, "amp": name})[0].reused == 1
+    assert rows["bf16"]["hashes"]["checkpoint"] != rows["fp32"]["hashes"]["checkpoint"]
+    assert rows["bf16"]["hashes"]["weights"] != rows["fp32"]["hashes"]["weights"]
+    assert reproduce(world.folder / "run", rows["bf16"]["cell_id"]) == []  # on a machine where auto is fp32
+
+
+def test_reproduce_says_when_the_cell_is_another_one_today(world: World) -> None:
+    world.card(label={"column": "rating", "at_least": 4})
+    _, row = world.run()
+    world.card(label={"column": "rating", "at_least": 3})
+    (said,) = reproduce(world.folder / "run", row["cell_id"])
+    assert "another cell today: data.label.at_least: 4.0 then, 3.0 now" in said
+
+
+METHOD = """
+from dataclasses import dataclass
+from pathlib import Path
+from malloc_bench import register
+from malloc_bench.compressors import Eviction
+
+@register("scaled")
+@dataclass(frozen=True)
+class Scaled(Eviction):
+    book: str = "none"
+    family, paper, formula, stores = "eviction", "none", "score = c |v|", "k events"
+
+    @property
+    def files(self):
+        return (self.book,)
+
+    def scores(self, prefill, layer):
+        return prefill.values(layer).norm(dim=-1) * float(Path(self.book).read_text())
+"""
+
+
+def test_a_file_that_a_method_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    (world.folder / "scaled.py").write_text(METHOD)
+    registry.load_part(f"{world.folder / 'scaled.py'}:Scaled")
+
+    def run(book: Path, chain: bool = False) -> tuple[Any, dict[str, Any]]:
+        step = {"scaled": {"book": str(book)}}
+        return world.run(compressors=[{"compose": [step, "int8"]} if chain else step], budgets=[0.2])
+
+    book, moved = world.folder / "book.txt", world.folder / "moved.txt"
+    for chain in (False, True):
+        book.write_text("1.0")
+        _, first = run(book, chain)
+        moved.write_text("1.0")
+        assert run(moved, chain)[0].reused == 1  # where it lies changes nothing
+        book.write_text("-1.0")
+        again, second = run(book, chain)
+        assert again.ok == 1 and first["overlap@10"] != second["overlap@10"]
+        assert first["hashes"]["checkpoint"] == second["hashes"]["checkpoint"]
+        assert str(book) not in json.dumps(first["cell"])
+    book.unlink()
+    with pytest.raises(ValueError, match=r"^scaled reads the file .*book.txt, which is not there or cannot be read$"):
+        run(book)
+
+
+def test_one_suite_object_sees_a_file_that_changes_between_two_runs(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    (world.folder / "scaled.py").write_text(METHOD)
+    registry.load_part(f"{world.folder / 'scaled.py'}:Scaled")
+    part, seen = cells.Part("scaled", {"book": str(world.folder / "book.txt")}), []
+    for text in ("1.0", "2.0"):
+        (world.folder / "book.txt").write_text(text)
+        seen.append(suite._anew([part])[0].content["files"])
+    assert seen[0] != seen[1]
