@@ -71,7 +71,9 @@ def test_a_wrong_name_is_told_the_nearest() -> None:
         find("compressors", "snapkw")
     with pytest.raises(UnknownName, match=r"^no backbone is named 'zzz'\. Valid: .*hstu.*sasrec"):
         find("backbones", "zzz")
-    assert suggest("x", ()) == " Valid: ."
+    assert suggest("x", ()) == ""
+    many = [f"set-{i}" for i in range(500)]
+    assert suggest("zzz", many).startswith(" Valid are 500, such as set-") and suggest("zzz", many).count(",") == 3
 
 
 def test_a_name_is_taken_once(parts: Any) -> None:

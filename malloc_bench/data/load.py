@@ -59,13 +59,14 @@ def _load(name: str | Path, offline: bool, progress: bool, strict: bool) -> Data
             failures.append(f"{source} ({error})")
         else:
             if failures:
-                log.warning("%s: taken from %s, because of %s", name, dataset.source, "; ".join(failures))
+                log.warning("%s: taken from %s, because of %s", card.name, dataset.source, "; ".join(failures))
             if dataset.notes:
                 told = ", ".join(f"{count:,} {what}" for what, count in dataset.notes.items())
-                log.log(logging.WARNING if dropped(dataset.notes) else logging.INFO, "%s: %s", name, told)
+                log.log(logging.WARNING if dropped(dataset.notes) else logging.INFO, "%s: %s", card.name, told)
             return dataset
-    without = "suites/smoke.yaml runs on synthetic data: nothing to download"
-    raise DataError(f"{name}: no source answered: {'; '.join(failures)}. {without}")
+    local = all(str(source).startswith("local ") for source in card.sources)
+    without = "" if local else ". suites/smoke.yaml runs on synthetic data: nothing to download"
+    raise DataError(f"{card.name}: no source answered: {'; '.join(failures)}{without}")
 
 
 def _by_effort(card: Card) -> list[tuple[Source, Path | DataError]]:

@@ -19,6 +19,7 @@ from malloc_bench.suite.cells import Part
 from malloc_bench.suite.file import Fault, TrainingKeys, expected, fault, no_twins, shown
 
 MAX_PARTS = 10_000  # of one grid
+MAX_BACKBONES = 200  # of a suite, and
 MAX_LAYERS = 512  # of a backbone, all its blocks together: each is built to see that it can be
 MAX_SIZE = 1_000_000  # any other whole number of a backbone
 MAX_WEIGHTS = 20_000_000_000
@@ -39,9 +40,14 @@ def budgets(values: Iterable[Any]) -> tuple[Budget, ...]:
 def parts(kind: str, entries: Sequence[Any]) -> tuple[Part, ...]:
     """The parts of a suite's list, its grids expanded, each of them built once to see that it can be; raises Fault."""
     made: dict[Part, None] = {}
+    total = 0
     for i, entry in enumerate(entries):
         where = f"{kind}[{i}]"
-        for part in _expanded(kind, entry, where):
+        expanded = _expanded(kind, entry, where)
+        total += len(expanded)
+        if kind == "backbones" and total > MAX_BACKBONES:
+            raise Fault(where, f"{total:,} backbones, more than {MAX_BACKBONES:,}: split the suite")
+        for part in expanded:
             try:
                 (Part.build if kind == "compressors" else _probe)(part)
             except (ValueError, TypeError, OverflowError) as error:

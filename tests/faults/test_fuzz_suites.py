@@ -231,7 +231,7 @@ def fuzz(seed: int, count: int, folder: Path) -> collections.Counter[str]:
         result = outcome(kind, name, data, folder)
         found[result] += 1
         if result not in ("read", "refused"):
-            found[f"  with {kind} {name} {data[:3000]!r}"] += 1
+            found[f"  {result[:9]}: {kind} {name} {data[:3000]!r}"] += 1
     return found
 
 

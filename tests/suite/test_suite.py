@@ -232,6 +232,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "backbones[0].hstu: 10,000,205,000,402 weights, more than 20,000,000,000",
     ),
     ({"budgets": [10**400]}, f"line 16: {'1' + '0' * 56}... is beyond 63 bits"),
+    (
+        {"backbones": [{"sasrec": {"grid": {"dim": list(range(8, 300))}}}]},
+        "backbones[0]: 292 backbones, more than 200: split the suite",
+    ),
     ({"seeds": list(range(30_000))}, "300,000 cells, more than 100,000: split the suite"),
 ]
 

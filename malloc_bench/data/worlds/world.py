@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+MOST = 100_000_000  # events and items: they are made in memory
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -39,6 +40,8 @@ class SyntheticWorld(BaseModel):
     def _possible(self) -> SyntheticWorld:
         if not self.shortest <= self.median <= self.longest:
             raise ValueError("needs shortest <= median <= longest")
+        if self.users * self.longest > MOST or self.items > MOST:
+            raise ValueError(f"users x longest, and items, may be {MOST:,} at most")
         if self.items % self.clusters:
             raise ValueError(f"{self.items} items are no multiple of {self.clusters} clusters")
         if sum(self.shares) > 1 + 1e-9:

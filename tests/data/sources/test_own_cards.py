@@ -8,6 +8,12 @@ from malloc_bench.data.sources.cards import is_path
 
 LOG = "who,what,when\n" + "".join(f"u{i % 3},i{i % 5},{1_600_000_000 + i}\n" for i in range(30))
 TABLE = {"user": "who", "item": "what", "time": "when"}
+WORLD = {
+    "format": "synthetic",
+    "parameters": {
+        "users": 2**62, "items": 8, "seed": 0, "clusters": 4, "zipf": 1.0, "shortest": 2, "median": 3, "longest": 4,
+    },
+}  # fmt: skip
 SHORT = {"format": "table", "local": "log.csv", "table": TABLE}
 
 
@@ -87,6 +93,7 @@ def test_variants_of_an_own_card_are_named_behind_its_path(own, tmp_path):
         ({**SHORT, "variants": ["a"]}, "shop.yaml", "variants: expected keys and values, not ['a']"),
         ({**SHORT, "published": {"users": 10**30}}, "shop.yaml", "is beyond 63 bits"),
         ({**SHORT, 3: 4}, "shop.yaml", "the key 3 is no text"),
+        (WORLD, "shop.yaml", "parameters: users x longest, and items, may be 100,000,000 at most"),
         ("a: [", "shop.yaml", "line "),
         ("", "shop.yaml", "expected keys and values, found nothing"),
     ],
