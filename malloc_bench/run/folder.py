@@ -78,11 +78,12 @@ def remove_partial(folder: Path, wanted: Collection[str]) -> None:
 class Chunks:
     """Finished chunks of one group, a file each: what a killed run has already paid for.
 
-    A file is a sha256 of its place and its content, then an .npz.
+    A file is a sha256 of its place and its content, then an .npz. weights: job id -> sha256 of the weights that it
+    reads from ("" for all others), without which what was kept of it is not used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, weights: Mapping[str, str] | None = None) -> None:
+        self.folder, self.weights = folder, weights or {}
 
     def load(self, chunk: int) -> dict[str, Values]:
         path = self._path(chunk)
@@ -94,8 +95,9 @@ class Chunks:
             done: dict[str, Values] = {}
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 for key in arrays.files:
-                    job, column = key.rsplit("/", 1)
-                    done.setdefault(job, {})[column] = arrays[key]
+                    job, weights, column = key.rsplit("/", 2)
+                    if weights == self._weights(job):
+                        done.setdefault(job, {})[column] = arrays[key]
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
@@ -105,7 +107,11 @@ class Chunks:
 
     def save(self, chunk: int, done: Mapping[str, Values]) -> None:
         buffer = io.BytesIO()
-        arrays: Any = {f"{job}/{column}": array for job, values in done.items() for column, array in values.items()}
+        arrays: Any = {
+            f"{job}/{self._weights(job)}/{column}": array
+            for job, values in done.items()
+            for column, array in values.items()
+        }
         np.savez(buffer, **arrays)
         atomic_write(self._path(chunk), self._hash(chunk, buffer.getvalue()) + buffer.getvalue())
 
@@ -117,6 +123,9 @@ class Chunks:
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk:05d}.npz"
+
+    def _weights(self, job: str) -> str:
+        return self.weights.get(job, self.weights.get("", ""))
 
     def _hash(self, chunk: int, content: bytes) -> bytes:
         return hashlib.sha256(f"{self.folder.name}/{chunk}/".encode() + content).digest()

@@ -119,7 +119,9 @@ class Session:
         trained = self._all_trained(cell, split, todo)
         todo = [each for each in todo if _part(each) in trained]
         backbone, plain, key = trained[None]
-        store = Chunks(self.folder / "partial" / key)
+        # each is held against the plain backbone, whatever it reads itself
+        read = {each.id: f"{plain.weights}+{trained[_part(each)][1].weights}" for each in todo}
+        store = Chunks(self.folder / "partial" / key, {"": str(plain.weights), **read})
         if self.fresh:
             store.drop()
         jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0]) for each in todo]

@@ -223,6 +223,16 @@ def test_a_torn_chunk_is_computed_again(suite: Path, tmp_path: Path, caplog: pyt
     assert "computed again" in caplog.text
 
 
+def test_chunks_are_of_the_weights_that_they_were_read_from(tmp_path: Path) -> None:
+    values = {name: torch.zeros(3).numpy() for name in evaluation.SIZES}
+    run_folder.Chunks(tmp_path, {"": "plain", "b": "adapted"}).save(0, {"a": values, "b": values})
+    found = [run_folder.Chunks(tmp_path, {"": plain, "b": own}).load(0).keys() for plain, own in (
+        ("plain", "adapted"), ("again", "adapted"), ("plain", "again"))]  # fmt: skip
+    assert found == [{"a", "b"}, {"b"}, {"a"}]
+    (tmp_path / "00000.npz").rename(tmp_path / "00001.npz")
+    assert run_folder.Chunks(tmp_path, {"": "plain", "b": "adapted"}).load(1) == {}  # of another chunk of users
+
+
 def test_a_half_written_row_is_set_aside_and_computed_again(suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run_suite(suite, out, quiet=True)
