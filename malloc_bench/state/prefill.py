@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.state.slots import Slots
-from malloc_bench.state.user_state import Events, Segment, UserState
+from malloc_bench.state.user_state import Events, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
@@ -139,6 +139,10 @@ class Prefill:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+    def take(self, users: Tensor) -> Prefill:
+        """The given rows of the batch, users [B'] int64; nothing is remembered of the others."""
+        return map_tensors(lambda x: x.index_select(0, users.to(x.device)), replace(self, memo={}))
 
     def over(self, state: UserState) -> Prefill:
         """The same users with the state that an earlier link of a chain has made: no statistics."""
