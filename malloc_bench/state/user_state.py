@@ -157,7 +157,7 @@ class UserState:
         for slots, vectors in self._stored():
             if vectors is None:
                 assert slots is not None
-                new[id(slots)] = slots.load(read, length)
+                new[id(slots)] = Slots.load(slots, read, length)
             else:
                 new[id(vectors)] = vectors.load(read, None if slots is None else new[id(slots)].count)
         read.finish()
@@ -203,11 +203,11 @@ class UserState:
             if vectors is not None:
                 yield from vectors.parts(None if slots is None else slots.count)
             elif slots is not None:
-                yield from slots.parts(self.length)
+                yield from Slots.parts(slots, self.length)
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], x: T) -> T:
-    """x (tensors in dataclasses, tuples, lists and dicts) with fn applied to every tensor; what was shared stays shared."""
+    """x (dataclasses, tuples, lists and dicts) with fn of every tensor in its place; what was shared stays shared."""
     return _map(fn, x, {})
 
 
