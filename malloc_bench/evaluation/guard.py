@@ -42,14 +42,9 @@ def _sums(x: Tensor) -> Iterator[int]:
         yield zlib.crc32(part.cpu().numpy().tobytes())
 
 
-def _default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)  # a set default slows every factory
-
-
 #: Settings of the process, each with how it is read and put back.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's default device": (torch.get_default_device, _default_device),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
 }
@@ -59,19 +54,27 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 def undisturbed() -> Iterator[None]:
     """Settings of the process, the gradient mode and the random numbers are afterwards as they were.
 
-    Raises ProcessChanged where a setting was changed and nothing else went wrong.
+    Raises ProcessChanged where a setting was changed, whatever else went wrong.
     """
     before = {name: read() for name, (read, _) in _SETTINGS.items()}
     grad, drawn = torch.is_grad_enabled(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    error: Exception | None = None
+    changed: dict[str, Any] = {}
     try:
         yield
+    except Exception as caught:
+        error = caught
     finally:
-        changed = {name: (was, now) for name, was in before.items() if (now := _SETTINGS[name][0]()) != was}
-        for name, (was, _) in changed.items():
-            _SETTINGS[name][1](was)
+        changed = {name: now for name, was in before.items() if (now := _SETTINGS[name][0]()) != was}
+        for name in changed:
+            _SETTINGS[name][1](before[name])
         torch.set_grad_enabled(grad)
         torch.set_rng_state(drawn[0])
         np.random.set_state(drawn[1])
         random.setstate(drawn[2])
-    for name, (was, now) in changed.items():
-        raise ProcessChanged(f"the method changed {name} from {was} to {now} for the whole process")
+    for name, now in changed.items():
+        raise ProcessChanged(
+            f"the method changed {name} from {before[name]} to {now}, for the whole process"
+        ) from error
+    if error is not None:
+        raise error

@@ -142,7 +142,9 @@ class Prefill:
 
     def take(self, users: Tensor) -> Prefill:
         """The given rows of the batch, users [B'] int64; nothing is remembered of the others."""
-        return map_tensors(lambda x: x.index_select(0, users.to(x.device)), replace(self, memo={}))
+        sums, window = (None if x is None else list(x) for x in (self.column_sum, self.window))
+        whole = replace(self, column_sum=sums, window=window, memo={})
+        return map_tensors(lambda x: x.index_select(0, users.to(x.device)), whole)
 
     def over(self, state: UserState) -> Prefill:
         """The same users with the state that an earlier link of a chain has made: no statistics."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from malloc_bench.compressors import Budget
 from malloc_bench.data.tasks.splits import Rule
@@ -68,13 +69,21 @@ class Suite:
 
 
 def _refusal(part: Part, budget: Budget | None) -> str | None:
-    return None if budget is None else part.build().accepts(budget)
+    return None if budget is None else _said(part.build().accepts, budget)
+
+
+def _said(question: Callable[[Any], str | None], of: Any) -> str | None:
+    """The answer; None also where there is none because the part fails: that is for its own rows to say."""
+    try:
+        return question(of)
+    except (Exception, SystemExit):
+        return None
 
 
 def refused(backbone: Part, compressor: Part) -> str | None:
     """Why a compressor makes no sense with a backbone whatever the data, or None."""
     method = compressor.build()
-    reasons = [method.supports(probe) for probe in backbone.probes]
+    reasons = [_said(method.supports, probe) for probe in backbone.probes]
     return reasons[0] if reasons and all(reasons) else None
 
 
