@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,42 +172,34 @@ def _together(
     whole = None  # bytes of the full state
     for model in dict.fromkeys([backbone, *(job.backbone or backbone for job in jobs)]):
         own = [job for job in jobs if (job.backbone or backbone) is model]
-        try:
-            with undisturbed():
-                prefill = model.prefill(
-                    asked.history, ids, reduce(Stats.__or__, (j.compressor.needs for j in own), Stats()), seed
-                )
-                full = asked.read(model, prefill.state)
+        needs = Stats()
+        for job in own:
+            with _noting(broken, job):
+                needs |= job.compressor.needs
+        with _noting(broken, *own) if model is not backbone else contextlib.nullcontext(), undisturbed():
+            prefill = model.prefill(asked.history, ids, needs, seed)
+            full = asked.read(model, prefill.state)
             if not bool(full.isfinite().all()):
                 raise ValueError("outputs read from the full state are not finite")
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            if model is backbone:
-                raise
-            broken |= dict.fromkeys((job.id for job in own), traceback.format_exc())
-            continue
+        own = [job for job in own if job.id not in broken]
         found = []
         if model is backbone:
             whole = prefill.full_bytes()
             found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
+        elif not own:
+            continue
         prefill = replace(prefill, whole=whole, memo={})
         witnesses = Witnesses.of(prefill, packed)
         given = prefill, witnesses, asked.history, asked.tokens
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:
-            mine = replace(prefill, memo=memos[_remembers(job.compressor)])
-            try:
+            with _noting(broken, job):
+                mine = replace(prefill, memo=memos[_remembers(job.compressor)])
                 with undisturbed():
                     out, size = attempt(job, model, mine, asked, full, witnesses)
-            except KeyboardInterrupt:
-                raise
-            except BaseException:  # also sys.exit: a failing cell is a failed row; the others go on
-                broken[job.id] = traceback.format_exc()
-                continue
-            found.append(out)
-            done.append((job, size))
+                found.append(out)
+                done.append((job, size))
         if fingerprint(given) != before:
             raise InputChanged("a method changed the state, statistics or events that it was given: it must copy first")
         if found:
@@ -220,6 +213,17 @@ def _together(
         }
         for (job, size), values in zip(done, asked.judge(outputs))
     }, broken
+
+
+@contextlib.contextmanager
+def _noting(broken: dict[str, str], *jobs: Job) -> Iterator[None]:
+    """What fails inside, were it by sys.exit, is the traceback of the jobs; the others go on. An interrupt is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        broken.update(dict.fromkeys((job.id for job in jobs), traceback.format_exc()))
 
 
 def _remembers(compressor: Compressor) -> Any:

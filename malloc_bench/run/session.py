@@ -180,7 +180,8 @@ class Session:
         path = f"per_user/{each.id}.parquet"
         write_per_user(self.folder / path, per_user(evaluation, each.id, split.dataset.user_ids))
         noisy = {"p_value": None, "p_auc": None} if _part(each) else {}  # one training tells no noise from effect
-        return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
+        remark = self.suite.remarks.get(each.cell.compressor.name)
+        return {"status": "ok", "reason": remark, "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
         """The backbone of a cell, adapted or not, trained now or before; the run folder has a copy of its weights."""

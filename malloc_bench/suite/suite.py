@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ MAX_CELLS = 100_000
 
 @dataclass(frozen=True)
 class Suite:
-    """What a suite's file says, checked; `path` is that file."""
+    """What a suite's file says, checked; `path` is that file.
+
+    remarks: by compressor, what its sound rows give as their `reason`; not from the file, and in no cell's id.
+    """
 
     name: str
     path: Path
@@ -41,6 +44,7 @@ class Suite:
     training: Training
     measure: Measure
     filter_seen: bool = True
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.

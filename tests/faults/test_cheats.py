@@ -61,10 +61,24 @@ def want(split: Split, backbone: Backbone) -> Evaluation:
         return evaluate(backbone, split, SOUND)
 
 
+class Kept(list[str]):
+    """A store that forgets all but the names of what it was to keep."""
+
+    def load(self, chunk: int) -> dict[str, Any]:
+        return {}
+
+    def save(self, chunk: int, done: Any) -> None:
+        self.extend(done)
+
+
 def failure(flawed: Compressor, split: Split, backbone: Backbone, want: Evaluation, budget: Any = 0.5) -> str:
     """The last line of what the flawed method's row says, run between sound ones, which are all right."""
     bad = Job("bad", flawed, budget and Budget.parse(budget))
-    result = evaluate(backbone, split, [*SOUND[:3], bad, *SOUND[3:]])
+    kept = Kept()
+    result = evaluate(backbone, split, [*SOUND[:3], bad, *SOUND[3:]], store=kept)
+    assert (
+        kept.count("bad") < kept.count(REFERENCE) == kept.count(SOUND[-1].id) == len(evaluation.chunks(backbone, split))
+    )
     np.testing.assert_equal(result.values, want.values)
     assert result.failed.keys() == {"bad"}
     return result.failed["bad"].strip().splitlines()[-1]
