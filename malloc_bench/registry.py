@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -89,10 +90,32 @@ def _scan(kind: str) -> None:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for entry in metadata.entry_points(group=f"malloc_bench.{kind}"):
-        try:
-            entry.load()
-        except Exception as error:  # somebody else's package must not stop ours
-            log.warning("%s '%s' of %s is left out: %s", kind, entry.name, entry.value, " ".join(str(error).split()))
+        _load(kind, entry)
+
+
+def _load(kind: str, entry: metadata.EntryPoint) -> None:
+    """Register what somebody else's package brings; what is wrong with it is one warning, and nothing of it stays."""
+    parts = _parts[kind]
+    before = dict(parts)
+    try:
+        found = entry.load()
+        if isinstance(found, type) and getattr(found, "kind", None) == kind:
+            if "name" not in vars(found):
+                register(entry.name)(found)
+        elif not isinstance(found, ModuleType) or parts == before:
+            what = "a module that registers nothing" if isinstance(found, ModuleType) else f"no class of {kind}"
+            raise TypeError(f"it is {what}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also sys.exit
+        parts.clear()
+        parts.update(before)
+        log.warning("%s '%s' of %s is left out: %s", kind, entry.name, entry.value, in_a_line(error))
+
+
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, in one line; the kind of error where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_part(spec: str) -> str:
@@ -104,19 +127,14 @@ def load_part(spec: str) -> str:
     if not where:
         raise ValueError(f"'{spec}' names no class; expected my_method.py:MyMethod or my_package.my_module:MyMethod")
     path = Path(where)
+    if path.suffix == ".py" and not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
-        if path.suffix == ".py":
-            name = f"malloc_bench_user_{path.stem}"  # a file random.py must not stand in for Python's own
-            found = spec_from_file_location(name, path)
-            if found is None or found.loader is None or not path.is_file():
-                raise ValueError(f"{path}: no such file")
-            module = module_from_spec(found)
-            sys.modules[name] = module  # so that the class can be pickled and its source found
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
+        module = load_file(path) if path.suffix == ".py" else importlib.import_module(where)
     except ImportError as error:
         raise ValueError(f"{where} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {in_a_line(error)}") from error
     cls = getattr(module, attribute, None)
     if not isinstance(cls, type) or getattr(cls, "kind", None) not in _parts:
         raise ValueError(
@@ -125,3 +143,14 @@ def load_part(spec: str) -> str:
     if "name" not in vars(cls):
         register(cls.__name__.lower())(cls)
     return cls.name  # type: ignore[attr-defined]
+
+
+def load_file(path: Path, name: str = "") -> ModuleType:
+    """Import a Python file as the module `name`; the default stands in for no module that is there: not random.py's."""
+    name = name or f"malloc_bench_user_{path.stem}"
+    found = spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None, "a .py file"
+    module = module_from_spec(found)
+    sys.modules[name] = module  # so that the class can be pickled and its source found
+    found.loader.exec_module(module)
+    return module

@@ -110,16 +110,31 @@ def test_an_entry_point_brings_a_part(plugin: metadata.EntryPoint) -> None:
     assert dict(zip(heads, next(row for row in rows if row[0] == "theirs")))["from"] == "their-methods"
 
 
-@pytest.mark.parametrize("text", ["import nothing_of_that_name", METHOD.format(name="recent"), "1 +"])
+BROKEN = [
+    "import nothing_of_that_name", METHOD.format(name="recent"), "1 +", "raise SystemExit(0)", "raise ValueError",
+    "Theirs = 5", "from pathlib import Path as Theirs", "from malloc_bench.backbones.hstu import HSTU as Theirs",
+    METHOD.format(name="first") + METHOD.format(name="recent").replace("Theirs", "Second"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_package_does_not_stop_ours(
-    text: str, plugin: metadata.EntryPoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    text: str, plugin: metadata.EntryPoint, parts: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / f"{plugin.module}.py").write_text(text)
+    before = set(parts["compressors"])
     with caplog.at_level(logging.WARNING):
         assert "recent" in names("compressors")
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"compressors 'theirs' of {plugin.value} is left out: ")
-    assert find("compressors", "recent") is Recent
+    message = record.getMessage()
+    assert message.startswith(f"compressors 'theirs' of {plugin.value} is left out: ") and len(message.split(": ")[1])
+    assert find("compressors", "recent") is Recent and set(parts["compressors"]) == before
+
+
+def test_a_class_of_an_entry_point_needs_no_decorator(plugin: metadata.EntryPoint, tmp_path: Path) -> None:
+    text = METHOD.format(name="").replace('@register("")', "")
+    (tmp_path / f"{plugin.module}.py").write_text(text)
+    assert find("compressors", "theirs").__name__ == "Theirs"
 
 
 def test_a_card_folder_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +179,22 @@ def test_a_class_from_a_file(file: str, parts: Any, tmp_path: Path) -> None:
 def test_a_class_that_cannot_be_had(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_part(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3$"),
+        ("1 +", "cannot be imported: SyntaxError: invalid syntax"),
+        ("raise KeyError", "cannot be imported: KeyError: KeyError$"),
+        ("import nothing_of_that_name", "cannot be imported: No module named 'nothing_of_that_name'"),
+        (METHOD.format(name="recent"), "cannot be imported: ValueError: compressors: 'recent' is already"),
+    ],
+)
+def test_a_file_that_fails(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_part(f"{tmp_path / 'mine.py'}:Theirs")
 
 
 # ---- public names

@@ -82,7 +82,11 @@ class Eviction(TokenMethod):
     per_head: ClassVar[bool] = True
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        """[B, H or 1, S], higher stays; what stands beyond a user's count is not read."""
+        """[B, H or 1, S], higher stays; what stands beyond a user's count is not read.
+
+        Real slots need finite scores: infinities tie, and a tie keeps the newer slot, which would pass as a method. A
+        slot that must stay is `forced`.
+        """
         raise TypeError(f"{type(self).__name__} must define scores(prefill, layer) -> (B, H, S)")
 
     def forced(self, k: Tensor) -> tuple[Tensor | int, Tensor | int]:
@@ -114,12 +118,14 @@ class Eviction(TokenMethod):
 def ranked(scores: Tensor, count: Tensor) -> Tensor:
     """Slots by falling score, the newer first where scores tie, padding last: [B, H, S] -> indices [B, H, S].
 
-    Nothing is added to a score: in float32 a large constant would erase it.
+    Nothing is added to a score: in float32 a large constant would erase it. Raises ValueError where the score of a
+    real slot is not finite.
     """
     width = scores.shape[-1]
     real = torch.arange(width, device=scores.device) < count.unsqueeze(-1)
-    low = torch.finfo(scores.dtype).min
-    scores = scores.nan_to_num(nan=low, neginf=low).masked_fill(~real, -torch.inf)
+    scores = scores.masked_fill(~real, -torch.inf)
+    if wrong := int((real & ~scores.isfinite()).sum()):
+        raise ValueError(f"scores of real slots are NaN or infinite: {wrong} of {int(real.expand_as(scores).sum())}")
     return width - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
 
 

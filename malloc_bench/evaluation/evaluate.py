@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from malloc_bench.backbones import Backbone
-from malloc_bench.compressors import Budget, Compressor, get_compressor
+from malloc_bench.compressors import Compressor, get_compressor
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
+from malloc_bench.evaluation.guard import InputChanged, fingerprint, undisturbed
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.evaluation.trial import Job, Witnesses, attempt
+from malloc_bench.state import Stats
 
-PACKED_USERS = 32  # users a cell whose packed length is compared with the bytes that are reported
+__all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
+
+PACKED_USERS = 32  # users a cell whose state is packed: its length is compared with the bytes that are reported, and
+# what is read from it, unpacked, with what was judged
+_PACKED_CHUNKS = 3  # they are drawn from so many chunks: each costs a small compress and read more
 _USERS = 256  # a chunk
 _SCORES = 1 << 24  # catalogue scores of a chunk, at most
 
 #: What is kept of a request beside the task's own columns: name -> dtype.
 SIZES = {"bytes": np.int64, "at_floor": np.bool_}
-
-
-class OverBudget(RuntimeError):
-    """A compressor broke its promise: more bytes than the budget, or other bytes than it packs."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One method at one budget; `id` names its results.
-
-    backbone: trained as the structural part of the compressor has adapted it; None: the one that is evaluated.
-    """
-
-    id: str
-    compressor: Compressor
-    budget: Budget | None = None
-    backbone: Backbone | None = None
 
 
 class Store(Protocol):
@@ -111,7 +102,9 @@ def evaluate(
         if todo:
             packed = _packed_rows(number, parts, seed)
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
-            have |= _chunk(backbone, _asked(backbone, split, rows, filter_seen), ids, todo, seed, failed, packed)
+            ask = partial(_asked, backbone, split, rows, filter_seen)
+            others = [job for job in todo if job.id != REFERENCE]
+            have |= _chunk(backbone, ask, ids, others, seed, failed, packed)
             if store:
                 store.save(number, have)
         kept.append(have)
@@ -138,35 +131,77 @@ def _asked(backbone: Backbone, split: Split | Impressions, rows: np.ndarray, fil
 
 
 def _chunk(
-    backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, failed: dict[str, str], packed: Tensor
+    backbone: Backbone,
+    ask: Callable[[], Asked],
+    ids: Tensor,
+    jobs: list[Job],
+    seed: int,
+    failed: dict[str, str],
+    packed: Tensor,
 ) -> dict[str, Values]:
-    """Values of the jobs for the users of one chunk: backbone by backbone, the one that is evaluated first."""
+    """Values of the reference and of the jobs for the users of one chunk.
+
+    All jobs share what is made for them; where one has changed it, nothing of them counts, and each half of the jobs
+    gets its own, until the one that does it is alone.
+    """
+    try:
+        values, broken = _together(backbone, ask(), ids, jobs, seed, packed)
+    except InputChanged:
+        if not jobs:
+            raise  # the backbone itself
+        if len(jobs) == 1:
+            failed[jobs[0].id] = traceback.format_exc()
+            return _chunk(backbone, ask, ids, [], seed, failed, packed)
+        half = len(jobs) // 2
+        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed)
+        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed)
+    failed |= broken
+    return values
+
+
+def _together(
+    backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, packed: Tensor
+) -> tuple[dict[str, Values], dict[str, str]]:
+    """Values by job, backbone by backbone, the one that is evaluated first; and the tracebacks of those that failed.
+
+    Raises InputChanged where something is not as it was when the jobs began.
+    """
     done: list[tuple[Job, Tensor]] = []
     outputs: list[tuple[Backbone, Tensor]] = []
-    reference = Job(REFERENCE, get_compressor("full"))
-    others = [job for job in jobs if job.id != REFERENCE]
+    broken: dict[str, str] = {}
     whole = None  # bytes of the full state
-    for model in dict.fromkeys([backbone, *(job.backbone or backbone for job in others)]):
-        own = [job for job in others if (job.backbone or backbone) is model]
-        needs = reduce(Stats.__or__, (job.compressor.needs for job in own), Stats())
-        prefill = replace(model.prefill(asked.history, ids, needs, seed), whole=whole)
-        full = asked.read(model, prefill.state)
+    for model in dict.fromkeys([backbone, *(job.backbone or backbone for job in jobs)]):
+        own = [job for job in jobs if (job.backbone or backbone) is model]
+        needs = Stats()
+        for job in own:
+            with _noting(broken, job):
+                needs |= job.compressor.needs
+        with _noting(broken, *own) if model is not backbone else contextlib.nullcontext(), undisturbed():
+            prefill = model.prefill(asked.history, ids, needs, seed)
+            full = asked.read(model, prefill.state)
+            if not bool(full.isfinite().all()):
+                raise ValueError("outputs read from the full state are not finite")
+        own = [job for job in own if job.id not in broken]
         found = []
         if model is backbone:
             whole = prefill.full_bytes()
-            found, done = [full], [(reference, whole)]
+            found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
+        elif not own:
+            continue
+        prefill = replace(prefill, whole=whole, memo={})
+        witnesses = Witnesses.of(prefill, packed)
+        given = prefill, witnesses, asked.history, asked.tokens
+        before = fingerprint(given)
+        memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:
-            try:
-                state = job.compressor.compress(prefill, job.budget)
-                size = checked_bytes(job, prefill, state, packed)
-                out = full if state is prefill.state else asked.read(model, state)
-                if not bool(out.isfinite().all()):
-                    raise ValueError("outputs read from the compressed state are not finite")
-            except Exception:  # a failing cell is a failed row; the others go on
-                failed[job.id] = traceback.format_exc()
-                continue
-            found.append(out)
-            done.append((job, size))
+            with _noting(broken, job):
+                mine = replace(prefill, memo=memos[_remembers(job.compressor)])
+                with undisturbed():
+                    out, size = attempt(job, model, mine, asked, full, witnesses)
+                found.append(out)
+                done.append((job, size))
+        if fingerprint(given) != before:
+            raise InputChanged("a method changed the state, statistics or events that it was given: it must copy first")
         if found:
             outputs.append((model, torch.stack(found)))
     assert whole is not None
@@ -177,25 +212,25 @@ def _chunk(
             "at_floor": _at_floor(job, whole, size),
         }
         for (job, size), values in zip(done, asked.judge(outputs))
-    }
+    }, broken
 
 
-def checked_bytes(job: Job, prefill: Prefill, state: UserState, packed: Tensor) -> Tensor:
-    """Bytes [B] of each user's state, held against the budget and, for the users `packed`, against packed lengths.
+@contextlib.contextmanager
+def _noting(broken: dict[str, str], *jobs: Job) -> Iterator[None]:
+    """What fails inside, were it by sys.exit, is the traceback of the jobs; the others go on. An interrupt is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        broken.update(dict.fromkeys((job.id for job in jobs), traceback.format_exc()))
 
-    Raises OverBudget.
-    """
-    size = state.nbytes()
-    for user in packed.tolist():
-        if len(state.pack(user)) != int(size[user]):
-            raise OverBudget(f"user {user} packs to {len(state.pack(user))} bytes, nbytes() says {int(size[user])}")
-    target = None if job.budget is None else job.budget.target(prefill.full_bytes())
-    if target is not None:
-        allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
-        if bool((size > allowed).any()):
-            user = int((size - allowed).argmax())
-            raise OverBudget(f"user {user} takes {int(size[user])} bytes, the budget allows {int(allowed[user])}")
-    return size
+
+def _remembers(compressor: Compressor) -> Any:
+    """Whose memory a method shares: ours all have one, which saves time; anybody else's spoils none but its own."""
+    parts = (compressor, *getattr(compressor, "steps", ()))
+    ours = all(type(part).__module__.startswith("malloc_bench.") for part in parts)
+    return None if ours else (type(compressor), repr(compressor))
 
 
 def _at_floor(job: Job, full: Tensor, size: Tensor) -> np.ndarray:
@@ -207,7 +242,13 @@ def _at_floor(job: Job, full: Tensor, size: Tensor) -> np.ndarray:
 
 
 def _packed_rows(number: int, parts: list[np.ndarray], seed: int) -> Tensor:
-    """Rows of a chunk that are packed: its share, by users, of 32 over the whole test set, drawn from the seed."""
-    users, before, total = len(parts[number]), sum(map(len, parts[:number])), sum(map(len, parts))
-    count = PACKED_USERS * (before + users) // total - PACKED_USERS * before // total
-    return torch.from_numpy(np.random.default_rng([seed, number]).choice(users, min(users, count), replace=False))
+    """Rows of a chunk that are packed, drawn from the seed: its share of the 32 of the test set, in a few chunks."""
+    chosen = np.unique(np.linspace(0, len(parts) - 1, _PACKED_CHUNKS).round().astype(int)).tolist()
+    left = PACKED_USERS
+    for rank, chunk in enumerate(sorted(chosen, key=lambda c: len(parts[c]))):  # what small ones lack, large ones have
+        count = min(len(parts[chunk]), -(-left // (len(chosen) - rank)))
+        if chunk == number:
+            drawn = np.random.default_rng([seed, number]).choice(len(parts[chunk]), count, replace=False)
+            return torch.from_numpy(drawn)
+        left -= count
+    return torch.zeros(0, dtype=torch.long)

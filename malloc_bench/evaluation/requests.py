@@ -26,8 +26,8 @@ class Asked(Protocol):
     history: Events
     tokens: Events
 
-    def read(self, backbone: Backbone, state: UserState) -> Tensor:
-        """Outputs, [B, ...]."""
+    def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
+        """Outputs, [B, ...]; rows [P]: the state is that of these requests only."""
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         """What is kept of all outputs, [C, B, ...] of each backbone, under `columns`; the first is the full state's."""
@@ -45,8 +45,8 @@ class NextItem:
         asked = split_newest(events), question(split.dataset, users, at, filter_seen)
         (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(device), asked)
 
-    def read(self, backbone: Backbone, state: UserState) -> Tensor:
-        return backbone.read(self.tokens, state)[:, 0]
+    def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
+        return backbone.read(_some(self.tokens, rows), state)[:, 0]
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         found = [rank(hidden, backbone.catalogue(), self.question, tops=True) for backbone, hidden in outputs]
@@ -68,8 +68,9 @@ class Candidates:
         self.history, self.tokens = map_tensors(lambda x: x.to(device), asked)
         self.width = data.width
 
-    def read(self, backbone: Backbone, state: UserState) -> Tensor:
-        return backbone.score(backbone.read(self.tokens, state), self.tokens)
+    def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
+        tokens = _some(self.tokens, rows)
+        return backbone.score(backbone.read(tokens, state), tokens)
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         scores, real = torch.cat([each for _, each in outputs]), self.tokens.mask()
@@ -84,3 +85,7 @@ class Candidates:
             }
             for logits, own, gap in zip(kept, scores, error)
         ]
+
+
+def _some(tokens: Events, rows: Tensor | None) -> Events:
+    return tokens if rows is None else map_tensors(lambda x: x.index_select(0, rows.to(x.device)), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -22,6 +23,9 @@ from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.plan import RunResult, checkpoint_folder, groups, make_plan
 from malloc_bench.suite.suite import Suite, load_suite
+from malloc_bench.testing import broken_promises
+
+log = logging.getLogger(__name__)
 
 __all__ = ["LockedError", "RunResult", "compare", "reproduce", "run_suite"]
 
@@ -85,15 +89,21 @@ def _run(
 def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: str | Path | None = None) -> RunResult:
     """Run a user's class (`file.py:Class`) beside the full state and the named baselines on a suite's grid.
 
-    Uses the suite's own run folder, checkpoints and rows: only what is new is computed. A changed file is new.
+    Uses the suite's own run folder, checkpoints and rows: only what is new is computed. A changed file is new. The
+    method is checked first; where it breaks a promise of compressors, a warning and its rows' `reason` say so.
     """
     name = load_part(method)
     base = load_suite(suite)
     wanted = ["full", name, *(each for each in against if each not in ("full", name))]
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
-    for part in parts:
-        part.build()  # an unknown name is an error before anything runs
-    return _run(replace(base, compressors=tuple(parts)), out, {}, False, False, False, "auto", False, whole=False)
+    built = [part.build() for part in parts]  # an unknown name is an error before anything runs
+    broken = [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
+    remarks = {}
+    if broken:
+        remarks[name] = f"breaks {len(broken)} of the promises that `malloc-bench check` tries, such as {broken[0]}"
+        log.warning("%s %s", name, remarks[name])
+    asked = replace(base, compressors=tuple(parts), remarks=remarks)
+    return _run(asked, out, {}, False, False, False, "auto", False, whole=False)
 
 
 def reproduce(run: str | Path, prefix: str) -> list[str]:

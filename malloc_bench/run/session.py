@@ -69,23 +69,26 @@ class Session:
 
     @contextlib.contextmanager
     def _failing(self, cells: Sequence[Planned]) -> Iterator[None]:
-        """What cannot be trained inside is a failed row of each of the cells; all others go on."""
+        """What fails inside, were it by sys.exit, is a failed row of each of the cells; all others go on."""
         try:
             yield
-        except (ResultsError, LockedError):
+        except (ResultsError, LockedError, KeyboardInterrupt):
             raise
-        except Exception:
+        except BaseException:
             for each in cells:
                 self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
 
     def _skip(self, each: Planned) -> bool:
-        why = each.cell.impossible
-        if why is None:
-            backbone = self._made(each.cell)
-            why = each.cell.compressor.build().supports(backbone)
-        if why is not None:
-            self._write(each, {"status": "skipped", "reason": why})
-        return why is not None
+        """Whether its row is written already: skipped as it makes no sense, or failed as its parts cannot be made."""
+        with self._failing([each]):
+            why = each.cell.impossible
+            if why is None:
+                backbone = self._made(each.cell)
+                why = each.cell.compressor.build().supports(backbone)
+            if why is not None:
+                self._write(each, {"status": "skipped", "reason": why})
+            return why is not None
+        return True
 
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
         """Fresh weights, the same for the same seed, and the categories of the items where they are used."""
@@ -196,7 +199,8 @@ class Session:
         self.files.setdefault(each.id, {})[path] = write_per_user(self.folder / path, values)
         training_noise = ("p_value", "p_auc", "p_noninferior")  # one training tells no noise from effect
         noisy = dict.fromkeys(training_noise) if _part(each) else {}
-        return {"status": "ok", "per_user": path, **columns[each.id], **noisy}
+        remark = self.suite.remarks.get(each.cell.compressor.name)
+        return {"status": "ok", "reason": remark, "per_user": path, **columns[each.id], **noisy}
 
     def _trained(self, cell: Cell, split: Split | Impressions) -> tuple[Backbone, Fit, str]:
         """The backbone of a cell, adapted or not, trained now or before; the run folder has a copy of its weights."""

@@ -53,7 +53,7 @@ class LowRank(Vectors):
         yield Ragged(self.right, self.rank)
 
     def load(self, read: Read, count: Tensor | None) -> LowRank:
-        rank = read(self.rank[..., None, None], torch.ones(1, 1, dtype=torch.long))[..., 0, 0]
+        rank = read.numbers(self.rank, self.right.shape[3], f"has a rank below 0 or above {self.right.shape[3]}")
         left = read(self.left, all_rows(self.left) if count is None else count, rank)
         right = read(self.right, rank)
         return LowRank(left, right, rank)

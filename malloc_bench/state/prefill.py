@@ -11,7 +11,7 @@ from torch import Tensor
 
 from malloc_bench.state.observed import Lazy, Observed, Rows, check, check_users, softmax_rows
 from malloc_bench.state.slots import Slots
-from malloc_bench.state.user_state import Events, Segment, UserState
+from malloc_bench.state.user_state import Events, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
@@ -142,6 +142,12 @@ class Prefill:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+    def take(self, users: Tensor) -> Prefill:
+        """The given rows of the batch, users [B'] int64; nothing is remembered of the others."""
+        sums, window = (None if x is None else list(x) for x in (self.column_sum, self.window))
+        whole = replace(self, column_sum=sums, window=window, memo={})
+        return map_tensors(lambda x: x.index_select(0, users.to(x.device)), whole)
 
     def over(self, state: UserState) -> Prefill:
         """The same users with the state that an earlier link of a chain has made: no statistics."""

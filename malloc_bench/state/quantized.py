@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.state.vectors import Ragged, Read, Vectors
+from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 _HALF = torch.finfo(torch.float16)
 
@@ -55,9 +55,9 @@ class Quantized(Vectors):
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         heads = self.codes.shape[1]
-        one = torch.ones(len(self.codes), 1, dtype=torch.long, device=self.codes.device)
-        count = one * self.codes.shape[2] if count is None else count
-        groups = self.groups(count).expand(-1, heads)
+        one = torch.ones(1, 1, dtype=torch.long, device=self.codes.device)
+        count = all_rows(self.codes) if count is None else count
+        groups = self.groups(count).expand(len(self.codes), heads)
         wide = self.wide[..., 0, 0].long()
         yield Ragged(self.wide, one)
         yield Ragged(self.codes, count)
@@ -68,11 +68,10 @@ class Quantized(Vectors):
                 yield Ragged(numbers, groups * wide)
 
     def load(self, read: Read, count: Tensor | None) -> Quantized:
-        one = torch.ones(1, 1, dtype=torch.long)
-        wide = read(self.wide, one)
-        count = one * self.codes.shape[2] if count is None else count
+        flag = read.numbers(self.wide[..., 0, 0], 1, "has a flag of wide scales that is neither 0 nor 1").long()
+        wide = flag[..., None, None].to(self.wide.dtype)
+        count = all_rows(self.codes) if count is None else count
         codes = read(self.codes, count)
-        flag = wide[..., 0, 0].long()
         groups = self.groups(count).expand(flag.shape)
 
         def numbers(like: Tensor | None) -> Tensor | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.state.vectors import Ragged, Read
+from malloc_bench.state.packing import Reader
+from malloc_bench.state.vectors import Ragged
 
 _ONE = torch.ones(1, 1, dtype=torch.long)
 
@@ -30,6 +31,12 @@ class Slots:
     timestamps: Tensor | None = None
     mass: Tensor | None = None
 
+    def __init_subclass__(cls) -> None:
+        if own := {"parts", "load"} & vars(cls).keys():
+            raise TypeError(
+                f"{cls.__name__}: {', '.join(sorted(own))} of Slots are final, bytes are counted in one place"
+            )
+
     def mask(self, width: int) -> Tensor:
         """True where a slot is real: [B, H', width] bool."""
         return torch.arange(width, device=self.count.device) < self.count.unsqueeze(-1)
@@ -48,9 +55,10 @@ class Slots:
             if tensor is not None:
                 yield Ragged(tensor.unsqueeze(-1), rows)
 
-    def load(self, read: Read, length: Tensor) -> Slots:
-        """The inverse of `parts`."""
-        count = read(self.count[..., None, None], _ONE.to(length.device))[..., 0, 0]
+    def load(self, read: Reader, length: Tensor) -> Slots:
+        """The inverse of `parts`; raises ValueError for more slots than events, or than bytes that could hold them."""
+        count = read.numbers(self.count, length[:, None], "has less than 0 or more slots than events")
+        read.refuse(count > read.left.to(count.device), "has more slots than bytes")
         whole = count >= length[:, None]
         width = int(count.max()) if count.numel() else 0
 
@@ -62,6 +70,8 @@ class Slots:
 
         positions, mass = rows(self.positions, count * ~whole), rows(self.mass, count * ~whole)
         if positions is not None:
+            wrong = (positions < 0) | (positions >= length[:, None, None].clamp(min=1))
+            read.refuse(wrong, "has a position outside its history")
             positions = torch.where(
                 whole[..., None], torch.arange(width, dtype=positions.dtype, device=count.device), positions
             )

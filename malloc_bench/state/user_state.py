@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from malloc_bench.state.packing import Reader, stored_bytes
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.vectors import Ragged, Vectors
 
@@ -73,12 +74,16 @@ class Batch:
     negatives: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@final
+@dataclass(frozen=True, eq=False, slots=True)
 class Segment:
     """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots."""
 
     fields: Mapping[str, Vectors]
     slots: Slots | None
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError(f"{cls.__name__}: Segment is final; another way to write vectors down is a Vectors class")
 
     @property
     def width(self) -> int:
@@ -95,9 +100,10 @@ class Segment:
 Layer = tuple[Segment, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@final
+@dataclass(frozen=True, eq=False, slots=True)
 class UserState:
-    """The state of B users: one tuple of segments a layer, attended together.
+    """The state of B users: one tuple of segments a layer, attended together. Final: bytes are counted in one place.
 
     length: [B] int32, events that the state stands for: the position of the next token.
     events: raw ids, times and kinds, for methods that rebuild the state on request; `layers` is empty then.
@@ -108,6 +114,12 @@ class UserState:
     layers: tuple[Layer, ...]
     length: Tensor
     events: Events | None = None
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError(
+            f"{cls.__name__}: UserState is final, its bytes are counted in one place; another way to write vectors "
+            "down is a Vectors class"
+        )
 
     def __len__(self) -> int:
         return len(self.length)
@@ -120,31 +132,32 @@ class UserState:
         """Bytes that each user's state takes when packed, [B] int64."""
         total = torch.zeros(len(self), dtype=torch.long, device=self.length.device)
         for part in self._parts():
-            total += part.nbytes()
+            total += Ragged(*part).nbytes()  # of a Ragged of somebody's own, the arrays count and nothing else
         return total
 
     def pack(self, user: int) -> bytes:
         """One user's state as it would lie in a store; row `user` of the batch."""
-        return b"".join(_leading(part, user) for part in self._parts())
+        return b"".join(stored_bytes(part, user) for part in self._parts())
 
     def unpack(self, blobs: Sequence[bytes]) -> UserState:
-        """States of len(blobs) users from what `pack` wrote; self is any state of the same make (its data is not read).
+        """States of len(blobs) users from what `pack` wrote; self, the template, is a state of the same make of any
+        users, of whom nothing is read: only shapes, dtypes, and what all users share.
 
-        Raises ValueError where a blob is longer or shorter than the layout asks for.
+        Raises ValueError, before anything large is allocated, where a blob is not what `pack` could have written.
         """
-        read = _Reader(blobs)
-        one = torch.ones(len(blobs), 1, dtype=torch.long)
-        length = read(self.length.view(-1, 1, 1, 1), one).view(-1)
+        read = Reader(blobs)
+        length = read.numbers(self.length.unsqueeze(1), torch.iinfo(torch.int32).max, "has a negative length")[:, 0]
         events = self.events
         if events is not None:
             count = length.unsqueeze(1)
             columns = {name: read(x[:, None, :, None], count)[:, 0, :, 0] for name, x in events.stored().items()}
             events = Events(count=length, **columns)
+            read.refuse((events.items < 1) & events.mask(), "has events without an item")
         new: dict[int, Any] = {}
         for slots, vectors in self._stored():
             if vectors is None:
                 assert slots is not None
-                new[id(slots)] = slots.load(read, length)
+                new[id(slots)] = Slots.load(slots, read, length)
             else:
                 new[id(vectors)] = vectors.load(read, None if slots is None else new[id(slots)].count)
         read.finish()
@@ -190,61 +203,11 @@ class UserState:
             if vectors is not None:
                 yield from vectors.parts(None if slots is None else slots.count)
             elif slots is not None:
-                yield from slots.parts(self.length)
-
-
-def _leading(part: Ragged, user: int) -> bytes:
-    """The stored rows and columns of one user, head after head."""
-    data = part.data[user].detach().cpu()
-    rows = part.rows[user].expand(len(data))
-    cols = torch.full_like(rows, data.shape[2]) if part.cols is None else part.cols[user].expand(len(data))
-    return b"".join(
-        data[h, : int(r), : int(c)].contiguous().view(torch.uint8).numpy().tobytes() if r and c else b""
-        for h, (r, c) in enumerate(zip(rows, cols))
-    )
-
-
-class _Reader:
-    """Reads ragged arrays back, user by user, in the order in which they were packed."""
-
-    def __init__(self, blobs: Sequence[bytes]) -> None:
-        self.blobs = blobs
-        self.at = [0] * len(blobs)
-
-    def __call__(self, like: Tensor, rows: Tensor, cols: Tensor | None = None) -> Tensor:
-        users, heads, width = len(self.blobs), like.shape[1], like.shape[3]
-        rows = rows.expand(users, heads)
-        columns = torch.full_like(rows, width) if cols is None else cols.expand(users, heads)
-        need = (rows.long() * columns.long()).sum(1) * like.element_size()
-        for user, blob in enumerate(self.blobs):  # checked before anything is allocated: counts come from the blob
-            broken = bool((rows[user] < 0).any() | (columns[user] < 0).any())
-            if broken or self.at[user] + int(need[user]) > len(blob):
-                raise ValueError(f"packed state of user {user} ends after {len(blob)} bytes, more were expected")
-        out = torch.zeros(
-            users,
-            heads,
-            int(rows.max()) if users else 0,
-            int(columns.max()) if cols is not None and users else width,
-            dtype=like.dtype,
-        )
-        for user, blob in enumerate(self.blobs):
-            for head in range(heads):
-                r, c = int(rows[user, head]), int(columns[user, head])
-                size = r * c * like.element_size()
-                chunk = blob[self.at[user] : self.at[user] + size]
-                self.at[user] += size
-                if size:
-                    out[user, head, :r, :c] = torch.frombuffer(bytearray(chunk), dtype=like.dtype).view(r, c)
-        return out.to(like.device)
-
-    def finish(self) -> None:
-        for user, (blob, at) in enumerate(zip(self.blobs, self.at)):
-            if at != len(blob):
-                raise ValueError(f"packed state of user {user} has {len(blob) - at} bytes too many")
+                yield from Slots.parts(slots, self.length)
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], x: T) -> T:
-    """x (tensors in dataclasses, tuples and dicts) with fn applied to every tensor; what was shared stays shared."""
+    """x (dataclasses, tuples, lists and dicts) with fn of every tensor in its place; what was shared stays shared."""
     return _map(fn, x, {})
 
 
@@ -256,8 +219,8 @@ def _map(fn: Callable[[Tensor], Tensor], x: T, done: dict[int, Any]) -> T:
         new = fn(x)
     elif is_dataclass(x):
         new = replace(x, **{f.name: _map(fn, getattr(x, f.name), done) for f in fields(x)})  # type: ignore[type-var]
-    elif isinstance(x, tuple):
-        new = tuple(_map(fn, y, done) for y in x)
+    elif isinstance(x, tuple | list):
+        new = type(x)(_map(fn, y, done) for y in x)
     elif isinstance(x, dict):
         new = {k: _map(fn, v, done) for k, v in x.items()}
     done[id(x)] = new

@@ -15,25 +15,37 @@ class Ragged(NamedTuple):
     """An array as it must be stored: of `data` only the leading rows x cols of each user and head."""
 
     data: Tensor  # [B, H, R, C]
-    rows: Tensor  # [B, H] or [B, 1], integers
-    cols: Tensor | None = None  # [B, H] or [B, 1]; None = all of C
+    rows: Tensor  # [B or 1, H or 1], integers
+    cols: Tensor | None = None  # [B or 1, H or 1]; None = all of C
 
     def nbytes(self) -> Tensor:
         """Stored bytes of each user, [B] int64."""
         heads, width = self.data.shape[1], self.data.shape[3]
         cols = torch.full_like(self.rows, width) if self.cols is None else self.cols
-        cells = (self.rows.long() * cols.long()).expand(-1, heads)
+        cells = (self.rows.long() * cols.long()).expand(len(self.data), heads)
         return cells.sum(1) * self.data.element_size()
 
 
 class Read(Protocol):
-    """Takes the next stored array from packed bytes: the shape, dtype and device follow `like`."""
+    """Takes the next stored array from packed bytes: heads, dtype, device and width follow `like`, not its users.
+
+    Raises ValueError where the bytes are not there, before anything is allocated.
+    """
 
     def __call__(self, like: Tensor, rows: Tensor, cols: Tensor | None = None) -> Tensor: ...
 
+    def numbers(self, like: Tensor, most: Tensor | int, what: str) -> Tensor:
+        """One number a user and head, [B, H]; outside 0 .. most a ValueError that says `what` of the user's bytes."""
+        ...
+
 
 class Vectors(ABC):
-    """S vectors of width D for each of B users and H heads, in some encoding."""
+    """S vectors of width D for each of B users and H heads, in some encoding: a dataclass of tensors [B, ...].
+
+    What is a user's own goes through `parts` and `load`, nothing else survives: a state is judged by what is read from
+    its bytes, unpacked beside other users. What all users share (a codebook) lies in an object that is no tensor,
+    tuple, list, dict or dataclass, so that `take` leaves it whole, and `load` passes it on from the template.
+    """
 
     @property
     @abstractmethod
@@ -50,7 +62,8 @@ class Vectors(ABC):
 
     @abstractmethod
     def load(self, read: Read, count: Tensor | None) -> Vectors:
-        """The inverse of `parts`: vectors of this encoding and width from stored arrays."""
+        """The inverse of `parts`: vectors of this encoding and width from stored arrays; self is of other users, any
+        number of them. count [B or 1, H or 1], of the users that are read."""
 
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
@@ -71,8 +84,8 @@ class Vectors(ABC):
 
 
 def all_rows(data: Tensor) -> Tensor:
-    """[B, 1] count of every row of data [B, H, R, C]."""
-    return torch.full((data.shape[0], 1), data.shape[2], dtype=torch.long, device=data.device)
+    """[1, 1] count of every row of data [B, H, R, C], the same for any users."""
+    return torch.full((1, 1), data.shape[2], dtype=torch.long, device=data.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from malloc_bench.compressors import Budget
 from malloc_bench.data.tasks.splits import Rule
@@ -29,6 +30,7 @@ class Suite:
     """What a suite's file says, checked; `path` is that file.
 
     cards: for data sets of the user's own, by name, the card's file that `get_dataset` takes.
+    remarks: by compressor, what its sound rows give as their `reason`; not from the file, and in no cell's id.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Suite:
     measure: Measure
     filter_seen: bool = True
     cards: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
@@ -76,13 +79,21 @@ def _anew(parts: Sequence[Part]) -> list[Part]:
 
 
 def _refusal(part: Part, budget: Budget | None) -> str | None:
-    return None if budget is None else part.build().accepts(budget)
+    return None if budget is None else _said(part.build().accepts, budget)
+
+
+def _said(question: Callable[[Any], str | None], of: Any) -> str | None:
+    """The answer; None also where there is none because the part fails: that is for its own rows to say."""
+    try:
+        return question(of)
+    except (Exception, SystemExit):
+        return None
 
 
 def refused(backbone: Part, compressor: Part) -> str | None:
     """Why a compressor makes no sense with a backbone whatever the data, or None."""
     method = compressor.build()
-    reasons = [method.supports(probe) for probe in backbone.probes]
+    reasons = [_said(method.supports, probe) for probe in backbone.probes]
     return reasons[0] if reasons and all(reasons) else None
 
 

@@ -13,6 +13,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, TokenMethod
 from malloc_bench.state import MissingStatistic, map_tensors
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
+from malloc_bench.testing.elsewhere import OTHERS, Case, portable, read_elsewhere
 from malloc_bench.testing.worlds import (
     LENGTHS,
     POISON,
@@ -38,14 +39,15 @@ def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] |
 
     A structural one adapts each backbone, which must then keep what backbones promise, but for what takes training.
     """
-    checks, part = [], compressor.structural
+    checks, part, elsewhere = [], compressor.structural, None
     for world in worlds(backbones):
-        if world.backbone is not None and compressor.supports(world.backbone):
+        plain = world.backbone
+        if plain is not None and compressor.supports(plain):
             continue
         if part is not None:
-            if world.backbone is None:
+            if plain is None:
                 continue
-            world = World(world.name, part.adapted(world.backbone).eval())
+            world = World(world.name, part.adapted(plain).eval())
             checks += [
                 Check(promise, (world.backbone,), world.name)
                 for promise in BACKBONE_PROMISES
@@ -57,8 +59,31 @@ def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] |
             if world.backbone is not None:
                 raise
             continue
+        except (Exception, SystemExit):  # the promises say what is wrong
+            pass
+        elsewhere = elsewhere or Case(compressor, plain, _budgets(compressor, some=True)[0])
         checks += [Check(promise, (compressor, world), world.name) for promise in COMPRESSOR_PROMISES]
+    if elsewhere is not None and portable(compressor):
+        checks.append(Check(is_read_from_its_bytes_alone, (elsewhere,), "fresh process"))
     return checks
+
+
+def broken_promises(
+    compressor: Compressor, *, backbones: Iterable[Backbone] | None = None, quick: bool = False
+) -> list[str]:
+    """A line for each of `compressor_checks` that fails, empty where all is well.
+
+    quick: on plain tensors and behind one backbone only; some seconds.
+    """
+    if quick and backbones is None:
+        backbones = [b for world in worlds() if (b := world.backbone) is not None and world.name == "sasrec1"]
+    broken = []
+    for check in compressor_checks(compressor, backbones=backbones):
+        try:
+            check()
+        except Exception as error:  # whatever it is, a promise is broken
+            broken.append(f"{check}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return broken
 
 
 def check_compressor(compressor: Compressor, *, backbones: Iterable[Backbone] | None = None) -> None:
@@ -191,10 +216,18 @@ def pickles(compressor: Compressor, world: World) -> None:
 
 
 def packs(compressor: Compressor, world: World) -> None:
-    """nbytes is the packed length; unpacking restores every user; other lengths are refused."""
-    prefill = world.prefill(compressor.needs)
+    """nbytes is the packed length; unpacking, beside other users, restores every user; other lengths are refused."""
+    prefill, others = (world.prefill(compressor.needs, lengths) for lengths in (LENGTHS, OTHERS))
     for budget in _budgets(compressor, some=True):
-        check_packs(compressor.compress(prefill, budget), world.read)
+        check_packs(compressor.compress(prefill, budget), world.read, compressor.compress(others, budget))
+
+
+def is_read_from_its_bytes_alone(case: Case) -> None:
+    """A process that has seen none of the users reads the same from their bytes."""
+    written, blobs, want = case.written()
+    (got,) = read_elsewhere([(written, blobs)])
+    assert not isinstance(got, str), f"a fresh process cannot read the bytes: {got}"
+    close(torch.from_numpy(got), want, "read in a fresh process", 1e-5)
 
 
 def can_be_appended_to(compressor: Compressor, world: World) -> None:

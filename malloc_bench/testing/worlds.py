@@ -27,8 +27,11 @@ class Check:
     label: str
 
     def __call__(self) -> None:
-        with torch.no_grad():
-            self.promise(*self.on)
+        try:
+            with torch.no_grad():
+                self.promise(*self.on)
+        except SystemExit as error:
+            raise AssertionError(f"it ends the process: SystemExit: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.label}-{self.promise.__name__}"
@@ -170,11 +173,16 @@ def _spoil(data: Tensor, rows: Tensor, cols: Tensor | None = None) -> None:
     data.masked_fill_(~real, 255 if data.dtype == torch.uint8 else POISON)
 
 
-def check_packs(state: UserState, read: Callable[[UserState], Tensor] | None = None) -> UserState:
-    """Bytes are packed lengths, unpacking restores all that was stored, other lengths raise ValueError."""
+def check_packs(
+    state: UserState, read: Callable[[UserState], Tensor] | None = None, template: UserState | None = None
+) -> UserState:
+    """Bytes are packed lengths, unpacking restores all that was stored, other lengths raise ValueError.
+
+    template: a state of other users to unpack into; None: the state itself.
+    """
     blobs = packed(state)
     assert [len(blob) for blob in blobs] == state.nbytes().tolist()
-    back = state.unpack(blobs)
+    back = (template or state).unpack(blobs)
     assert packed(back) == blobs and back.nbytes().tolist() == state.nbytes().tolist()
     if read is not None:
         close(read(back), read(state), "read of the unpacked state", 1e-5)

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from malloc_bench.compressors import get_compressor
-from malloc_bench.registry import names
-from malloc_bench.testing import Check, World, check_compressor, compressor_checks
+from malloc_bench import registry
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.registry import load_part, names
+from malloc_bench.testing import Check, World, broken_promises, check_compressor, compressor_checks, worlds
 from malloc_bench.testing.compressors import COMPRESSOR_PROMISES
+from malloc_bench.testing.elsewhere import Case, portable, read_elsewhere
+from malloc_bench.testing.worlds import close
 
 METHODS = [
     ("full", {}),
@@ -81,6 +84,20 @@ def test_promise(method, world, promise, trained):
     Check(promise, (compressor, place), label(method))()
 
 
+def test_a_fresh_process_reads_every_method_from_its_bytes_alone():
+    """All in one process: to start one takes seconds."""
+    backbone, cases = next(w.backbone for w in worlds() if w.name == "sasrec1"), []
+    for name, params in METHODS:
+        compressor = get_compressor(name, **params)
+        budget = Budget(0.4) if compressor.takes_budget else None
+        bare = name not in ("recompute", "truncate") and compressor.structural is None
+        budget = Budget(slots=3) if name == "truncate" else budget
+        cases.append(Case(compressor, None if bare else backbone, budget).written())
+    for method, (_, _, want), got in zip(METHODS, cases, read_elsewhere([case[:2] for case in cases])):
+        assert not isinstance(got, str), f"{label(method)}: {got}"
+        close(torch.from_numpy(got), want, label(method), 1e-5)
+
+
 class TestTheChecksThemselves:
     """A broken compressor is caught: the checks can fail."""
 
@@ -147,3 +164,75 @@ class TestTheChecksThemselves:
             return prefill.keys(layer)[..., 0].roll(-1, 2) - prefill.keys(layer)[..., 1]  # the newest looks beyond
 
         assert "ignores_padding" in self.failing(self.broken(scores=scores))
+
+    def test_vectors_kept_in_a_global(self, tmp_path, monkeypatch):
+        """In this process all reads are right, whatever the template; in a fresh one nothing is there to be read."""
+        monkeypatch.setattr(registry, "_parts", {kind: dict(parts) for kind, parts in registry._parts.items()})
+        (tmp_path / "vault.py").write_text(VAULT)
+        compressor = get_compressor(load_part(f"{tmp_path / 'vault.py'}:Vault"))
+        assert portable(compressor)
+        broken = broken_promises(compressor, backbones=[])
+        assert len(broken) == 1 and "is_read_from_its_bytes_alone" in broken[0] and "off by" in broken[0]
+
+    def test_a_method_that_ends_the_process(self):
+        def exits(self, prefill, budget=None, fitted=None):
+            raise SystemExit(3)
+
+        lines = broken_promises(self.broken(compress=exits), backbones=[])
+        assert sum("it ends the process: SystemExit: 3" in line for line in lines) > len(COMPRESSOR_PROMISES) / 2
+
+
+#: Every slot's vectors lie in a global, under the number that is all that is stored; the same vectors, the same number.
+VAULT = """
+from dataclasses import dataclass
+import torch
+from malloc_bench import register
+from malloc_bench.compressors import Compressor
+from malloc_bench.state import Ragged, Segment, UserState, Vectors
+
+KEPT = {}
+
+def number(x):
+    found = hash(x.numpy().tobytes()) % (1 << 30)
+    KEPT[found] = x
+    return found
+
+@dataclass(frozen=True, eq=False)
+class Numbered(Vectors):
+    numbers: torch.Tensor  # [B, 1, S, 1]
+    heads: int
+    width: int
+
+    @property
+    def shape(self):
+        return len(self.numbers), self.heads, self.numbers.shape[2], self.width
+
+    def dense(self):
+        rows = [KEPT.get(n, torch.zeros(self.heads, self.width)) for n in self.numbers.flatten().tolist()]
+        b, h, s, d = self.shape
+        return torch.stack(rows).view(b, s, h, d).transpose(1, 2) if rows else torch.zeros(self.shape)
+
+    def parts(self, count):
+        yield Ragged(self.numbers, count)
+
+    def load(self, read, count):
+        return Numbered(read(self.numbers, count), self.heads, self.width)
+
+@register("vault")
+@dataclass(frozen=True)
+class Vault(Compressor):
+    takes_budget = False
+
+    def compress(self, prefill, budget=None, fitted=None):
+        def hidden(vectors):
+            x = vectors.dense()
+            b, h, s, d = x.shape
+            numbers = [number(x[u, :, i]) for u in range(b) for i in range(s)]
+            return Numbered(torch.tensor(numbers, dtype=torch.int32).view(b, 1, s, 1), h, d)
+
+        layers = []
+        for layer in prefill.layers:
+            segment = prefill.segment(layer)
+            layers.append((Segment({k: hidden(v) for k, v in segment.fields.items()}, segment.slots),))
+        return UserState(tuple(layers), prefill.state.length)
+"""

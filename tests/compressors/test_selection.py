@@ -180,10 +180,12 @@ def test_ties_go_to_the_newer():
     assert kept(state) == [[[4, 5]]]
 
 
-def test_scores_that_are_not_numbers_come_last():
-    scores = torch.tensor([[[1.0, torch.nan, 3.0, -torch.inf, torch.inf]]])
-    order = ranked(scores, torch.tensor([[5]]))[0, 0].tolist()
-    assert order[:3] == [4, 2, 0] and set(order[3:]) == {1, 3}
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_numbers_are_refused_on_real_slots_only(value):
+    scores = torch.tensor([[[1.0, 2.0, 3.0, value, 5.0]]])
+    with pytest.raises(ValueError, match=r"^scores of real slots are NaN or infinite: 1 of 4$"):
+        ranked(scores, torch.tensor([[4]]))
+    assert ranked(scores, torch.tensor([[3]]))[0, 0, :3].tolist() == [2, 1, 0]
 
 
 def test_forced_slots_come_before_any_score():

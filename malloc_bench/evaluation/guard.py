@@ -1,0 +1,80 @@
+"""What a method must leave as it found it: the tensors it was given, and the process it runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from malloc_bench.state import map_tensors
+
+_ROW = 512  # words
+
+
+class InputChanged(RuntimeError):
+    """A method wrote into what it was given."""
+
+
+class ProcessChanged(RuntimeError):
+    """A method changed a setting of the whole process."""
+
+
+def fingerprint(*parts: Any) -> list[tuple[Any, ...]]:
+    """Shape, dtype and a checksum of the content of every tensor in parts (`map_tensors`); reads memory about once."""
+    found: list[tuple[Any, ...]] = []
+    map_tensors(lambda x: found.append((x.shape, x.dtype, *_sums(x))) or x, parts)  # type: ignore[func-returns-value]
+    return found
+
+
+def _sums(x: Tensor) -> Iterator[int]:
+    """Checksums of wrapping sums over rows and over columns of the words: any one change shows, and any swap."""
+    flat = x.detach().contiguous().view(-1)
+    flat = (flat.clone() if flat.storage_offset() else flat).view(torch.uint8)  # words are read where words begin
+    size = len(flat) // (8 * _ROW) * 8 * _ROW
+    words = flat[:size].view(torch.int64).view(-1, _ROW)
+    for part in (words.sum(1), words.sum(0), flat[size:]):
+        yield zlib.crc32(part.cpu().numpy().tobytes())
+
+
+#: Settings of the process, each with how it is read and put back.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Settings of the process, the gradient mode and the random numbers are afterwards as they were.
+
+    Raises ProcessChanged where a setting was changed, whatever else went wrong.
+    """
+    before = {name: read() for name, (read, _) in _SETTINGS.items()}
+    grad, drawn = torch.is_grad_enabled(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    error: Exception | None = None
+    changed: dict[str, Any] = {}
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    finally:
+        changed = {name: now for name, was in before.items() if (now := _SETTINGS[name][0]()) != was}
+        for name in changed:
+            _SETTINGS[name][1](before[name])
+        torch.set_grad_enabled(grad)
+        torch.set_rng_state(drawn[0])
+        np.random.set_state(drawn[1])
+        random.setstate(drawn[2])
+    for name, now in changed.items():
+        raise ProcessChanged(
+            f"the method changed {name} from {before[name]} to {now}, for the whole process"
+        ) from error
+    if error is not None:
+        raise error

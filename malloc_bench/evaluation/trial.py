@@ -1,0 +1,107 @@
+"""One method at one budget on one chunk of users: compress, count bytes, read, and hold it to its promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.evaluation.requests import Asked
+from malloc_bench.state import Prefill, UserState
+
+TOLERANCE = 1e-5  # of reads, relative to the largest number read and at least absolute
+
+
+class OverBudget(RuntimeError):
+    """A compressor broke its promise: more bytes than the budget, or other bytes than it packs."""
+
+
+class NotInTheBytes(RuntimeError):
+    """What is read from a state is not what is read from its bytes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method at one budget; `id` names its results.
+
+    backbone: trained as the structural part of the compressor has adapted it; None: the one that is evaluated.
+    """
+
+    id: str
+    compressor: Compressor
+    budget: Budget | None = None
+    backbone: Backbone | None = None
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """Users whose bytes are packed, unpacked and read again: their rows of the chunk, [P] int64.
+
+    other: one more user, of whom the templates are made that the bytes are unpacked into; None: there is no other.
+    """
+
+    rows: Tensor
+    other: Prefill | None
+
+    @staticmethod
+    def of(prefill: Prefill, rows: Tensor) -> Witnesses:
+        """The other user is the one with the longest history among those that are not packed, else the first packed."""
+        if not len(rows) or len(prefill.users) < 2:
+            return Witnesses(rows, None)
+        length = prefill.state.length.clone()
+        length[rows.to(length.device)] = -1
+        other = int(length.argmax()) if bool((length >= 0).any()) else int(rows[0])
+        return Witnesses(rows, prefill.take(torch.tensor([other])))
+
+
+def attempt(
+    job: Job, model: Backbone, prefill: Prefill, asked: Asked, full: Tensor, packed: Witnesses
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, ...] read from the job's states, as `full` from the full ones, and bytes [B] of each user's.
+
+    Raises whatever the method raises; TypeError or ValueError for what is no state of these users or reads as no
+    number; OverBudget, NotInTheBytes.
+    """
+    state = job.compressor.compress(prefill, job.budget)
+    if type(state) is not UserState or len(state) != len(prefill.state):
+        what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
+        raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
+    size = checked_bytes(job, prefill, state)
+    blobs = [state.pack(user) for user in packed.rows.tolist()]
+    for user, blob in zip(packed.rows.tolist(), blobs):
+        if len(blob) != int(size[user]):
+            raise OverBudget(f"user {user} packs to {len(blob)} bytes, nbytes() says {int(size[user])}")
+    if state is prefill.state:
+        return full, size
+    out = asked.read(model, state)
+    if out.shape != full.shape or not bool(out.isfinite().all()):
+        raise ValueError("outputs read from the compressed state are not finite")
+    if packed.other is not None:
+        template = job.compressor.compress(replace(packed.other, memo={}), job.budget)
+        _check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
+    return out, size
+
+
+def _check_read(want: Tensor, got: Tensor) -> None:
+    """Raises NotInTheBytes unless reads [P, ...] agree to TOLERANCE."""
+    error, scale = float((got - want).abs().max()), max(float(want.abs().max()), 1.0)
+    if not error <= TOLERANCE * scale:
+        raise NotInTheBytes(
+            f"read from its own bytes, unpacked beside another user, a state gives outputs that are off by {error:.2g} "
+            f"(of {scale:.2g}): something that is read is not in the bytes"
+        )
+
+
+def checked_bytes(job: Job, prefill: Prefill, state: UserState) -> Tensor:
+    """Bytes [B] of each user's state; raises OverBudget beyond the budget and the method's floor."""
+    size = state.nbytes()
+    target = None if job.budget is None else job.budget.target(prefill.full_bytes())
+    if target is not None:
+        allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
+        if bool((size > allowed).any()):
+            user = int((size - allowed).argmax())
+            raise OverBudget(f"user {user} takes {int(size[user])} bytes, the budget allows {int(allowed[user])}")
+    return size

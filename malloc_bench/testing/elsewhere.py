@@ -1,0 +1,108 @@
+"""Bytes packed here are read in a fresh process, which knows nothing but the class: what is read must be in them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.registry import load_file
+from malloc_bench.testing.worlds import World, packed
+
+OTHERS = (7, 30)  # histories of the users that templates are made of
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """A compressor somewhere. backbone: as a structural part finds it; weights: those that it has once adapted."""
+
+    compressor: Compressor
+    backbone: Backbone | None
+    budget: Budget | None
+    weights: dict[str, Tensor] | None = None
+
+    def world(self) -> World:
+        part = self.compressor.structural
+        if self.backbone is None or part is None:
+            return World("elsewhere", self.backbone)
+        adapted = part.adapted(self.backbone).eval()
+        adapted.load_state_dict(self.weights or adapted.state_dict())
+        return World("elsewhere", adapted)
+
+    def written(self) -> tuple[Case, list[bytes], Tensor]:
+        """With the weights that were used: the bytes of the users of `LENGTHS`, and what is read from their states."""
+        world = self.world()
+        state = self.compressor.compress(world.prefill(self.compressor.needs), self.budget)
+        weights = None if world.backbone is None else world.backbone.state_dict()
+        return Case(self.compressor, self.backbone, self.budget, weights), packed(state), world.read(state)
+
+    def read(self, blobs: Sequence[bytes]) -> Tensor:
+        world = self.world()
+        template = self.compressor.compress(world.prefill(self.compressor.needs, OTHERS), self.budget)
+        return world.read(template.unpack(blobs))
+
+
+def portable(compressor: Compressor) -> bool:
+    """Whether another process can import it: no class of a function, a prompt or a notebook."""
+    try:
+        pickle.dumps(compressor)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return all(type(part).__module__ != "__main__" for part in _parts(compressor))
+
+
+def read_elsewhere(cases: Sequence[tuple[Case, list[bytes]]]) -> list[np.ndarray | str]:
+    """What a fresh process reads of each case's bytes, or why it cannot, in one line."""
+    modules = [sys.modules[type(part).__module__] for case, _ in cases for part in _parts(case.compressor)]
+    files = {module.__name__: getattr(module, "__file__", None) for module in modules}
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "asked"), Path(folder, "answer")
+        asked.write_bytes(pickle.dumps((files, torch.get_num_threads(), [pickle.dumps(case) for case in cases])))
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(asked), str(answer)],
+            env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_SECONDS,
+        )  # fmt: skip
+        if done.returncode or not answer.exists():
+            raise AssertionError(f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        return pickle.loads(answer.read_bytes())
+
+
+def _parts(compressor: Compressor) -> tuple[Compressor, ...]:
+    return (compressor, *getattr(compressor, "steps", ()))
+
+
+def _main(asked: str, answer: str) -> None:
+    files, threads, cases = pickle.loads(Path(asked).read_bytes())
+    torch.set_num_threads(threads)
+    for name, file in files.items():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            load_file(Path(file), name)
+    found: list[np.ndarray | str] = []
+    for each in cases:
+        try:
+            case, blobs = pickle.loads(each)
+            with torch.no_grad():
+                found.append(case.read(blobs).numpy())
+        except (Exception, SystemExit) as error:
+            found.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    Path(answer).write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

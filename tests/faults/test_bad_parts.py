@@ -1,0 +1,135 @@
+"""Runs with parts that fail in every way: their rows say so, all other rows are there, and the run ends with 1."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from malloc_bench import registry
+from malloc_bench.backbones.sasrec import SASRec
+from malloc_bench.compressors import get_compressor
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.results import read_rows
+from malloc_bench.run.runner import compare, run_suite
+from malloc_bench.state import Prefill
+from malloc_bench.testing import broken_promises
+
+SUITE = """
+name: tiny
+datasets: [synthetic]
+tasks: [retrieval]
+split: leave_one_out
+backbones: {backbones}
+compressors: {compressors}
+budgets: [0.25]
+training: {{epochs: 1, batch_size: 64}}
+measure: {{latency: false, flops: false}}
+"""
+SMALL = "{layers: 1, dim: 8, max_length: 20}"
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache for the tests of a worker; names registered by a test are gone after it."""
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+    registry.names("compressors"), registry.names("backbones")
+    monkeypatch.setattr(registry, "_parts", {kind: dict(known) for kind, known in registry._parts.items()})
+
+
+def rows_of(tmp_path: Path, backbones: list[str], compressors: list[str]) -> tuple[int, dict[tuple[str, str], Any]]:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        SUITE.format(
+            backbones="[" + ", ".join(f"{{{name}: {SMALL}}}" for name in backbones) + "]",
+            compressors=f"[{', '.join(compressors)}]",
+        )
+    )
+    result = run_suite(path, tmp_path / "run", quiet=True)
+    rows = {(row["backbone"], row["compressor"]): row for row in read_rows(tmp_path / "run" / "rows")}
+    assert len(rows) == len(backbones) * len(compressors)
+    return result.exit_code, rows
+
+
+def leaves(*args: Any, **kwargs: Any) -> Any:
+    sys.exit("a fault")
+
+
+def test_methods_that_leave_by_sys_exit(tmp_path: Path) -> None:
+    """Whatever they are asked. `accepts` alone stands for nothing that the run needs: its row is right."""
+    asked = ("supports", "accepts", "needs", "floor", "scores")
+    for when in asked:
+        members: dict[str, Any] = {"scores": lambda self, prefill, layer: prefill.keys(layer).norm(dim=-1)}
+        members[when] = property(leaves) if when == "needs" else leaves
+        register(when)(dataclass(frozen=True)(type(when, (Eviction,), members)))
+    code, rows = rows_of(tmp_path, ["sasrec"], ["full", *asked, "recent"])
+    assert code == 1
+    for when in ("full", "recent", "accepts"):
+        assert rows["sasrec", when]["status"] == "ok"
+    for when in ("supports", "needs", "floor", "scores"):
+        row = rows["sasrec", when]
+        assert (row["status"], row["reason"]) == ("failed", "SystemExit: a fault"), when
+
+
+def test_backbones_that_fail(tmp_path: Path) -> None:
+    asked = ("__init__", "prefill", "read", "loss")
+    for when in asked:
+        register(f"broken{when.strip('_')}")(type(when, (SASRec,), {when: leaves}))
+    names = [f"broken{when.strip('_')}" for when in asked]
+    code, rows = rows_of(tmp_path, [*names, "sasrec"], ["full", "recent"])
+    assert code == 1
+    for method in ("full", "recent"):
+        assert rows["sasrec", method]["status"] == "ok"
+        for name in names:
+            assert (rows[name, method]["status"], rows[name, method]["reason"]) == ("failed", "SystemExit: a fault")
+
+
+MINE = """
+from dataclasses import dataclass
+from malloc_bench import register
+from malloc_bench.compressors import Eviction
+
+@register("mine")
+@dataclass(frozen=True)
+class Mine(Eviction):
+    def scores(self, prefill, layer):
+        return (prefill.keys(layer) - prefill.keys(layer)[:1]).norm(dim=-1)
+"""
+
+
+def test_compare_marks_a_method_that_breaks_a_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    Path("tiny.yaml").write_text(SUITE.format(backbones=f"[{{sasrec: {SMALL}}}]", compressors="[full, recent]"))
+    result = compare("mine.py:Mine", "tiny.yaml")
+    assert (result.ok, result.exit_code) == (2, 0)
+    rows = {row["compressor"]: row for row in read_rows(Path("runs/tiny/rows"))}
+    assert rows["full"]["reason"] is None and rows["mine"]["ndcg@10"] is not None
+    assert rows["mine"]["reason"].startswith("breaks ") and "ignores_the_batch" in rows["mine"]["reason"]
+    warned = [record.getMessage() for record in caplog.records if record.name == "malloc_bench.run.runner"]
+    assert warned == [f"mine {rows['mine']['reason']}"]
+
+
+def test_a_sound_method_breaks_no_promise() -> None:
+    assert broken_promises(get_compressor("sink_recent"), quick=True) == []
+
+
+@dataclass(frozen=True)
+class Nothing(Eviction):
+    name = "nothing"
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        return prefill.keys(layer).norm(dim=-1) * float("nan")
+
+
+def test_scores_that_are_no_numbers_fail_the_cell(tmp_path: Path) -> None:
+    register("nothing")(Nothing)
+    code, rows = rows_of(tmp_path, ["sasrec"], ["full", "nothing"])
+    assert code == 1 and "scores of real slots are NaN or infinite" in rows["sasrec", "nothing"]["reason"]
