@@ -60,7 +60,7 @@ def finished(folder: Path) -> Fit | None:
 
 def _same(what: str, found: str | None, written: str | None) -> None:
     if found is None or found != written:
-        raise Damaged(f"{what} is another one")
+        raise Damaged(f"{what} does not match")
 
 
 def load_weights(backbone: Backbone, folder: Path) -> Fit | None:
