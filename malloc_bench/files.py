@@ -13,13 +13,16 @@ import json
 import math
 import os
 import secrets
+import shutil
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from malloc_bench.paths import home
 
+_DAY = 86400.0  # seconds after which what another machine began is taken as left behind
 DIGEST = "digest"  # the key under which a JSON file says the sha256 of all else in it
 
 
@@ -131,23 +134,59 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     Raises ResultsError (disk full, no permission ...); what was at `path` is then still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with whole_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ResultsError(
             f"cannot write {path}: {reason}; {advice(path, error)}, then run again: finished cells are kept"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing left to remove
-            temporary.unlink()
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write beside `path`; synced and renamed to it when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = new_part(path)
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def new_part(path: Path) -> Path:
+    """A name beside `path` for what is not whole yet, of this process alone; what dead ones have left is removed."""
+    host = socket.gethostname()
+    for left in path.parent.glob(f"{_plain(path.name)}.*.part"):
+        with contextlib.suppress(OSError):  # another process may clear up as well
+            if _is_left(left, host):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f"{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def _is_left(part: Path, host: str) -> bool:
+    """Whether the process that made it is dead; of another machine's, and of old names, whether it is a day old."""
+    owner, _, pid = part.name.removesuffix(".part").rpartition("-")[0].rpartition("-")
+    if not owner.endswith(f".{host}") or not pid.isdecimal():
+        return time.time() - part.stat().st_mtime > _DAY
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def _plain(name: str) -> str:
+    """A name as `glob` takes it literally."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -172,3 +211,10 @@ def remove_leftovers(folder: str | Path, older: float = 0.0) -> int:
                 path.unlink()
                 gone += 1
     return gone
+
+
+def with_home(error: OSError) -> str:
+    """An error's text, and where it is of our cache, what names that folder."""
+    at = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else ""
+    ours = at == str(home()) or str(home()).startswith(f"{at}/" if at else "\0") or at.startswith(f"{home()}/")
+    return f"{error} (MALLOC_BENCH_HOME names the folder of the cache)" if ours else str(error)

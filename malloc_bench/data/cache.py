@@ -16,18 +16,17 @@ import numpy as np
 
 from malloc_bench.data.dataset import Dataset
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.files import new_part, with_home
 from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
 from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
-from malloc_bench.files import read_sealed, sealed
+from malloc_bench.files import new_part, read_sealed, sealed, with_home
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
 
 FILES = ("events.parquet", "users.parquet", "items.parquet")
-VERSION = 4  # raise it when the order of events or the layout of these files changes
+VERSION = 6  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:

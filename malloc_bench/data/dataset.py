@@ -158,18 +158,23 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     return Dataset(card.name, card, source, hash=digest, feedback=feedback, **columns)  # type: ignore[arg-type]
 
 
-def shuffle_ties(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shuffle_ties(
+    users: np.ndarray, items: np.ndarray, times: np.ndarray, per_second: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """An order that says nothing for the events of a user at one time: (places [K] of tied events, which [K] of these
     goes to each). Sources often sort such events by item, and a model would learn from that what no request knows.
 
-    users, items, times: [E] integers, sorted by user and time. By a hash of the three, so every file with the same
-    events gives the same order; events that are alike in all three keep theirs.
+    users, items, times: [E] integers, sorted by user and time. By a hash of user, item and second, so every file with
+    the same events gives the same order, in whatever unit; events that are alike in all three keep theirs.
     """
     same = np.zeros(len(users) + 1, dtype=bool)
     same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     tied = np.flatnonzero(same[1:] | same[:-1])
-    users, items, times = (each[tied].astype(np.uint64) for each in (users, items, times))
-    return tied, np.lexsort((_mixed(_mixed(_mixed(users) ^ items) ^ times), times, users))
+    users, items, times = users[tied], items[tied], times[tied]
+    key = np.zeros(len(tied), np.uint64)
+    for each in (users, items, times // per_second):
+        key = _mixed(key ^ each.astype(np.uint64))
+    return tied, np.lexsort((key, times, users))
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

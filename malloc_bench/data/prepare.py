@@ -176,7 +176,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
     """Events of a user at one time, shuffled or left in file order as the policy has it; `Dataset.tied` counts them."""
     if reader.judge.answer("ties") == "shuffle":
-        tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"])
+        tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"], reader.layout.per_second)
         rows[tied] = rows[tied[again]]
     return rows
 

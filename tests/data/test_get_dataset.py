@@ -60,6 +60,9 @@ def test_events_at_one_time_are_in_an_order_that_says_nothing(make_card, data_fo
         0.45 < rising < 0.55 and len({tuple(row) for row in items.tolist()}) == 40
     )  # to each user an order of their own
     assert ordered.tied == pytest.approx(49 / 59)
+    fine = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + b"".join(lines)  # read in milliseconds
+    put(data_folder, "fine.inter", fine)
+    assert get_dataset(make_card(sources=[{"local": "fine.inter", "format": "recbole-inter"}])).hash == ordered.hash
     kept = get_dataset(make_card(sources=[{"local": "sorted"}], on_bad={"ties": "keep"}))
     assert (kept.items.reshape(40, 60) == np.arange(1, 61)).all() and kept.tied == ordered.tied
 

@@ -13,7 +13,7 @@ from typing import IO, BinaryIO
 from urllib.parse import urlsplit
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.files import whole_file, with_home
+from malloc_bench.files import whole_file, with_home
 
 SILENCE = 6.0  # seconds without an answer, to connect and between any two reads
 STALL = 30.0  # seconds in which at least STALL_BYTES must come

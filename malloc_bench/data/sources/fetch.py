@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.files import whole_file, with_home
 from malloc_bench.data.sources.archive import Part, open_parts, read_whole
 from malloc_bench.data.sources.card_sources import LocalSource, PipSource, Source, UrlSource
 from malloc_bench.data.sources.download import download, file_hash
+from malloc_bench.files import whole_file, with_home
 from malloc_bench.paths import home, local_data
 
 log = logging.getLogger(__name__)
