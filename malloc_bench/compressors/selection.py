@@ -77,9 +77,16 @@ class Eviction(TokenMethod):
     """Keeps the k slots that come first by (forced, score, newer); an implementation writes `scores`.
 
     `forced` slots stay whatever their score, at most half of k. per_head False: `scores` are the same for all heads.
+    reads: the fields of a state that `scores` looks at; backbones that store others are skipped.
     """
 
     per_head: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def supports(self, backbone: Backbone) -> str | None:
+        missing = [field for field in self.reads if field not in backbone.fields]
+        why = f"{self.name} scores {missing[0]}, {backbone.name} stores {backbone.fields[0]}" if missing else None
+        return super().supports(backbone) or why
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         """[B, H or 1, S], higher stays; what stands beyond a user's count is not read."""
