@@ -104,12 +104,12 @@ class Eviction(TokenMethod):
         for layer in prefill.layers:
             own = prefill.slots(layer)
             kept = k.minimum(own.count.amin(1))  # stacks of fewer events keep all of theirs
-            index = self._index(prefill, layer, kept)
+            index = self.index(prefill, layer, kept)
             slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
             layers.append((gather(prefill.segment(layer), index, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def _index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+    def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Kept slots in time order, [B, H or 1, max k]."""
         count = prefill.slots(layer).count.long()
         order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))

@@ -30,6 +30,8 @@ METHODS = [
     ("recompute", {}),
     ("truncate", {}),
     ("merge_adjacent", {}),
+    *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
+    ("d2o", {"inner": "knorm"}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
