@@ -24,7 +24,7 @@ METHODS = [
     ("lagkv", {"lag": 3, "sinks": 1}),
     ("chunkkv", {"inner": "keydiff", "chunk": 3}),
     ("chunkkv", {}),
-    ("int8", {}),
+    *((name, {}) for name in ("int8", "float16", "bfloat16", "float8", "int4_token")),
     ("svd", {}),
     ("svd", {"rank": 4}),
     ("recompute", {}),

@@ -16,8 +16,8 @@ class KVMerger(Clusters):
     """Cuts the history where neighbouring keys differ most, and merges each run by a Gaussian kernel around its pivot.
 
     The paper cuts by a threshold on the cosine of neighbours; the k - 1 deepest cuts are that threshold for a budget.
-    The pivot is the slot nearest to the run's mean direction (the paper's: of most attention; of equals the newest); the kernel's width is
-    the mean distance of the run's keys to it. A run's mass is its events, which is ours.
+    The pivot is the slot nearest to the run's mean direction (the paper's: of most attention), of equals the newest;
+    the kernel's width is the mean distance of the run's keys to it. A run's mass is its events, which is ours.
     """
 
     family = "merging"
