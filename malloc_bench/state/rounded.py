@@ -24,7 +24,8 @@ class Rounded(Vectors):
         return b, h, s, d
 
     def dense(self) -> Tensor:
-        return self.data.view(self.dtype).float()
+        x = self.data.view(self.dtype).float()
+        return x if self.dtype.itemsize > 1 else x.nan_to_num()  # padding may hold bits that are no number
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         yield Ragged(self.data, all_rows(self.data) if count is None else count)
