@@ -295,3 +295,15 @@ def get_compressor(name: str, **params: Any) -> Compressor:
         what = suggest(key, valid) if valid else " It has none."
         raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
     return cls(**params)
+
+
+def as_compressor(step: Any) -> Compressor:
+    """A part of another method: a compressor, its name, or {name: {parameter: value}}; raises ValueError."""
+    if isinstance(step, Compressor):
+        return step
+    if isinstance(step, str):
+        return get_compressor(step)
+    if isinstance(step, dict) and len(step) == 1:
+        ((name, params),) = step.items()
+        return get_compressor(name, **(params or {}))
+    raise ValueError(f"expected a compressor's name or {{name: {{parameter: value}}}}, not {step!r}")

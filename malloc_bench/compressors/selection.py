@@ -77,9 +77,16 @@ class Eviction(TokenMethod):
     """Keeps the k slots that come first by (forced, score, newer); an implementation writes `scores`.
 
     `forced` slots stay whatever their score, at most half of k. per_head False: `scores` are the same for all heads.
+    reads: the fields of a state that `scores` looks at; backbones that store others are skipped.
     """
 
     per_head: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def supports(self, backbone: Backbone) -> str | None:
+        missing = [field for field in self.reads if field not in backbone.fields]
+        why = f"{self.name} scores {missing[0]}, {backbone.name} stores {backbone.fields[0]}" if missing else None
+        return super().supports(backbone) or why
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         """[B, H or 1, S], higher stays; what stands beyond a user's count is not read.
@@ -101,12 +108,12 @@ class Eviction(TokenMethod):
         for layer in prefill.layers:
             own = prefill.slots(layer)
             kept = k.minimum(own.count.amin(1))  # stacks of fewer events keep all of theirs
-            index = self._index(prefill, layer, kept)
+            index = self.index(prefill, layer, kept)
             slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
             layers.append((gather(prefill.segment(layer), index, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def _index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+    def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Kept slots in time order, [B, H or 1, max k]."""
         count = prefill.slots(layer).count.long()
         order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))

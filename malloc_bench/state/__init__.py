@@ -4,12 +4,14 @@ from malloc_bench.state.extend import extend, grow
 from malloc_bench.state.lowrank import LowRank, low_rank, principal
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
+from malloc_bench.state.rounded import Rounded, rounded
 from malloc_bench.state.slots import Slots, take
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Segment",
+    "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Rounded",
+    "Segment",
     "Slots", "Stats", "UserState", "Vectors", "extend", "grow", "low_rank",
-    "map_tensors", "pack_bits", "principal", "quantize", "take", "unpack_bits",
+    "map_tensors", "pack_bits", "principal", "quantize", "rounded", "take", "unpack_bits",
 ]  # fmt: skip

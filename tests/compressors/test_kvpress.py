@@ -78,3 +78,27 @@ def test_tova(golden, prefill, k):
 @pytest.mark.parametrize("k", [k for k in KEPT if k >= 8])  # below, we keep fewer than 4 sinks
 def test_streaming_llm(golden, prefill, k):
     assert kept(get_compressor("sink_recent"), prefill, k) == golden[f"streaming_kept_{k}"].tolist()
+
+
+@pytest.mark.parametrize("k", KEPT)
+def test_keydiff(golden, prefill, k):
+    method = get_compressor("keydiff")
+    close(method.scores(prefill, 0), torch.from_numpy(golden[f"keydiff_scores_{k}"]), "scores", 1e-5)
+    assert kept(method, prefill, k) == golden[f"keydiff_kept_{k}"].tolist()
+
+
+@pytest.mark.parametrize("k", KEPT)
+def test_lagkv(golden, prefill, k):
+    """Ties (equal ranks of different stretches) go to the newer here and to whom topk likes there: scores alone."""
+    method = get_compressor("lagkv", lag=10)
+    close(method.scores(prefill, 0), torch.from_numpy(golden[f"lagkv_scores_{k}"]), "scores", 1e-5)
+
+
+@pytest.mark.parametrize("k", KEPT)
+def test_cur(golden, prefill, k):
+    method = get_compressor("cur")
+    ours, theirs = method.scores(prefill, 0), torch.from_numpy(golden[f"cur_scores_{k}"])
+    total = ours.sum(-1, keepdim=True)  # theirs come to 1, which moves no order
+    close((ours / total)[..., 4:], theirs[..., 4:], "scores", 1e-5)
+    if k >= 8:  # below, we keep fewer than 4 sinks; the frozen sets are of other values, which mark the slots
+        assert kept(method, prefill, k) == theirs[0].topk(k).indices.sort(-1).values.tolist()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, Structural, get_compressor, slots_within
+from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, Structural, as_compressor, slots_within
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -33,7 +33,7 @@ class Compose(TokenMethod):
     stores = "what the last token method keeps, written as the encoder writes it"
 
     def __post_init__(self) -> None:
-        steps = tuple(_step(step) for step in self.steps)
+        steps = tuple(map(as_compressor, self.steps))
         object.__setattr__(self, "steps", steps)
         tokens = self._tokens()
         if len(steps) < 2 or not all(map(_chains, tokens)):
@@ -121,14 +121,3 @@ class Compose(TokenMethod):
 
 def _chains(step: Compressor) -> bool:
     return isinstance(step, TokenMethod) and step.family not in ("chain", "recompute")  # raw ids have no slots
-
-
-def _step(step: Any) -> Compressor:
-    if isinstance(step, Compressor):
-        return step
-    if isinstance(step, str):
-        return get_compressor(step)
-    if isinstance(step, dict) and len(step) == 1:
-        ((name, params),) = step.items()
-        return get_compressor(name, **(params or {}))
-    raise ValueError(f"compose: a step is a name or {{name: {{parameter: value}}}}, not {step!r}")

@@ -1,16 +1,12 @@
 """Keys of small norm stay."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
-
-if TYPE_CHECKING:
-    from malloc_bench.backbones import Backbone
 
 
 @register("knorm")
@@ -25,9 +21,7 @@ class KNorm(Eviction):
     paper = "Devoto et al., A Simple and Effective L2 Norm-Based Strategy, EMNLP 2024, arXiv 2406.11430"
     formula = "score = -|k|"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
-
-    def supports(self, backbone: "Backbone") -> str | None:
-        return None if "keys" in backbone.fields else f"knorm scores keys, {backbone.name} stores {backbone.fields[0]}"
+    reads = ("keys",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         return -prefill.keys(layer).norm(dim=-1)

@@ -1,0 +1,27 @@
+"""Keys unlike the others stay."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("keydiff")
+@dataclass(frozen=True)
+class KeyDiff(Eviction):
+    """Keeps slots whose keys point away from the mean direction: they are the hardest to stand in for."""
+
+    family = "eviction"
+    paper = "KeyDiff, Park et al., NeurIPS 2025, arXiv 2504.15364"
+    formula = "score = -cos(k_i, mean over j of k_j / |k_j|)"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    reads = ("keys",)
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        unit = normalize(prefill.keys(layer), dim=-1)
+        anchor = (unit * prefill.mask(layer).unsqueeze(-1)).sum(2, keepdim=True)
+        return -(unit * normalize(anchor, dim=-1)).sum(-1)

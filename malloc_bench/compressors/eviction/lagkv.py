@@ -1,0 +1,61 @@
+"""What stands out against the events right behind it stays."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("lagkv")
+@dataclass(frozen=True)
+class LagKV(Eviction):
+    """Keeps slots whose keys and values vary most once scaled by the range of the next stretch of events.
+
+    The history is cut into stretches of `lag` slots behind the `sinks` oldest; a slot's score is its rank within its
+    stretch, so each gives up alike. The last whole stretch and what follows are kept first, the newest before others.
+    The paper's lag is 128; histories of recommenders are shorter. A channel that is constant in the next stretch tells
+    nothing and is left out, where public code divides by zero.
+    """
+
+    lag: int = 16
+    sinks: int = 4
+
+    family = "eviction"
+    paper = "LagKV, Liang et al., arXiv 2504.04704"
+    formula = "score = rank in the stretch of softmax(std over channels of (x - min') / (max' - min')), mean of K and V"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    reads = ("keys", "values")
+
+    def __post_init__(self) -> None:
+        if self.lag < 1 or self.sinks < 0:
+            raise ValueError(f"lagkv: lag >= 1 and sinks >= 0 are needed, not {self.lag} and {self.sinks}")
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        keys, values, count = prefill.keys(layer), prefill.values(layer), prefill.slots(layer).count.long()
+        width = keys.shape[2]
+        stretches = (width - self.sinks) // self.lag
+        score = torch.ones(keys.shape[:3], dtype=keys.dtype, device=keys.device)
+        if stretches < 2:
+            return score
+        told = (self._varying(keys, stretches) + self._varying(values, stretches)) / 2  # [B, H, C - 1, lag]
+        rank = told.argsort(dim=-1, stable=True).argsort(dim=-1) / self.lag
+        known = (torch.arange(stretches - 1, device=count.device) + 2) * self.lag + self.sinks <= count[..., None]
+        rank = torch.where(known[..., None], rank, 1.0).flatten(2).to(score.dtype)
+        score[:, :, self.sinks : self.sinks + rank.shape[2]] = rank
+        return score
+
+    def _varying(self, x: Tensor, stretches: int) -> Tensor:
+        x = x[:, :, self.sinks : self.sinks + stretches * self.lag].unflatten(2, (stretches, self.lag))
+        own, after = x[:, :, :-1], x[:, :, 1:]
+        low, high = after.amin(3, keepdim=True), after.amax(3, keepdim=True)
+        span = high - low
+        scaled = torch.where(span > 0, (own - low) / torch.where(span > 0, span, 1.0), 0.0)
+        return F.softmax(scaled.std(-1, correction=0 if x.shape[-1] == 1 else 1), dim=-1)
+
+    def forced(self, k: Tensor) -> tuple[Tensor, int]:
+        return (k // 2).clamp(max=self.sinks), 0

@@ -1,0 +1,44 @@
+"""Keys that span directions of their own stay."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("leverage")
+@dataclass(frozen=True)
+class Leverage(Eviction):
+    """Keeps slots whose centred keys have a high statistical leverage: rows that the others cannot reproduce.
+
+    ridge is a share of the mean eigenvalue. Exact: heads of recommenders are narrow, so no sketch is drawn.
+    """
+
+    ridge: float = 1e-2
+
+    family = "eviction"
+    paper = "the leverage score of Compactor, arXiv 2507.08143, without its sketch"
+    formula = "score = x_i' (X'X + ridge tr(X'X)/d I)^-1 x_i, X the keys less their mean"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    reads = ("keys",)
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ValueError(f"leverage: ridge > 0 is needed, not {self.ridge}")
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        keys, real = prefill.keys(layer), prefill.mask(layer).unsqueeze(-1)
+        if keys.shape[2] == 0:
+            return keys.new_zeros(keys.shape[:3])
+        count = real.sum(2, keepdim=True).clamp(min=1)
+        x = torch.where(real, keys - torch.where(real, keys, 0.0).sum(2, keepdim=True) / count, 0.0)
+        x = x / x.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)  # squares of huge keys stay finite
+        gram = x.mT @ x
+        width = gram.shape[-1]
+        weight = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None] * self.ridge
+        solved = torch.linalg.solve(gram + weight * torch.eye(width, device=x.device, dtype=x.dtype), x.mT)
+        return (x * solved.mT).sum(-1)

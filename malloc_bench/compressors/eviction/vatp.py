@@ -1,0 +1,35 @@
+"""What drew attention and has something to say."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill, Stats
+
+
+@register("vatp")
+@dataclass(frozen=True)
+class VATP(Eviction):
+    """Keeps slots by the attention they drew times the size of their values (value-aware token pruning).
+
+    As in the paper's variant over H2O, half of the budget goes to the newest slots. Sums run over |weights|, which for
+    softmax are the weights.
+    """
+
+    family = "eviction"
+    paper = "VATP, Guo et al., Attention Score is not All You Need, EMNLP 2024, arXiv 2406.12335"
+    formula = "score = (sum over queries of |attention weight|) |v|_1; the newest k/2 stay"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    reads = ("values",)
+
+    @property
+    def needs(self) -> Stats:
+        return Stats(column_sum=True)
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        return prefill.attention_received(layer) * prefill.values(layer).norm(p=1, dim=-1)
+
+    def forced(self, k: Tensor) -> tuple[int, Tensor]:
+        return 0, k // 2

@@ -1,0 +1,88 @@
+"""Slots become clusters: what methods share that say, head by head, which slots go together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import Layout, dense_layout
+from malloc_bench.compressors.selection import TokenMethod
+from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
+
+
+class Clusters(TokenMethod):
+    """Folds slots into k clusters a head; a subclass names each slot's cluster, and maybe its share in it.
+
+    A cluster's mass is the events in it: + log mass in the logits of softmax, x mass for SiLU. Its position and time
+    are the rounded means of its events'. Each of 0 ... k - 1 must have a slot; later clusters lie later in time.
+    """
+
+    @abstractmethod
+    def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        """The cluster of every slot, [B, H, S] int64; k [B] <= count. What stands beyond a user's count is not read."""
+
+    def shares(self, prefill: Prefill, layer: int, owners: Tensor, mass: Tensor) -> Tensor:
+        """How much each slot counts in its cluster's vectors, [B, H, S] >= 0, here its mass; need not come to 1."""
+        return mass
+
+    def layout(self, prefill: Prefill) -> Layout:
+        return dense_layout(prefill, "head", mass=True)
+
+    def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        layers = []
+        for layer in prefill.layers:
+            segment, old = prefill.segment(layer), prefill.slots(layer)
+            kept = k.minimum(old.count.amin(1))
+            size = int(kept.max()) if len(k) else 0
+            heads = next(iter(segment.fields.values())).shape[1]
+            real = prefill.mask(layer).expand(-1, heads, -1)
+            owners = torch.where(real, self.owners(prefill, layer, kept), size)
+            mass = real.to(torch.float32) if old.mass is None else torch.where(real, old.mass, 0.0)
+            share = torch.where(real, self.shares(prefill, layer, owners, mass), 0.0)
+            total = _sums(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
+            share = share / total.squeeze(-1).gather(2, owners.clamp(max=max(size - 1, 0))) if size else share
+            slots = self._folded(prefill, old, owners, mass, kept, size)
+            fields = {
+                name: Dense(_sums(torch.where(real.unsqueeze(-1), v.dense(), 0.0) * share.unsqueeze(-1), owners, size))
+                for name, v in segment.fields.items()
+            }
+            layers.append((Segment(fields, slots),))
+        return UserState(tuple(layers), prefill.state.length)
+
+    def _folded(self, prefill: Prefill, old: Slots, owners: Tensor, mass: Tensor, k: Tensor, size: int) -> Slots:
+        total = _sums(mass.unsqueeze(-1), owners, size).squeeze(-1)
+
+        def mean(x: Tensor) -> Tensor:  # integers; float32 would round seconds to minutes
+            sums = _sums((x * mass.double()).unsqueeze(-1), owners, size).squeeze(-1)
+            return (sums / total.double().clamp(min=1)).round().to(x.dtype)
+
+        places = old.places(mass.shape[2], prefill.state.length[:, None]).to(torch.int32)
+        times = None if old.timestamps is None else mean(old.timestamps)
+        return Slots(k.to(torch.int32)[:, None], mean(places) if prefill.uses_positions else None, times, total)
+
+
+def _sums(x: Tensor, owners: Tensor, size: int) -> Tensor:
+    """Sums of x [B, H, S, D] over the clusters `owners` [B, H, S], of which those from `size` on are dropped."""
+    out = x.new_zeros(*x.shape[:2], size + 1, x.shape[3])
+    return out.scatter_add_(2, owners.unsqueeze(-1).expand_as(x), x)[:, :, :size]
+
+
+def compared(prefill: Prefill, layer: int) -> Tensor:
+    """What slots are compared by, [B, H, S, D]: keys, or the only field that a state has; zeros beyond the count."""
+    fields = prefill.segment(layer).fields
+    vectors = fields.get("keys", next(iter(fields.values())))
+    return torch.where(prefill.mask(layer).unsqueeze(-1), vectors.dense().float(), 0.0)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least; rows of zeros stay."""
+    return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def spread(count: Tensor, k: Tensor, size: int) -> Tensor:
+    """k [B] slots evenly spaced over count [B], the newest among them: [B, size] int64, the rest repeats the last."""
+    step = torch.arange(1, size + 1, device=k.device)
+    count, k = count[:, None], k[:, None]
+    return ((step.minimum(k) * count + k - 1) // k.clamp(min=1) - 1).clamp(min=0)

@@ -1,0 +1,53 @@
+"""Similar events become one slot, wherever they stand."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.merging.clusters import Clusters, compared, spread
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("kmeans")
+@dataclass(frozen=True)
+class KMeans(Clusters):
+    """Clusters each head's keys by Lloyd's algorithm; a cluster's mean key and value stand for all of its events.
+
+    Begins with k slots evenly spaced in time, each of which stays in its own cluster, so that none is empty and no
+    number is drawn. TWIN V2 clusters a life's behaviours so, offline; the count term is ours.
+    """
+
+    rounds: int = 5
+
+    family = "merging"
+    paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
+    formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"
+    stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"kmeans: rounds >= 1 is needed, not {self.rounds}")
+
+    def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        x, real = compared(prefill, layer), prefill.mask(layer).unsqueeze(-1)
+        b, h, s, d = x.shape
+        size = int(k.max()) if b else 0
+        if not size or not s:
+            return torch.zeros(b, h, s, dtype=torch.long, device=x.device)
+        x = x / x.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)  # squares of huge keys stay finite
+        seeds = spread(prefill.slots(layer).count[:, 0].long(), k, size)[:, None].expand(-1, h, -1)  # [B, H, K]
+        spare = torch.arange(size, device=x.device) >= k.view(-1, 1, 1)  # clusters that a user has not
+        centres = x.gather(2, seeds.unsqueeze(-1).expand(-1, -1, -1, d))
+        own = torch.where(spare, size, torch.arange(size, device=x.device)).expand(b, h, -1)
+        owner = own.new_zeros(b, h, s)
+        for _ in range(self.rounds):
+            far = centres.square().sum(-1)[:, :, None] - 2 * x @ centres.mT  # less |x|^2, the same for all centres
+            owner = far.masked_fill(spare[:, :, None], torch.inf).argmin(-1)
+            pinned = torch.full((b, h, s), size, device=x.device).scatter_reduce(2, seeds, own, "amin")
+            owner = torch.where(pinned < size, pinned, owner)
+            sums = x.new_zeros(b, h, size, d).scatter_add_(2, owner.unsqueeze(-1).expand_as(x), x)
+            count = x.new_zeros(b, h, size).scatter_add_(2, owner, real[..., 0].expand(b, h, s).to(x.dtype))
+            centres = sums / count.clamp(min=1).unsqueeze(-1)
+        return owner

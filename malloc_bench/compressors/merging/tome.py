@@ -1,0 +1,58 @@
+"""The most similar pairs of events become one, round after round."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.merging.clusters import Clusters, compared, unit
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(Clusters):
+    """Bipartite soft matching on keys: of every second slot the most similar merge into their match among the others.
+
+    Each round at most halves the slots, so rounds go on until k are left; means are weighted by the events merged so
+    far. The newest slot is among those that are matched, never merged away.
+    """
+
+    family = "merging"
+    paper = "Token Merging, Bolya et al., ICLR 2023, arXiv 2210.09461 (proportional attention)"
+    formula = "a in A -> argmax over B of cos(k_a, k_b), the most similar first; key and value = mean, mass = events"
+    stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
+
+    def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        x = compared(prefill, layer)  # [B, H, N, D], N slots are left
+        b, h, s, d = x.shape
+        count = prefill.slots(layer).count[:, 0].long()  # [B], alike in all heads
+        owner = torch.arange(s, device=x.device).expand(b, h, s)
+        mass, before = prefill.mask(layer).expand(b, h, s).to(x.dtype), prefill.slots(layer).mass
+        mass = mass if before is None else mass * before
+        while bool((count > k).any()):
+            gone = (count - k).minimum(count // 2)  # [B] slots that merge in this round
+            n = x.shape[2]
+            slot = torch.arange(n, device=x.device)
+            real = slot < count[:, None]
+            first = ((count[:, None] - 1 - slot) % 2 == 1) & real  # A; the newest is in B
+            cosine = unit(x) @ unit(x).mT  # [B, H, N, N]
+            fits = first[:, None, :, None] & (real & ~first)[:, None, None, :]
+            best, match = cosine.masked_fill(~fits, -torch.inf).max(-1)
+            order = best.masked_fill(~first[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
+            merged = torch.zeros(b, h, n, dtype=torch.bool, device=x.device)
+            merged.scatter_(2, order, (slot < gone[:, None])[:, None].expand(b, h, n))
+            target = torch.where(merged, match, slot)
+            place = (real[:, None] & ~merged).long().cumsum(-1) - 1  # the new number of each slot that stays
+            new = place.gather(2, target).clamp(min=0)  # [B, H, N]
+            count = count - gone
+            size = int(count.max())
+            kept = torch.where(real[:, None], new, size)
+            sums = x.new_zeros(b, h, size + 1, d).scatter_add_(
+                2, kept.unsqueeze(-1).expand_as(x), x * mass.unsqueeze(-1)
+            )
+            weight = x.new_zeros(b, h, size + 1).scatter_add_(2, kept, mass)
+            x, mass = (sums / weight.clamp(min=1e-30).unsqueeze(-1))[:, :, :size], weight[:, :, :size]
+            owner = new.gather(2, owner.clamp(max=n - 1))
+        return owner

@@ -1,0 +1,131 @@
+"""Methods that fold slots together against their definitions, spelled out slot by slot in float64."""
+
+import pytest
+import torch
+
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.state import Prefill
+from malloc_bench.testing.worlds import close
+
+COUNTS = (1, 4, 9, 21)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def prefill():
+    shape = (len(COUNTS), 2, max(COUNTS), 4)
+    keys, values, queries = (noise(*shape, seed=i) for i in range(3))
+    return Prefill.from_tensors([keys], [values], [queries], None, torch.tensor(COUNTS), positions=True)
+
+
+def cosine(a, b):
+    return float(a @ b / (a @ a).sqrt() / (b @ b).sqrt())
+
+
+def check(prefill, method, k, define):
+    """Each head's clusters: define(user, head, keys) -> [{slot: weight}], in time order; weights need not come to 1."""
+    state = method.compress(prefill, Budget(slots=k))
+    (segment,) = state.layers[0]
+    for user, n in enumerate(COUNTS):
+        for head in range(2):
+            keys, values = (x[user, head, :n].double() for x in (prefill.keys(0), prefill.values(0)))
+            clusters = define(user, head, keys)
+            assert int(segment.slots.count[user, 0]) == len(clusters) == min(k, n)
+            for at, weights in enumerate(clusters):
+                total = sum(weights.values())
+                for name, rows in (("keys", keys), ("values", values)):
+                    want = sum(weight * rows[slot] for slot, weight in weights.items()) / total
+                    close(
+                        segment.fields[name].dense()[user, head, at].double(), want, f"{name} {user} {head} {at}", 1e-4
+                    )
+                assert float(segment.slots.mass[user, head, at]) == len(weights)
+                mean = sum(weights) / len(weights)
+                assert abs(int(segment.slots.positions[user, head, at]) - mean) <= 0.5
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_kvmerger(prefill, k):
+    def define(user, head, keys):
+        n = len(keys)
+        alike = sorted((cosine(keys[i], keys[i - 1]), i) for i in range(1, n))
+        cuts = sorted(i for _, i in alike[: min(k, n) - 1])
+        runs = [range(a, b) for a, b in zip([0, *cuts], [*cuts, n])]
+        found = []
+        for run in runs:
+            mean = sum(keys[i] / (keys[i] @ keys[i]).sqrt() for i in run)
+            near = {i: cosine(keys[i], mean) for i in run}
+            pivot = max(i for i in run if near[i] >= max(near.values()) - 1e-5)  # two slots are equally near
+            gaps = {i: float((keys[i] - keys[pivot]).norm()) for i in run}
+            sigma = sum(gaps.values()) / len(gaps)
+            weigh = {i: float(torch.tensor(-(g**2) / 2 / sigma**2).exp()) if sigma else 1.0 for i, g in gaps.items()}
+            found.append(weigh)
+        return found
+
+    check(prefill, get_compressor("kvmerger"), k, define)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_d2o(prefill, k):
+    scores = get_compressor("value_norm").scores(prefill, 0)
+
+    def define(user, head, keys):
+        n = len(keys)
+        kept = sorted(sorted(range(n), key=lambda i: -float(scores[user, head, i]))[: min(k, n)])
+        found = [{slot: 1.0} for slot in kept]
+        for i in set(range(n)) - set(kept):
+            near = max(range(len(kept)), key=lambda j: cosine(keys[i], keys[kept[j]]))
+            found[near][i] = float(torch.tensor(cosine(keys[i], keys[kept[near]]) - 1.0).exp())
+        return found
+
+    check(prefill, get_compressor("d2o", inner="value_norm"), k, define)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_tome(prefill, k):
+    def define(user, head, keys):
+        slots = [({i}, keys[i]) for i in range(len(keys))]
+        while len(slots) > min(k, len(keys)):
+            n = len(slots)
+            first = [i for i in range(n) if (n - 1 - i) % 2 == 1]
+            others = [i for i in range(n) if i not in first]
+            pairs = {a: max((cosine(slots[a][1], slots[b][1]), b) for b in others) for a in first}
+            for a in sorted(first, key=lambda a: -pairs[a][0])[: min(n - min(k, len(keys)), n // 2)]:
+                b = pairs[a][1]
+                members = slots[b][0] | slots[a][0]
+                slots[b] = (members, sum(keys[i] for i in members) / len(members))
+                slots[a] = None
+            slots = [slot for slot in slots if slot]
+        return [dict.fromkeys(members, 1.0) for members, _ in slots]
+
+    check(prefill, get_compressor("tome"), k, define)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_kmeans(prefill, k):
+    def define(user, head, keys):
+        n, size = len(keys), min(k, len(keys))
+        seeds = [-(-(j + 1) * n // size) - 1 for j in range(size)]
+        centres = [keys[s] for s in seeds]
+        for _ in range(5):
+            owner = [min(range(size), key=lambda j: float((x - centres[j]).square().sum())) for x in keys]
+            for j, s in enumerate(seeds):
+                owner[s] = j
+            centres = [torch.stack([x for x, o in zip(keys, owner) if o == j]).mean(0) for j in range(size)]
+        return [{i: 1.0 for i, o in enumerate(owner) if o == j} for j in range(size)]
+
+    check(prefill, get_compressor("kmeans"), k, define)
+
+
+def test_planted_clusters_are_found():
+    centres = torch.tensor([[10.0, 0], [0, 10], [-10, -10]])
+    which = torch.tensor([0, 1, 2] * 7)
+    keys = (centres[which] + 0.1 * noise(21, 2)).view(1, 1, 21, 2)
+    prefill = Prefill.from_tensors([keys], [keys])
+    for name in ("kmeans", "tome"):
+        (segment,) = get_compressor(name).compress(prefill, Budget(slots=3)).layers[0]
+        found = segment.fields["keys"].dense()[0, 0]
+        assert segment.slots.mass[0, 0].tolist() == [7, 7, 7], name
+        assert torch.cdist(found, centres).amin(1).max() < 0.2, name
