@@ -1,7 +1,8 @@
 """Quoted fields as RFC 4180 has them: they may hold separators, line breaks, and quotes that are doubled.
 
 A block with quotes is written anew without: what stood in quotes has other signs for separators and line breaks, which
-stand nowhere else in it, so that whatever reads lines needs to know nothing of quotes. Blocks without a quote are passed on as they are.
+stand nowhere else in it, so that whatever reads lines needs to know nothing of quotes. Blocks without a quote are
+passed on as they are.
 """
 
 from __future__ import annotations
