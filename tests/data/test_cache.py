@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from malloc_bench.data import files, get_dataset
+from malloc_bench import files
+from malloc_bench.data import get_dataset
 
 
 @pytest.fixture

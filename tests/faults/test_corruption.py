@@ -43,8 +43,8 @@ measure: {latency: true, flops: false, history: 12, users: 2, seconds: 0.001}
 """
 
 
-class Killed(BaseException):
-    pass
+class Killed(KeyboardInterrupt):
+    """Nothing that fails takes this for a failure of its own."""
 
 
 @cache
