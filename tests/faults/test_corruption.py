@@ -141,7 +141,7 @@ def corrupt(path: Path, files: list[Path], draw: random.Random) -> str:
     return way
 
 
-TIMES = ("_ms_", "created_at", "digest", "train_seconds", "load", "hashes")
+TIMES = ("_ms_", "read_ratio", "timing", "created_at", "digest", "train_seconds", "load", "hashes")
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
