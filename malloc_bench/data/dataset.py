@@ -30,7 +30,7 @@ class Rows:
     feedback: dict[str, np.ndarray] = field(default_factory=dict)  # by column name, (E,) float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Histories of U users over n_items items, E events in all; user u's are [offsets[u]:offsets[u + 1]]."""
 
@@ -52,6 +52,9 @@ class Dataset:
     def original_user(self, index: np.ndarray | slice) -> np.ndarray | pl.Series:
         """The ids of users as their source has them, int64 or text; `index` counts users from 0."""
         return (self.user_ids if self.user_names is None else self.user_names)[index]
+
+    def __repr__(self) -> str:
+        return f"<Dataset {self.name}: {self.n_users:,} users, {self.n_items:,} items, {self.n_events:,} events>"
 
     @property
     def n_users(self) -> int:

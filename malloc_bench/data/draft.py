@@ -98,7 +98,14 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
     """
     roles, loose = _named(seen.columns)
     if "time" in roles and _unit(seen.columns[roles["time"]]) is None:
-        seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
+        name = roles["time"]
+        odd = [i for i, value in enumerate(seen.columns[name]) if value not in (None, "") and _unit([value]) is None]
+        if len(odd) > 0.1 * seen.rows:
+            seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
+        else:
+            where = f"row {odd[0] + 1 + seen.header}: {name} is {seen.columns[name][odd[0]]!r}"
+            seen.doubts.append(f"{where}, which is no time: mend the file, or say on_bad: {{bad_row: drop}}")
+            seen.columns[name] = [value for i, value in enumerate(seen.columns[name]) if i not in set(odd)]
     if "time" not in roles:
         free = [name for name in seen.columns if name not in roles.values()]
         times = [name for name in free if _unit(seen.columns[name]) not in (None, "order")]
