@@ -55,13 +55,7 @@ def panels(board: pl.DataFrame) -> list[Panel]:
     good, alike = ("gauc", "agreement") if ranking else ("ndcg@10", "overlap@10")
     found = [
         Panel("bytes_mean", good, size, good.upper(), "Accuracy against memory"),
-        Panel(
-            "bytes_mean",
-            alike,
-            size,
-            f"{alike} with the full state",
-            f"{alike.split('@')[0].capitalize()} against memory",
-        ),
+        Panel("bytes_mean", alike, size, alike, f"{alike[0].upper()}{alike[1:]} with the full state against memory"),
     ]
     if board[cost].is_not_null().any():
         found.append(Panel(cost, good, unit, good.upper(), "Accuracy against the cost of a read"))
