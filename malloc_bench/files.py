@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from malloc_bench.paths import home
 
-_DAY = 86400.0  # seconds after which what another machine began is taken as left behind
+DAY = 86400.0  # seconds after which what another machine began is taken as left behind
 DIGEST = "digest"  # the key under which a JSON file says the sha256 of all else in it
 
 
@@ -174,7 +174,7 @@ def _is_left(part: Path, host: str) -> bool:
     """Whether the process that made it is dead; of another machine's, and of old names, whether it is a day old."""
     owner, _, pid = part.name.removesuffix(".part").rpartition("-")[0].rpartition("-")
     if not owner.endswith(f".{host}") or not pid.isdecimal():
-        return time.time() - part.stat().st_mtime > _DAY
+        return time.time() - part.stat().st_mtime > DAY
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

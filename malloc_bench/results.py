@@ -66,6 +66,7 @@ COLUMNS: dict[str, str] = {
     **{f"ceiling_{known}_{name}": "real" for known in KNOWN for name in ("hr@5", "hr@10", "hr@50", "auc")},
     **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
+    **dict.fromkeys(("measured_users", "measured_candidates"), "whole"),  # at once, and tokens that read each history
     "measured_history": "whole",  # events of each history that was timed: the median of those evaluated
     **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},
     **{f"{step}_cpu_ms_p50": "real" for step in STEPS},

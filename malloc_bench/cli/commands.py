@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -26,8 +27,17 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 
+
+def _run_folder(name: str) -> Path:
+    """A run's folder by its path, or runs/NAME where that is one and the path is not."""
+    path, usual = Path(name), Path("runs") / name
+    return usual if not path.exists() and usual.is_dir() else path
+
+
 SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quick.")]
+RunArg = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=_run_folder)
+]
 MethodArg = Annotated[
     str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
 ]
@@ -55,7 +65,10 @@ def run(
     out: Out = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE, repeatable: dataset, task, backbone, compressor, family, budget or seed."),
+        typer.Option(
+            help="KEY=VALUE of dataset, task, backbone, compressor, family, budget or seed; more by commas or "
+            "repeated: values of one key add up."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")] = False,
     fresh: Annotated[
@@ -228,10 +241,16 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _pairs(items: list[str]) -> dict[str, str]:
-    pairs = dict(item.partition("=")[::2] for item in items)
-    if len(pairs) < len(items) or "" in pairs.values():
-        raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, each key once")
+def _pairs(items: list[str]) -> dict[str, list[str]]:
+    """`a=1,b=x`, `a=2`: the values of each key; a comma inside of brackets is a label's own."""
+    pairs: dict[str, list[str]] = {}
+    for item in (part for each in items for part in re.split(r",(?![^(\[{]*[)\]}])", each)):
+        key, given, value = item.partition("=")
+        if not given and pairs:
+            key, value = next(reversed(pairs)), key  # compressor=snapkv,kivi
+        if not key or not value:
+            raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, as in dataset=ml-1m,family=eviction")
+        pairs.setdefault(key, []).append(value)
     return pairs
 
 

@@ -31,7 +31,8 @@ def data_get(name: NameArg, offline: Offline = False) -> None:
     for what, count in it.notes.items():
         say(f"{it.name}: {count:,} {what}")
     if it.tied:
-        say(f"{it.name}: {it.tied:.1%} of events are of the same second as the one before")
+        what = "of the same second as" if it.has_time else "of equal order with"
+        say(f"{it.name}: {it.tied:.1%} of events are {what} the one before")
 
 
 @data.command("card")

@@ -80,7 +80,9 @@ def listing(kind: str) -> None:
     from malloc_bench.cli import describe
 
     heads, rows = describe.listing(kind)
-    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):  # names are there to be copied: they are never cut
+        table.add_column(head, no_wrap=not i, min_width=max(len(shown(row[0])) for row in rows) if not i else None)
     for row in rows:
         table.add_row(*map(shown, row))
     console().print(table, markup=False, highlight=False)

@@ -26,7 +26,7 @@ from malloc_bench.paths import home
 log = logging.getLogger(__name__)
 
 FILES = ("events.parquet", "users.parquet", "items.parquet")
-VERSION = 6  # raise it when the order of events or the layout of these files changes
+VERSION = 7  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:
@@ -107,6 +107,7 @@ def load(card: Card, folder: Path, source: str, digest: str, notes: dict[str, in
         offsets=np.concatenate(([0], np.cumsum(users["events"]))).astype(np.int64),
         items=events.pop("item"),
         times=events.pop("time", None),
+        order=events.pop("order", None),
         feedback=events,
         hash=digest,
         notes=notes,

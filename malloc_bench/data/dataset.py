@@ -25,12 +25,12 @@ class Rows:
 
     users: np.ndarray  # (E,) int64, original ids
     items: np.ndarray  # (E,) int64, original ids
-    order: np.ndarray  # (E,) int64: unix seconds, or the position in the user's history without has_time
+    order: np.ndarray  # (E,) int64: unix seconds, or without has_time any numbers that order a user's events
     has_time: bool
     feedback: dict[str, np.ndarray] = field(default_factory=dict)  # by column name, (E,) float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Histories of U users over n_items items, E events in all; user u's are [offsets[u]:offsets[u + 1]]."""
 
@@ -47,10 +47,14 @@ class Dataset:
     notes: Mapping[str, int] = field(default_factory=dict)  # bad input that was kept or dropped, by policy
     user_names: pl.Series | None = None  # (U,) text, sorted; None where the ids are the numbers above
     item_names: pl.Series | None = None  # (n_items,)
+    order: np.ndarray | None = None  # (E,) int64, `ranks`; only without times, where a column of the source has ties
 
     def original_user(self, index: np.ndarray | slice) -> np.ndarray | pl.Series:
         """The ids of users as their source has them, int64 or text; `index` counts users from 0."""
         return (self.user_ids if self.user_names is None else self.user_names)[index]
+
+    def __repr__(self) -> str:
+        return f"<Dataset {self.name}: {self.n_users:,} users, {self.n_items:,} items, {self.n_events:,} events>"
 
     @property
     def n_users(self) -> int:
@@ -105,18 +109,19 @@ class Dataset:
 
     @cached_property
     def first_of_time(self) -> np.ndarray:
-        """(E,) int64: the place of the first event of the same user and time: of each event itself where none ties."""
+        """(E,) int64: the place of the first event of the same user and time (or order): itself where none ties."""
         place = np.arange(self.n_events)
-        if self.times is None:
+        clock = self.order if self.times is None else self.times
+        if clock is None:
             return place
         new = np.ones(self.n_events, dtype=bool)
-        new[1:] = self.times[1:] != self.times[:-1]
+        new[1:] = clock[1:] != clock[:-1]
         new[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
         return np.maximum.accumulate(np.where(new, place, 0))
 
     @property
     def tied(self) -> float:
-        """The share of events, each user's first apart, of the same second as the one before: in no known order."""
+        """The share of events, but each user's first, of the time (or order) of the one before: in no known order."""
         pairs = self.n_events - np.count_nonzero(np.diff(self.offsets))
         return float((self.first_of_time < np.arange(self.n_events)).sum() / max(pairs, 1))
 
@@ -142,20 +147,36 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     user_ids, users = _dense(rows.users)
     item_ids, items = _dense(rows.items)
     by_time = np.lexsort((rows.order, users))  # stable: without times, rows keep their file order
-    if rows.has_time and card.parameters is None:
-        tied, again = shuffle_ties(users[by_time], items[by_time] + 1, rows.order[by_time])
+    clock = rows.order[by_time] if rows.has_time else ranks(users[by_time], rows.order[by_time])
+    tied = np.zeros(0, np.int64)
+    if card.parameters is None:
+        tied, again = shuffle_ties(users[by_time], items[by_time] + 1, clock)
         by_time[tied] = by_time[tied[again]]
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
         "item_ids": item_ids,
         "offsets": np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(user_ids))))).astype(np.int64),
         "items": (items[by_time] + 1).astype(np.int32),
-        "times": rows.order[by_time] if rows.has_time else None,
+        "times": clock if rows.has_time else None,
+        "order": clock if len(tied) and not rows.has_time else None,
     }
     feedback = {name: column[by_time] for name, column in sorted(rows.feedback.items())}
     found = {name: column for name, column in {**columns, **feedback}.items() if column is not None}
     digest = content_hash((name, _little(column), len(column), [column]) for name, column in found.items())
     return Dataset(card.name, card, source, hash=digest, feedback=feedback, **columns)  # type: ignore[arg-type]
+
+
+def ranks(users: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(E,) int64: how many smaller values its user has before each event; users, order: [E], sorted by both.
+
+    The same whatever numbers a source counts by.
+    """
+    first = np.ones(len(users), dtype=bool)
+    first[1:] = users[1:] != users[:-1]
+    new = first.copy()
+    new[1:] |= order[1:] != order[:-1]
+    count = np.cumsum(new)
+    return count - np.maximum.accumulate(np.where(first, count, 0))
 
 
 def shuffle_ties(

@@ -25,6 +25,7 @@ WORDS = {
              "utctime", "when"),
     "rating": ("rating", "stars", "score", "overall", "grade", "rate"),
 }  # fmt: skip
+VAGUE = {"title", "author", "session", "sessionid", "client", "rate", "when"}  # may well be something else
 DID = re.compile(r"^is_|click|like|view|watch|play|purchas|bought|buy|cart|dwell|duration|share|follow", re.I)
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 EPOCHS = 157_766_400, 4_102_444_800  # seconds of 1975 and 2100: outside of it a number is no time
@@ -95,9 +96,16 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
 
     Raises DataError where no two columns can be users and items.
     """
-    roles = _named(seen.columns)
+    roles, loose = _named(seen.columns)
     if "time" in roles and _unit(seen.columns[roles["time"]]) is None:
-        seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
+        name = roles["time"]
+        odd = [i for i, value in enumerate(seen.columns[name]) if value not in (None, "") and _unit([value]) is None]
+        if len(odd) > 0.1 * seen.rows:
+            seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
+        else:
+            where = f"row {odd[0] + 1 + seen.header}: {name} is {seen.columns[name][odd[0]]!r}"
+            seen.doubts.append(f"{where}, which is no time: mend the file, or say on_bad: {{bad_row: drop}}")
+            seen.columns[name] = [value for i, value in enumerate(seen.columns[name]) if i not in set(odd)]
     if "time" not in roles:
         free = [name for name in seen.columns if name not in roles.values()]
         times = [name for name in free if _unit(seen.columns[name]) not in (None, "order")]
@@ -115,6 +123,8 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
                 raise DataError(f"no column of {', '.join(seen.columns)} is left to be the {role}")
             roles[role] = free[0]
             seen.doubts.append(f"which column is the {role} is a guess: {free[0]}")
+    told = [(role, name) for role, name in roles.items() if name in loose]
+    seen.doubts += [f"which column is the {role} is a guess, by its name: {name}" for role, name in told]
     unit = _unit(seen.columns[roles["time"]]) if "time" in roles else None
     if unit is None:
         seen.doubts.append("no time was found: the order of the rows is the order of events")
@@ -123,8 +133,11 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
     return roles, unit
 
 
-def _named(names: Iterable[str]) -> dict[str, str]:
-    """By name: an exact word first, then one that begins or ends so; each column for one thing."""
+def _named(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """Role -> column by name: an exact word first, then one that begins or ends so; each column for one thing.
+
+    And which columns are so called by a part of their name only, or by a word that may well be something else.
+    """
     plain = {name: re.sub(r"[^a-z0-9]", "", name.partition(":")[0].lower()) for name in names}
     roles: dict[str, str] = {}
     for fits in (lambda name, word: name == word, lambda name, word: name.startswith(word) or name.endswith(word)):
@@ -133,7 +146,7 @@ def _named(names: Iterable[str]) -> dict[str, str]:
             free = sorted(each for each in found if each[1] not in roles.values())
             if role not in roles and free:
                 roles[role] = free[0][1]
-    return roles
+    return roles, {name for role, name in roles.items() if plain[name] not in set(WORDS[role]) - VAGUE}
 
 
 def _unit(values: list[Any]) -> str | None:

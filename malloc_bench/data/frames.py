@@ -42,6 +42,9 @@ def from_frame(
     found = _polars(
         frame, list(dict.fromkeys(each for each in (user, item, time, rating, *feedback) if each is not None))
     )
+    for each, kind in found.schema.items():
+        if kind == pl.Object:
+            raise DataError(f"{name}: {each} holds Python objects, not text, numbers or dates")
     if time is not None and unit is None:
         unit = "iso" if found[time].dtype.is_temporal() or found[time].dtype == pl.String else "s"
     columns = {"user": user, "item": item, "time": time, "unit": unit, "rating": rating}

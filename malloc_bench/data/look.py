@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from malloc_bench.data.errors import DataError
-from malloc_bench.data.sources.archive import DAMAGE
+from malloc_bench.data.sources.archive import DAMAGE, visible
 
 BYTES = 1 << 18  # looked at, of a text
 ROWS = 1000
@@ -74,7 +74,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], str | None, list[str]]]:
             yield cast(IO[bytes], stack.enter_context(gzip.open(path))), None, []
         elif magic == b"PK\x03\x04":
             archive = stack.enter_context(zipfile.ZipFile(path))
-            members = [info for info in archive.infolist() if not info.is_dir() and not info.flag_bits & 1]
+            shown = visible(archive.namelist())
+            members = [info for info in archive.infolist() if info.filename in shown and not info.flag_bits & 1]
             if not members:
                 raise DataError(f"{path}: no plain file is in it")
             largest = max(members, key=lambda info: info.file_size)
@@ -108,6 +109,8 @@ def _text(path: Path, start: bytes, whole: bool) -> Look:
     if "\0" in text:
         raise DataError(f"{path}: neither text nor a table that is known here (csv, json lines, parquet, arrow)")
     lines = [line for line in text.splitlines() if line.strip()][: ROWS + 1]
+    if not lines:
+        raise DataError(f"{path}: the file is empty")
     made = _objects(path, lines) if lines[0].lstrip().startswith(("{", "[")) else _table(path, text, lines)
     made.encoding = "utf-8" if encoding == "utf-8-sig" else encoding
     if encoding == "latin-1":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from malloc_bench.data.dataset import content_hash, shuffle_ties
+from malloc_bench.data.dataset import content_hash, ranks, shuffle_ties
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.ids import Ids
 from malloc_bench.data.formats.parse import Reader
@@ -56,10 +56,12 @@ def prepare(frames: Iterable[pl.DataFrame], reader: Reader, folder: Path) -> tup
             raise _nothing(reader)
         _write_ids(folder / "items.parquet", items.names, id=items.ids)
         buckets = _deal(spill, record, users, items)
-        counts = _sort(buckets, record, users, reader, folder / "events.parquet")
+        counts, ordered = _sort(buckets, record, users, reader, folder / "events.parquet")
+        if reader.layout.ranked and not ordered:
+            _drop(folder / "events.parquet", "order")
     users.events = counts
     _write_ids(folder / "users.parquet", users.names, id=users.ids, events=counts)
-    return _hash(folder, users, items, reader), judge.notes
+    return _hash(folder, users, items, reader, ordered), judge.notes
 
 
 def _nothing(reader: Reader) -> DataError:
@@ -135,30 +137,53 @@ def _deal(spill: Path, record: np.dtype, users: Ids, items: Ids) -> list[tuple[P
 
 def _sort(
     buckets: list[tuple[Path, int, int]], record: np.dtype, users: Ids, reader: Reader, target: Path
-) -> np.ndarray:
-    """Write the buckets sorted by user and time, ties by their policy; how many events each user has then."""
+) -> tuple[np.ndarray, bool]:
+    """Write the buckets sorted by user and time, ties by their policy; how many events each user has then, and
+
+    whether, without times, some of a user have the same order.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    timed = reader.layout.has_time
-    names = ["item", *(["time"] if timed else []), *sorted(reader.feedback.values())]
-    types = {"item": pa.int32(), "time": pa.int64()}
+    timed, ranked = reader.layout.has_time, reader.layout.ranked
+    clock = ["time"] if timed else ["order"] if ranked else []
+    names = ["item", *clock, *sorted(reader.feedback.values())]
+    types = {"item": pa.int32(), "time": pa.int64(), "order": pa.int64()}
     schema = pa.schema([(name, types.get(name, pa.float32())) for name in names])
-    counts = np.zeros(len(users.ids), np.int64)
+    counts, ordered = np.zeros(len(users.ids), np.int64), False
     with pq.ParquetWriter(target, schema, compression="lz4", use_dictionary=False, write_statistics=False) as writer:
         for path, first, end in buckets:
             rows = np.fromfile(path, record)
             path.unlink()
             rows = rows[stable_order(rows["user"], rows["order"])]
+            if ranked:
+                rows["order"] = ranks(rows["user"], rows["order"])
+                same = (rows["user"][1:] == rows["user"][:-1]) & (rows["order"][1:] == rows["order"][:-1])
+                ordered |= bool(same.any())
+            if clock:
+                rows = _ties(rows, reader)
             if timed:
-                rows = _without_duplicates(_ties(rows, reader), reader, users)
+                rows = _without_duplicates(rows, reader, users)
             counts[first:end] = np.bincount(rows["user"] - first, minlength=end - first)
             held = {name: rows[name] for name in names if name != "time"}
             if timed:
                 held["time"] = rows["order"] // reader.layout.per_second
             arrays = [pa.array(np.ascontiguousarray(held[each.name]), each.type) for each in schema]
             writer.write_table(pa.table(arrays, schema=schema))
-    return counts
+    return counts, ordered
+
+
+def _drop(path: Path, name: str) -> None:
+    """Leave a column out of a file of events."""
+    import pyarrow.parquet as pq
+
+    less = path.with_name("less")
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow.remove(file.schema_arrow.get_field_index(name))
+        with pq.ParquetWriter(less, schema, compression="lz4", use_dictionary=False, write_statistics=False) as writer:
+            for i in range(file.metadata.num_row_groups):
+                writer.write_table(file.read_row_group(i, columns=schema.names))
+    less.replace(path)
 
 
 def stable_order(*keys: np.ndarray) -> np.ndarray:
@@ -174,7 +199,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 
 
 def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
-    """Events of a user at one time, shuffled or left in file order as the policy has it; `Dataset.tied` counts them."""
+    """Events of a user at one time or order, shuffled or left in file order by policy; `Dataset.tied` counts them."""
     if reader.judge.answer("ties") == "shuffle":
         tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"], reader.layout.per_second)
         rows[tied] = rows[tied[again]]
@@ -215,7 +240,7 @@ def _write_ids(path: Path, names: pl.Series | None, **columns: np.ndarray) -> No
     pq.write_table(table, path, compression="lz4", use_dictionary=False)
 
 
-def _hash(folder: Path, users: Ids, items: Ids, reader: Reader) -> str:
+def _hash(folder: Path, users: Ids, items: Ids, reader: Reader, ordered: bool) -> str:
     """As `group` would have it, column after column from the file."""
     import pyarrow.parquet as pq
 
@@ -232,6 +257,8 @@ def _hash(folder: Path, users: Ids, items: Ids, reader: Reader) -> str:
             yield "items", "<i4", int(offsets[-1]), column("item")
             if reader.layout.has_time:
                 yield "times", "<i8", int(offsets[-1]), column("time")
+            if ordered:
+                yield "order", "<i8", int(offsets[-1]), column("order")
             for name in sorted(reader.feedback.values()):
                 yield name, "<f4", int(offsets[-1]), column(name)
 

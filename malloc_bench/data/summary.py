@@ -38,7 +38,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         **{f"users_from_{n}": float((lengths >= n).mean()) for n in LONG},
         "repeat_rate": repeat_rate(dataset),
         "has_time": dataset.has_time,
-        "tied_in_time": dataset.tied if dataset.has_time else None,
+        "tied_in_time": dataset.tied if dataset.has_time or dataset.order is not None else None,
         "first": None if times is None else _date(times.min()),
         "last": None if times is None else _date(times.max()),
         "feedback": sorted(dataset.feedback),

@@ -29,11 +29,16 @@ __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
 PACKED_USERS = 32  # users a cell whose state is packed: its length is compared with the bytes that are reported, and
 # what is read from it, unpacked, with what was judged
 _PACKED_CHUNKS = 3  # they are drawn from so many chunks: each costs a small compress and read more
+_PACKED_OF_OTHERS = 2  # users of every other chunk that are packed where the method is not one of ours
 _USERS = 256  # a chunk
 _SCORES = 1 << 24  # catalogue scores of a chunk, at most
 
 #: What is kept of a request beside the task's own columns: name -> dtype.
 SIZES = {"bytes": np.int64, "at_floor": np.bool_}
+
+
+class BadNeeds(RuntimeError):
+    """No prefill can be made with what the methods need."""
 
 
 class Store(Protocol):
@@ -141,12 +146,12 @@ def _chunk(
 ) -> dict[str, Values]:
     """Values of the reference and of the jobs for the users of one chunk.
 
-    All jobs share what is made for them; where one has changed it, nothing of them counts, and each half of the jobs
-    gets its own, until the one that does it is alone.
+    All jobs share what is made for them; where one has changed it, or needs what cannot be had, nothing of them counts,
+    and each half of the jobs gets its own, until the one that does it is alone.
     """
     try:
         values, broken = _together(backbone, ask(), ids, jobs, seed, packed)
-    except InputChanged:
+    except (InputChanged, BadNeeds):
         if not jobs:
             raise  # the backbone itself
         if len(jobs) == 1:
@@ -177,7 +182,12 @@ def _together(
             with _noting(broken, job):
                 needs |= job.compressor.needs
         with _noting(broken, *own) if model is not backbone else contextlib.nullcontext(), undisturbed():
-            prefill = model.prefill(asked.history, ids, needs, seed)
+            try:
+                prefill = model.prefill(asked.history, ids, needs, seed)
+            except Exception as error:
+                if needs == Stats():
+                    raise
+                raise BadNeeds(f"{model.name} cannot give {needs}: {error}") from error
             full = asked.read(model, prefill.state)
             if not bool(full.isfinite().all()):
                 raise ValueError("outputs read from the full state are not finite")
@@ -190,14 +200,17 @@ def _together(
             continue
         prefill = replace(prefill, whole=whole, memo={})
         witnesses = Witnesses.of(prefill, packed)
-        given = prefill, witnesses, asked.history, asked.tokens
+        some = packed if len(packed) else torch.arange(min(_PACKED_OF_OTHERS, len(ids)))
+        watched = Witnesses.of(prefill, some) if any(_remembers(job.compressor) for job in own) else witnesses
+        given = prefill, witnesses, watched, asked.history, asked.tokens
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:
             with _noting(broken, job):
                 mine = replace(prefill, memo=memos[_remembers(job.compressor)])
                 with undisturbed():
-                    out, size = attempt(job, model, mine, asked, full, witnesses)
+                    seen = watched if _remembers(job.compressor) else witnesses
+                    out, size = attempt(job, model, mine, asked, full, seen)
                 found.append(out)
                 done.append((job, size))
         if fingerprint(given) != before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -42,11 +43,19 @@ def _sums(x: Tensor) -> Iterator[int]:
         yield zlib.crc32(part.cpu().numpy().tobytes())
 
 
+def _set_environment(was: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(was)
+
+
 #: Settings of the process, each with how it is read and put back.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch's choice of algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "the working folder": (os.getcwd, os.chdir),
+    "the environment": (lambda: dict(os.environ), _set_environment),
 }
 
 
@@ -73,8 +82,7 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(drawn[1])
         random.setstate(drawn[2])
     for name, now in changed.items():
-        raise ProcessChanged(
-            f"the method changed {name} from {before[name]} to {now}, for the whole process"
-        ) from error
+        what = "" if isinstance(now, dict) else f" from {before[name]} to {now}"
+        raise ProcessChanged(f"the method changed {name}{what}, for the whole process") from error
     if error is not None:
         raise error

@@ -69,6 +69,7 @@ def attempt(
     if type(state) is not UserState or len(state) != len(prefill.state):
         what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
         raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
+    out = full if state is prefill.state else asked.read(model, state)  # before anything tells who will be packed
     size = checked_bytes(job, prefill, state)
     blobs = [state.pack(user) for user in packed.rows.tolist()]
     for user, blob in zip(packed.rows.tolist(), blobs):
@@ -76,7 +77,6 @@ def attempt(
             raise OverBudget(f"user {user} packs to {len(blob)} bytes, nbytes() says {int(size[user])}")
     if state is prefill.state:
         return full, size
-    out = asked.read(model, state)
     if out.shape != full.shape or not bool(out.isfinite().all()):
         raise ValueError("outputs read from the compressed state are not finite")
     if packed.other is not None:

@@ -60,7 +60,11 @@ def resources(
         if samples:
             longest = samples[1] if len(samples) > 1 else None
             keep(each, {**samples[0], "longest": longest})
-    weights = {"measured_weights": "trained" if trained else "fresh"}
+    weights = {
+        "measured_weights": "trained" if trained else "fresh",
+        "measured_users": settings.users,
+        "measured_candidates": settings.candidates,
+    }
     return {each: (_both(row, row) if len(works) == 1 else row) | weights for each, row in rows.items() if row}
 
 

@@ -86,8 +86,7 @@ def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
             "logloss": metrics.logloss(scores[each], labels),
             **{f"ndcg@{k}": _mean(metrics.list_ndcg(found[each], k)) for k in metrics.CUTOFFS},
             **{f"recall@{k}": _mean(metrics.list_recall(found[each], k)) for k in metrics.CUTOFFS},
-            "agreement": _mean(values["agreement"]),
-            "logit_error": _mean(values["logit_error"]),
+            **{name: _mean(metrics.by_user(values[name], evaluation.users)) for name in ("agreement", "logit_error")},
             **across,
             "p_auc": None if same else across.get("p_auc"),
             **within,
@@ -165,11 +164,14 @@ def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray | pl.Series
 
 
 def _sizes(values: Values, evaluation: Evaluation) -> dict[str, float | None]:
-    """Bytes over the states that have a history to keep."""
+    """Bytes of each user's mean state, over the users who have a history to keep."""
     some = evaluation.length > 0
-    size, full = values["bytes"][some], evaluation.bytes_full[some]
-    if not len(size):
+    if not some.any():
         return {}
+    size, full, floor = (
+        metrics.by_user(each[some].astype(np.float64), evaluation.users[some])
+        for each in (values["bytes"], evaluation.bytes_full, values["at_floor"])
+    )
     return {
         "bytes_full": _mean(full),
         "bytes_mean": _mean(size),
@@ -177,7 +179,7 @@ def _sizes(values: Values, evaluation: Evaluation) -> dict[str, float | None]:
         "bytes_p99": float(np.percentile(size, 99)),
         "bytes_fixed": 0.0,
         "ratio": float(size.sum() / full.sum()),
-        "share_at_floor": _mean(values["at_floor"][some]),
+        "share_at_floor": _mean(floor),
     }
 
 

@@ -34,7 +34,7 @@ def run_suite(
     suite: Suite | str | Path,
     out: str | Path | None = None,
     *,
-    only: Mapping[str, str] | None = None,
+    only: Mapping[str, str | Sequence[str]] | None = None,
     dry_run: bool = False,
     fresh: bool = False,
     offline: bool = False,
@@ -52,7 +52,7 @@ def run_suite(
 def _run(
     suite: Suite | str | Path,
     out: str | Path | None,
-    only: Mapping[str, str],
+    only: Mapping[str, str | Sequence[str]],
     dry_run: bool,
     fresh: bool,
     offline: bool,
@@ -87,14 +87,14 @@ def _run(
 
 
 def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: str | Path | None = None) -> RunResult:
-    """Run a user's class (`file.py:Class`) beside the full state and the named baselines on a suite's grid.
+    """Run a user's class (`file.py:Class`) beside the full state, no history and the named baselines on a suite's grid.
 
     Uses the suite's own run folder, checkpoints and rows: only what is new is computed. A changed file is new. The
     method is checked first; where it breaks a promise of compressors, a warning and its rows' `reason` say so.
     """
     name = load_part(method)
     base = load_suite(suite)
-    wanted = ["full", name, *(each for each in against if each not in ("full", name))]
+    wanted = dict.fromkeys(["full", "none", name, *against])  # without its floor a table says nothing of headroom
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
     built = [part.build() for part in parts]  # an unknown name is an error before anything runs
     broken = [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
@@ -111,7 +111,10 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
 
     Raises ValueError where no row, or more than one, has an id that begins with `prefix`.
     """
-    rows = [row for row in read_rows(Path(run) / "rows", quarantine=False) if row["cell_id"].startswith(prefix)]
+    every = read_rows(Path(run) / "rows", quarantine=False)
+    if not every:
+        raise ValueError(f"{run} holds no rows/*.json, which say how to compute a cell again: run its suite first")
+    rows = [row for row in every if row["cell_id"].startswith(prefix)]
     if len(rows) != 1:
         raise ValueError(f"{run}: {len(rows)} rows have an id that begins with '{prefix}'; give one that is unique")
     (row,) = rows

@@ -29,9 +29,10 @@ from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, 
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
-from malloc_bench.suite.cells import Cell
+from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.suite.suite import Suite
+from malloc_bench.testing import read_alone
 from malloc_bench.training.checkpoints import Fit, copy_weights, finished
 from malloc_bench.training.fit import Training, fit, tune_malloc
 
@@ -55,6 +56,7 @@ class Session:
         self.fits: dict[str, Any] = {}
         self.ceilings: dict[str, Any] = {}
         self.files: dict[str, dict[str, str]] = {}  # cell id -> what was written of it beside its row, and the sha256
+        self.alone: set[Part] = set()  # methods whose states a fresh process has read from their bytes
         self.cut: tuple[Any, Split | Impressions] | None = None
         tune_malloc()
 
@@ -87,7 +89,11 @@ class Session:
                 why = each.cell.compressor.build().supports(backbone)
             if why is not None:
                 self._write(each, {"status": "skipped", "reason": why})
+            elif each.cell.compressor not in self.alone:
+                read_alone(each.cell.compressor.build())
+                self.alone.add(each.cell.compressor)
             return why is not None
+        return True
         return True
 
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:

@@ -124,6 +124,8 @@ def check(name: str, given: Sequence[Tensor], like: Sequence[Tensor], last: str)
         found = str(len(given)) if isinstance(given, Sequence | Tensor) else type(given).__name__
         wanted = "one or more" if given is like else len(like)
         raise ValueError(f"{name}: expected a list of one tensor a layer, {wanted}, not {found}")
+    if isinstance(given, Tensor) and given.dim() == 4:
+        raise ValueError(f"{name}: expected a list of one tensor a layer; of a single layer that is [{name}]")
     for i, (x, key) in enumerate(zip(given, like)):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             found = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

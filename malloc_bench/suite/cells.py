@@ -6,10 +6,12 @@ import hashlib
 import inspect
 import json
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,10 +130,38 @@ def _without_paths(value: Any, hashes: Mapping[str, str]) -> Any:
 
 @cache  # of the class as it was imported: its file may be edited while the class stays
 def _source_hash(cls: type) -> str:
+    """sha256 over a class's file, those of its bases, and the user's own modules that these import."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+        files = {inspect.getfile(cls)}
+        for base in cls.__mro__:
+            files |= _beside(sys.modules.get(base.__module__))
+        content = [Path(file).read_bytes() for file in sorted(files, key=lambda file: Path(file).name)]
+        return hashlib.sha256(b"\0".join(hashlib.sha256(each).digest() for each in content)).hexdigest()
     except (OSError, TypeError):
         return f"unsaved {_UNSAVED}"
+
+
+def _known(module: str) -> bool:
+    """Ours, whose versions are told, and what is installed."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    installed = not file or "site-packages" in file or file.startswith(sys.base_prefix)
+    return module.split(".")[0] == "malloc_bench" or installed
+
+
+def _beside(module: ModuleType | None) -> set[str]:
+    """Files of a module and of those of the user's that it has imported, or imported names of, and so on."""
+    found: set[str] = set()
+    todo = [module] if module is not None else []
+    while todo:
+        each = todo.pop()
+        file = getattr(each, "__file__", None)
+        if not file or file in found or _known(each.__name__):
+            continue
+        found.add(file)
+        for value in vars(each).values():
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            todo += [sys.modules[name]] if isinstance(name, str) and name in sys.modules else []
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,8 +225,12 @@ class Cell:
     @property
     def _uses_categories(self) -> bool:
         """Whether the categories of items count: also where nobody can say."""
-        wanted = any(probe.uses_categories for probe in self.backbone.probes) or not self.backbone.probes
-        return wanted or bool(getattr(self.compressor.build().needs, "categories", False))
+        if not self.backbone.probes or any(probe.uses_categories for probe in self.backbone.probes):
+            return True
+        try:
+            return bool(getattr(self.compressor.build().needs, "categories", False))
+        except (Exception, SystemExit):  # a part that fails is for its own rows to say
+            return False
 
     @property
     def id(self) -> str:

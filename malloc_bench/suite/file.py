@@ -201,6 +201,9 @@ def no_twins(where: str, values: Sequence[Any]) -> None:
 def fault(error: ValidationError, under: str = "") -> Fault:
     """The gravest problem of a suite's keys, or of the training settings `under` a key path."""
     problem = _gravest(error)
+    missing = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing" and len(each["loc"]) == 1]
+    if problem["type"] == "missing" and len(missing) > 1:
+        return Fault(under, f"missing: {', '.join(missing)}")
     where = under + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"])
     where = where.removeprefix(".")
     if problem["type"] != "extra_forbidden":

@@ -72,13 +72,14 @@ def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
 
 
 def _complete(row: Row, suite: Suite) -> bool:
-    """Whether an ok row also has what the suite wants measured: that may have been off, or done at another length."""
-    wanted = ["read_ms_p50"] * suite.measure.latency + ["peak_bytes"] * suite.measure.flops
-    if wanted:
-        wanted.append("measured_history")
-    length = suite.measure.history
-    there = all(row.get(name) is not None for name in wanted)
-    return row["status"] == "ok" and there and (not wanted or length in (None, row["measured_history"]))
+    """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
+    measure = suite.measure
+    wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
+    if row["status"] != "ok" or not wanted:
+        return row["status"] == "ok"
+    same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates
+    same = same and row.get("measured_history") is not None and measure.history in (None, row["measured_history"])
+    return same and all(row.get(name) is not None for name in wanted)
 
 
 def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:

@@ -161,20 +161,22 @@ _KEYS = {
 }
 
 
-def only(cells: Sequence[Cell], wanted: Mapping[str, str]) -> list[Cell]:
-    """The cells that have all the values wanted: a name or a label, a budget as in the suite (`none` without one).
+def only(cells: Sequence[Cell], wanted: Mapping[str, str | Sequence[str]]) -> list[Cell]:
+    """The cells that have, of each key, the value wanted or one of several: a name or a label, a budget as in the suite
 
-    Raises SuiteError for an unknown key, or a value that no cell has.
+    (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
     """
-    for key, value in wanted.items():
+    every = list(cells)
+    for key, asked in wanted.items():
+        values = [asked] if isinstance(asked, str) else list(asked)
         if key not in _KEYS:
-            raise SuiteError(f"--only {key}={value}: unknown key.{suggest(key, _KEYS)}")
-        valid = {each for cell in cells for each in _KEYS[key](cell)}
-        if value not in valid and key == "budget":
-            value = _same_budget(value)
-        if value not in valid:
-            raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(value, valid)}")
-        cells = [cell for cell in cells if value in _KEYS[key](cell)]
+            raise SuiteError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, _KEYS)}")
+        valid = {each for cell in every for each in _KEYS[key](cell)}
+        values = [_same_budget(value) if value not in valid and key == "budget" else value for value in values]
+        for value in values:
+            if value not in valid:
+                raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(value, valid)}")
+        cells = [cell for cell in cells if not set(values).isdisjoint(_KEYS[key](cell))]
     return list(cells)
 
 

@@ -86,6 +86,20 @@ def broken_promises(
     return broken
 
 
+def read_alone(compressor: Compressor) -> None:
+    """Nothing for methods of ours, which have been checked; for others, raises AssertionError where a fresh process
+
+    does not read from the bytes of their states what this one does. Some seconds.
+    """
+    parts = (compressor, *getattr(compressor, "steps", ()))
+    if all(type(part).__module__.startswith("malloc_bench.") for part in parts) or not portable(compressor):
+        return
+    for world in worlds():
+        plain = world.backbone
+        if plain is not None and not compressor.supports(plain):
+            return is_read_from_its_bytes_alone(Case(compressor, plain, _budgets(compressor, some=True)[0]))
+
+
 def check_compressor(compressor: Compressor, *, backbones: Iterable[Backbone] | None = None) -> None:
     """Run all of `compressor_checks`."""
     for check in compressor_checks(compressor, backbones=backbones):

@@ -134,7 +134,7 @@ def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> Non
     ((args, kwargs),) = calls
     assert args == ("smoke", Path("there"))
     assert kwargs == {
-        "only": {"backbone": "sasrec", "budget": "0.25"}, "dry_run": False, "fresh": True, "offline": True,
+        "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
         "device": "cpu", "quiet": False,
     }  # fmt: skip
     shown = capsys.readouterr().out
@@ -181,8 +181,8 @@ def test_failed_cells_are_listed_and_the_code_is_1(fake: Any, smoke: Any, capsys
         ("rnu", "No such command 'rnu'. Did you mean 'run'?"),
         ("run smoke --offlin", "No such option: --offlin (Possible options: --offline)"),
         ("run smoke --device tpu", "Invalid value for '--device': 'tpu' is not one of 'auto', 'cpu', 'cuda'."),
-        ("run smoke --only backbone", "--only backbone: expected KEY=VALUE, each key once"),
-        ("run smoke --only seed=0 --only seed=1", "--only seed=0 seed=1: expected KEY=VALUE, each key once"),
+        ("run smoke --only backbone", "--only backbone: expected KEY=VALUE, as in dataset=ml-1m,family=eviction"),
+        ("run smoke --only seed=0,1", "--only seed=1: no cell of the suite has it. Valid: 0."),
         ("run smoke --only sed=0", "--only sed=0: unknown key. Did you mean 'seed'?"),
         ("run smok", "smok: neither a file nor a shipped suite. Did you mean 'smoke'?"),
         ("run bad.yaml", "bad.yaml: budgts: unknown key. Did you mean 'budgets'?"),
@@ -394,7 +394,7 @@ def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.Monk
     Path("mine.py").write_text(METHOD)
     assert cli.main(["compare", "mine.py:Newest", "--suite", "mine.yaml", "--against", "snapkv"]) == 0
     shown = capsys.readouterr().out
-    assert "1 ok, 0 skipped, 0 failed, 2 done before" in shown
+    assert "1 ok, 0 skipped, 0 failed, 3 done before" in shown  # the full state, no history, snapkv
     assert "newest" in shown
     assert "int8" not in shown
 

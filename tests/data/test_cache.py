@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from malloc_bench.data import files, get_dataset
+from malloc_bench import files
+from malloc_bench.data import get_dataset
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_no_damage_to_about_is_believed(toy, tmp_path, caplog):
         caplog.clear()
         again = get_dataset(toy)
         assert (again.hash, again.notes) == (first.hash, {}), each
-        [line] = caplog.records
+        [line] = [record for record in caplog.records if record.name == "malloc_bench.data.load"]
         assert "is damaged and will be made again" in line.getMessage()
         assert about.read_bytes() == good
 
@@ -89,9 +90,9 @@ def test_what_dead_processes_leave_is_removed(toy, tmp_path):
         os.utime(part, (time.time() - age,) * 2)
         return part
 
-    gone = [leave(f"{folder.name}.{host}-{dead.pid}-00"), leave(f"{folder.name}.elsewhere-1-00", 2 * files.DAY)]
-    gone.append(leave(f"{folder.name}.abcd1234", 2 * files.DAY))  # as an older version named it
-    kept = [leave(f"{folder.name}.{host}-{os.getpid()}-00", 2 * files.DAY), leave(f"{folder.name}.elsewhere-1-01")]
+    gone = [leave(f"{folder.name}.{host}-{dead.pid}-00"), leave(f"{folder.name}.elsewhere-1-00", 2 * 86400)]
+    gone.append(leave(f"{folder.name}.abcd1234", 2 * 86400))  # as an older version named it
+    kept = [leave(f"{folder.name}.{host}-{os.getpid()}-00", 2 * 86400), leave(f"{folder.name}.elsewhere-1-01")]
     kept.append(leave(f"another-target.{host}-{dead.pid}-00"))
     shutil.rmtree(folder)
     get_dataset(toy)

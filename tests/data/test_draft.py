@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import io
 import json
 import zipfile
 
@@ -32,6 +33,11 @@ def zipped(path, **members):
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in members.items():
             archive.writestr(name, text)
+
+
+def zip_of(members):
+    zipped(stream := io.BytesIO(), **members)
+    return stream.getvalue()
 
 
 def write(folder, name):
@@ -110,6 +116,33 @@ def test_what_could_not_be_told_is_said_and_written_down(tmp_path):
     assert (data.n_users, data.n_events, data.has_time) == (len(set(USERS)), N, False)
 
 
+@pytest.mark.parametrize(
+    "names, guesses",
+    [
+        ("user,title,rating,timestamp", ["item: title"]),
+        ("user_name_2,item_description,stars,ts", ["item: item_description", "user: user_name_2"]),
+        ("UserID,item,my_rating,event_date", ["rating: my_rating", "time: event_date"]),
+        ("author,isbn,Rating,When", ["time: When", "user: author"]),
+        ("user_id:token,item_id:token,rating:float,timestamp:float", []),
+    ],
+)
+def test_a_column_found_by_a_part_of_its_name_is_said_to_be_a_guess(names, guesses, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(lines(f"{names}\n", "{},{},{},{}", USERS, ITEMS, STARS, TIMES))
+    _, doubts = draft(path)
+    start, part = "which column is the ", " is a guess, by its name"
+    assert sorted(each.removeprefix(start).replace(part, "") for each in doubts if part in each) == guesses
+    assert len(doubts) == len(guesses)
+
+
+def test_hidden_files_of_a_zip_are_passed_over(tmp_path):
+    path = tmp_path / "pack.zip"
+    table = write(tmp_path, "plain.csv").read_text()
+    zipped(path, **{"a/log.csv": table, "a/.DS_Store": "x" * 10**6, ".git/config": "", "__MACOSX/a/._log.csv": ""})
+    card, doubts = draft(path)
+    assert not doubts and get_dataset(card).n_events == N
+
+
 def test_clicks_are_feedback_and_numbers_that_are_no_time_give_the_order(tmp_path):
     path = tmp_path / "clicks.csv"
     path.write_text(lines("user,item,is_click,time\n", "{},{},{},{}", USERS, ITEMS, CLICKS, range(N)))
@@ -136,6 +169,10 @@ def test_where_a_card_goes(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"\xef\xbb\xbf", "the file is empty"),
+        ("a.csv", b"\xef\xbb\xbf\r\n \n", "the file is empty"),
+        ("a.csv", b"\xff\xfe", "the file is empty"),
+        ("a.zip", zip_of({".DS_Store": b"x", "__MACOSX/a": b"y"}), "no plain file is in it"),
         ("a.csv", b"a\nb\nc\n", "no separator of columns"),
         ("a.csv", b"user,user\n1,2\n", "names a column twice"),
         ("a.bin", bytes(range(256)) * 9, "neither text nor a table"),

@@ -89,6 +89,14 @@ def test_a_frame_may_have_a_name_and_nothing_but_ids():
         (FRAME, {"name": "a/b"}, "is named by letters"),
         (FRAME, {"label": {"column": "ratin"}}, "label: no feedback is called 'ratin'. Did you mean 'rating'?"),
         (FRAME.head(0), {}, ""),
+        *[
+            (
+                FRAME.with_columns(pl.Series(column, [object()] * 6, dtype=pl.Object)),
+                {},
+                f"{column} holds Python objects",
+            )
+            for column in ("who", "what", "when", "stars", "click")
+        ],
         ([1, 2], {}, "expected a frame of polars or pandas, not list"),
         (None, {}, "not NoneType"),
     ],

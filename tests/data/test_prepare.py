@@ -58,6 +58,52 @@ def test_it_is_as_grouping_all_rows_at_once(make_card, tmp_path, monkeypatch, sm
     assert data.source == f"local {tmp_path / 'a'} and 1 more"
 
 
+@pytest.mark.parametrize("small", [(10**6, 10**6, 10**6), (1, 11, 100)], indirect=True)
+@pytest.mark.parametrize("format, suffix", [("reczoo-microvideo", "csv"), ("parquet-ordered", "parquet")])
+def test_events_of_equal_order_are_in_an_order_that_says_nothing(
+    make_card, tmp_path, monkeypatch, small, format, suffix
+):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    users, items, order = rng.integers(0, 9, 700), rng.integers(0, 90, 700), rng.integers(0, 40, 700)
+    clock = "timestamp" if suffix == "csv" else "position"
+
+    def read(order, on_bad=None, name="a"):
+        frame = pl.DataFrame({"user_id": users, "item_id": items, clock: order, "is_click": np.ones(700, int)})
+        getattr(frame, f"write_{suffix}")(tmp_path / name)
+        return get_dataset(make_card(sources=[{"local": name}], format=format, on_bad=on_bad or {}))
+
+    data = read(order)
+    expected = group(load_card("toy"), Rows(users, items, order, False, data.feedback), "")
+    assert data.hash == expected.hash and data.times is None and data.order.dtype == np.int64
+    assert (data.items.tolist(), data.order.tolist()) == (expected.items.tolist(), expected.order.tolist())
+    for user in range(9):
+        rows = slice(*data.offsets[user : user + 2])
+        places = np.unique(order[users == user], return_inverse=True)[1]
+        assert data.order[rows].tolist() == sorted(places)
+        found = sorted(zip(data.order[rows].tolist(), (data.items[rows] - 1).tolist()))
+        assert found == sorted(zip(places.tolist(), np.searchsorted(data.item_ids, items[users == user]).tolist()))
+    again = read(order)  # from what was prepared
+    assert again.hash == data.hash and again.order.tolist() == data.order.tolist() and again.tied == data.tied > 0.3
+    assert read(3 * order + 1, name="b").hash == data.hash  # whatever it counts by
+    kept = read(order, {"ties": "keep"})
+    by_file = np.lexsort((order, users))
+    assert data.item_ids[kept.items - 1].tolist() == items[by_file].tolist() != data.item_ids[data.items - 1].tolist()
+    assert kept.order.tolist() == data.order.tolist()
+
+
+@pytest.mark.parametrize("small", [(10**6, 10**6, 10**6), (1, 11, 100)], indirect=True)
+def test_an_order_without_ties_is_the_order_of_the_rows_and_no_more(make_card, tmp_path, monkeypatch, small):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    users, items, order = rng.integers(0, 9, 300), rng.integers(0, 90, 300), rng.permutation(300)
+    frame = pl.DataFrame({"user_id": users, "item_id": items, "timestamp": order, "is_click": items % 2})
+    frame.write_csv(tmp_path / "a")
+    frame.sort("timestamp").select("user_id", "item_id", "is_click").write_csv(tmp_path / "b")
+    data = get_dataset(make_card(sources=[{"local": "a"}], format="reczoo-microvideo"))
+    table = {"user": "user_id", "item": "item_id", "feedback": "is_click", "ids": "number"}
+    rows = get_dataset(make_card(sources=[{"local": "b"}], format="table", table=table))
+    assert data.hash == rows.hash and data.order is None and data.tied == 0
+
+
 @pytest.mark.parametrize("small", [(50, 37, 300)], indirect=True)
 def test_string_ids_are_their_places_among_the_sorted_strings(make_card, tmp_path, monkeypatch, small):
     monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))

@@ -14,7 +14,7 @@ from malloc_bench import registry
 from malloc_bench.backbones.sasrec import SASRec
 from malloc_bench.compressors import get_compressor
 from malloc_bench.compressors.selection import Eviction
-from malloc_bench.registry import register
+from malloc_bench.registry import load_part, register
 from malloc_bench.results import read_rows
 from malloc_bench.run.runner import compare, run_suite
 from malloc_bench.state import Prefill
@@ -109,7 +109,7 @@ def test_compare_marks_a_method_that_breaks_a_promise(
     Path("mine.py").write_text(MINE)
     Path("tiny.yaml").write_text(SUITE.format(backbones=f"[{{sasrec: {SMALL}}}]", compressors="[full, recent]"))
     result = compare("mine.py:Mine", "tiny.yaml")
-    assert (result.ok, result.exit_code) == (2, 0)
+    assert (result.ok, result.exit_code) == (3, 0)  # no history too
     rows = {row["compressor"]: row for row in read_rows(Path("runs/tiny/rows"))}
     assert rows["full"]["reason"] is None and rows["mine"]["ndcg@10"] is not None
     assert rows["mine"]["reason"].startswith("breaks ") and "ignores_the_batch" in rows["mine"]["reason"]
@@ -133,3 +133,63 @@ def test_scores_that_are_no_numbers_fail_the_cell(tmp_path: Path) -> None:
     register("nothing")(Nothing)
     code, rows = rows_of(tmp_path, ["sasrec"], ["full", "nothing"])
     assert code == 1 and "scores of real slots are NaN or infinite" in rows["sasrec", "nothing"]["reason"]
+
+
+VAULT = """
+from dataclasses import dataclass
+
+import torch
+
+from malloc_bench import register
+from malloc_bench.compressors import Encoder
+from malloc_bench.compressors.base import map_vectors
+from malloc_bench.state import Vectors
+from malloc_bench.state.vectors import Ragged, all_rows
+
+VAULT = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Hollow(Vectors):
+    key: torch.Tensor  # [B, 1, 1, 1]
+    like: tuple
+
+    @property
+    def shape(self):
+        return (len(self.key), *self.like)
+
+    def dense(self):
+        return torch.stack([VAULT[int(key)] for key in self.key.flatten()])
+
+    def parts(self, count):
+        yield Ragged(self.key, all_rows(self.key))
+
+    def load(self, read, count):
+        return Hollow(read(self.key, all_rows(self.key)), self.like)
+
+
+@register("vault")
+@dataclass(frozen=True)
+class Keeps(Encoder):
+    def encode(self, state):
+        def hidden(name, segment):
+            x = segment.fields[name].dense()
+            first = len(VAULT)
+            VAULT.update({first + i: row for i, row in enumerate(x)})
+            return Hollow(torch.arange(first, first + len(x)).view(-1, 1, 1, 1), tuple(x.shape[1:]))
+
+        return map_vectors(state, hidden)
+
+    def cost(self, layout, n, length):
+        return layout.beside(n, length) + 8 * len(layout.vectors)
+"""
+
+
+def test_a_vault_in_a_module_is_found_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process it reads whatever template its bytes are unpacked into; a fresh one has never seen the users."""
+    (tmp_path / "vault.py").write_text(VAULT)
+    load_part(f"{tmp_path / 'vault.py'}:Keeps")
+    code, rows = rows_of(tmp_path, ["sasrec"], ["full", "vault", "recent"])
+    assert code == 1 and rows["sasrec", "vault"]["status"] == "failed"
+    assert "a fresh process cannot read the bytes" in rows["sasrec", "vault"]["reason"]
+    assert rows["sasrec", "recent"]["status"] == rows["sasrec", "full"]["status"] == "ok"

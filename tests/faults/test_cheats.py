@@ -5,6 +5,7 @@ Each flawed method runs between sound ones, whose values must be those that they
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
@@ -416,6 +417,8 @@ HARM = {
     "dtype": (lambda: torch.set_default_dtype(torch.float64), "torch's default dtype from torch.float32 to"),
     "threads": (lambda: torch.set_num_threads(3), "torch's number of threads from"),
     "precision": (lambda: torch.set_float32_matmul_precision("medium"), "torch's matmul precision from highest"),
+    "folder": (lambda: os.chdir("/"), "the working folder from"),
+    "environment": (lambda: os.environ.update(MALLOC_BENCH_HOME="/nowhere"), "the environment, for the whole process"),
 }
 
 
@@ -514,3 +517,8 @@ def test_a_backbone_whose_outputs_are_no_numbers(split: Split) -> None:
 
 def test_the_reference_is_there(want: Evaluation) -> None:
     assert want.values.keys() == {REFERENCE, *(each.id for each in SOUND)} and not want.failed
+
+
+def test_a_method_whose_needs_cannot_be_met(split: Split, backbone: Backbone, want: Evaluation) -> None:
+    """It alone: all others share the prefill that it asks for."""
+    assert "cannot give" in failure(get_compressor("snapkv", window=2**62), split, backbone, want)

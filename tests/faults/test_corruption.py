@@ -43,8 +43,8 @@ measure: {latency: true, flops: false, history: 12, users: 2, seconds: 0.001}
 """
 
 
-class Killed(BaseException):
-    pass
+class Killed(KeyboardInterrupt):
+    """Nothing that fails takes this for a failure of its own."""
 
 
 @cache
@@ -141,7 +141,7 @@ def corrupt(path: Path, files: list[Path], draw: random.Random) -> str:
     return way
 
 
-TIMES = ("_ms_", "created_at", "digest", "train_seconds", "load", "hashes")
+TIMES = ("_ms_", "read_ratio", "timing", "created_at", "digest", "train_seconds", "load", "hashes")
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,15 @@ def test_flops_stand_in_for_latency(board):
 def test_without_any_cost_of_a_read_no_panel_shows_it(board):
     nothing = pl.lit(None, pl.Float64)
     figure = figures.pareto_figure(board.with_columns(read_ms_p50=nothing, read_flops=nothing), "x")
-    assert [axes.get_title() for axes in figure.axes] == ["Accuracy against memory", "Fidelity against memory"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Accuracy against memory", "Overlap@10 with the full state against memory",
+    ]  # fmt: skip
+
+
+def test_ratios_to_the_full_state_stand_before_milliseconds(board):
+    """Milliseconds on the wall tell a busy machine's mood."""
+    figure = figures.pareto_figure(board.with_columns(read_ratio=pl.col("read_ms_p50") / 2), "x")
+    assert figure.axes[2].get_xlabel() == "read (× full)"
 
 
 def test_methods_of_a_family_have_their_own_markers_and_labels(board):

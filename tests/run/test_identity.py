@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,41 @@ def test_one_suite_object_sees_a_file_that_changes_between_two_runs(world: World
         (world.folder / "book.txt").write_text(text)
         seen.append(suite._anew([part])[0].content["files"])
     assert seen[0] != seen[1]
+
+
+HELPED = """
+from dataclasses import dataclass
+
+import helper_of_mine
+from malloc_bench import register
+from malloc_bench.compressors import Eviction
+
+
+@register("helped")
+@dataclass(frozen=True)
+class Helped(Eviction):
+    def scores(self, prefill, layer):
+        return helper_of_mine.scores(prefill, layer)
+"""
+HELPER = "def scores(prefill, layer):\n    return SIGN * prefill.keys(layer).norm(dim=-1)\n"
+
+
+def test_a_module_that_a_methods_file_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text(HELPED)
+    found = []
+    for sign in ("1", "-1"):
+        (tmp_path / "helper_of_mine.py").write_text(HELPER.replace("SIGN", sign))
+        sys.modules.pop("helper_of_mine", None)
+        importlib.invalidate_caches()
+        registry.load_part(f"{tmp_path / 'mine.py'}:Helped")
+        found.append(cells.Part("helped").content["source"])
+    assert found[0] != found[1]
+
+
+def test_another_workload_is_measured_again(world: World) -> None:
+    workloads = [{"latency": False, "users": 2}, {"latency": False, "users": 2, "candidates": 5}]
+    flops = [world.run(measure=workload)[1]["read_flops"] for workload in workloads]
+    assert flops[1] > flops[0]
+    assert world.run(measure=workloads[1])[0].reused == 1

@@ -12,7 +12,7 @@ import numpy as np
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.batch import Batch
 from malloc_bench.data.formats.formats import Layout
-from malloc_bench.data.formats.lines import BREAK, CUT, INNER, Lines, records, restored
+from malloc_bench.data.formats.lines import CUT, Lines, records, restored
 from malloc_bench.data.formats.table import MOST_COLUMNS
 from malloc_bench.data.sources.archive import PACKED, Part, blocks
 
@@ -41,7 +41,7 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
             fields = list(layout.columns or ())
             if layout.columns is None:
                 told = text_of(lines.text.partition(b"\n")[0], part.name, 1).rstrip("\r")
-                fields = [restored(field, separator) for field in told.split(sign)]
+                fields = [restored(field, separator, lines.signs) for field in told.split(sign)]
                 lines = lines.without_first()
             places = dict(zip(names, _places(fields, names, part.name, layout)))
             width, told = len(fields), f"has not {len(fields)} columns: {_listed(fields)}"
@@ -131,14 +131,14 @@ def _batch(
         fields = listed.str.split_exact(sign, width).struct.unnest()  # one more: null unless a row is too long
         broken = (fields[f"field_{width}"].is_not_null() | fields[f"field_{width - 1}"].is_null()).to_numpy()
         found = {name: fields[f"field_{at}"] for name, at in places.items()}
-    if lines.quoted:
+    if lines.signs:
         texts = {name: raw for name, raw in found.items() if raw.dtype == pl.String}
-        for sign_, stood in ((INNER, separator), (BREAK, "\n")):
+        for sign_, stood in zip(lines.signs, (separator, "\n")):
             texts = {name: raw.str.replace_all(sign_, stood, literal=True) for name, raw in texts.items()}
         found |= texts
 
     def said(at: int) -> str:
-        return f"{restored(listed[at], separator).replace(CUT, separator)[:80]!r} {why}"
+        return f"{restored(listed[at], separator, lines.signs).replace(CUT, separator)[:80]!r} {why}"
 
     return Batch(file, lines.rows, found, broken, said)
 

@@ -44,6 +44,11 @@ class Layout:
         return self.unit != "order" and (self.time is not None or self.times_in)
 
     @property
+    def ranked(self) -> bool:
+        """A column gives the order of events, but no times."""
+        return self.unit == "order" and self.time is not None
+
+    @property
     def per_second(self) -> int:
         """What events are ordered by is finer than the seconds that are kept."""
         return {"ms": 1000, "s.fraction": 1000, "us": 10**6, "iso": 10**6, "ns": 10**9}.get(self.unit, 1)

@@ -48,7 +48,7 @@ def _one_by_one(block: bytes, file: str, row: int, names: Sequence[str]) -> Batc
     broken = np.zeros(len(lines), bool)
     for at, line in enumerate(lines):
         try:
-            each = json.loads(line, parse_int=str)  # an id may have any number of digits
+            each = json.loads(line, parse_int=_whole, object_pairs_hook=_first)
         except (ValueError, RecursionError):
             each = None
         broken[at] = not isinstance(each, dict) or any(isinstance(each.get(name), (list, dict)) for name in names)
@@ -57,9 +57,19 @@ def _one_by_one(block: bytes, file: str, row: int, names: Sequence[str]) -> Batc
     return Batch(file, row, columns, broken, lambda at: f"{lines[at][:80]!r} is no JSON object of {', '.join(names)}")
 
 
+def _first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a key that stands there twice the first value counts, as polars has it."""
+    return dict(reversed(pairs))
+
+
+def _whole(digits: str) -> str:
+    """A whole number as text: an id may have any number of digits; -0 is 0, as polars has it."""
+    return "0" if digits == "-0" else digits
+
+
 def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value if value is None else value.encode("utf-8", "replace").decode()  # half a surrogate is no text
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # as polars has it
+    if isinstance(value, float):
+        return np.format_float_positional(value, trim="-")  # as polars has it
     return str(value).lower() if isinstance(value, bool) else str(value)

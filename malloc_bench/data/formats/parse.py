@@ -5,6 +5,7 @@ What a kind of file looks like is said in its own module: each gives batches of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from malloc_bench.data.sources.archive import Part, head
 
 if TYPE_CHECKING:
     import polars as pl
+
+log = logging.getLogger(__name__)
 
 BLOCK = 8 << 20  # bytes of text at a time: small enough that memory is used again, not asked for
 KINDS: dict[str, Callable[[Part, Layout, Mapping[str, Any], int], Iterator[Batch]]] = {
@@ -49,6 +52,7 @@ class Reader:
     keep: Sequence[str] | None = None
     starts: list[tuple[int, str, Rows]] = field(default_factory=list)  # (first event, part, rows) of each batch
     events: int = 0
+    latest: int = -1  # what the last event so far is ordered by
     absent: frozenset[str] = frozenset()  # optional feedback that the files turned out not to have
 
     @property
@@ -60,8 +64,14 @@ class Reader:
     def frames(self, parts: Sequence[Part]) -> Iterator[pl.DataFrame]:
         """Frames of `user`, `item` (Int64 or String), `order` (Int64) and the feedback (Float32), in file order.
 
-        Raises DataError with file, row and value where a policy rejects what is met.
+        Warns of times that are none. Raises DataError with file, row and value where a policy rejects what is met.
         """
+        yield from self._frames(parts)
+        kept = self.judge.answer("bad_time") == "keep"
+        if self.layout.has_time and not kept and (doubt := times.all_in_1970(self.latest, self.layout)):
+            log.warning("%s: %s: %s", parts[0].name, self.layout.time or "time", doubt)
+
+    def _frames(self, parts: Sequence[Part]) -> Iterator[pl.DataFrame]:
         if self.layout.lines == "history":
             yield from self._events(histories(parts, self.layout, self.judge, BLOCK), parts[0].name)
             return
@@ -88,6 +98,7 @@ class Reader:
             self.starts.append((self.events, batch.file, rows if late or not len(frame) else row_of(rows, 0)))
             if len(frame):
                 self.events += len(frame)
+                self.latest = max(self.latest, int(frame["order"].max()))  # type: ignore[arg-type]
                 yield frame
         if empty:
             raise DataError(f"{file}: the file is empty")

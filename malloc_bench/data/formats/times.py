@@ -125,6 +125,15 @@ def shown(value: float, layout: Layout) -> str:
     return f"{np.datetime64(int(value), 'us')} UTC" if layout.unit == "iso" else str(value)
 
 
+def all_in_1970(latest: int, layout: Layout) -> str | None:
+    """What is said of a file whose last time (in `ordered`'s unit) is that early: no unit known here fits it."""
+    unit = "s" if layout.unit == "s.fraction" else layout.unit
+    if unit not in PER_SECOND or not 0 <= latest < FIRST_YEAR * layout.per_second:
+        return None
+    hint = "Dates as text have unit iso; unit order takes numbers for an order and nothing more"
+    return f"as {unit} all times lie in 1970: are they days, or dates as numbers (20240229)? {hint}"
+
+
 def other_unit(raw: pl.Series, layout: Layout) -> str | None:
     """What is said of times that fit another unit than theirs: seconds as ms are 1970, ms as seconds beyond 2100."""
     unit = "s" if layout.unit == "s.fraction" else layout.unit

@@ -92,11 +92,22 @@ class _Gzip(gzip.GzipFile):
             raise DataError(f"{self.path.name}: over {self.most} bytes from {self.path.stat().st_size}: a gzip bomb?")
 
 
+def visible(names: Sequence[str]) -> list[str]:
+    """The files of an archive without folders and what systems leave there: hidden files, those of __MACOSX/."""
+    return [
+        name
+        for name in names
+        if not name.endswith("/")
+        and not name.startswith("__MACOSX/")
+        and not any(part.startswith(".") and part != "." for part in name.split("/"))
+    ]
+
+
 def _only(archive: str, names: Sequence[str]) -> str:
     """The one data file of an archive."""
-    data = [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    data = visible(names)
     if len(data) != 1:
-        raise DataError(f"{archive} holds {len(data)} files: name one as member, of {', '.join(data[:5])}")
+        raise DataError(f"{archive} holds {len(data)} files: name one as member, of {', '.join((data or names)[:5])}")
     return data[0]
 
 

@@ -167,9 +167,9 @@ def only(dataset: Dataset, keep: np.ndarray) -> Dataset:
     if keep.all():
         return dataset
     offsets = np.concatenate(([0], np.cumsum(keep)))[dataset.offsets]
-    times = None if dataset.times is None else dataset.times[keep]
+    times, order = (None if column is None else column[keep] for column in (dataset.times, dataset.order))
     feedback = {name: column[keep] for name, column in dataset.feedback.items()}
-    return replace(dataset, offsets=offsets, items=dataset.items[keep], times=times, feedback=feedback)
+    return replace(dataset, offsets=offsets, items=dataset.items[keep], times=times, order=order, feedback=feedback)
 
 
 def k_core(dataset: Dataset, k: int) -> Dataset:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from malloc_bench.data.formats.lines import CUT, records, restored
+from malloc_bench.data.formats.lines import CONTROLS, CUT, PRIVATE, records, restored
 from malloc_bench.data.sources.archive import Part, blocks
 
 
@@ -21,11 +21,11 @@ def fields(text: bytes, separator=",", size=1 << 20, most=1 << 20):
         rows += [lines.rows + i if isinstance(lines.rows, int) else int(lines.rows[i]) for i in range(lines.count)]
         for line in told:
             each = line.removesuffix("\r").split(sign)
-            found.append([restored(field, separator) for field in each] if lines.quoted else each)
+            found.append([restored(field, separator, lines.signs) for field in each])
     return rows, found
 
 
-records_ = st.lists(st.lists(st.text('ab",;\n é', max_size=5), min_size=2, max_size=2), min_size=1, max_size=8)
+records_ = st.lists(st.lists(st.text('ab",;\n é\x1e\x1f', max_size=5), min_size=2, max_size=2), min_size=1, max_size=8)
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,6 +55,14 @@ def test_well_formed_quotes_are_read_as_csv_reads_them(rows, separator, end, siz
 )
 def test_quotes_that_are_not_as_they_should_be(text, expected):
     assert fields(text.encode())[1] == expected
+
+
+@pytest.mark.parametrize("taken", [CONTROLS, CONTROLS[:1], CONTROLS + [chr(c) for c in PRIVATE[:9]]])
+@pytest.mark.parametrize("other", ['"c,\nd"', 'c" d'])
+def test_whatever_signs_stand_in_a_block_are_themselves(taken, other):
+    text = "".join(f"a{sign}b,1\n" for sign in taken) + '"a,b",2\n"a\nb",3\n' + f"{other},4\n"
+    found = fields(text.encode())[1]
+    assert [field for field, _ in found] == [f"a{sign}b" for sign in taken] + ["a,b", "a\nb", other.strip('"')]
 
 
 def test_two_signs_separate():

@@ -130,10 +130,19 @@ def test_units_and_the_wrong_ones(tmp_path, unit, per_second):
                 read(tmp_path, ("log", data), time="ts", unit=other)
 
 
-def test_times_near_1970_are_let_alone(tmp_path):
-    text = b"uid,sku,ts\n1,2,100\n1,3,200\n"
-    for unit in ("s", "ms", "us", "ns"):
-        assert len(read(tmp_path, ("log", text), time="ts", unit=unit)) == 2
+@pytest.mark.parametrize("first, last", [(100, 200), (19_000, 20_000), (20240101, 20241231)])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_times_near_1970_are_let_alone_but_not_without_a_word(tmp_path, caplog, first, last, unit):
+    text = f"uid,sku,ts\n1,2,{first}\n1,3,{last}\n".encode()
+    assert len(read(tmp_path, ("log", text), ("b", text), time="ts", unit=unit)) == 4
+    [line] = caplog.messages
+    assert line.startswith(f"log: ts: as {unit} all times lie in 1970: are they days")
+    caplog.clear()
+    late = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit] * 1_600_000_000
+    read(tmp_path, ("log", text + f"1,4,{late}\n".encode() * 3), time="ts", unit=unit)  # some are early: so they are
+    read(tmp_path, ("log", text), time="ts", unit="order")
+    read(tmp_path, ("log", text), time="ts", unit=unit, on_bad={"bad_time": "keep"})
+    assert not caplog.messages
 
 
 ISO = {

@@ -93,9 +93,14 @@ def test_small_files_may_unpack_to_many_times_their_size(tmp_path):
 
 
 def test_a_zip_of_one_file_needs_no_member(tmp_path, make_zip):
-    (tmp_path / "f.zip").write_bytes(make_zip(**{"a/log.csv": b"yes", "__MACOSX/._log.csv": b""}))
+    (tmp_path / "f.zip").write_bytes(
+        make_zip(**{"a/log.csv": b"yes", **dict.fromkeys(("__MACOSX/._log.csv", ".DS_Store", "a/.cache/x"), b"")})
+    )
     with open_parts([tmp_path / "f.zip"]) as [part]:
         assert read_whole(part) == b"yes" and part.name == "f.zip/a/log.csv"
+    (tmp_path / "f.zip").write_bytes(make_zip(**{"./log.csv": b"yes"}))
+    with open_parts([tmp_path / "f.zip"]) as [part]:
+        assert read_whole(part) == b"yes"
     (tmp_path / "f.zip").write_bytes(make_zip(a=b"", b=b""))
     with (
         pytest.raises(DataError, match=r"f.zip holds 2 files: name one as member, of a, b"),

@@ -95,6 +95,20 @@ def test_a_state_holds_only_what_is_strictly_older_than_its_candidates(rule, neg
     assert held > 100
 
 
+@pytest.mark.parametrize("rule", [LeaveOneOut, Ratio])
+@pytest.mark.parametrize("negatives", [0, 1])
+@pytest.mark.parametrize("core", [1, 3])
+def test_so_it_is_of_events_of_equal_order_where_there_are_no_times(rule, negatives, core):
+    timed = world(n_items=20)
+    timed = replace(timed, times=timed.times // 40_000)
+    ordered = replace(timed, times=None, order=timed.times)
+    assert ordered.tied == timed.tied > 0.3
+    one, other = (expose(data, rule(k_core=core), negatives, 8, 0) for data in (timed, ordered))
+    assert other.before.tolist() == one.before.tolist() and len(one.test) > 10
+    for name in ("users", "at", "start", "stop"):
+        assert getattr(other.test, name).tolist() == getattr(one.test, name).tolist()
+
+
 @pytest.mark.parametrize("stars", [True, False])
 @pytest.mark.parametrize("negatives", [1, 3])
 def test_each_liked_event_comes_with_items_that_were_not_liked(stars, negatives):
