@@ -90,16 +90,66 @@ def test_int8():
         assert bool((error <= scale[user, :, :n] * 1.07).all()) and float(error.mean()) < float(scale.mean()) / 10
 
 
+def best(matrix, rank):
+    """The nearest matrix of a rank, by Eckart and Young."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_svd(rank):
+@pytest.mark.parametrize(
+    "share, dtype", [("all", "float32"), ("all", "float16"), ("layer", "float32"), ("none", "float32")]
+)
+def test_svd(share, dtype, rank):
     prefill = prefill_of()
-    state = get_compressor("svd", rank=rank).compress(prefill)
-    for name, x in (("keys", prefill.keys(1)), ("values", prefill.values(1))):
-        got = state.layers[1][0].fields[name].dense()
+    state = get_compressor("svd", rank=rank, share=share, dtype=dtype).compress(prefill)
+    for user, n in enumerate(COUNTS):
+        full = [x[user, :, :n].double() for i in prefill.layers for x in (prefill.keys(i), prefill.values(i))]
+        if share == "none":
+            want = [best(x, rank) for x in full]
+        else:
+            wide = [x.transpose(0, 1).reshape(n, 8) for x in full]
+            groups = [torch.cat(wide, 1)] if share == "all" else [torch.cat(wide[i : i + 2], 1) for i in (0, 2)]
+            near = torch.cat([best(x, rank) for x in groups], 1)
+            want = [x.reshape(n, 2, 4).transpose(0, 1) for x in near.split(8, 1)]
+        got = [v.dense()[user, :, :n].double() for s in state.segments() for v in s.fields.values()]
+        for x, y in zip(got, want, strict=True):
+            close(x, y, f"user {user}", 1e-4 if dtype == "float32" else 2e-3)
+
+
+def test_svd_bytes():
+    """14 slots of 2 layers, 2 fields, 2 heads, width 4: one factor for all, one for each layer, one for each head."""
+    prefill = prefill_of()
+    size = {"all": 8 + 8 + 6 * (14 + 32), "layer": 8 + 2 * (8 + 6 * (14 + 16)), "none": 8 + 4 * (8 + 6 * 2 * (14 + 4))}
+    for share, expected in size.items():
+        assert int(get_compressor("svd", rank=3, share=share).compress(prefill).nbytes()[3]) == expected
+
+
+@pytest.mark.parametrize("share", ["all", "none"])
+def test_a_shared_factor_is_loaded_once_and_read_by_all(share):
+    prefill = prefill_of()
+    state = get_compressor("svd", rank=3, share=share).compress(prefill)
+    back = state.take(torch.tensor([0])).unpack([state.pack(u) for u in range(4)])
+    lefts = {id(v.left) for s in back.segments() for v in s.fields.values()}
+    assert len(lefts) == (1 if share == "all" else 4)
+    q = torch.randn(4, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(state.segments(), back.segments(), strict=True):
+        for name, vectors in one.fields.items():
+            read, dense = other.fields[name].dot(q), q @ vectors.dense().mT
+            for user, n in enumerate(COUNTS):
+                close(read[user, ..., :n], dense[user, ..., :n], name, 1e-5)
+
+
+def test_svd_of_heads_that_keep_slots_of_their_own_shares_over_fields_only():
+    prefill = prefill_of()
+    kept = get_compressor("knorm").compress(prefill, Budget(slots=5))
+    state = get_compressor("svd", rank=2, dtype="float32").encode(kept)
+    for full, segment in zip(kept.segments(), state.segments(), strict=True):
         for user, n in enumerate(COUNTS):
-            u, s, v = torch.linalg.svd(x[user, :, :n].double(), full_matrices=False)
-            want = (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
-            close(got[user, :, :n].double(), want, f"{name} of user {user}", 1e-4)
+            n = min(n, 5)
+            wide = torch.cat([full.fields[name].dense()[user, :, :n].double() for name in ("keys", "values")], -1)
+            got = torch.cat([segment.fields[name].dense()[user, :, :n] for name in ("keys", "values")], -1)
+            close(got.double(), best(wide, 2), f"user {user}", 1e-4)
 
 
 def test_errors_fall_with_bits_and_rank():
@@ -110,7 +160,10 @@ def test_errors_fall_with_bits_and_rank():
         got = get_compressor(name, **params).compress(prefill).layers[0][0].fields["keys"].dense()
         return float(((got - x) * real).norm())
 
-    for errors in ([error("kivi", bits=b) for b in (2, 4, 8)], [error("svd", rank=r) for r in (1, 2, 3, 4)]):
+    for errors in (
+        [error("kivi", bits=b) for b in (2, 4, 8)],
+        [error("svd", rank=r, share="none") for r in (1, 2, 3, 4)],
+    ):
         assert all(a > b for a, b in pairwise(errors)) and errors[-1] < 0.01 * float((x * real).norm())
 
 
