@@ -51,7 +51,7 @@ def test_merged_times_are_means_to_the_second(trained):
             assert abs(int(times[user, 0, slot]) - sum(run) / len(run)) <= 0.5
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 def test_kivi_groups_keys_along_slots_and_values_along_channels(bits):
     prefill = prefill_of()
     state = get_compressor("kivi", bits=bits, group=3).compress(prefill)
@@ -69,6 +69,14 @@ def test_kivi_groups_keys_along_slots_and_values_along_channels(bits):
                 # float16 moves scale and zero point a little, and with them a code at the edge by one step
                 assert float((error - 4e-3).clamp(min=0).div(scale).max()) <= 1
                 assert float((error < 4e-3).double().mean()) > 0.85
+
+
+@pytest.mark.parametrize("bits, codes", [(8, 50), (4, 25), (3, 19), (2, 13), (1, 7)])
+def test_kivi_bytes(bits, codes):
+    """90 slots of width 50: keys in two groups of slots a channel, values in one group a slot, codes to whole bytes."""
+    prefill = Prefill.from_tensors([torch.randn(1, 1, 90, 50)], [torch.randn(1, 1, 90, 50)])
+    keys, values = 1 + 90 * codes + 2 * 50 * 4, 1 + 90 * codes + 90 * 4
+    assert get_compressor("kivi", bits=bits).compress(prefill).nbytes().tolist() == [8 + keys + values]
 
 
 def test_kivi_tail_is_exact():
