@@ -41,6 +41,8 @@ METHODS = [
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
     *(("kivi", {"bits": bits}) for bits in (3, 1)),
     ("kivi_tail", {}),
+    *(("turboquant", {"bits": bits}) for bits in (4, 3, 1)),
+    ("transact", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
@@ -49,6 +51,7 @@ METHODS = [
         for steps in (
             ("merge_adjacent", {"kivi": {"bits": 2}}),
             ("recent", "int8"),
+            ("recent", {"turboquant": {"bits": 2}}),
             ("h2o", {"svd": {"rank": 4}}),
             ("merge_adjacent", {"svd": {"rank": 4}}),
             ("h2o", {"kivi": {"bits": 4, "tail": 8}}),

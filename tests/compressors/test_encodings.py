@@ -200,3 +200,33 @@ def test_none_is_a_new_user(trained):
     nobody = world.backbone.prefill(histories(world.backbone, (0,) * len(LENGTHS))[0]).state
     close(world.read(state), world.read(nobody), "read", 1e-6)
     assert state.nbytes().tolist() == [4] * len(LENGTHS)
+
+
+@pytest.mark.parametrize("bits, published", [(1, 0.3634), (2, 0.1175), (3, 0.0345), (4, 0.0095)])
+def test_turboquant_has_the_published_error(bits, published):
+    """Of Gaussian data; nearest of brute force; read in the rotated frame as in the plain one."""
+    x = torch.randn(2, 1, 1500, 64, generator=torch.Generator().manual_seed(0))
+    prefill = Prefill.from_tensors([x], [x])
+    vectors = get_compressor("turboquant", bits=bits).compress(prefill).layers[0][0].fields["keys"]
+    error = (vectors.dense() - x).square().sum() / x.square().sum()
+    assert float(error) == pytest.approx(
+        published, rel=0.04
+    )  # a vector of known norm is a little easier than a Gaussian one
+    turn, levels = vectors.table.rotation.double(), vectors.table.levels.double()
+    close(turn @ turn.mT, torch.eye(64).double(), "rotation", 1e-6)
+    turned = x[0, 0, :20].double() @ turn / vectors.size[0, 0, :20].double()
+    want = levels[(turned.unsqueeze(-1) - levels).abs().argmin(-1)] * vectors.size[0, 0, :20].double() @ turn.mT
+    close(vectors.dense()[0, 0, :20].double(), want, "definition", 1e-5)
+    q, w = x[:, :, :5], torch.rand(2, 1, 5, 1500)
+    close(vectors.dot(q), q @ vectors.dense().mT, "dot", 1e-5)
+    close(vectors.mix(w), w @ vectors.dense(), "mix", 1e-5)
+
+
+def test_transact():
+    prefill = prefill_of()
+    vectors = get_compressor("transact").compress(prefill).layers[0][0].fields["values"]
+    x, size = prefill.values(0).double(), vectors.size.double()
+    code = x.sign() * (127 * (x.abs() / size) ** 0.65).round().clamp(max=127)
+    want = code.sign() * (code.abs() / 127) ** (1 / 0.65) * size
+    for user, n in enumerate(COUNTS):
+        close(vectors.dense()[user, :, :n].double(), want[user, :, :n], f"user {user}", 1e-5)

@@ -22,6 +22,7 @@ PARAMS = {  # beside the defaults
     "gqa": [{"n_kv_heads": 1}],
     "mla": [{"latent": 6}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
+    "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
