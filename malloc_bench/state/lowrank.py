@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 
@@ -15,54 +16,79 @@ from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 class Factor(Vectors):
     """The factor with a row for each slot, which several `LowRank` may share: scale times data.
 
-    data: [B, H', S, R] float16 or float32, H' = 1 where all heads share it.
+    data: [B, H', S, R] float16 or float32, or codes of `bits` bits packed along the ranks, H' = 1 where all heads share
+        it.
     rank: [B, H' or 1] int32, how many columns count, at most `most`.
     scale: [B, 1] float32: data lies within -1 and 1, so that float16 holds it.
+    size: [B, H', 1, R] float16, what a column of codes, and the row of codes that it meets, is multiplied by.
     """
 
     data: Tensor
     rank: Tensor
     scale: Tensor
     most: int
+    bits: int | None = None
+    size: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.data.shape[3] if self.size is None else self.size.shape[3]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        b, h, s, r = self.data.shape
-        return b, h, s, r
+        b, h, s, _ = self.data.shape
+        return b, h, s, self.columns
 
     def real(self, x: Tensor) -> Tensor:
         """x [B, H, M, R] with zeros at and beyond each user's rank: what stands there in the other factor counts 0."""
-        ranks = torch.arange(self.data.shape[3], device=x.device) < self.rank[..., None, None]
+        ranks = torch.arange(self.columns, device=x.device) < self.rank[..., None, None]
         return torch.where(ranks, x, 0.0)
 
+    def numbers(self) -> Tensor:
+        """What `scale` multiplies, [B, H', S, R] float."""
+        if self.size is None or self.bits is None:
+            return self.data
+        return _decoded(self.data, self.bits, self.columns) * self.size.float()
+
     def dense(self) -> Tensor:
-        return self.real(self.data.float()) * self.scale[..., None, None]
+        return self.real(self.numbers().float()) * self.scale[..., None, None]
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         one = torch.ones(len(self.rank), 1, dtype=torch.long, device=self.rank.device)
         yield Ragged(self.rank[..., None, None], one)
         yield Ragged(self.scale[..., None, None], one)
-        yield Ragged(self.data, all_rows(self.data) if count is None else count, self.rank)
+        if self.size is not None:
+            yield Ragged(self.size, one, self.rank)
+        yield Ragged(self.data, all_rows(self.data) if count is None else count, self._stored(self.rank))
 
     def load(self, read: Read, count: Tensor | None) -> Factor:
         rank = read.numbers(self.rank, self.most, f"has a rank below 0 or above {self.most}")
         one = torch.ones(1, 1, dtype=torch.long)
         scale = read(self.scale[..., None, None], one)[..., 0, 0]
-        data = read(self.data, all_rows(self.data) if count is None else count, rank)
-        return Factor(data, rank, scale, self.most)
+        size = None if self.size is None else read(self.size, one, rank)
+        data = read(self.data, all_rows(self.data) if count is None else count, self._stored(rank))
+        return replace(self, data=data, rank=rank, scale=scale, size=size)
+
+    def _stored(self, rank: Tensor) -> Tensor:
+        """How many columns of data hold so many ranks."""
+        return rank if self.bits is None else (rank * self.bits + 7) // 8
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Vectors):
-    """x = left @ right; left [B, H or 1, S, R], a part that others may share, right [B, H, R, D]."""
+    """x = left @ right; left [B, H or 1, S, R], a part that others may share.
+
+    right: [B, H, R, D], or codes of as many bits as the left factor's, packed along the width.
+    """
 
     left: Factor
     right: Tensor
+    width: int
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        b, h, _, d = self.right.shape
-        return b, h, self.left.shape[2], d
+        b, h, _, _ = self.right.shape
+        return b, h, self.left.shape[2], self.width
 
     @property
     def rank(self) -> Tensor:
@@ -76,16 +102,20 @@ class LowRank(Vectors):
         assert isinstance(left, Factor)
         return replace(self, left=left)
 
+    def _right(self) -> Tensor:
+        bits = self.left.bits
+        return self.right if bits is None else _decoded(self.right, bits, self.width)
+
     def dense(self) -> Tensor:
-        return self.left.dense() @ self.right.float()
+        return self.left.dense() @ self._right().float()
 
     def dot(self, q: Tensor) -> Tensor:
-        thin = self.left.real(q @ self.right.mT.to(q.dtype)) * self._scale(q)
-        return self._each(thin, self.left.data.mT.to(q.dtype))
+        thin = self.left.real(q @ self._right().mT.to(q.dtype)) * self._scale(q)
+        return self._each(thin, self.left.numbers().mT.to(q.dtype))
 
     def mix(self, w: Tensor) -> Tensor:
-        thin = self._each(w, self.left.data.to(w.dtype))
-        return self.left.real(thin * self._scale(w)) @ self.right.to(w.dtype)
+        thin = self._each(w, self.left.numbers().to(w.dtype))
+        return self.left.real(thin * self._scale(w)) @ self._right().to(w.dtype)
 
     def _scale(self, like: Tensor) -> Tensor:
         return self.left.scale[..., None, None].to(like.dtype)
@@ -109,7 +139,18 @@ class LowRank(Vectors):
         yield Ragged(self.right, self.rank)
 
     def load(self, read: Read, count: Tensor | None) -> LowRank:
-        return LowRank(self.left, read(self.right, self.rank))
+        return replace(self, right=read(self.right, self.rank))
+
+
+def _encoded(x: Tensor, bits: int) -> Tensor:
+    """x [..., D] within -1 and 1 as codes, packed."""
+    half = 2 ** (bits - 1)
+    return pack_bits((x * (half - 1)).round().add(half).byte(), bits)
+
+
+def _decoded(codes: Tensor, bits: int, width: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    return (unpack_bits(codes, bits, width).float() - half) / (half - 1)
 
 
 def low_rank(
@@ -129,11 +170,13 @@ def low_ranks(
     own: bool,
     basis: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
 ) -> list[LowRank]:
     """Best approximation of several fields, [B, H, S, D] each over the same slots, that share their left factor.
 
     own: each head has a left factor of its own (of all fields), else all heads share one.
     mask: [B, H or 1, S]. rank: [B, 1 or H]. basis: `principal(side_by_side(fields, own), mask)` if it is known.
+    bits: of codes for both factors, None for numbers of `dtype`.
     """
     x = torch.where(mask.unsqueeze(-1), side_by_side(fields, own), 0.0)
     basis = principal(x, mask) if basis is None else basis
@@ -150,7 +193,15 @@ def low_ranks(
         left.abs().masked_fill(~columns, 0).flatten(1).amax(1, keepdim=True) if left.numel() else x.new_ones(len(x), 1)
     )
     scale = torch.where(scale > 0, scale, 1.0).float()
-    shared = Factor((left / scale[..., None, None]).to(dtype), rank.to(torch.int32), scale, min(x.shape[3], 2**31 - 1))
+    left = (left / scale[..., None, None]).masked_fill(~columns, 0)
+    size = None
+    if bits is not None:  # each column of `left` and row of `right` within -1 and 1; one number for both
+        tall, long = left.abs().amax(2, keepdim=True) if left.numel() else left.new_ones(()), right.abs().amax(3, True)
+        left, right = left / torch.where(tall > 0, tall, 1.0), right / torch.where(long > 0, long, 1.0)
+        size = (tall * long.mT).half()
+    rank, most = rank.to(torch.int32), x.shape[3]
+    data = left.to(dtype) if bits is None else _encoded(torch.where(columns, left, -1.0), bits)
+    shared = Factor(data, rank, scale, most, bits, size)
     out, at = [], 0
     for field in fields:
         _, heads, _, d = field.shape
@@ -159,7 +210,7 @@ def low_ranks(
         at += wide
         if not own:
             part = part[:, 0].unflatten(2, (heads, d)).transpose(1, 2)
-        out.append(LowRank(shared, part.to(dtype).contiguous()))
+        out.append(LowRank(shared, part.to(dtype).contiguous() if bits is None else _encoded(part, bits), d))
     return out
 
 

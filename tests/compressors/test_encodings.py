@@ -148,6 +148,27 @@ def test_a_shared_factor_is_loaded_once_and_read_by_all(share):
                 close(read[user, ..., :n], dense[user, ..., :n], name, 1e-5)
 
 
+@pytest.mark.parametrize("dtype, bits", [("int8", 8), ("int4", 4)])
+def test_codes_of_factors_are_within_half_a_step(dtype, bits):
+    """Of the largest number of their column or row; 14 slots, 2 layers, 2 fields, 2 heads of width 4."""
+    prefill = prefill_of()
+    state = get_compressor("svd", rank=3, dtype=dtype).compress(prefill)
+    left, right = 14 * ((3 * bits + 7) // 8), 3 * 8 * (4 * bits // 8)
+    assert int(state.nbytes()[3]) == 8 + 8 + 3 * 2 + left + right
+    exact = get_compressor("svd", rank=3, dtype="float32").compress(prefill)
+    for one, other in zip(state.segments(), exact.segments(), strict=True):
+        for name, vectors in one.fields.items():
+            u, v = other.fields[name].left.dense().double(), other.fields[name].right.double()
+            half = 0.5 / (2 ** (bits - 1) - 1)
+            for user, n in enumerate(COUNTS):
+                left, tall = u[user, 0, :n], u[user, 0, :n].abs().amax(0)
+                long = torch.stack([x.fields[k].right[user] for x in exact.segments() for k in x.fields])
+                long = long.abs().amax((0, 1, 3)).double()
+                near = half * (tall * v[user].abs().amax(2) + left.abs().amax(0) * long + half * tall * long).sum(-1)
+                error = (vectors.dense()[user, :, :n].double() - left @ v[user]).abs().amax((1, 2))
+                assert bool((error <= near * 1.01 + 1e-3).all())
+
+
 def test_svd_of_heads_that_keep_slots_of_their_own_shares_over_fields_only():
     prefill = prefill_of()
     kept = get_compressor("knorm").compress(prefill, Budget(slots=5))

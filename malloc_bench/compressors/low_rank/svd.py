@@ -12,7 +12,8 @@ from malloc_bench.registry import register
 from malloc_bench.state import LowRank, Prefill, Segment, UserState, Vectors, low_ranks, principal, side_by_side
 
 Share = Literal["all", "layer", "none"]
-Number = Literal["float16", "float32"]
+Number = Literal["float16", "float32", "int8", "int4"]
+CODES = {"int8": 8, "int4": 4}  # bits
 
 
 def _made(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -28,8 +29,8 @@ class SVD(Encoder):
     rank None: the largest rank that fits the budget. A number: that rank (at most the number of slots), the size
     follows. share: what lies side by side: every layer, head and field over the same slots, those of one layer, or
     nothing. Layers or heads that are known to keep slots of their own share with nobody else; where positions are not
-    stored, heads' slots are matched in their order. dtype: of the factors. Of a memory without slots the matrix itself
-    is factored.
+    stored, heads' slots are matched in their order. dtype: of the factors; codes of 8 or 4 bits have a scale a rank. Of
+    a memory without slots the matrix itself is factored.
     """
 
     rank: int | None = None
@@ -46,7 +47,9 @@ class SVD(Encoder):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"svd: rank >= 1 is needed, not {self.rank}")
         if self.share not in get_args(Share) or self.dtype not in get_args(Number):
-            raise ValueError(f"svd: share all, layer or none, dtype float16 or float32 are needed, not {self}")
+            raise ValueError(
+                f"svd: share all, layer or none, dtype float16, float32, int8 or int4 are needed, not {self}"
+            )
 
     @property
     def takes_budget(self) -> bool:
@@ -81,7 +84,8 @@ class SVD(Encoder):
             key = ("principal", own, *map(id, group))
             fits = rank[:, None].minimum(mask.sum(-1)).clamp(max=x.shape[3])
             basis = once(key, lambda: principal(x, mask))  # noqa: B023
-            parts = low_ranks(fields, mask, fits, own, basis, getattr(torch, self.dtype))
+            dtype, bits = getattr(torch, self.dtype, torch.float32), CODES.get(self.dtype)
+            parts = low_ranks(fields, mask, fits, own, basis, dtype, bits)
             made |= {id(vectors): part for vectors, part in zip(group, parts)}
         return map_vectors(state, lambda name, segment: made[id(segment.fields[name])])
 
@@ -104,11 +108,11 @@ class SVD(Encoder):
         for fields, segment, alone in groups.values():
             yield list(fields.values()), segment, alone
 
-    def _lefts(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """Of every left factor that such a state has: how many heads it has, and how wide all that it serves is."""
+    def _lefts(self, layout: Layout) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Of every left factor that such a state has: how many heads it has, and (heads, width) of what it serves."""
         own = max(layout.positions, layout.mass, layout.times) > layout.counts
         if self.share == "none" or layout.counts == 0:
-            yield from ((heads, width * heads) for _, heads, width in layout.vectors)
+            yield from ((heads, [(heads, width)]) for _, heads, width in layout.vectors)
             return
         layers: list[dict[str, tuple[int, int]]] = [{}]
         for name, heads, width in layout.vectors:
@@ -119,15 +123,17 @@ class SVD(Encoder):
         for group in together:
             fields = [field for layer in group for field in layer.values()]
             for same in sorted({heads for heads, _ in fields}) if own else [0]:
-                wide = sum(heads * width for heads, width in fields if same in (0, heads))
-                yield same or 1, wide
+                yield same or 1, [field for field in fields if same in (0, field[0])]
 
     def _bytes(self, layout: Layout, n: Tensor, length: Tensor, rank: Tensor) -> Tensor:
         """Bytes [B] of n [B] slots at a rank [B]."""
-        total, number = layout.beside(n, length), getattr(torch, self.dtype).itemsize
-        for heads, wide in self._lefts(layout):
-            fits = rank.minimum(n).clamp(max=wide // heads)
-            total = total + 2 * COUNT_BYTES + number * fits * (heads * n + wide)  # with a rank and a scale
+        total, coded = layout.beside(n, length), self.dtype in CODES
+        bits = CODES[self.dtype] if coded else 8 * getattr(torch, self.dtype).itemsize
+        for own, fields in self._lefts(layout):
+            fits = rank.minimum(n).clamp(max=sum(heads * width for heads, width in fields) // own)
+            left = own * (n * -(-fits * bits // 8) + 2 * coded * fits)
+            right = fits * sum(heads * -(-width * bits // 8) for heads, width in fields)
+            total = total + 2 * COUNT_BYTES + left + right  # with a rank and a scale
         return total
 
     def _sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
