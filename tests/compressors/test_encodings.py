@@ -251,3 +251,16 @@ def test_transact():
     want = code.sign() * (code.abs() / 127) ** (1 / 0.65) * size
     for user, n in enumerate(COUNTS):
         close(vectors.dense()[user, :, :n].double(), want[user, :, :n], f"user {user}", 1e-5)
+
+
+def test_by_age_rounds_each_part_as_its_bits_say():
+    prefill = prefill_of()
+    old, new = get_compressor("by_age", bits=8, old_bits=2, newest=0.3).compress(prefill).layers[0]
+    for user, n in enumerate(COUNTS):
+        fresh = -(-3 * n // 10)  # rounded up
+        assert int(new.slots.count[user]) == fresh and int(old.slots.count[user]) == n - fresh
+        x = prefill.keys(0)[user, :, :n]
+        step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) * 0.51
+        for part, rows, bits in ((old, slice(n - fresh), 2), (new, slice(n - fresh, n), 8)):
+            got = part.fields["keys"].dense()[user, :, : int(part.slots.count[user])]
+            assert bool(((got - x[:, rows]).abs() <= step[:, rows] / (2**bits - 1) + 4e-3).all())
