@@ -25,7 +25,8 @@ SECONDS, BYTES = 1.0, 100e6
 METHODS = {
     "full": ("full", {}), "none": ("none", {}), "recent": ("recent", {}), "per head": ("knorm", {}),
     "merged": ("merge_adjacent", {}), "int8": ("int8", {}), "kivi": ("kivi", {"bits": 2, "group": 4}),
-    "tail": ("kivi", {"bits": 4, "group": 4, "tail": 2}), "svd": ("svd", {}), "raw": ("recompute", {}),
+    "tail": ("kivi", {"bits": 4, "group": 4, "tail": 2}), "svd": ("svd", {}),
+    "svd codes": ("svd", {"dtype": "int4"}), "turned": ("turboquant", {"bits": 3}), "raw": ("recompute", {}),
     "truncated": ("truncate", {}), "chain": ("compose", {"steps": ("merge_adjacent", {"kivi": {"bits": 4}})}),
     "thin chain": ("compose", {"steps": ("h2o", {"svd": {"rank": 2}})}),
 }  # fmt: skip
