@@ -129,10 +129,13 @@ def _grouped(x: Tensor, group: int, along: str, fill: float) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., D] below 2^bits -> [..., ceil(D bits / 8)], the first code in the lowest bits."""
-    per_byte = 8 // bits
-    if per_byte == 1:
+    """uint8 codes [..., D] below 2^bits -> [..., ceil(D bits / 8)], a stream of bits, the lowest first."""
+    if bits == 8:
         return codes
+    if 8 % bits:  # codes that cross bytes go bit by bit
+        single = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+        return pack_bits(single.flatten(-2), 1)
+    per_byte = 8 // bits
     codes = F.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     packed = codes[..., 0].clone()
     for i in range(1, per_byte):
@@ -144,5 +147,10 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     """The inverse of `pack_bits`: [..., ceil(D bits / 8)] uint8 -> [..., D] uint8."""
     if bits == 8:
         return packed
+    if 8 % bits:
+        first = torch.arange(width, device=packed.device) * bits
+        byte, shift = first // 8, first % 8
+        low, high = F.pad(packed, (0, 1))[..., byte], F.pad(packed, (0, 1))[..., byte + 1]
+        return ((low.int() | high.int() << 8) >> shift & (2**bits - 1)).byte()
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :width]

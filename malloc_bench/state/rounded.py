@@ -37,5 +37,6 @@ class Rounded(Vectors):
 def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
     """x [B, H, S, D] rounded to the nearest of `dtype`, what is beyond its range to its largest."""
     largest = torch.finfo(dtype).max
+    x = x.float() if x.element_size() < 4 else x  # half precision cannot be clamped to bfloat16's largest
     data = x.clamp(-largest, largest).to(dtype)
     return Rounded(data if dtype.itemsize > 1 else data.view(torch.uint8), dtype)

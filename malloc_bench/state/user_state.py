@@ -159,7 +159,8 @@ class UserState:
                 assert slots is not None
                 new[id(slots)] = Slots.load(slots, read, length)
             else:
-                new[id(vectors)] = vectors.load(read, None if slots is None else new[id(slots)].count)
+                found = vectors.over(tuple(new[id(part)] for part in vectors.shared()))
+                new[id(vectors)] = found.load(read, None if slots is None else new[id(slots)].count)
         read.finish()
         layers = tuple(
             tuple(
@@ -182,16 +183,17 @@ class UserState:
         return self.map(lambda x: x.to(device))
 
     def _stored(self) -> Iterator[tuple[Slots | None, Vectors | None]]:
-        """Every distinct object once, slots (as (slots, None)) before the vectors over them."""
+        """Every distinct object once, slots (as (slots, None)) before the vectors over them, shared ones first."""
         seen: set[int] = set()
         for segment in self.segments():
             if segment.slots is not None and id(segment.slots) not in seen:
                 seen.add(id(segment.slots))
                 yield segment.slots, None
-            for vectors in segment.fields.values():
-                if id(vectors) not in seen:
-                    seen.add(id(vectors))
-                    yield segment.slots, vectors
+            for field in segment.fields.values():
+                for vectors in (*field.shared(), field):
+                    if id(vectors) not in seen:
+                        seen.add(id(vectors))
+                        yield segment.slots, vectors
 
     def _parts(self) -> Iterator[Ragged]:
         one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)

@@ -65,6 +65,18 @@ class Vectors(ABC):
         """The inverse of `parts`: vectors of this encoding and width from stored arrays; self is of other users, any
         number of them. count [B or 1, H or 1], of the users that are read."""
 
+    def shared(self) -> tuple[Vectors, ...]:
+        """What is stored once for several `Vectors` (the left factor of all fields, say): objects that these hold too.
+
+        They are packed and loaded before the first of those that hold them, over that one's slots; `parts` leaves them
+        out, and in `load` those in self are already of the users that are read.
+        """
+        return ()
+
+    def over(self, shared: tuple[Vectors, ...]) -> Vectors:
+        """The same vectors with others in the place of `shared()`."""
+        return self
+
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
         return q @ self.dense().to(q.dtype).transpose(-1, -2)

@@ -51,7 +51,7 @@ def test_merged_times_are_means_to_the_second(trained):
             assert abs(int(times[user, 0, slot]) - sum(run) / len(run)) <= 0.5
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 def test_kivi_groups_keys_along_slots_and_values_along_channels(bits):
     prefill = prefill_of()
     state = get_compressor("kivi", bits=bits, group=3).compress(prefill)
@@ -69,6 +69,14 @@ def test_kivi_groups_keys_along_slots_and_values_along_channels(bits):
                 # float16 moves scale and zero point a little, and with them a code at the edge by one step
                 assert float((error - 4e-3).clamp(min=0).div(scale).max()) <= 1
                 assert float((error < 4e-3).double().mean()) > 0.85
+
+
+@pytest.mark.parametrize("bits, codes", [(8, 50), (4, 25), (3, 19), (2, 13), (1, 7)])
+def test_kivi_bytes(bits, codes):
+    """90 slots of width 50: keys in two groups of slots a channel, values in one group a slot, codes to whole bytes."""
+    prefill = Prefill.from_tensors([torch.randn(1, 1, 90, 50)], [torch.randn(1, 1, 90, 50)])
+    keys, values = 1 + 90 * codes + 2 * 50 * 4, 1 + 90 * codes + 90 * 4
+    assert get_compressor("kivi", bits=bits).compress(prefill).nbytes().tolist() == [8 + keys + values]
 
 
 def test_kivi_tail_is_exact():
@@ -90,16 +98,87 @@ def test_int8():
         assert bool((error <= scale[user, :, :n] * 1.07).all()) and float(error.mean()) < float(scale.mean()) / 10
 
 
+def best(matrix, rank):
+    """The nearest matrix of a rank, by Eckart and Young."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_svd(rank):
+@pytest.mark.parametrize(
+    "share, dtype", [("all", "float32"), ("all", "float16"), ("layer", "float32"), ("none", "float32")]
+)
+def test_svd(share, dtype, rank):
     prefill = prefill_of()
-    state = get_compressor("svd", rank=rank).compress(prefill)
-    for name, x in (("keys", prefill.keys(1)), ("values", prefill.values(1))):
-        got = state.layers[1][0].fields[name].dense()
+    state = get_compressor("svd", rank=rank, share=share, dtype=dtype).compress(prefill)
+    for user, n in enumerate(COUNTS):
+        full = [x[user, :, :n].double() for i in prefill.layers for x in (prefill.keys(i), prefill.values(i))]
+        if share == "none":
+            want = [best(x, rank) for x in full]
+        else:
+            wide = [x.transpose(0, 1).reshape(n, 8) for x in full]
+            groups = [torch.cat(wide, 1)] if share == "all" else [torch.cat(wide[i : i + 2], 1) for i in (0, 2)]
+            near = torch.cat([best(x, rank) for x in groups], 1)
+            want = [x.reshape(n, 2, 4).transpose(0, 1) for x in near.split(8, 1)]
+        got = [v.dense()[user, :, :n].double() for s in state.segments() for v in s.fields.values()]
+        for x, y in zip(got, want, strict=True):
+            close(x, y, f"user {user}", 1e-4 if dtype == "float32" else 2e-3)
+
+
+def test_svd_bytes():
+    """14 slots of 2 layers, 2 fields, 2 heads, width 4: one factor for all, one for each layer, one for each head."""
+    prefill = prefill_of()
+    size = {"all": 8 + 8 + 6 * (14 + 32), "layer": 8 + 2 * (8 + 6 * (14 + 16)), "none": 8 + 4 * (8 + 6 * 2 * (14 + 4))}
+    for share, expected in size.items():
+        assert int(get_compressor("svd", rank=3, share=share).compress(prefill).nbytes()[3]) == expected
+
+
+@pytest.mark.parametrize("share", ["all", "none"])
+def test_a_shared_factor_is_loaded_once_and_read_by_all(share):
+    prefill = prefill_of()
+    state = get_compressor("svd", rank=3, share=share).compress(prefill)
+    back = state.take(torch.tensor([0])).unpack([state.pack(u) for u in range(4)])
+    lefts = {id(v.left) for s in back.segments() for v in s.fields.values()}
+    assert len(lefts) == (1 if share == "all" else 4)
+    q = torch.randn(4, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(state.segments(), back.segments(), strict=True):
+        for name, vectors in one.fields.items():
+            read, dense = other.fields[name].dot(q), q @ vectors.dense().mT
+            for user, n in enumerate(COUNTS):
+                close(read[user, ..., :n], dense[user, ..., :n], name, 1e-5)
+
+
+@pytest.mark.parametrize("dtype, bits", [("int8", 8), ("int4", 4)])
+def test_codes_of_factors_are_within_half_a_step(dtype, bits):
+    """Of the largest number of their column or row; 14 slots, 2 layers, 2 fields, 2 heads of width 4."""
+    prefill = prefill_of()
+    state = get_compressor("svd", rank=3, dtype=dtype).compress(prefill)
+    left, right = 14 * ((3 * bits + 7) // 8), 3 * 8 * (4 * bits // 8)
+    assert int(state.nbytes()[3]) == 8 + 8 + 3 * 2 + left + right
+    exact = get_compressor("svd", rank=3, dtype="float32").compress(prefill)
+    for one, other in zip(state.segments(), exact.segments(), strict=True):
+        for name, vectors in one.fields.items():
+            u, v = other.fields[name].left.dense().double(), other.fields[name].right.double()
+            half = 0.5 / (2 ** (bits - 1) - 1)
+            for user, n in enumerate(COUNTS):
+                left, tall = u[user, 0, :n], u[user, 0, :n].abs().amax(0)
+                long = torch.stack([x.fields[k].right[user] for x in exact.segments() for k in x.fields])
+                long = long.abs().amax((0, 1, 3)).double()
+                near = half * (tall * v[user].abs().amax(2) + left.abs().amax(0) * long + half * tall * long).sum(-1)
+                error = (vectors.dense()[user, :, :n].double() - left @ v[user]).abs().amax((1, 2))
+                assert bool((error <= near * 1.01 + 1e-3).all())
+
+
+def test_svd_of_heads_that_keep_slots_of_their_own_shares_over_fields_only():
+    prefill = prefill_of()
+    kept = get_compressor("knorm").compress(prefill, Budget(slots=5))
+    state = get_compressor("svd", rank=2, dtype="float32").encode(kept)
+    for full, segment in zip(kept.segments(), state.segments(), strict=True):
         for user, n in enumerate(COUNTS):
-            u, s, v = torch.linalg.svd(x[user, :, :n].double(), full_matrices=False)
-            want = (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
-            close(got[user, :, :n].double(), want, f"{name} of user {user}", 1e-4)
+            n = min(n, 5)
+            wide = torch.cat([full.fields[name].dense()[user, :, :n].double() for name in ("keys", "values")], -1)
+            got = torch.cat([segment.fields[name].dense()[user, :, :n] for name in ("keys", "values")], -1)
+            close(got.double(), best(wide, 2), f"user {user}", 1e-4)
 
 
 def test_errors_fall_with_bits_and_rank():
@@ -110,7 +189,10 @@ def test_errors_fall_with_bits_and_rank():
         got = get_compressor(name, **params).compress(prefill).layers[0][0].fields["keys"].dense()
         return float(((got - x) * real).norm())
 
-    for errors in ([error("kivi", bits=b) for b in (2, 4, 8)], [error("svd", rank=r) for r in (1, 2, 3, 4)]):
+    for errors in (
+        [error("kivi", bits=b) for b in (2, 4, 8)],
+        [error("svd", rank=r, share="none") for r in (1, 2, 3, 4)],
+    ):
         assert all(a > b for a, b in pairwise(errors)) and errors[-1] < 0.01 * float((x * real).norm())
 
 
@@ -139,3 +221,46 @@ def test_none_is_a_new_user(trained):
     nobody = world.backbone.prefill(histories(world.backbone, (0,) * len(LENGTHS))[0]).state
     close(world.read(state), world.read(nobody), "read", 1e-6)
     assert state.nbytes().tolist() == [4] * len(LENGTHS)
+
+
+@pytest.mark.parametrize("bits, published", [(1, 0.3634), (2, 0.1175), (3, 0.0345), (4, 0.0095)])
+def test_turboquant_has_the_published_error(bits, published):
+    """Of Gaussian data; nearest of brute force; read in the rotated frame as in the plain one."""
+    x = torch.randn(2, 1, 1500, 64, generator=torch.Generator().manual_seed(0))
+    prefill = Prefill.from_tensors([x], [x])
+    vectors = get_compressor("turboquant", bits=bits).compress(prefill).layers[0][0].fields["keys"]
+    error = (vectors.dense() - x).square().sum() / x.square().sum()
+    assert float(error) == pytest.approx(
+        published, rel=0.04
+    )  # a vector of known norm is a little easier than a Gaussian one
+    turn, levels = vectors.table.rotation.double(), vectors.table.levels.double()
+    close(turn @ turn.mT, torch.eye(64).double(), "rotation", 1e-6)
+    turned = x[0, 0, :20].double() @ turn / vectors.size[0, 0, :20].double()
+    want = levels[(turned.unsqueeze(-1) - levels).abs().argmin(-1)] * vectors.size[0, 0, :20].double() @ turn.mT
+    close(vectors.dense()[0, 0, :20].double(), want, "definition", 1e-5)
+    q, w = x[:, :, :5], torch.rand(2, 1, 5, 1500)
+    close(vectors.dot(q), q @ vectors.dense().mT, "dot", 1e-5)
+    close(vectors.mix(w), w @ vectors.dense(), "mix", 1e-5)
+
+
+def test_transact():
+    prefill = prefill_of()
+    vectors = get_compressor("transact").compress(prefill).layers[0][0].fields["values"]
+    x, size = prefill.values(0).double(), vectors.size.double()
+    code = x.sign() * (127 * (x.abs() / size) ** 0.65).round().clamp(max=127)
+    want = code.sign() * (code.abs() / 127) ** (1 / 0.65) * size
+    for user, n in enumerate(COUNTS):
+        close(vectors.dense()[user, :, :n].double(), want[user, :, :n], f"user {user}", 1e-5)
+
+
+def test_by_age_rounds_each_part_as_its_bits_say():
+    prefill = prefill_of()
+    old, new = get_compressor("by_age", bits=8, old_bits=2, newest=0.3).compress(prefill).layers[0]
+    for user, n in enumerate(COUNTS):
+        fresh = -(-3 * n // 10)  # rounded up
+        assert int(new.slots.count[user]) == fresh and int(old.slots.count[user]) == n - fresh
+        x = prefill.keys(0)[user, :, :n]
+        step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) * 0.51
+        for part, rows, bits in ((old, slice(n - fresh), 2), (new, slice(n - fresh, n), 8)):
+            got = part.fields["keys"].dense()[user, :, : int(part.slots.count[user])]
+            assert bool(((got - x[:, rows]).abs() <= step[:, rows] / (2**bits - 1) + 4e-3).all())

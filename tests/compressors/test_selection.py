@@ -74,16 +74,20 @@ def test_knorm():
     check_selection(get_compressor("knorm"), prefill, lambda i: -prefill.keys(i).double().square().sum(-1).sqrt())
 
 
+@pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-def test_h2o(silu):
+def test_h2o(silu, normalise):
     prefill = prefill_of(silu)
     close(prefill.attention_received(1).double(), whole(prefill, 1, silu).abs().sum(2), "scores", 1e-5)
-    check_selection(
-        get_compressor("h2o"),
-        prefill,
-        lambda i: whole(prefill, i, silu).abs().sum(2),
-        lambda n, k: range(n - k // 2, n),
-    )
+
+    def scores(layer):
+        sums = whole(prefill, layer, silu).abs().sum(2)
+        if normalise:
+            for user, n in enumerate(COUNTS):
+                sums[user, :, :n] /= torch.arange(n, 0, -1)
+        return sums
+
+    check_selection(get_compressor("h2o", normalise=normalise), prefill, scores, lambda n, k: range(n - k // 2, n))
 
 
 @pytest.mark.parametrize("silu", [False, True])

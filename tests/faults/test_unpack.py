@@ -25,7 +25,8 @@ SECONDS, BYTES = 1.0, 100e6
 METHODS = {
     "full": ("full", {}), "none": ("none", {}), "recent": ("recent", {}), "per head": ("knorm", {}),
     "merged": ("merge_adjacent", {}), "int8": ("int8", {}), "kivi": ("kivi", {"bits": 2, "group": 4}),
-    "tail": ("kivi", {"bits": 4, "group": 4, "tail": 2}), "svd": ("svd", {}), "raw": ("recompute", {}),
+    "tail": ("kivi", {"bits": 4, "group": 4, "tail": 2}), "svd": ("svd", {}),
+    "svd codes": ("svd", {"dtype": "int4"}), "turned": ("turboquant", {"bits": 3}), "raw": ("recompute", {}),
     "truncated": ("truncate", {}), "chain": ("compose", {"steps": ("merge_adjacent", {"kivi": {"bits": 4}})}),
     "thin chain": ("compose", {"steps": ("h2o", {"svd": {"rank": 2}})}),
 }  # fmt: skip
@@ -174,11 +175,11 @@ HUGE = 2**31 - 1
         (words(5, 1, 0, HUGE) + bytes(16), "rank below 0 or above 4"),
         (words(5, 1, 0, 1), "shorter than its own counts say"),
         (words(5), "shorter than its own counts say"),
-        (words(5, 0, 0, 0), "longer than its own counts say"),
+        (words(5, 0, 0, 0, 0), "longer than its own counts say"),
     ],
 )
 def test_what_is_refused_says_why(blob: bytes, message: str) -> None:
-    """Length, count, positions where events were left out, rank, two factors."""
+    """Length, count, positions where events were left out, rank, scale, two factors."""
     x, mask = torch.randn(1, 1, 3, 4), torch.ones(1, 1, 3, dtype=torch.bool)
     slots = Slots(torch.full((1, 1), 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32).view(1, 1, 3))
     segment = Segment({"keys": low_rank(x, mask, torch.full((1, 1), 2))}, slots)

@@ -21,7 +21,8 @@ PARAMS = {  # beside the defaults
     ],
     "gqa": [{"n_kv_heads": 1}],
     "mla": [{"latent": 6}],
-    "svd": [{}, {"rank": 5}],
+    "svd": [{}, {"rank": 5}, {"share": "none"}],
+    "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
@@ -46,9 +47,9 @@ def budget(method, fraction=0.4):
 
 
 def eigen(state):
-    """FLOPs per user of the eigenvectors, which the counter does not see: 9 d^3 for each head of each field."""
-    vectors = {id(v): v for s in state.segments() for v in s.fields.values() if isinstance(v, LowRank)}
-    return sum(9 * v.shape[1] * v.shape[3] ** 3 for v in vectors.values())
+    """FLOPs per user of the eigenvectors, which the counter does not see: 9 d^3 a left factor, d its smaller side."""
+    lefts = {id(v.left): v.left for s in state.segments() for v in s.fields.values() if isinstance(v, LowRank)}
+    return sum(9 * x.shape[1] * min(x.shape[2], x.most) ** 3 for x in lefts.values())
 
 
 def per_user(fn, users):

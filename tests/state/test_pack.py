@@ -188,7 +188,7 @@ def test_several_segments():
         ("float32", 2 * 4 * 4 * 4),
         ("8 bits width symmetric", 2 * (1 + 4 * (4 + 2))),  # a flag, and for each row its codes and a scale
         ("4 bits slots plain", 2 * (1 + 4 * 2 + 2 * 2 * 4)),  # one group of four rows: a scale and a zero a column
-        ("low rank", 4 + 2 * 2 * 4 * (4 + 4)),
+        ("low rank", 4 + 4 + 2 * 2 * 4 * (4 + 4)),
     ],
 )
 def test_matrix_memory_without_slots(kind, stored):

@@ -17,7 +17,7 @@ def mask_of(counts, width):
     return (torch.arange(width) < torch.tensor(counts)[:, None])[:, None]
 
 
-@given(st.data(), st.sampled_from([2, 4, 8]), st.integers(1, 19))
+@given(st.data(), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 19))
 def test_bits_survive_packing(data, bits, width):
     codes = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=2 * width, max_size=2 * width)))
     codes = codes.view(2, width).to(torch.uint8)
@@ -28,6 +28,9 @@ def test_bits_survive_packing(data, bits, width):
 
 def test_first_code_lies_in_the_lowest_bits():
     assert pack_bits(torch.tensor([[1, 2, 3, 0, 1]], dtype=torch.uint8), 2).tolist() == [[0b00111001, 1]]
+    codes = torch.tensor([[1, 2, 7, 0, 5, 3, 4, 6]], dtype=torch.uint8)  # 8 codes of 3 bits in 3 bytes
+    number = sum(int(code) << 3 * i for i, code in enumerate(codes[0]))
+    assert bytes(pack_bits(codes, 3)[0].tolist()) == number.to_bytes(3, "little")
 
 
 def half_steps(x, count, bits, group, along, symmetric):
@@ -50,7 +53,7 @@ def half_steps(x, count, bits, group, along, symmetric):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("along", ["slots", "width"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_error_is_at_most_half_a_step(bits, along, symmetric):
     counts, x = (0, 1, 5, 11), noise(4, 2, 11, 7)
     got = quantize(x, mask_of(counts, 11), bits, 4, along, symmetric).dense()

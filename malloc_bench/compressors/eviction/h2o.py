@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
@@ -16,19 +17,29 @@ class H2O(Eviction):
 
     The sum runs over all queries of the history (the paper's statistic at the end of the prompt, without its greedy
     evictions on the way). SiLU weights can be negative: their absolute values are summed.
+    normalise: divide by the number of queries that could see the slot, since old slots are seen by more. The paper has
+    the plain sum.
     """
+
+    normalise: bool = True
 
     family = "eviction"
     paper = "H2O: Heavy-Hitter Oracle, Zhang et al., NeurIPS 2023, arXiv 2306.14048"
-    formula = "score = sum over queries of |attention weight|; the newest k/2 stay"
+    formula = "score = mean over the queries that see a slot of |attention weight|; the newest k/2 stay"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    version = 2
 
     @property
     def needs(self) -> Stats:
         return Stats(column_sum=True)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        return prefill.attention_received(layer)
+        received = prefill.attention_received(layer)
+        if not self.normalise:
+            return received
+        slots = torch.arange(received.shape[2], device=received.device)
+        queries = prefill.slots(layer).count.unsqueeze(-1) - slots  # slot i is seen by queries i and later
+        return received / queries.clamp(min=1)
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, k // 2

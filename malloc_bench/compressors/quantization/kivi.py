@@ -1,4 +1,4 @@
-"""Keys per channel, values per token, in 8, 4 or 2 bits."""
+"""Keys per channel, values per token, in 8, 4, 3, 2 or 1 bits."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,27 +19,29 @@ if TYPE_CHECKING:
 class KIVI(Encoder):
     """Asymmetric quantization, keys along slots and values along channels (Liu et al., ICML 2024, arXiv 2402.02750).
 
-    bits: 8, 4 or 2. group: numbers that share a scale and a zero point. tail: newest slots kept in full precision; the
-    paper keeps 32 to 128 in language models, the default here is 0. Fields that are not values are treated as keys.
-    Scales are float16, float32 for a user and head where float16 would overflow.
+    bits: 8, 4, 3, 2 or 1. group: numbers that share a scale and a zero point, None for as many as a vector is wide: the
+    paper's 32 would leave most of the second group of a vector of 50 empty, and pay for it. tail: newest slots kept in
+    full precision; the paper keeps 32 to 128 in language models (`kivi_tail`), the default here is 0. Fields that are
+    not values are treated as keys. Scales are float16, float32 for a user and head where float16 would overflow.
     """
 
     bits: int = 4
-    group: int = 32
+    group: int | None = None
     tail: int = 0
 
     family = "quantization"
     paper = "KIVI, Liu et al., ICML 2024, arXiv 2402.02750"
     formula = "code = round((x - min) / scale), scale = (max - min) / (2^bits - 1) per group"
     stores = "bit-packed codes, a scale and a zero point per group, and the newest `tail` slots in float32"
+    version = 2
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 2) or self.group < 1 or self.tail < 0:
-            raise ValueError(f"kivi: bits 8, 4 or 2, group >= 1, tail >= 0 are needed, not {self}")
+        if self.bits not in (8, 4, 3, 2, 1) or (self.group is not None and self.group < 1) or self.tail < 0:
+            raise ValueError(f"{self.name}: bits 8, 4, 3, 2 or 1, group >= 1, tail >= 0 are needed, not {self}")
 
     def supports(self, backbone: "Backbone") -> str | None:
         tail = self.tail and not backbone.has_slots
-        return f"kivi keeps the newest {self.tail} slots apart, {backbone.name} has none" if tail else None
+        return f"{self.name} keeps the newest {self.tail} slots apart, {backbone.name} has none" if tail else None
 
     def encode(self, state: UserState) -> UserState:
         return map_vectors(_split_tail(state, self.tail) if self.tail else state, self._vectors)
@@ -49,7 +51,9 @@ class KIVI(Encoder):
         if isinstance(segment.slots, _Tail):
             return vectors
         x = vectors.dense()
-        return quantize(x, segment.real(x), self.bits, self.group, "width" if name == "values" else "slots")
+        return quantize(
+            x, segment.real(x), self.bits, self.group or x.shape[3], "width" if name == "values" else "slots"
+        )
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         tail = n.clamp(max=self.tail)
@@ -58,7 +62,8 @@ class KIVI(Encoder):
         total = layout.beside(n, length + split) + (COUNT_BYTES * layout.counts if self.tail else 0)
         for name, heads, width in layout.vectors:
             codes = body * -(-width * self.bits // 8)
-            groups = body * -(-width // self.group) if name == "values" else -(-body // self.group) * width
+            group = self.group or width
+            groups = body * -(-width // group) if name == "values" else -(-body // group) * width
             total = total + heads * (1 + codes + 4 * groups + layout.number * width * tail)
         return total
 
