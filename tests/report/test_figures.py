@@ -117,7 +117,7 @@ def test_ranking_is_drawn_by_gauc_and_agreement(row, board_of):
         for name, size, gauc, alike in cells
     ]  # fmt: skip
     figure = figures.pareto_figure(aggregate(board_of(rows)), "x")
-    assert [axes.get_ylabel() for axes in figure.axes] == ["GAUC", "agreement with the full state", "GAUC"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["GAUC", "agreement", "GAUC"]
     (bars,) = figure.axes[0].containers
     assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.67, 0.69])
 
