@@ -7,7 +7,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +20,11 @@ from malloc_bench.compressors import Compressor, get_compressor
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
+from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import InputChanged, fingerprint, undisturbed
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
 from malloc_bench.evaluation.trial import Job, Witnesses, attempt
-from malloc_bench.state import Stats
+from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
 
@@ -91,6 +93,7 @@ def evaluate(
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
         model.eval()
     parts = chunks(backbone, split)
+    items = facts(split, reduce(or_, (job.compressor.needs for job in jobs), Stats()))
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
     failed: dict[str, str] = {}
@@ -104,7 +107,7 @@ def evaluate(
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
             ask = partial(_asked, backbone, split, rows, filter_seen)
             others = [job for job in todo if job.id != REFERENCE]
-            have |= _chunk(backbone, ask, ids, others, seed, failed, packed)
+            have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items)
             if store:
                 store.save(number, have)
         kept.append(have)
@@ -119,8 +122,8 @@ def evaluate(
     length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
     full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
     if isinstance(split, Impressions):
-        items, labels, _ = split.candidates(split.test.rows(order))
-        return Evaluation(users, length, full, values, failed, items, labels)
+        shown, labels, _ = split.candidates(split.test.rows(order))
+        return Evaluation(users, length, full, values, failed, shown, labels)
     return Evaluation(users, length - 1, full, values, failed)  # the newest event reads
 
 
@@ -138,6 +141,7 @@ def _chunk(
     seed: int,
     failed: dict[str, str],
     packed: Tensor,
+    items: Named | None,
 ) -> dict[str, Values]:
     """Values of the reference and of the jobs for the users of one chunk.
 
@@ -145,22 +149,28 @@ def _chunk(
     gets its own, until the one that does it is alone.
     """
     try:
-        values, broken = _together(backbone, ask(), ids, jobs, seed, packed)
+        values, broken = _together(backbone, ask(), ids, jobs, seed, packed, items)
     except InputChanged:
         if not jobs:
             raise  # the backbone itself
         if len(jobs) == 1:
             failed[jobs[0].id] = traceback.format_exc()
-            return _chunk(backbone, ask, ids, [], seed, failed, packed)
+            return _chunk(backbone, ask, ids, [], seed, failed, packed, items)
         half = len(jobs) // 2
-        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed)
-        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed)
+        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed, items)
+        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed, items)
     failed |= broken
     return values
 
 
 def _together(
-    backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, packed: Tensor
+    backbone: Backbone,
+    asked: Asked,
+    ids: Tensor,
+    jobs: list[Job],
+    seed: int,
+    packed: Tensor,
+    items: Named | None,
 ) -> tuple[dict[str, Values], dict[str, str]]:
     """Values by job, backbone by backbone, the one that is evaluated first; and the tracebacks of those that failed.
 
@@ -188,9 +198,10 @@ def _together(
             found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
         elif not own:
             continue
-        prefill = replace(prefill, whole=whole, memo={})
+        prefill = replace(prefill, whole=whole, items=items, memo={})
         witnesses = Witnesses.of(prefill, packed)
-        given = prefill, witnesses, asked.history, asked.tokens
+        shared = [x for x in (prefill.outputs, items, *(job.fitted for job in own)) if x is not None]
+        given = prefill, witnesses, asked.history, asked.tokens, [list(x.values()) for x in shared]
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:

@@ -1,17 +1,21 @@
 """The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours."""
 
+from malloc_bench.state.coded import Codebook, Coded, closest
 from malloc_bench.state.extend import extend, grow
 from malloc_bench.state.lowrank import LowRank, low_rank, principal
+from malloc_bench.state.named import Fitted, Named
+from malloc_bench.state.observed import newest_rows
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.rounded import Rounded, rounded
+from malloc_bench.state.sample import Sample
 from malloc_bench.state.slots import Slots, take
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Dense", "Events", "Layer", "LowRank", "MissingStatistic", "Prefill", "Quantized", "Ragged", "Rounded",
-    "Segment",
-    "Slots", "Stats", "UserState", "Vectors", "extend", "grow", "low_rank",
-    "map_tensors", "pack_bits", "principal", "quantize", "rounded", "take", "unpack_bits",
+    "Batch", "Codebook", "Coded", "Dense", "Events", "Fitted", "Layer", "LowRank", "MissingStatistic", "Named",
+    "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment", "Slots", "Stats", "UserState", "Vectors",
+    "closest", "extend", "grow", "low_rank", "map_tensors", "newest_rows", "pack_bits", "principal", "quantize",
+    "rounded", "take", "unpack_bits",
 ]  # fmt: skip

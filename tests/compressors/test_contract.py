@@ -35,6 +35,8 @@ METHODS = [
     ("merge_adjacent", {}),
     *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
     ("d2o", {"inner": "knorm"}),
+    *((name, {}) for name in ("pq", "rvq")),
+    ("pq", {"group": 3, "bits": 4}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
@@ -44,6 +46,8 @@ METHODS = [
         for steps in (
             ("merge_adjacent", {"kivi": {"bits": 2}}),
             ("recent", "int8"),
+            ("h2o", "pq"),
+            ({"mla": {"latent": 6}}, "merge_adjacent", {"rvq": {"stages": 2, "bits": 4}}),
             ("h2o", {"svd": {"rank": 4}}),
             ("h2o", {"kivi": {"bits": 4, "tail": 8}}),
             ("recent", "merge_adjacent"),
@@ -88,6 +92,7 @@ def test_promise(method, world, promise, trained):
         pytest.skip(why)
     if compressor.structural and place.backbone is not None:
         place = World(world, compressor.structural.adapted(place.backbone))
+    place = place.fit(compressor, Budget(0.5) if compressor.takes_budget else None)
     Check(promise, (compressor, place), label(method))()
 
 
