@@ -170,7 +170,7 @@ class Prefill:
             found = known.newest(layer, window)
         else:
             found = known[layer][:, :, -window:]
-            if found.shape[2] < min(window, self.segment(layer).width):
+            if found.shape[2] < min(window, int(self.rows(layer).max()) if len(self.users) else 0):
                 raise MissingStatistic(f"the newest {window} queries are asked for, only {found.shape[2]} are known")
             found = F.pad(found, (0, 0, window - found.shape[2], 0))
         age = torch.arange(window, 0, -1, device=found.device)
@@ -185,13 +185,14 @@ class Prefill:
         return _there(self.outputs, "outputs=True")[str(layer)]
 
     def slot_items(self, layer: int) -> Tensor:
-        """The item of each slot, [B, 1, S], of whole histories only; raises MissingStatistic."""
+        """The item of each slot, [B, 1, S], 0 for padding, of whole histories only; raises MissingStatistic."""
         events = _there(self.events, "events=True")
         slots, width = self.slots(layer), self.segment(layer).width
         if not width:
             return slots.count.new_zeros(len(self.state), 1, 0)
         place = slots.places(width, self.state.length[:, None])[:, 0].long()
-        return events.items.gather(1, place.clamp(0, events.items.shape[1] - 1).expand(len(self.state), -1))[:, None]
+        place = place.clamp(0, events.items.shape[1] - 1).expand(len(self.state), -1)
+        return (events.items.gather(1, place) * self.mask(layer)[:, 0])[:, None]  # positions of padding are garbage
 
     def slot_categories(self, layer: int) -> Tensor:
         """The category of each slot's item, [B, 1, S], -1 for padding; raises MissingStatistic."""
@@ -246,6 +247,7 @@ class Prefill:
         seed: int = 0,
         events: Events | None = None,
         items: Named | None = None,
+        outputs: Sequence[Tensor] | None = None,
     ) -> Prefill:
         """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
 
@@ -253,7 +255,8 @@ class Prefill:
         queries [B, Hq, S, D], Hq a multiple of H (causal softmax attention is computed from them) or attention
         [B, Hq, S, S] (row = query), or a function (layer, first, last) -> the rows [B, Hq, last - first, S] of the
         queries first ... last - 1. lengths [B] int, default S; users [B] int. positions: slots must know theirs.
-        events, items: what slots are of, event i of slot i, and facts about items (`Prefill.items`).
+        events, items: what slots are of, event i of slot i, and facts about items (`Prefill.items`). outputs, one entry
+        a layer: [Hq, D', d], a map behind each query head's mixture.
         Statistics are worked out block by block when a method asks for them. Budgets are shares of the bytes in the
         dtype given. Raises ValueError that names the argument and what was expected.
         """
@@ -284,7 +287,10 @@ class Prefill:
         ids = torch.arange(b, device=device) if users is None else users.to(device)
         asked = None if queries is None else Asked(queries, keys, count)
         state = UserState(layers, count)
-        return Prefill(state, ids, events, column_sum, window, seed, positions, queries=asked, items=items)
+        behind = None if outputs is None else Named({str(i): x for i, x in enumerate(outputs)})
+        return Prefill(
+            state, ids, events, column_sum, window, seed, positions, queries=asked, items=items, outputs=behind
+        )
 
 
 def _there(known: T | None, what: str) -> T:

@@ -75,7 +75,8 @@ class World:
         q, k, v = ([_noise(shape, 3 * layer + i + 100 * draw) for layer in range(2)] for i in range(3))
         if constant:
             q, k, v = ([torch.ones_like(x) for x in xs] for xs in (q, k, v))
-        made = Prefill.from_tensors(k, v, q, lengths=torch.tensor(lengths), users=users, seed=3)
+        maps = [_noise((2, 8, 5), 50 + layer) for layer in range(2)]
+        made = Prefill.from_tensors(k, v, q, lengths=torch.tensor(lengths), users=users, seed=3, outputs=maps)
         count, events = made.state.length, None
         if stats.of_items:  # else methods that rebuild from events would try to
             drawn = torch.randint(1, n_items + 1, shape[:1] + shape[2:3], generator=torch.Generator().manual_seed(5))
