@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("capkv")
@@ -49,6 +49,11 @@ class CapKV(Eviction):
         v = prefill.values(layer).double().repeat_interleave(group, 1)
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
         v = v.masked_fill(~real.unsqueeze(-1), 0.0)
-        solved = torch.linalg.solve(eye + (v * weight.unsqueeze(-1)).mT @ v, v.mT)  # [B, Hq, D, S]
-        score = weight * (v.mT * solved).sum(2)
+        root = torch.linalg.cholesky(eye + (v * weight.unsqueeze(-1)).mT @ v)
+        score = weight * torch.linalg.solve_triangular(root, v.mT, upper=False).square().sum(2)  # [B, Hq, S]
         return score.unflatten(1, (-1, group)).mean(2).to(keys.dtype)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Cosines, the capacity matrix and a triangular system, where no stored head is shared; no Cholesky factor."""
+        keys, values = ([layer[0].fields[name].shape for layer in state.layers] for name in ("keys", "values"))
+        return history * (sum(2 * h * d for _, h, _, d in keys) + sum(3 * h * d**2 for _, h, _, d in values))

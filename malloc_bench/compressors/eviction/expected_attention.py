@@ -6,7 +6,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("expected_attention")
@@ -46,3 +46,8 @@ class ExpectedAttention(Eviction):
         logits = (k @ mean.mT).squeeze(-1) + (k @ spread.mT).square().sum(-1) / (2 * count.squeeze(-1))
         weights = logits.masked_fill(~real, -1e30).softmax(-1).unflatten(1, (-1, group)).mean(2)
         return weights * prefill.values(layer).norm(dim=-1)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Each key with the mean and with each query, where no stored head is shared."""
+        keys = [layer[0].fields["keys"].shape for layer in state.layers]
+        return sum(2 * history * (1 + self.window) * h * d for _, h, _, d in keys)
