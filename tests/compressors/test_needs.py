@@ -93,7 +93,7 @@ def test_critical(prefill, inner, k):
     first = method.inner
     scores = first.scores(prefill, 0).double()
     for user, n in enumerate(COUNTS):
-        early = first.compress(prefill, Budget(slots=(min(k, n) + 1) // 2)).layers[0][0].slots
+        early = first.compress(prefill, Budget(slots=max(1, min(k, n) // 2))).layers[0][0].slots
         for head in range(2):
             want = set(early.positions[user, head, : early.count[user, 0]].tolist()) if k < n else set(range(n))
             rest = []

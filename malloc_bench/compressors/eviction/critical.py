@@ -53,7 +53,7 @@ class Critical(Eviction):
         count = prefill.slots(layer).count.long()
         first = prefill.remember(("order", self.inner, layer), lambda: ranked(self.inner.scores(prefill, layer), count))
         then = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
-        half = (k + 1) // 2
+        half = (k // 2).clamp(min=1).minimum(k)
         early = chosen(first, count, half, *self.inner.forced(half))  # [B, H, max half]
         beyond = torch.arange(early.shape[-1], device=k.device) >= half.view(-1, 1, 1)
         kept = torch.zeros(*then.shape[:2], then.shape[2] + 1, dtype=torch.bool, device=k.device)
