@@ -216,8 +216,8 @@ class Compressor(ABC):
     def update(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
         """The state of a user who has gone on, within the budget of the grown history.
 
-        prefill: of the compressed state with new events appended, and what can be observed over it. As it stands here,
-        that is compressed again.
+        prefill: of the compressed state with new events appended (`joined`), and what can be observed over it; `whole`
+        says what the full state of all events would take. As it stands here, that is compressed again.
         """
         return self.compress(prefill, budget, fitted)
 

@@ -1,7 +1,7 @@
 """The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours."""
 
 from malloc_bench.state.coded import Codebook, Coded, closest
-from malloc_bench.state.extend import extend, grow
+from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lowrank import LowRank, low_rank, principal
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
@@ -16,6 +16,7 @@ from malloc_bench.state.vectors import Dense, Ragged, Vectors
 __all__ = [
     "Batch", "Codebook", "Coded", "Dense", "Events", "Fitted", "Layer", "LowRank", "MissingStatistic", "Named",
     "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment", "Slots", "Stats", "UserState", "Vectors",
-    "closest", "extend", "grow", "low_rank", "map_tensors", "newest_rows", "pack_bits", "principal", "quantize",
+    "closest", "extend", "grow", "joined", "low_rank",
+    "map_tensors", "newest_rows", "pack_bits", "principal", "quantize",
     "rounded", "take", "unpack_bits",
 ]  # fmt: skip
