@@ -7,8 +7,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +92,11 @@ def evaluate(
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
         model.eval()
     parts = chunks(backbone, split)
-    items = facts(split, reduce(or_, (job.compressor.needs for job in jobs), Stats()))
+    needs = Stats()
+    for job in jobs:
+        with _noting({}, job):  # what fails here fails again where it is noted
+            needs |= job.compressor.needs
+    items = facts(split, needs)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
     failed: dict[str, str] = {}
