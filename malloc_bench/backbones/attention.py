@@ -15,7 +15,19 @@ from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.statistics import newest, observed, over_group
-from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, extend
+from malloc_bench.state import (
+    Dense,
+    Events,
+    Layer,
+    Named,
+    Prefill,
+    Segment,
+    Slots,
+    Stats,
+    UserState,
+    extend,
+    newest_rows,
+)
 
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
 
@@ -64,10 +76,11 @@ class AttentionBackbone(ItemBackbone):
         positions = torch.arange(s, device=events.items.device)[None]
         places, asked = self._places(events, positions)
         slots = Slots(events.count[:, None], None, places.times)
-        layers, sums, windows = fill(self.blocks, self._embed(events, positions), places, asked, slots, stats)
+        layers, seen = fill(self.blocks, self._embed(events, positions), places, asked, slots, stats)
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
-        return Prefill(state, ids, events, sums or None, windows or None, seed, self.uses_positions)
+        maps = output_maps(self.blocks) if stats.outputs else None
+        return Prefill(state, ids, events, seed=seed, uses_positions=self.uses_positions, outputs=maps, **seen)
 
     def read(self, tokens: Events, state: UserState) -> Tensor:
         if state.events is not None:  # raw events only: rebuild, then read
@@ -142,24 +155,35 @@ class AttentionBackbone(ItemBackbone):
 
 def fill(
     blocks: Iterable[Block], x: Tensor, places: Places, asked: Places, slots: Slots, stats: Stats
-) -> tuple[list[Layer], list[Tensor], list[Tensor]]:
-    """Left-aligned events x [B, S, d] through a stack onto themselves: its layers, their column sums and windows."""
+) -> tuple[list[Layer], dict[str, Any]]:
+    """Left-aligned events x [B, S, d] through a stack onto themselves: its layers, and by name what of each was asked
+    for, as `Prefill` has it."""
     count = slots.count[:, 0]
     layers: list[Layer] = []
-    sums: list[Tensor] = []
-    windows: list[Tensor] = []
+    seen: dict[str, list[Tensor]] = {}
     for block in blocks:
         q, own, gate = block.project(x)
+        if stats.inputs:
+            seen.setdefault("inputs", []).append(x)
+        if stats.queries:
+            seen.setdefault("queries", []).append(newest_rows(block.asking(q, asked), count, stats.queries))
         if stats.column_sum:
             mixed, received = observed(block, q, own, places, asked, slots.mask(x.shape[1])[:, 0])
-            sums.append(over_group(received, own))
+            seen.setdefault("column_sum", []).append(over_group(received, own))
         else:
             mixed = block.causal(q, own, places, asked)
         if stats.window:
-            windows.append(over_group(newest(block, q, own, places, asked, count, stats.window), own))
+            weights = newest(block, q, own, places, asked, count, stats.window)
+            seen.setdefault("window", []).append(over_group(weights, own))
         x = block.combine(x, mixed, gate)
         layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
-    return layers, sums, windows
+    return layers, dict(seen)
+
+
+def output_maps(blocks: Iterable[Block]) -> Named | None:
+    """`Prefill.outputs` of a stack; None where a layer has no such map."""
+    maps = {str(i): block.outputs() for i, block in enumerate(blocks)}
+    return None if None in maps.values() else Named({name: x for name, x in maps.items() if x is not None})
 
 
 def over(

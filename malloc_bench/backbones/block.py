@@ -59,6 +59,15 @@ class Block(nn.Module):
         """[B, H, M, S] before masking; queries' times are those at which the prediction is asked for."""
         return segment.fields["keys"].dot(q)
 
+    def asking(self, q: Tensor, asked: Places) -> Tensor:
+        """Queries such that q.k is the logit, a bias apart."""
+        return q
+
+    def outputs(self) -> Tensor | None:
+        """[H, D, d]: what a unit of each head's mixture adds to the layer's output; None where nothing linear does."""
+        out = getattr(self, "out", None)
+        return out.weight.T.unflatten(0, (self.heads, -1)) if isinstance(out, nn.Linear) else None
+
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         """[B, H, M, S] -> [B, H, M, D]"""
         return segment.fields["values"].mix(weights)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.attention import AttentionBackbone, fill, over
+from malloc_bench.backbones.attention import AttentionBackbone, fill, output_maps, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -65,6 +65,9 @@ class AdaptiveBlock(SASRecBlock):
         pairs = Places(slots.positions.unsqueeze(-2), None if slots.times is None else slots.times.unsqueeze(-2))
         return self._adapt(segment.fields["keys"].dot(q), queries, pairs)
 
+    def asking(self, q: Tensor, asked: Places) -> Tensor:
+        return self._cooled(q, asked)
+
     def _adapt(self, raw: Tensor, asked: Places, slots: Places) -> Tensor:
         """Logits [B, H, M, S] from products; asked [B or 1, 1, M], slots [B or 1, H or 1, M or 1, S]."""
         if self.position_bias is not None:
@@ -74,6 +77,10 @@ class AdaptiveBlock(SASRecBlock):
             raw = raw + relative_bias(
                 self.position_bias, self.time_bias, asked.positions.unsqueeze(-1) - slots.positions, gap
             )
+        return self._cooled(raw, asked)
+
+    def _cooled(self, raw: Tensor, asked: Places) -> Tensor:
+        """[B, H, M, ...] over the temperature of each query's scenario."""
         if asked.times is None or len(self.temperature) == 1:
             return raw / self.temperature.exp()
         return raw / self.temperature.exp()[self.scenario(asked.times)].unsqueeze(-1)
@@ -218,22 +225,22 @@ class Climber(AttentionBackbone):
             raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
         self._places(events, events.items)  # refuses events without the times that it reads
         layers: list[Layer] = []
-        sums: list[Tensor] = []
-        windows: list[Tensor] = []
+        seen: dict[str, list[Tensor]] = {}
         positions = torch.arange(s, device=events.items.device)[None]
         for part, (index, count) in zip(self._stacks(), self._groups(events, positions)):
             own = events.take(index, count)
             places, asked = self._places(own, index)
             slots = Slots(count[:, None], index[:, None].int(), places.times)
-            made = fill(list(self.blocks)[part], self._embed(own, index), places, asked, slots, stats)
-            layers += made[0]
-            sums += made[1]
-            windows += made[2]
+            made, known = fill(list(self.blocks)[part], self._embed(own, index), places, asked, slots, stats)
+            layers += made
+            for name, each in known.items():
+                seen.setdefault(name, []).extend(each)
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
-        known = sums or None, windows or None
-        uses = self.uses_positions, self.config.strategy == "feedback"
-        return Prefill(state, ids, events, *known, seed, *uses, stacks=self.config.blocks)
+        uses = {"uses_positions": self.uses_positions, "uses_kinds": self.config.strategy == "feedback"}
+        maps = output_maps(self.blocks) if stats.outputs else None
+        found: dict[str, Any] = {**seen, **uses, "outputs": maps, "stacks": self.config.blocks}
+        return Prefill(state, ids, events, seed=seed, **found)
 
     def _over(
         self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None

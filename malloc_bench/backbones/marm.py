@@ -70,6 +70,12 @@ class MARMBlock(SASRecBlock):
         w_v, b_v = (y.chunk(3)[2].unflatten(0, (self.heads, -1)) for y in (self.qkv.weight, self.qkv.bias))
         return super().combine(x, mixed @ w_v.mT + b_v.unsqueeze(1), gate)  # weights sum to 1: the bias as it is
 
+    def outputs(self) -> Tensor:
+        """Of a unit of mixed hidden vectors: through the value map, then the output map."""
+        return self.qkv.weight.chunk(3)[2].unflatten(0, (self.heads, -1)).mT @ self.out.weight.T.unflatten(
+            0, (self.heads, -1)
+        )
+
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
         hidden = segment.fields["hidden"]
         if self.search != "group":

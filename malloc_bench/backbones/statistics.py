@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.backbones.block import Block, Places
-from malloc_bench.state import Dense, Segment
+from malloc_bench.state import Dense, Segment, newest_rows
 
 
 def observed(
@@ -26,12 +26,11 @@ def newest(
     block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, count: Tensor, window: int
 ) -> Tensor:
     """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; zeros where there is no such."""
-    b, h, s, d = q.shape
+    b, h, s, _ = q.shape
     if s == 0:
         return q.new_zeros(b, h, window, 0)
     at = count.long()[:, None] - window + torch.arange(window, device=q.device)  # [B, W]
-    index = at.clamp(min=0)
-    queries = q.gather(2, index[:, None, :, None].expand(-1, h, -1, d))
+    index, queries = at.clamp(min=0), newest_rows(q, count, window)
     times = None if asked.times is None else asked.times[:, 0].gather(1, index)[:, None]
     places_asked = asked.positions[:, 0].expand(b, -1).gather(1, index)[:, None]
     everything = Segment({k: Dense(v) for k, v in own.items()}, None)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.encoding import map_layers as map_layers
+from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.registry import find, suggest
-from malloc_bench.state import Prefill, Segment, Stats, UserState
+from malloc_bench.state import Fitted, Prefill, Sample, Stats, UserState
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -111,17 +113,34 @@ class Layout:
 
 def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
     @functools.wraps(compress)
-    def parsed(self: Compressor, prefill: Prefill, budget: Any = None, *more: Any, **named: Any) -> UserState:
-        return compress(self, prefill, None if budget is None else Budget.parse(budget), *more, **named)
+    def parsed(self: Compressor, prefill: Prefill, budget: Any = None, fitted: Fitted | None = None) -> UserState:
+        prefill = prefill.given(fitted)
+        if prefill.fitted is None and self.fit_parts():
+            raise MissingFit(f"{self.name} must be fitted first: compress(prefill, budget, fitted=fit(sample, budget))")
+        return compress(self, prefill, None if budget is None else Budget.parse(budget), prefill.fitted)
 
     return parsed
+
+
+def _sampling(fit: Callable[..., Fitted]) -> Callable[..., Fitted]:
+    @functools.wraps(fit)
+    def parsed(self: Compressor, sample: Any, budget: Any = None) -> Fitted:
+        return fit(self, Sample.of(sample), None if budget is None else Budget.parse(budget))
+
+    return parsed
+
+
+class MissingFit(ValueError):
+    """A method that learns from training users was to compress before it did."""
 
 
 class Compressor(ABC):
     """A smaller state from a full one; it knows the state only, never a backbone.
 
     Class attributes: `family` (its line in tables and figures), `paper`, `formula` and `stores` (in words, for
-    `malloc-bench show`), `version` (raise it when results change).
+    `malloc-bench show`), `version` (raise it when results change). A method that learns something of training users,
+    once for all, also writes `fit`; `fit_fields` are the parameters that a fit depends on (None: all),
+    `fit_uses_budget` whether the budget is one.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -131,12 +150,16 @@ class Compressor(ABC):
     formula: ClassVar[str] = "see its source"
     stores: ClassVar[str] = "see its source"
     version: ClassVar[int] = 1
+    fit_fields: ClassVar[tuple[str, ...] | None] = None
+    fit_uses_budget: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Every `compress` takes its budget as a suite writes it: 0.25, {"slots": 8}, {"bytes": 4096} or a Budget."""
         super().__init_subclass__(**kwargs)
         if "compress" in cls.__dict__:
             cls.compress = _parsing(cls.__dict__["compress"])  # type: ignore[method-assign]
+        if "fit" in cls.__dict__:
+            cls.fit = _sampling(cls.__dict__["fit"])  # type: ignore[method-assign]
 
     @property
     def needs(self) -> Stats:
@@ -170,12 +193,33 @@ class Compressor(ABC):
         """What such a budget counts here: `bytes` of the state, `slots`, or `events`."""
         return "bytes" if budget.slots is None else "slots"
 
+    def fit(self, sample: Any, budget: Any = None) -> Fitted:
+        """What the method learns of training users, named tensors; most learn nothing and do not have this.
+
+        sample: a Prefill of theirs, with `needs`, or several (a `Sample`, which an implementation always gets). The
+        same sample comes to the same fit: what is random is seeded. Its bytes are fixed bytes of the method.
+        """
+        raise TypeError(f"{type(self).__name__} learns nothing")
+
+    def fit_parts(self) -> Mapping[str, Compressor]:
+        """The parts of the method that are fitted, each by itself, by the name under which it finds its fit."""
+        return {} if type(self).fit is Compressor.fit else {"": self}
+
     @abstractmethod
     def compress(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
         """The smaller state; `prefill` is not changed. budget: None, or as `Budget.parse` takes it.
 
-        An implementation gets a Budget, or None; raises ValueError for what is no budget.
+        fitted: what `fit` came to; None where `prefill` has it or the method learns nothing. An implementation gets a
+        Budget, or None, and `prefill.fitted`. Raises ValueError for what is no budget, MissingFit.
         """
+
+    def update(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
+        """The state of a user who has gone on, within the budget of the grown history.
+
+        prefill: of the compressed state with new events appended (`joined`), and what can be observed over it; `whole`
+        says what the full state of all events would take. As it stands here, that is compressed again.
+        """
+        return self.compress(prefill, budget, fitted)
 
     def floor(self, prefill: Prefill) -> Tensor:
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
@@ -196,16 +240,20 @@ class Encoder(Compressor):
     def takes_budget(self) -> bool:
         return False
 
-    @abstractmethod
     def encode(self, state: UserState) -> UserState:
-        """The same slots, their vectors encoded."""
+        """The same slots, their vectors encoded; an encoder that is fitted writes `write`."""
+        raise TypeError(f"{type(self).__name__} must define encode(state) -> UserState, or write(prefill)")
+
+    def write(self, prefill: Prefill) -> UserState:
+        """The state, encoded; for encoders that look at `prefill.fitted`."""
+        return self.encode(prefill.state)
 
     @abstractmethod
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of an encoded state of n [B] slots."""
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
-        return self.encode(prefill.state)
+        return self.write(prefill)
 
 
 class Structural(Compressor):
@@ -270,21 +318,6 @@ def slots_within(target: Tensor, length: Tensor, cost: Callable[[Tensor], Tensor
         fits = cost(middle) <= target
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
     return torch.where(cost(length) <= target, length, low)
-
-
-def map_vectors(state: UserState, encode: Callable[[str, Segment], Any]) -> UserState:
-    """The state with every field's vectors replaced by encode(field, segment); shared vectors stay shared."""
-    done: dict[int, Any] = {}
-    layers = []
-    for layer in state.layers:
-        segments = []
-        for segment in layer:
-            for name, vectors in segment.fields.items():
-                if id(vectors) not in done:
-                    done[id(vectors)] = encode(name, segment)
-            segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
-        layers.append(tuple(segments))
-    return UserState(tuple(layers), state.length, state.events)
 
 
 def get_compressor(name: str, **params: Any) -> Compressor:

@@ -138,14 +138,20 @@ def ranked(scores: Tensor, count: Tensor) -> Tensor:
 
 def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest: Tensor | int) -> Tensor:
     """The k [B] kept slots in time order, [B, H, max k]: forced ones first, then by `order`; order [B, H, S]."""
+    if isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0:
+        return filled(order, None, k)
+    first, last = (x.view(-1, 1, 1) if isinstance(x, Tensor) else x for x in (oldest, newest))
+    return filled(order, (order < first) | ((order >= count.unsqueeze(-1) - last) & (order < count.unsqueeze(-1))), k)
+
+
+def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
+    """The k [B] kept slots in time order, [B, H, max k]: of `order` [B, H, S] the `forced` ones, and the first of the
+    rest; forced [B, H, S] bool, in that order."""
     b, h, s = order.shape
     size = int(k.max()) if b else 0
     k = k.view(b, 1, 1)
     wanted = torch.arange(s, device=order.device) < k
-    forced_free = isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0
-    if not forced_free:
-        first, last = (x.view(b, 1, 1) if isinstance(x, Tensor) else x for x in (oldest, newest))
-        forced = (order < first) | ((order >= count.unsqueeze(-1) - last) & (order < count.unsqueeze(-1)))
+    if forced is not None:
         free = ~forced
         wanted = forced | (free & (free.cumsum(-1) <= k - forced.sum(-1, keepdim=True)))
     kept = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, wanted.expand(b, h, s))

@@ -194,11 +194,11 @@ def shuffle_ties(
     users, items, times = users[tied], items[tied], times[tied]
     key = np.zeros(len(tied), np.uint64)
     for each in (users, items, times // per_second):
-        key = _mixed(key ^ each.astype(np.uint64))
+        key = mixed(key ^ each.astype(np.uint64))
     return tied, np.lexsort((key, times, users))
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def mixed(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

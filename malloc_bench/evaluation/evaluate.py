@@ -19,10 +19,11 @@ from malloc_bench.compressors import Compressor, get_compressor
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
+from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import InputChanged, fingerprint, undisturbed
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
 from malloc_bench.evaluation.trial import Job, Witnesses, attempt
-from malloc_bench.state import Stats
+from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
 
@@ -96,6 +97,11 @@ def evaluate(
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
         model.eval()
     parts = chunks(backbone, split)
+    needs = Stats()
+    for job in jobs:
+        with _noting({}, job):  # what fails here fails again where it is noted
+            needs |= job.compressor.needs
+    items = facts(split, needs)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
     failed: dict[str, str] = {}
@@ -109,7 +115,7 @@ def evaluate(
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
             ask = partial(_asked, backbone, split, rows, filter_seen)
             others = [job for job in todo if job.id != REFERENCE]
-            have |= _chunk(backbone, ask, ids, others, seed, failed, packed)
+            have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items)
             if store:
                 store.save(number, have)
         kept.append(have)
@@ -124,8 +130,8 @@ def evaluate(
     length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
     full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
     if isinstance(split, Impressions):
-        items, labels, _ = split.candidates(split.test.rows(order))
-        return Evaluation(users, length, full, values, failed, items, labels)
+        shown, labels, _ = split.candidates(split.test.rows(order))
+        return Evaluation(users, length, full, values, failed, shown, labels)
     return Evaluation(users, length - 1, full, values, failed)  # the newest event reads
 
 
@@ -143,6 +149,7 @@ def _chunk(
     seed: int,
     failed: dict[str, str],
     packed: Tensor,
+    items: Named | None,
 ) -> dict[str, Values]:
     """Values of the reference and of the jobs for the users of one chunk.
 
@@ -150,22 +157,28 @@ def _chunk(
     and each half of the jobs gets its own, until the one that does it is alone.
     """
     try:
-        values, broken = _together(backbone, ask(), ids, jobs, seed, packed)
+        values, broken = _together(backbone, ask(), ids, jobs, seed, packed, items)
     except (InputChanged, BadNeeds):
         if not jobs:
             raise  # the backbone itself
         if len(jobs) == 1:
             failed[jobs[0].id] = traceback.format_exc()
-            return _chunk(backbone, ask, ids, [], seed, failed, packed)
+            return _chunk(backbone, ask, ids, [], seed, failed, packed, items)
         half = len(jobs) // 2
-        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed)
-        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed)
+        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed, items)
+        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed, items)
     failed |= broken
     return values
 
 
 def _together(
-    backbone: Backbone, asked: Asked, ids: Tensor, jobs: list[Job], seed: int, packed: Tensor
+    backbone: Backbone,
+    asked: Asked,
+    ids: Tensor,
+    jobs: list[Job],
+    seed: int,
+    packed: Tensor,
+    items: Named | None,
 ) -> tuple[dict[str, Values], dict[str, str]]:
     """Values by job, backbone by backbone, the one that is evaluated first; and the tracebacks of those that failed.
 
@@ -198,11 +211,12 @@ def _together(
             found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
         elif not own:
             continue
-        prefill = replace(prefill, whole=whole, memo={})
+        prefill = replace(prefill, whole=whole, items=items, memo={})
         witnesses = Witnesses.of(prefill, packed)
         some = packed if len(packed) else torch.arange(min(_PACKED_OF_OTHERS, len(ids)))
         watched = Witnesses.of(prefill, some) if any(_remembers(job.compressor) for job in own) else witnesses
-        given = prefill, witnesses, watched, asked.history, asked.tokens
+        shared = [x for x in (prefill.outputs, items, *(job.fitted for job in own)) if x is not None]
+        given = prefill, witnesses, watched, asked.history, asked.tokens, [list(x.values()) for x in shared]
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:

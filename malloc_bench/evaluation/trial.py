@@ -10,7 +10,7 @@ from torch import Tensor
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor
 from malloc_bench.evaluation.requests import Asked
-from malloc_bench.state import Prefill, UserState
+from malloc_bench.state import Fitted, Prefill, UserState
 
 TOLERANCE = 1e-5  # of reads, relative to the largest number read and at least absolute
 
@@ -28,12 +28,14 @@ class Job:
     """One method at one budget; `id` names its results.
 
     backbone: trained as the structural part of the compressor has adapted it; None: the one that is evaluated.
+    fitted: what the method has learned of training users; None for most.
     """
 
     id: str
     compressor: Compressor
     budget: Budget | None = None
     backbone: Backbone | None = None
+    fitted: Fitted | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def attempt(
     Raises whatever the method raises; TypeError or ValueError for what is no state of these users or reads as no
     number; OverBudget, NotInTheBytes.
     """
-    state = job.compressor.compress(prefill, job.budget)
+    prefill = prefill.given(job.fitted)
+    state = job.compressor.compress(prefill, job.budget, job.fitted)
     if type(state) is not UserState or len(state) != len(prefill.state):
         what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
         raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
@@ -80,7 +83,7 @@ def attempt(
     if out.shape != full.shape or not bool(out.isfinite().all()):
         raise ValueError("outputs read from the compressed state are not finite")
     if packed.other is not None:
-        template = job.compressor.compress(replace(packed.other, memo={}), job.budget)
+        template = job.compressor.compress(replace(packed.other, memo={}), job.budget, job.fitted)
         _check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
     return out, size
 

@@ -2,12 +2,13 @@
 
 from malloc_bench.measure.environment import environment, load
 from malloc_bench.measure.flops import closed_form, count_flops
-from malloc_bench.measure.latency import Models, Timing, latency, prefilled
+from malloc_bench.measure.latency import Method, Models, Timing, latency, prefilled
 from malloc_bench.measure.memory import peak_memory
 from malloc_bench.measure.sampling import Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
-from malloc_bench.measure.workload import Workload
+from malloc_bench.measure.workload import Workload, some_facts
 
 __all__ = [
-    "Models", "Ratio", "Samples", "Timing", "Workload", "closed_form", "count_flops", "environment", "in_rounds",
-    "interleaved", "latency", "load", "peak_memory", "prefilled", "ratio", "summary", "threads",
+    "Method", "Models", "Ratio", "Samples", "Timing", "Workload", "closed_form", "count_flops", "environment",
+    "in_rounds", "interleaved", "latency", "load", "peak_memory", "prefilled", "ratio", "some_facts", "summary",
+    "threads",
 ]  # fmt: skip

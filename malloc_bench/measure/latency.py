@@ -16,12 +16,13 @@ from malloc_bench.compressors import Budget, Compressor, Structural
 from malloc_bench.measure.environment import cores, load
 from malloc_bench.measure.sampling import MOST, Call, Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
 from malloc_bench.measure.workload import Workload
-from malloc_bench.state import Events, Prefill, Stats, UserState
+from malloc_bench.state import Events, Fitted, Prefill, Stats, UserState
 from malloc_bench.training.fit import tune_malloc
 
 #: structural part -> the backbone that it has adapted; None: the backbone as it is
 Models = Mapping[Structural | None, Backbone]
-Method = tuple[Compressor, Budget | None]
+#: a compressor at a budget, and what it has learned of training users
+Method = tuple[Compressor, Budget | None] | tuple[Compressor, Budget | None, Fitted | None]
 
 log = logging.getLogger(__name__)
 
@@ -117,27 +118,27 @@ def latency(
     with threads(n_threads), torch.no_grad():  # not inference mode: methods may fit by gradient
         device = next(models[None].parameters()).device
         history, tokens, new = workload.events(models[None].n_items, device)
-        filled = prefilled(models, [compressor for compressor, _ in methods.values()], workload)
+        filled = prefilled(models, [method[0] for method in methods.values()], workload)
 
         def prefill(part: Structural | None, stats: Stats) -> Call:
             return lambda: models[part].prefill(history, stats=stats)
 
-        needs = {(part, _PLAIN) for part in filled} | {(c.structural, c.needs) for c, _ in methods.values()}
+        needs = {(part, _PLAIN) for part in filled} | {(m[0].structural, m[0].needs) for m in methods.values()}
         built = interleaved({each: prefill(*each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS))
 
         began, first = load(), {_make(None, filled[None].state): ""}  # by the make of a state: whose reads are timed
         groups: dict[str, dict[str, Call]] = {}
         shares: dict[str, str] = {}
         raw = set()
-        for name, (compressor, budget) in methods.items():
+        for name, (compressor, budget, *fit) in methods.items():
             part = compressor.structural
             try:
-                state = compressor.compress(replace(filled[part], memo={}), budget)
+                state = compressor.compress(replace(filled[part], memo={}), budget, *fit)
                 shares[name] = first.setdefault(_make(part, state), name)
             except (Exception, SystemExit):
                 _failed(name)
                 continue
-            groups[name] = {"compress": _compress(compressor, budget, filled[part])}
+            groups[name] = {"compress": _compress(compressor, filled[part], budget, *fit)}
             if state.events is not None:
                 raw.add(name)
             if shares[name] == name:
@@ -157,7 +158,7 @@ def latency(
     for name, whose in shares.items():
         if name not in found or whose not in found:
             continue
-        (compressor, _), samples = methods[name], found[whose]
+        compressor, samples = methods[name][0], found[whose]
         plain = built[compressor.structural, _PLAIN]
         none = compressor.needs == _PLAIN
         timings[name] = Timing(
@@ -192,8 +193,8 @@ def prefilled(
     return {part: replace(prefill, whole=whole) for part, prefill in prefills.items()}
 
 
-def _compress(compressor: Compressor, budget: Budget | None, full: Prefill) -> Call:
-    return lambda: compressor.compress(replace(full, memo={}), budget)
+def _compress(compressor: Compressor, full: Prefill, *sized: Any) -> Call:
+    return lambda: compressor.compress(replace(full, memo={}), *sized)
 
 
 def _reads(backbone: Backbone, state: UserState, tokens: Events, new: Events, prefix: str) -> dict[str, Call]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from malloc_bench.backbones import Backbone
-from malloc_bench.state import Events, Prefill, Stats
+from malloc_bench.state import Events, Named, Prefill, Stats
 
 
 @dataclass(frozen=True)
@@ -52,4 +52,12 @@ class Workload:
     def prefill(self, backbone: Backbone, stats: Stats = Stats()) -> Prefill:
         """The workload's histories in a backbone of at least `max_length`."""
         device = next(backbone.parameters()).device
-        return backbone.prefill(self.events(backbone.n_items, device)[0], stats=stats)
+        made = backbone.prefill(self.events(backbone.n_items, device)[0], stats=stats)
+        return replace(made, items=some_facts(backbone.n_items)) if stats.of_items else made
+
+
+def some_facts(n_items: int) -> Named:
+    """Made-up facts about items, as `Prefill.items` has them: 18 categories, a few items that are popular."""
+    rng = np.random.default_rng(0)
+    categories, popularity = rng.integers(0, 18, n_items), rng.zipf(1.5, n_items).clip(max=10**6)
+    return Named({"categories": torch.from_numpy(categories), "popularity": torch.from_numpy(popularity)})

@@ -95,7 +95,7 @@ def _measured(
     """Columns by job id; raw times are added to `taken`."""
     timings: dict[str, measure.Timing] = {}
     if settings.latency:
-        methods = {job.id: (job.compressor, job.budget) for job in jobs}
+        methods: dict[str, measure.Method] = {job.id: (job.compressor, job.budget, job.fitted) for job in jobs}
         timings = measure.latency(models, methods, workload, seconds=settings.seconds)
     costs = dict(_costs(models, jobs, workload)) if settings.flops else {}
     for job in jobs:
@@ -121,7 +121,8 @@ def _costs(
         own = models[job.compressor.structural]
 
         def work(job: Job = job, own: Backbone = own) -> UserState:
-            state = job.compressor.compress(replace(prefills[job.compressor.structural], memo={}), job.budget)
+            prefill = replace(prefills[job.compressor.structural], memo={})
+            state = job.compressor.compress(prefill, job.budget, job.fitted)
             own.read(tokens, state)
             return state
 

@@ -16,7 +16,7 @@ import torch
 
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone, get_backbone
-from malloc_bench.compressors import Structural
+from malloc_bench.compressors import Compressor, Structural
 from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
@@ -24,11 +24,14 @@ from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
+from malloc_bench.paths import home
 from malloc_bench.results import Row, to_parquet, write_per_user, write_row
+from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, write_manifest
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
+from malloc_bench.state import Fitted
 from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
 from malloc_bench.suite.suite import Suite
@@ -86,7 +89,8 @@ class Session:
             why = each.cell.impossible
             if why is None:
                 backbone = self._made(each.cell)
-                why = each.cell.compressor.build().supports(backbone)
+                made = each.cell.compressor.build()
+                why = made.supports(backbone) or self._unknown(each.cell, made)
             if why is not None:
                 self._write(each, {"status": "skipped", "reason": why})
             elif each.cell.compressor not in self.alone:
@@ -94,7 +98,13 @@ class Session:
                 self.alone.add(each.cell.compressor)
             return why is not None
         return True
-        return True
+
+    def _unknown(self, cell: Cell, compressor: Compressor) -> str | None:
+        """What the data cannot tell of items that the method asks for; None: nothing."""
+        data = self.datasets[cell.dataset]
+        if not compressor.needs.categories or data.categories is not None:
+            return None
+        return f"{compressor.name} reads categories of items, and the card of {data.name} has none"
 
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
         """Fresh weights, the same for the same seed, and the categories of the items where they are used."""
@@ -129,11 +139,19 @@ class Session:
         todo = [each for each in todo if _part(each) in trained]
         backbone, plain, key = trained[None]
         # each is held against the plain backbone, whatever it reads itself
-        read = {each.id: f"{plain.weights}+{trained[_part(each)][1].weights}" for each in todo}
+        fits = self._fits(trained, split, cell.seed, todo)
+        todo = [each for each in todo if each.id in fits]
+        read = {
+            each.id: "+".join([str(plain.weights), str(trained[_part(each)][1].weights), *_digest(fits[each.id])])
+            for each in todo
+        }
         store = Chunks(self.folder / "partial" / key, {"": str(plain.weights), **read})
         if self.fresh:
             store.drop()
-        jobs = [Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0]) for each in todo]
+        jobs = [
+            Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0], fits[each.id])
+            for each in todo
+        ]
         evaluation = evaluate(
             backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
@@ -163,11 +181,25 @@ class Session:
                     "checkpoint": key,
                     "weights": fitted.weights,
                     "reference": plain.weights,  # of the full state that it is compared with
+                    **dict(zip(["fit"], _digest(fit := fits[each.id]))),
                     "files": self.files.get(each.id, {}),
                 },
             }
-            self._write(each, {**outcome, **shared, **costs.get(each.id, {})})
+            fixed = {"bytes_fixed": float(fit.nbytes)} if fit is not None and "bytes_fixed" in outcome else {}
+            self._write(each, {**outcome, **fixed, **shared, **costs.get(each.id, {})})
         store.drop()
+
+    def _fits(
+        self, trained: dict[Structural | None, tuple[Backbone, Fit, str]], split: Any, seed: int, todo: list[Planned]
+    ) -> dict[str, Fitted | None]:
+        """What the method of each cell has learned of training users, by cell id; None: nothing."""
+        plain, found = trained[None][0], {}
+        for each in todo:
+            with self._failing([each]):
+                model, fitted, key = trained[_part(each)]
+                fits = Fits(model, plain, split, home() / "checkpoints" / key / "fits", fitted.weights, seed)
+                found[each.id] = fits.of(each.cell.compressor.build(), each.cell.budget)
+        return found
 
     def _all_trained(
         self, cell: Cell, split: Split | Impressions, todo: list[Planned]
@@ -291,6 +323,11 @@ class Session:
 def _part(each: Planned) -> Structural | None:
     """The structural part of a cell's compressor."""
     return each.cell.compressor.build().structural
+
+
+def _digest(fitted: Fitted | None) -> list[str]:
+    """The fit's sha256, where there is one."""
+    return [] if fitted is None else [fitted.digest]
 
 
 def _last_line() -> str:

@@ -66,3 +66,60 @@ def _place(old: Tensor, new: Tensor, slots: Slots, tail: Slots) -> Tensor:
     rows = slots.count.long().unsqueeze(-1) + torch.arange(new.shape[2], device=new.device)  # [B, 1, M]
     out.scatter_(2, rows.unsqueeze(-1).expand_as(new), new)
     return out[:, :, : int((slots.count + tail.count).max())] if len(out) else out
+
+
+def joined(state: UserState) -> UserState:
+    """The same with one dense segment a layer: what an earlier compression kept, then what was appended to it.
+
+    Slots that layers share stay shared. Memories, and raw events, are as they were.
+    """
+    done: dict[tuple[int, ...], Slots] = {}
+    layers: list[Layer] = []
+    for layer in state.layers:
+        owns = [segment.slots for segment in layer if segment.slots is not None]
+        if len(owns) < len(layer) or not owns:
+            layers.append(layer)
+            continue
+        heads = max(slots.count.shape[1] for slots in owns)
+        counts = [slots.count.expand(-1, heads) for slots in owns]
+        key = tuple(map(id, owns))
+        if key not in done:
+            done[key] = _one_after_the_other(owns, counts, [segment.width for segment in layer], state.length)
+        fields = {
+            name: Dense(_behind([segment.fields[name].dense() for segment in layer], counts))
+            for name in layer[0].fields
+        }
+        layers.append((Segment(fields, done[key]),))
+    return UserState(tuple(layers), state.length, state.events)
+
+
+def _one_after_the_other(owns: Sequence[Slots], counts: Sequence[Tensor], widths: list[int], length: Tensor) -> Slots:
+    def column(parts: Sequence[Tensor]) -> Tensor:
+        heads = max(x.shape[1] for x in parts)
+        return _behind([x.expand(-1, heads, -1).unsqueeze(-1) for x in parts], counts).squeeze(-1)
+
+    places: list[Tensor] = []
+    end = length[:, None]
+    for slots, width in zip(reversed(owns), reversed(widths)):
+        places.insert(0, slots.places(width, end).int())
+        end = end - slots.count
+    times = [slots.timestamps for slots in owns]
+    known = None if any(x is None for x in times) else column([x for x in times if x is not None])
+    masses = [torch.ones_like(p, dtype=torch.float32) if s.mass is None else s.mass for s, p in zip(owns, places)]
+    mass = column(masses) if any(slots.mass is not None for slots in owns) else None
+    return Slots(torch.stack(list(counts)).sum(0).int(), column(places), known, mass)
+
+
+def _behind(parts: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    """Left-aligned rows of several x [B, H, S_i, D], of which counts [B, H'] are real, one after the other."""
+    b, h, _, d = parts[0].shape
+    total = torch.stack(list(counts)).sum(0)
+    width = int(total.max()) if total.numel() else 0
+    out = parts[0].new_zeros(b, h, width + 1, d)  # the last row takes all padding
+    before = torch.zeros_like(counts[0])
+    for x, count in zip(parts, counts):
+        place = torch.arange(x.shape[2], device=x.device)
+        index = torch.where(place < count.unsqueeze(-1), before.unsqueeze(-1) + place, width).expand(b, h, -1)
+        out.scatter_(2, index.long().unsqueeze(-1).expand(-1, -1, -1, d), x.to(out.dtype))
+        before = before + count
+    return out[:, :, :width]

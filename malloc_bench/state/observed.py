@@ -97,6 +97,41 @@ class Lazy(Sequence[Tensor]):
         return made[layer, window]
 
 
+def newest_rows(x: Tensor, count: Tensor, window: int) -> Tensor:
+    """Of x [B, H, S, D] each user's newest `window` rows, oldest first, [B, H, window, D]; 0 where there is none."""
+    b, h, s, d = x.shape
+    if not s:
+        return x.new_zeros(b, h, window, d)
+    at = count.long()[:, None] - window + torch.arange(window, device=x.device)  # [B, W]
+    found = x.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, h, -1, d))
+    return found * (at >= 0)[:, None, :, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked(Sequence[Tensor]):
+    """Queries [B, Hq, S, D] of each layer's slots as they multiply `keys`: divided by the root of their width."""
+
+    given: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    events: Tensor  # [B], of each user
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    @overload
+    def __getitem__(self, layer: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, layer: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(layer, slice):
+            return Asked(self.given[layer], self.keys[layer], self.events)
+        return self.newest(layer, self.given[layer].shape[2])
+
+    def newest(self, layer: int, window: int) -> Tensor:
+        """Of each user's newest `window`, see `newest_rows`."""
+        return newest_rows(self.given[layer], self.events, window) / self.keys[layer].shape[-1] ** 0.5
+
+
 def softmax_rows(keys: Sequence[Tensor], queries: Sequence[Tensor]) -> Rows:
     """Causal softmax attention; keys [B, H, S, D] and queries [B, Hq, S, D] of each layer, at least in float32."""
 

@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from malloc_bench.state.observed import Lazy, Observed, Rows, check, check_users, softmax_rows
+from malloc_bench.state.named import Fitted, Named
+from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, check, check_users, softmax_rows
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.user_state import Events, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
 
+OBSERVED = ("column_sum", "window", "queries", "inputs")  # layer by layer, of users' own
+
 
 @dataclass(frozen=True)
 class Stats:
-    """Attention statistics a method needs; ask for the union of several with `|`.
+    """What a method needs of a prefill beside keys and values; ask for the union of several with `|`.
 
     column_sum: total |weight| that each slot received from the history's own queries.
     window: weights of the newest `window` queries of the history over all slots, one row each.
+    queries: the newest so many queries themselves.
+    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture.
+    events: the raw events, so that a method knows which item and time a slot is of.
+    categories, popularity: of each item, the latter in training events; with them come the events.
     """
 
     column_sum: bool = False
     window: int = 0
+    queries: int = 0
+    inputs: bool = False
+    outputs: bool = False
+    events: bool = False
+    categories: bool = False
+    popularity: bool = False
 
     def __or__(self, other: Stats) -> Stats:
-        return Stats(self.column_sum or other.column_sum, max(self.window, other.window))
+        return Stats(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    @property
+    def of_items(self) -> bool:
+        """Whether anything about events or items is asked for."""
+        return self.events or self.categories or self.popularity
 
 
 class MissingStatistic(ValueError):
-    """A compressor asked a Prefill for attention statistics that nobody gathered."""
+    """A compressor asked a Prefill for what nobody gathered."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +66,14 @@ class Prefill:
     window: a layer each, [B, H, W, S]: signed weights of the newest W queries, oldest first; rows of users with fewer
         than W events start with zeros. Where query heads share a kv-head: the mean of their absolute values. Both
         statistics are 0 on slots that a user does not have.
+    queries: a layer each, [B, Hq, W, D]: the newest W queries as they multiply keys (what softmax divides by is in
+        them), oldest first; rows of users with fewer than W events start with zeros.
+    inputs: a layer each, [B, S, d]: what the layer got in for every event.
+    outputs: by the layer's number, [Hq, D, d]: what a unit of a head's mixed values adds to the layer's output (with
+        HSTU before its gate and norm).
+    items: facts about items, row i is item i + 1: `categories` [n_items] int64 from 0, `popularity` [n_items], its
+        training events.
+    fitted: what the method has learned of training users; None for most.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
     uses_kinds: the backbone reads `Events.kinds`, so raw events that it is rebuilt from must store them.
@@ -66,6 +93,11 @@ class Prefill:
     stacks: int = 1
     whole: Tensor | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict)
+    queries: Sequence[Tensor] | None = None
+    inputs: Sequence[Tensor] | None = None
+    outputs: Named | None = None
+    items: Named | None = None
+    fitted: Fitted | None = None
 
     @property
     def layers(self) -> range:
@@ -80,10 +112,15 @@ class Prefill:
         for first in range(0, len(self.layers), depth):
             part = slice(first, first + depth)
             state = UserState(self.state.layers[part], self.state.length)
-            sums = None if self.column_sum is None else self.column_sum[part]
-            window = None if self.window is None else self.window[part]
-            views.append(replace(self, state=state, column_sum=sums, window=window, stacks=1, memo={}))
+            seen: dict[str, Any] = {name: x[part] for name, x in self._observed().items()}
+            outputs = self.outputs and Named({str(i): self.outputs[str(first + i)] for i in range(depth)})
+            views.append(replace(self, state=state, **seen, outputs=outputs, stacks=1, memo={}))
         return tuple(views)
+
+    def _observed(self) -> dict[str, Any]:
+        """What is known layer by layer, by name, of users' own."""
+        known = {name: getattr(self, name) for name in OBSERVED}
+        return {name: x for name, x in known.items() if x is not None}
 
     def segment(self, layer: int) -> Segment:
         """The only segment of a layer."""
@@ -114,24 +151,61 @@ class Prefill:
 
     def attention_received(self, layer: int) -> Tensor:
         """`column_sum` of a layer, [B, H, S]; raises MissingStatistic."""
-        if self.column_sum is None:
-            raise MissingStatistic(
-                "needs = Stats(column_sum=True) is missing on the compressor, or it is not first in a chain"
-            )
-        return self.column_sum[layer]
+        return _there(self.column_sum, "column_sum=True")[layer]
 
     def newest_attention(self, layer: int, window: int) -> Tensor:
         """Weights of the newest `window` queries, [B, H, min(window, W), S]; raises MissingStatistic."""
-        if self.window is None:
-            raise MissingStatistic(
-                f"needs = Stats(window={window}) is missing on the compressor, or it is not first in a chain"
-            )
-        if isinstance(self.window, Lazy):
-            return self.window.newest(layer, min(window, self.segment(layer).width))
-        rows, slots = self.window[layer].shape[2:]
+        known = _there(self.window, f"window={window}")
+        if isinstance(known, Lazy):
+            return known.newest(layer, min(window, self.segment(layer).width))
+        rows, slots = known[layer].shape[2:]
         if rows < min(window, slots):
             raise MissingStatistic(f"the newest {window} queries are asked for, only {rows} were observed")
-        return self.window[layer][:, :, -window:]
+        return known[layer][:, :, -window:]
+
+    def newest_queries(self, layer: int, window: int) -> tuple[Tensor, Tensor]:
+        """The newest `window` queries [B, Hq, window, D], oldest first, and which there are, [B, 1, window]."""
+        known = _there(self.queries, f"queries={window}")
+        if isinstance(known, Asked):
+            found = known.newest(layer, window)
+        else:
+            found = known[layer][:, :, -window:]
+            if found.shape[2] < min(window, int(self.rows(layer).max()) if len(self.users) else 0):
+                raise MissingStatistic(f"the newest {window} queries are asked for, only {found.shape[2]} are known")
+            found = F.pad(found, (0, 0, window - found.shape[2], 0))
+        age = torch.arange(window, 0, -1, device=found.device)
+        return found, (age <= self.rows(layer)[:, None])[:, None]
+
+    def layer_input(self, layer: int) -> Tensor:
+        """`inputs` of a layer, [B, S, d]; raises MissingStatistic."""
+        return _there(self.inputs, "inputs=True")[layer]
+
+    def output_map(self, layer: int) -> Tensor:
+        """`outputs` of a layer, [Hq, D, d]; raises MissingStatistic."""
+        return _there(self.outputs, "outputs=True")[str(layer)]
+
+    def slot_items(self, layer: int) -> Tensor:
+        """The item of each slot, [B, 1, S], 0 for padding, of whole histories only; raises MissingStatistic."""
+        events = _there(self.events, "events=True")
+        slots, width = self.slots(layer), self.segment(layer).width
+        if not width:
+            return slots.count.new_zeros(len(self.state), 1, 0)
+        place = slots.places(width, self.state.length[:, None])[:, 0].long()
+        place = place.clamp(0, events.items.shape[1] - 1).expand(len(self.state), -1)
+        return (events.items.gather(1, place) * self.mask(layer)[:, 0])[:, None]  # positions of padding are garbage
+
+    def slot_categories(self, layer: int) -> Tensor:
+        """The category of each slot's item, [B, 1, S], -1 for padding; raises MissingStatistic."""
+        return self._fact("categories", layer, -1)
+
+    def slot_popularity(self, layer: int) -> Tensor:
+        """Training events of each slot's item, [B, 1, S], -1 for padding; raises MissingStatistic."""
+        return self._fact("popularity", layer, -1)
+
+    def _fact(self, name: str, layer: int, padding: int) -> Tensor:
+        known = _there(None if self.items is None else self.items.get(name), f"{name}=True")
+        item = self.slot_items(layer).long()
+        return torch.where(item > 0, known.to(item.device)[(item - 1).clamp(min=0)], padding)
 
     def full_bytes(self) -> Tensor:
         """[B] int64: what a budget of 1 comes to."""
@@ -143,15 +217,23 @@ class Prefill:
             self.memo[key] = make()
         return self.memo[key]
 
+    def given(self, fitted: Fitted | None) -> Prefill:
+        """The same with what a method has learned; what it remembers is apart for every fit."""
+        if fitted is None or fitted is self.fitted:
+            return self
+        return replace(self, fitted=fitted, memo=self.memo.setdefault(("fitted", fitted.digest), {}))
+
     def take(self, users: Tensor) -> Prefill:
         """The given rows of the batch, users [B'] int64; nothing is remembered of the others."""
-        sums, window = (None if x is None else list(x) for x in (self.column_sum, self.window))
-        whole = replace(self, column_sum=sums, window=window, memo={})
+        seen: dict[str, Any] = {name: list(x) for name, x in self._observed().items()}
+        whole = replace(self, **seen, memo={})
         return map_tensors(lambda x: x.index_select(0, users.to(x.device)), whole)
 
     def over(self, state: UserState) -> Prefill:
-        """The same users with the state that an earlier link of a chain has made: no statistics."""
-        return replace(self, state=state, column_sum=None, window=None, memo={})
+        """The same users with the state that an earlier link of a chain has made: slots have moved, so nothing that
+        was known of them is kept, nor the events."""
+        nothing: dict[str, Any] = dict.fromkeys(OBSERVED)
+        return replace(self, state=state, **nothing, events=None, memo={})
 
     @staticmethod
     def from_tensors(
@@ -163,6 +245,9 @@ class Prefill:
         users: Tensor | None = None,
         positions: bool = False,
         seed: int = 0,
+        events: Events | None = None,
+        items: Named | None = None,
+        outputs: Sequence[Tensor] | None = None,
     ) -> Prefill:
         """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
 
@@ -170,6 +255,8 @@ class Prefill:
         queries [B, Hq, S, D], Hq a multiple of H (causal softmax attention is computed from them) or attention
         [B, Hq, S, S] (row = query), or a function (layer, first, last) -> the rows [B, Hq, last - first, S] of the
         queries first ... last - 1. lengths [B] int, default S; users [B] int. positions: slots must know theirs.
+        events, items: what slots are of, event i of slot i, and facts about items (`Prefill.items`). outputs, one entry
+        a layer: [Hq, D', d], a map behind each query head's mixture.
         Statistics are worked out block by block when a method asks for them. Budgets are shares of the bytes in the
         dtype given. Raises ValueError that names the argument and what was expected.
         """
@@ -198,4 +285,18 @@ class Prefill:
         slots = Slots(count[:, None])
         layers = tuple((Segment({"keys": Dense(k), "values": Dense(v)}, slots),) for k, v in zip(keys, values))
         ids = torch.arange(b, device=device) if users is None else users.to(device)
-        return Prefill(UserState(layers, count), ids, None, column_sum, window, seed, positions)
+        asked = None if queries is None else Asked(queries, keys, count)
+        state = UserState(layers, count)
+        behind = None if outputs is None else Named({str(i): x for i, x in enumerate(outputs)})
+        return Prefill(
+            state, ids, events, column_sum, window, seed, positions, queries=asked, items=items, outputs=behind
+        )
+
+
+def _there(known: T | None, what: str) -> T:
+    """`known`; raises MissingStatistic where it is not, in a line that says what to ask for."""
+    if known is None:
+        raise MissingStatistic(
+            f"needs = Stats({what}) is missing on the compressor, it is not first in a chain, or nobody can tell here"
+        )
+    return known

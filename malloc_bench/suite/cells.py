@@ -70,7 +70,7 @@ class Part:
         they are when first asked for. Raises ValueError where such a file cannot be read.
         """
         if self.kind == "compressors":
-            return _content(self.build())
+            return content(self.build())
         cls = find(self.kind, self.name)
         config = cls.Config(**self.params)
         return _identity(cls, asdict(config), getattr(config, "files", ()))
@@ -78,7 +78,7 @@ class Part:
     @cached_property
     def structural(self) -> dict[str, Any] | None:
         """The content of what the backbone is adapted by and trained with; None: by nothing."""
-        return _content(self.build().structural)
+        return content(self.build().structural)
 
     @cached_property
     def probes(self) -> list[Backbone]:
@@ -95,11 +95,12 @@ class Part:
             return []
 
 
-def _content(value: Any) -> Any:
+def content(value: Any) -> Any:
+    """Name, version and all parameters of a compressor and its parts, see `Part.content`; plain values as they are."""
     if isinstance(value, Compressor):
-        params = {f.name: _content(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
+        params = {f.name: content(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
         return _identity(type(value), params, value.files)
-    return [_content(each) for each in value] if isinstance(value, list | tuple) else value
+    return [content(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _identity(cls: type, params: dict[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor
 from malloc_bench.registry import load_file
+from malloc_bench.state import Fitted
 from malloc_bench.testing.worlds import World, packed
 
 OTHERS = (7, 30)  # histories of the users that templates are made of
@@ -27,27 +28,29 @@ _SECONDS = 300
 
 @dataclass(frozen=True)
 class Case:
-    """A compressor somewhere. backbone: as a structural part finds it; weights: those that it has once adapted."""
+    """A compressor somewhere. backbone: as a structural part finds it; weights: those that it has once adapted; fitted:
+    what the compressor has learned there."""
 
     compressor: Compressor
     backbone: Backbone | None
     budget: Budget | None
     weights: dict[str, Tensor] | None = None
+    fitted: Fitted | None = None
 
     def world(self) -> World:
         part = self.compressor.structural
         if self.backbone is None or part is None:
-            return World("elsewhere", self.backbone)
+            return World("elsewhere", self.backbone, self.fitted)
         adapted = part.adapted(self.backbone).eval()
         adapted.load_state_dict(self.weights or adapted.state_dict())
-        return World("elsewhere", adapted)
+        return World("elsewhere", adapted, self.fitted)
 
     def written(self) -> tuple[Case, list[bytes], Tensor]:
         """With the weights that were used: the bytes of the users of `LENGTHS`, and what is read from their states."""
-        world = self.world()
+        world = self.world().fit(self.compressor, self.budget)
         state = self.compressor.compress(world.prefill(self.compressor.needs), self.budget)
         weights = None if world.backbone is None else world.backbone.state_dict()
-        return Case(self.compressor, self.backbone, self.budget, weights), packed(state), world.read(state)
+        return replace(self, weights=weights, fitted=world.fitted), packed(state), world.read(state)
 
     def read(self, blobs: Sequence[bytes]) -> Tensor:
         world = self.world()

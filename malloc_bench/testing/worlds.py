@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from malloc_bench.backbones import Backbone, get_backbone
-from malloc_bench.state import Dense, Events, Layer, Prefill, Quantized, Segment, Slots, Stats, UserState, map_tensors
+from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.state import (
+    Dense,
+    Events,
+    Fitted,
+    Layer,
+    Named,
+    Prefill,
+    Quantized,
+    Segment,
+    Slots,
+    Stats,
+    UserState,
+    map_tensors,
+)
 
 T = TypeVar("T")
 
 LENGTHS = (0, 1, 2, 3, 23, 40)  # ragged histories
+FITTED = (1, 17, 40, 33, 28)  # histories of users that methods are fitted to
 POISON = 1e4  # what padding is filled with
 
 
@@ -39,23 +54,43 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Somewhere a compressor can be tried: behind a backbone, or on plain tensors where backbone is None."""
+    """Somewhere a compressor can be tried: behind a backbone, or on plain tensors where backbone is None.
+
+    fitted: what the one that is tried has learned here.
+    """
 
     name: str
     backbone: Backbone | None = None
+    fitted: Fitted | None = None
 
-    def prefill(self, stats: Stats, lengths: Sequence[int] = LENGTHS, constant: bool = False) -> Prefill:
+    def prefill(self, stats: Stats, lengths: Sequence[int] = LENGTHS, constant: bool = False, draw: int = 0) -> Prefill:
         """Full states of users with histories of these lengths; constant: the same event again and again."""
+        users, n_items = torch.arange(len(lengths)) + 11, 60 if self.backbone is None else self.backbone.n_items
+        items = Named({"categories": torch.arange(n_items) % 7, "popularity": torch.arange(n_items) ** 2 % 11})
+        known: dict[str, Any] = {"items": items if stats.of_items else None, "fitted": self.fitted}
         if self.backbone is not None:
-            history, _ = histories(self.backbone, lengths, constant)
-            return self.backbone.prefill(history, torch.arange(len(lengths)) + 11, stats, seed=3)
+            history, _ = histories(self.backbone, lengths, constant, draw)
+            return replace(self.backbone.prefill(history, users, stats, seed=3), **known)
         shape = (len(lengths), 2, max(lengths, default=0), 8)
-        q, k, v = ([_noise(shape, 3 * layer + i) for layer in range(2)] for i in range(3))
+        q, k, v = ([_noise(shape, 3 * layer + i + 100 * draw) for layer in range(2)] for i in range(3))
         if constant:
             q, k, v = ([torch.ones_like(x) for x in xs] for xs in (q, k, v))
-        return Prefill.from_tensors(
-            k, v, q, lengths=torch.tensor(lengths), users=torch.arange(len(lengths)) + 11, seed=3
-        )
+        maps = [_noise((2, 8, 5), 50 + layer) for layer in range(2)]
+        made = Prefill.from_tensors(k, v, q, lengths=torch.tensor(lengths), users=users, seed=3, outputs=maps)
+        count, events = made.state.length, None
+        if stats.of_items:  # else methods that rebuild from events would try to
+            drawn = torch.randint(1, n_items + 1, shape[:1] + shape[2:3], generator=torch.Generator().manual_seed(5))
+            real = torch.arange(shape[2]) < count[:, None]
+            events = Events(drawn.int().where(real, 0).clamp(max=1 if constant else n_items), count)
+        return replace(made, events=events, **known)
+
+    def sample(self, compressor: Compressor, draw: int = 1) -> Prefill:
+        """Training users, other ones for every draw."""
+        return self.prefill(compressor.needs, FITTED, draw=draw)
+
+    def fit(self, compressor: Compressor, budget: Budget | None = None) -> World:
+        """This place once the compressor has learned what it learns."""
+        return replace(self, fitted=compressor.fit(self.sample(compressor), budget)) if compressor.fit_parts() else self
 
     def read(self, state: UserState, users: Sequence[int] | None = None, lengths: Sequence[int] = LENGTHS) -> Tensor:
         """What tokens get out of a state of the given users, [B, ...]."""
@@ -67,10 +102,12 @@ class World:
         return torch.stack([_softmax_read(queries, layer) for layer in state.layers], 1)
 
 
-def histories(backbone: Backbone, lengths: Sequence[int], constant: bool = False) -> tuple[Events, Events]:
+def histories(
+    backbone: Backbone, lengths: Sequence[int], constant: bool = False, draw: int = 0
+) -> tuple[Events, Events]:
     """Made-up histories of these lengths and, behind each, two candidate tokens."""
     b, s = len(lengths), max(lengths, default=0)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5 + 100 * draw)
     items = torch.randint(1, backbone.n_items + 1, (b, s + 2), generator=generator, dtype=torch.int32)
     gaps = (torch.rand(b, s + 2, generator=generator) * 12).exp().long() + 1  # seconds to days
     if constant:
@@ -130,18 +167,20 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
     if events is not None:
         items = fit(events.items, 1, length, 0)
         events = replace(events.each(lambda x: fit(x, 1, length), length), items=items)
-    sums, windows = (
-        None if known is None else [fit(x, axis, n, 0) for x, n in zip(known, counts)]
-        for known, axis in ((prefill.column_sum, 2), (prefill.window, 3))
-    )
+    seen: dict[str, Any] = {
+        name: [fit(x, axis, n, 0) for x, n in zip(known, counts)]
+        for name, axis in (("column_sum", 2), ("window", 3), ("inputs", 1))
+        if (known := getattr(prefill, name)) is not None
+    }
+    if prefill.queries is not None:
+        seen["queries"] = [x.index_select(0, rows) for x in prefill.queries]
     return replace(
         prefill,
         state=UserState(tuple(layers), length),
         users=prefill.users.index_select(0, rows),
         events=events,
-        column_sum=sums,
-        window=windows,
         memo={},
+        **seen,
     )
 
 

@@ -25,6 +25,10 @@ METHODS = [
     ("snapkv", {"window": 4}),
     *((name, {}) for name in ("strided", "dilated", "ends", "time_buckets")),
     *((name, {}) for name in ("value_norm", "vatp", "keydiff", "leverage", "cur", "scissorhands")),
+    *((name, {}) for name in ("expected_attention", "capkv", "critical", "dedup", "popularity")),
+    *((name, {}) for name in ("category_cover", "interest_decay")),
+    ("expected_attention", {"window": 3}),
+    ("critical", {"inner": "expected_attention"}),
     ("lagkv", {"lag": 3, "sinks": 1}),
     ("chunkkv", {"inner": "keydiff", "chunk": 3}),
     ("chunkkv", {}),
@@ -39,6 +43,8 @@ METHODS = [
     ("merge_adjacent", {}),
     *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
     ("d2o", {"inner": "knorm"}),
+    *((name, {}) for name in ("pq", "rvq")),
+    ("pq", {"group": 3, "bits": 4}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
     *(("kivi", {"bits": bits}) for bits in (3, 1)),
     ("kivi_tail", {}),
@@ -55,6 +61,9 @@ METHODS = [
             ("recent", "int8"),
             ("recent", {"turboquant": {"bits": 2}}),
             ("h2o", {"by_age": {"bits": 4}}),
+            ("h2o", "pq"),
+            ("category_cover", "int4_token"),
+            ({"mla": {"latent": 6}}, "merge_adjacent", {"rvq": {"stages": 2, "bits": 4}}),
             ("h2o", {"svd": {"rank": 4}}),
             ("merge_adjacent", {"svd": {"rank": 4}}),
             ("h2o", {"svd": {"rank": 3, "dtype": "int8"}}),
@@ -101,6 +110,7 @@ def test_promise(method, world, promise, trained):
         pytest.skip(why)
     if compressor.structural and place.backbone is not None:
         place = World(world, compressor.structural.adapted(place.backbone))
+    place = place.fit(compressor, Budget(0.5) if compressor.takes_budget else None)
     Check(promise, (compressor, place), label(method))()
 
 

@@ -30,8 +30,10 @@ def golden(request):
 
 @pytest.fixture
 def prefill(golden):
-    keys, values, attention = (torch.from_numpy(golden[name]) for name in ("keys", "values", "attention"))
-    return Prefill.from_tensors([keys], [values], attention=[attention], positions=True)
+    names = ("keys", "values", "queries", "attention", "output")
+    keys, values, queries, attention, output = (torch.from_numpy(golden[name]) for name in names)
+    maps = output.T.unflatten(0, (2, -1))
+    return Prefill.from_tensors([keys], [values], [queries], attention=[attention], positions=True, outputs=[maps])
 
 
 def kept(method, prefill, k):
@@ -102,3 +104,21 @@ def test_cur(golden, prefill, k):
     close((ours / total)[..., 4:], theirs[..., 4:], "scores", 1e-5)
     if k >= 8:  # below, we keep fewer than 4 sinks; the frozen sets are of other values, which mark the slots
         assert kept(method, prefill, k) == theirs[0].topk(k).indices.sort(-1).values.tolist()
+
+
+@pytest.mark.parametrize("k", KEPT)
+@pytest.mark.parametrize(("name", "theirs"), [("expected_attention", "expected"), ("capkv", "cap")])
+def test_scores_from_queries(golden, prefill, name, theirs, k):
+    """Theirs without sinks and without rotation; ours of all 48 queries. Cap adds 1e-6 to its weights. Frozen sets are
+    of other values, which mark the slots."""
+    method, theirs = get_compressor(name, window=48), torch.from_numpy(golden[f"{theirs}_scores_{k}"])
+    close(method.scores(prefill, 0), theirs, "scores", 1e-5)
+    assert kept(method, prefill, k) == theirs[0].topk(k).indices.sort(-1).values.tolist()
+
+
+@pytest.mark.parametrize("k", KEPT)
+def test_critical(golden, prefill, k):
+    method, theirs = get_compressor("critical", inner="knorm"), torch.from_numpy(golden[f"critical_scores_{k}"])
+    second = theirs < 1e30  # what the first half takes has the largest number there is
+    close(method.scores(prefill, 0)[second], theirs[second], "scores", 1e-5)
+    assert kept(method, prefill, k) == theirs[0].topk(k).indices.sort(-1).values.tolist()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.block import Block
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.measure import Workload, closed_form, count_flops
+from malloc_bench.measure import Workload, closed_form, count_flops, some_facts
 from malloc_bench.registry import names
 from malloc_bench.state import Events, LowRank, Stats
 
@@ -42,6 +42,11 @@ def fit_for(method, backbone):
     return method.structural.adapted(backbone) if method.structural else backbone
 
 
+def learned(method, full):
+    """The prefill with what the method learns of its users."""
+    return full.given(method.fit(full)) if method.fit_parts() else full
+
+
 def budget(method, fraction=0.4):
     return Budget(fraction) if method.takes_budget else None
 
@@ -65,7 +70,7 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
     backbone = fit_for(method, build(name, has_time, work.max_length))
     events, tokens, new = work.events(ITEMS)
     with torch.inference_mode():
-        full = backbone.prefill(events, stats=method.needs)
+        full = learned(method, work.prefill(backbone, method.needs))
         state = method.compress(full, budget(method))
         found = closed_form(backbone, method, state, work)
 
@@ -101,7 +106,8 @@ def test_padded_widths_count(method, name, has_time):
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
-        state = method.compress(backbone.prefill(ragged, stats=method.needs), budget(method))
+        full = replace(backbone.prefill(ragged, stats=method.needs), items=some_facts(ITEMS))
+        state = method.compress(learned(method, full), budget(method))
         assert closed_form(backbone, method, state, work)["read_flops"] == per_user(
             lambda: backbone.read(tokens, state), 4
         )

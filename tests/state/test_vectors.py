@@ -173,3 +173,21 @@ def test_quantized_without_slots_stores_all_rows():
     vectors = quantize(noise(2, 1, 4, 4), mask_of([4, 4], 4), 4, 4, "width")
     assert isinstance(vectors, Quantized)
     assert sum(int(part.nbytes()[0]) for part in vectors.parts(None)) == 1 + 4 * 2 + 4 * 2 * 2
+
+
+def test_joined_segments_read_alike(trained):
+    """What was kept and what was appended, in one segment: the same reads, bytes but for the lists, and positions."""
+    from malloc_bench.compressors import get_compressor
+    from malloc_bench.state import Stats, joined
+    from malloc_bench.testing import World
+    from malloc_bench.testing.worlds import LENGTHS, close, histories
+
+    for case in ("hstu-times-2-heads", "sasrec-2-heads", "climber-times-2-heads"):
+        world, (_, new) = World(case, trained(case)), histories(trained(case), LENGTHS)
+        for name in ("knorm", "recent", "merge_adjacent"):
+            state = get_compressor(name).compress(world.prefill(Stats()), 0.4)
+            grown = world.backbone.append(state, new)
+            one = joined(grown)
+            assert all(len(layer) == 1 for layer in one.layers)
+            close(world.read(one), world.read(grown), f"{name} on {case}", 1e-5)
+            close(world.read(one.unpack([one.pack(u) for u in range(len(LENGTHS))])), world.read(one), "unpacked", 1e-5)

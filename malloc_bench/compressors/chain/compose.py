@@ -1,5 +1,6 @@
 """Several methods in a row, sized together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, Structural, as_compressor, slots_within
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Fitted, Prefill, Stats, UserState
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -43,7 +44,7 @@ class Compose(TokenMethod):
             )
         for later in tokens[1:]:
             if later.needs != Stats():
-                raise ValueError(f"compose: {later.name} needs attention statistics, so it must come first")
+                raise ValueError(f"compose: {later.name} needs statistics or events, so it must come first")
 
     @property
     def structural(self) -> Structural | None:
@@ -94,9 +95,24 @@ class Compose(TokenMethod):
         length, view, tokens = prefill.state.length.long(), prefill, self._tokens()
         for link, method in enumerate(tokens, start=1):
             share = length.double() * (k.double() / length.clamp(min=1)) ** (link / len(tokens))
-            view = view.over(method.keep(view, share.round().long().maximum(k) if link < len(tokens) else k))
+            own = view.given(self._own(prefill, method))
+            view = view.over(method.keep(own, share.round().long().maximum(k) if link < len(tokens) else k))
         encoder = self._encoder()
-        return view.state if encoder is None else encoder.encode(view.state)
+        return view.state if encoder is None else encoder.write(view.given(self._own(prefill, encoder)))
+
+    def _own(self, prefill: Prefill, step: Compressor) -> Fitted | None:
+        """The step's share of the chain's fit."""
+        if prefill.fitted is None or not step.fit_parts():
+            return None
+        return prefill.fitted.part(str(next(i for i, each in enumerate(self.steps) if each is step)))
+
+    def fit_parts(self) -> Mapping[str, Compressor]:
+        parts = [(str(i), step.fit_parts()) for i, step in enumerate(self.steps)]
+        return {f"{i}/{name}".rstrip("/"): part for i, inner in parts for name, part in inner.items()}
+
+    def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
+        """Each step by itself, to whole states."""
+        return Fitted.joined({name: part.fit(sample, budget) for name, part in self.fit_parts().items()})
 
     def layout(self, prefill: Prefill) -> Layout:
         return reduce(Layout.then, (method.layout(prefill) for method in self._tokens()))

@@ -29,6 +29,11 @@ class LatentHeads(SharedHeads):
         mixed = torch.einsum("bhmr,hdr->bhmd", mixed, self._by_head(self.up_values))
         return super().combine(x, mixed, gate)  # type: ignore[safe-super]
 
+    def outputs(self) -> Tensor | None:
+        """Of a unit of a mixed latent."""
+        maps = super().outputs()
+        return None if maps is None else self._by_head(self.up_values).mT @ maps
+
     def seen(self, segment: Segment) -> Segment:
         if "latent" not in segment.fields:  # a plain pass that has them spread out already
             return segment

@@ -1,0 +1,27 @@
+"""A state with its vectors written down otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from malloc_bench.state import Segment, UserState, Vectors
+
+
+def map_vectors(state: UserState, encode: Callable[[str, Segment], Vectors]) -> UserState:
+    """The state with every field's vectors replaced by encode(field, segment); shared vectors stay shared."""
+    return map_layers(state, lambda layer, name, segment: encode(name, segment))
+
+
+def map_layers(state: UserState, encode: Callable[[int, str, Segment], Vectors]) -> UserState:
+    """As `map_vectors`, of encode(layer, field, segment); what layers share counts as the first one's."""
+    done: dict[int, Vectors] = {}
+    layers = []
+    for number, layer in enumerate(state.layers):
+        segments = []
+        for segment in layer:
+            for name, vectors in segment.fields.items():
+                if id(vectors) not in done:
+                    done[id(vectors)] = encode(number, name, segment)
+            segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
+        layers.append(tuple(segments))
+    return UserState(tuple(layers), state.length, state.events)

@@ -1,0 +1,53 @@
+"""What queries like the newest would attend to."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from malloc_bench.compressors.selection import Eviction
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill, Stats, UserState
+
+
+@register("expected_attention")
+@dataclass(frozen=True)
+class ExpectedAttention(Eviction):
+    """Keeps slots by the attention that a Gaussian of the newest queries would pay, times the size of their values.
+
+    From the paper: mean and covariance of queries, the Gaussian's closed form of E exp(q.k). Ours: no rotation to
+    future positions, as positions are in the vectors or a bias; the newest `window` queries, not all; no sinks. Behind
+    SiLU attention, which no closed form is known for, it is softmax's score all the same.
+    """
+
+    window: int = 64
+
+    family = "eviction"
+    paper = "Expected Attention, Devoto et al., arXiv 2510.00636"
+    formula = "score = softmax over slots of (mu.k + k'Ck / 2) x |v|, mu and C of the newest `window` queries"
+    stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
+    reads = ("keys", "values")
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"expected_attention: window must be at least 1, not {self.window}")
+
+    @property
+    def needs(self) -> Stats:
+        return Stats(queries=self.window)
+
+    def scores(self, prefill: Prefill, layer: int) -> Tensor:
+        keys, real = prefill.keys(layer), prefill.mask(layer)
+        queries, there = prefill.newest_queries(layer, self.window)
+        count = there.sum(-1).clamp(min=1)[..., None, None]  # [B, 1, 1, 1]
+        mean = queries.sum(2, keepdim=True) / count  # [B, Hq, 1, D]
+        spread = (queries - mean) * there.unsqueeze(-1)
+        group = queries.shape[1] // keys.shape[1]
+        k = keys.repeat_interleave(group, 1)
+        logits = (k @ mean.mT).squeeze(-1) + (k @ spread.mT).square().sum(-1) / (2 * count.squeeze(-1))
+        weights = logits.masked_fill(~real, -1e30).softmax(-1).unflatten(1, (-1, group)).mean(2)
+        return weights * prefill.values(layer).norm(dim=-1)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Each key with the mean and with each query, where no stored head is shared."""
+        keys = [layer[0].fields["keys"].shape for layer in state.layers]
+        return sum(2 * history * (1 + self.window) * h * d for _, h, _, d in keys)

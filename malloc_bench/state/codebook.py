@@ -1,0 +1,89 @@
+"""Vectors as numbers of entries in a codebook that all users share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from malloc_bench.state.quantized import pack_bits, unpack_bits
+from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
+
+_CELLS = 1 << 22  # distances at a time: 16 MB
+
+
+class Codebook:
+    """tables [H, M, 2^bits, w]: entries for each head and each of M codes. A plain class: no user has a part in it.
+
+    added: a vector is the sum of its M entries, of full width (residual codes); else they stand side by side.
+    """
+
+    def __init__(self, tables: Tensor, bits: int, width: int, added: bool) -> None:
+        self.tables, self.bits, self.width, self.added = tables, bits, width, added
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """[B, H, S, M] uint8 -> [B, H, S, D]"""
+        h, m, k, w = self.tables.shape
+        b, _, s, _ = codes.shape
+        flat = self.tables.to(codes.device).transpose(0, 1).reshape(m, h * k, w)
+        first = k * torch.arange(h, device=codes.device).view(1, h, 1)  # of each head's entries
+        rows = [flat[i].index_select(0, (codes[..., i].long() + first).flatten()) for i in range(m)]
+        if self.added:
+            return sum(rows[1:], rows[0]).view(b, h, s, w)
+        return torch.stack(rows, 1).flatten(1)[:, : self.width].view(b, h, s, self.width)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Codes [B, H, S, M] of x [B, H, S, D]: of each part the nearest entry, or of what the entries before leave."""
+        b, h, s, d = x.shape
+        rows = x.transpose(0, 1).reshape(h, b * s, d).to(self.tables.dtype)
+        tables, found = self.tables.to(x.device), []
+        for i in range(tables.shape[1]):
+            entries = tables[:, i]
+            part = rows if self.added else _part(rows, i, entries.shape[-1])
+            found.append(closest(part, entries))
+            if self.added:
+                rows = rows - entries.gather(1, found[-1].unsqueeze(-1).expand(-1, -1, d))
+        return torch.stack(found, -1).view(h, b, s, len(found)).transpose(0, 1).byte()
+
+
+@dataclass(frozen=True, eq=False)
+class FromCodebook(Vectors):
+    """x ~ what `book` has under its codes, [B, H, S, ceil(M bits / 8)] uint8."""
+
+    codes: Tensor
+    book: Codebook
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, s, _ = self.codes.shape
+        return b, h, s, self.book.width
+
+    def dense(self) -> Tensor:
+        return self.book.look_up(unpack_bits(self.codes, self.book.bits, self.book.tables.shape[1]))
+
+    def parts(self, count: Tensor | None) -> Iterator[Ragged]:
+        yield Ragged(self.codes, all_rows(self.codes) if count is None else count)
+
+    def load(self, read: Read, count: Tensor | None) -> FromCodebook:
+        return replace(self, codes=read(self.codes, all_rows(self.codes) if count is None else count))
+
+    @staticmethod
+    def of(x: Tensor, book: Codebook) -> FromCodebook:
+        return FromCodebook(pack_bits(book.nearest(x), book.bits), book)
+
+
+def closest(x: Tensor, entries: Tensor) -> Tensor:
+    """Index [H, N] of the nearest of entries [H, K, w] to x [H, N, w]; blockwise. The first where two are as near."""
+    half = entries.square().sum(-1).unsqueeze(1) / 2
+    step = max(1, _CELLS // max(1, entries.shape[0] * entries.shape[1]))
+    parts = [(half - x[:, i : i + step] @ entries.mT).argmin(-1) for i in range(0, max(x.shape[1], 1), step)]
+    return torch.cat(parts, 1)
+
+
+def _part(rows: Tensor, i: int, width: int) -> Tensor:
+    """Channels of part i, the last one filled up with zeros."""
+    part = rows[..., i * width : (i + 1) * width]
+    return F.pad(part, (0, width - part.shape[-1]))

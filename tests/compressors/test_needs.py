@@ -1,0 +1,232 @@
+"""What methods ask of a prefill beside keys and values: that it is what it says, and what methods make of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
+from malloc_bench.testing import World
+from malloc_bench.testing.worlds import LENGTHS, close
+
+COUNTS = (1, 3, 9, 23)
+ATTENTION = [
+    "sasrec-2-heads",
+    "hstu-times-2-heads",
+    "lsrm-2-heads",
+    "sasrec-gqa",
+    "climber-times-2-heads",
+    "sasrec-mla",
+]
+EVERYTHING = Stats(queries=5, inputs=True, outputs=True, events=True)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def prefill():
+    """Two stored heads, each of two query heads."""
+    shape = (len(COUNTS), 2, max(COUNTS), 4)
+    items = torch.randint(1, 13, (len(COUNTS), max(COUNTS)), generator=torch.Generator().manual_seed(3))
+    count = torch.tensor(COUNTS, dtype=torch.int32)
+    items = items.int() * (torch.arange(max(COUNTS)) < count[:, None])
+    facts = Named({"categories": torch.arange(12) % 5, "popularity": torch.arange(12) ** 2 % 7})
+    keys, values = noise(*shape, seed=0), noise(*shape, seed=1)
+    more = {"events": Events(items, count), "items": facts, "outputs": [noise(4, 4, 6, seed=5)]}
+    queries = noise(len(COUNTS), 4, max(COUNTS), 4, seed=2)
+    return Prefill.from_tensors([keys], [values], [queries], lengths=count, positions=True, **more)
+
+
+def check(prefill, name, define, **params):
+    """define(user, head, keys [n, D], values [n, D]) -> scores [n], in float64."""
+    scores = get_compressor(name, **params).scores(prefill, 0)
+    for user, n in enumerate(COUNTS):
+        for head in range(scores.shape[1]):
+            keys, values = (x(0)[user, head, :n].double() for x in (prefill.keys, prefill.values))
+            close(scores[user, head, :n].double(), define(user, head, keys, values), f"{name} of user {user}", 1e-4)
+
+
+def asked(user, window):
+    """Queries of a user's newest `window` events, [4 heads, W, D], float64, over the root of their width."""
+    n = COUNTS[user]
+    return noise(len(COUNTS), 4, max(COUNTS), 4, seed=2).double()[user, :, max(0, n - window) : n] / 2
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_expected_attention(prefill, window):
+    def define(user, head, keys, values):
+        total = torch.zeros(len(keys), dtype=torch.float64)
+        for q in asked(user, window)[2 * head : 2 * head + 2]:
+            mean = q.mean(0)
+            cov = sum(torch.outer(x - mean, x - mean) for x in q) / len(q)
+            total += torch.stack([k @ mean + k @ cov @ k / 2 for k in keys]).softmax(0) / 2
+        return total * torch.stack([v.norm() for v in values])
+
+    check(prefill, "expected_attention", define, window=window)
+
+
+def test_capkv(prefill):
+    def define(user, head, keys, values):
+        total = torch.zeros(len(keys), dtype=torch.float64)
+        for q in asked(user, 6)[2 * head : 2 * head + 2]:
+            anchor = q.mean(0) / q.mean(0).norm()
+            cos = torch.stack([k @ anchor / k.norm() for k in keys])
+            weight = (5 * (cos - cos.max())).exp()
+            matrix = torch.eye(4).double() + sum(w * torch.outer(v, v) for w, v in zip(weight, values))
+            total += torch.stack([w * (v @ matrix.inverse() @ v) for w, v in zip(weight, values)]) / 2
+        return total
+
+    check(prefill, "capkv", define, window=6)
+
+
+@pytest.mark.parametrize("inner", ["knorm", {"expected_attention": {"window": 4}}, {"snapkv": {"window": 2}}], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5, 12, 22])
+def test_critical(prefill, inner, k):
+    method = get_compressor("critical", inner=inner)
+    state, maps = method.compress(prefill, Budget(slots=k)), noise(4, 4, 6, seed=5).double()
+    first = method.inner
+    scores = first.scores(prefill, 0).double()
+    for user, n in enumerate(COUNTS):
+        early = first.compress(prefill, Budget(slots=max(1, min(k, n) // 2))).layers[0][0].slots
+        for head in range(2):
+            want = set(early.positions[user, head, : early.count[user, 0]].tolist()) if k < n else set(range(n))
+            rest = []
+            for slot in range(n):
+                value = prefill.values(0)[user, head, slot].double()
+                size = sum((value @ maps[h]).abs().sum() for h in (2 * head, 2 * head + 1)) / 2
+                rest.append(((scores[user, head, slot] + 1e-4) * size, slot))
+            for _, slot in sorted(rest, reverse=True):
+                if len(want) < min(k, n):
+                    want.add(slot)
+            slots = state.layers[0][0].slots
+            assert set(slots.positions[user, head, : slots.count[user, 0]].tolist()) == want
+
+
+def test_scores_of_items(prefill):
+    items = [prefill.events.items[user, :n].tolist() for user, n in enumerate(COUNTS)]
+    category = lambda item: (item - 1) % 5  # noqa: E731
+
+    def newer(alike):
+        return lambda user, *_: torch.tensor(
+            [-float(sum(alike(x) == alike(y) for y in items[user][i + 1 :])) for i, x in enumerate(items[user])]
+        )
+
+    def decayed(user, *_):
+        kinds = [category(x) for x in items[user]]
+        n = len(kinds)
+        return torch.tensor([math.log2(kinds.count(x) / n) - (n - 1 - i) / 8 for i, x in enumerate(kinds)])
+
+    check(prefill, "dedup", newer(lambda item: item))
+    check(prefill, "category_cover", newer(category))
+    check(prefill, "popularity", lambda user, *_: torch.tensor([-float((x - 1) ** 2 % 7) for x in items[user]]))
+    check(prefill, "interest_decay", decayed, half_life=8.0)
+
+
+def test_category_cover_is_the_greedy_cover(prefill):
+    """Of a sum over categories of sqrt(kept events): each step takes what gains most, of equals the newest."""
+    state = get_compressor("category_cover").compress(prefill, Budget(slots=7))
+    categories = [(x - 1) % 5 for x in prefill.events.items[3].tolist()]
+    kept: list[int] = []
+    for _ in range(7):
+        held = [sum(categories[j] == c for j in kept) for c in categories]
+        gains = [(math.sqrt(h + 1) - math.sqrt(h), i) for i, h in enumerate(held) if i not in kept]
+        kept.append(max((round(gain, 9), i) for gain, i in gains)[1])
+    assert state.layers[0][0].slots.positions[3, 0].tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_what_is_observed_is_what_the_layers_do(case, trained):
+    """From inputs: keys and values as stored. From queries: the logits that the layer itself gives, a bias apart. From
+    outputs: what the mixture adds to the layer's output."""
+    backbone = trained(case)
+    prefill = World(case, backbone).prefill(EVERYTHING)
+    users = range(len(LENGTHS))
+    for view, part in zip(prefill.apart(), range(prefill.stacks)):
+        blocks = list(backbone.blocks)[part * len(view.layers) : (part + 1) * len(view.layers)]
+        for layer, block in enumerate(blocks):
+            q, own, _ = block.project(view.layer_input(layer))
+            for name, vectors in view.segment(layer).fields.items():
+                close(own[name], vectors.dense(), name, 1e-6)
+            asking, there = view.newest_queries(layer, 5)
+            counts = view.rows(layer).tolist()
+            for user, n in enumerate(counts):
+                assert there[user, 0].tolist() == [age <= n for age in range(5, 0, -1)]
+                assert not bool(asking[user][:, : max(0, 5 - n)].any())
+            if not case.startswith("climber"):  # whose temperatures divide what follows
+                for user, n in enumerate(counts):
+                    w = min(n, 5)
+                    close(asking[user, :, 5 - w :], q[user, :, n - w : n], "queries", 1e-6)
+            maps = view.output_map(layer)
+            if not case.startswith("hstu"):  # a norm and a gate stand before
+                mixed = noise(2, q.shape[1], 3, maps.shape[1])
+                x = torch.zeros(2, 3, maps.shape[2])
+                block_out = torch.einsum("bhmd,hde->bme", mixed, maps)
+                flat = mixed
+                if case.endswith("mla"):
+                    flat = torch.einsum("bhmr,hdr->bhmd", mixed, block._by_head(block.up_values))
+                bias = 0 if block.out.bias is None else block.out.bias
+                close(block_out + bias + x, block.out(flat.transpose(1, 2).flatten(2)), "outputs", 1e-5)
+    assert len(prefill.users) == len(users)
+
+
+def test_climber_asks_with_its_temperature(trained):
+    """q.k is the logit without its bias."""
+    backbone = copy.deepcopy(trained("climber-times-2-heads"))
+    block, user = backbone.blocks[0], len(LENGTHS) - 1
+    for bias in (block.position_bias, block.time_bias):
+        bias.data.zero_()
+    view = World("climber", backbone).prefill(Stats(queries=1, window=1)).apart()[0]
+    n = int(view.rows(0)[user])
+    logits = torch.einsum("hd,hsd->hs", view.newest_queries(0, 1)[0][user, :, 0], view.keys(0)[user, :, :n])
+    close(logits.softmax(-1), view.newest_attention(0, 1)[user, :, 0, :n], "weights without bias", 1e-5)
+
+
+def test_marm_maps_hidden_vectors_through_both_maps(trained):
+    backbone = trained("marm-2-heads")
+    prefill = World("marm", backbone).prefill(Stats(outputs=True))
+    block, mixed = backbone.blocks[0], noise(1, 2, 3, 16)
+    got = torch.einsum("bhmd,hde->bme", mixed, prefill.output_map(0))
+    w_v = block.qkv.weight.chunk(3)[2].unflatten(0, (2, -1))
+    want = block.out((mixed @ w_v.mT).transpose(1, 2).flatten(2)) - block.out.bias
+    close(got, want, "outputs", 1e-5)
+
+
+@pytest.mark.parametrize("case", ["hstu-times", "climber-times-2-heads", "climber-stride"])
+def test_slots_know_their_items(case, trained):
+    prefill = World(case, trained(case)).prefill(Stats(events=True, categories=True, popularity=True))
+    for view in prefill.apart():
+        for layer in view.layers:
+            slots, width = view.slots(layer), view.segment(layer).width
+            places = slots.places(width, prefill.state.length[:, None])[:, 0]
+            for user, n in enumerate(view.rows(layer).tolist()):
+                want = [int(prefill.events.items[user, int(p)]) for p in places[min(user, len(places) - 1), :n]]
+                assert view.slot_items(layer)[user, 0].tolist() == want + [0] * (width - n)
+                assert view.slot_categories(layer)[user, 0, :n].tolist() == [(x - 1) % 7 for x in want]
+                assert view.slot_popularity(layer)[user, 0, :n].tolist() == [(x - 1) ** 2 % 11 for x in want]
+
+
+def test_what_was_not_asked_for_is_said_in_a_line(prefill, trained):
+    bare = World("sasrec", trained("sasrec")).prefill(Stats(queries=3))
+    ways = (
+        lambda: bare.newest_queries(0, 9), lambda: bare.layer_input(0), lambda: bare.output_map(0),
+        lambda: bare.slot_categories(0), lambda: bare.slot_popularity(0),
+        lambda: prefill.over(prefill.state).slot_items(0), lambda: prefill.over(prefill.state).newest_queries(0, 1),
+    )  # fmt: skip
+    for way in ways:
+        with pytest.raises(MissingStatistic) as caught:
+            way()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="dedup needs statistics or events, so it must come first"):
+        get_compressor("compose", steps=("recent", "dedup"))
+
+
+def test_needs_add_up():
+    one, other = Stats(column_sum=True, queries=3), Stats(queries=7, window=2, popularity=True)
+    assert one | other == other | one == Stats(column_sum=True, queries=7, window=2, popularity=True)
+    assert (one | other).column_sum is True and not one.of_items and other.of_items
