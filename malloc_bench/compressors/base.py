@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -112,12 +113,15 @@ class Layout:
 
 
 def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
+    asks = len(inspect.signature(compress).parameters) > 3  # a method that learns nothing need not take `fitted`
+
     @functools.wraps(compress)
     def parsed(self: Compressor, prefill: Prefill, budget: Any = None, fitted: Fitted | None = None) -> UserState:
         prefill = prefill.given(fitted)
         if prefill.fitted is None and self.fit_parts():
             raise MissingFit(f"{self.name} must be fitted first: compress(prefill, budget, fitted=fit(sample, budget))")
-        return compress(self, prefill, None if budget is None else Budget.parse(budget), prefill.fitted)
+        budget = None if budget is None else Budget.parse(budget)
+        return compress(self, prefill, budget, prefill.fitted) if asks else compress(self, prefill, budget)
 
     return parsed
 
@@ -339,4 +343,6 @@ def as_compressor(step: Any) -> Compressor:
     if isinstance(step, dict) and len(step) == 1:
         ((name, params),) = step.items()
         return get_compressor(name, **(params or {}))
-    raise ValueError(f"expected a compressor's name or {{name: {{parameter: value}}}}, not {step!r}")
+    raise ValueError(
+        f"a step of compose, or an inner method, is a name or {{name: {{parameter: value}}}}, not {step!r}"
+    )

@@ -7,7 +7,7 @@ from malloc_bench import Budget, Prefill, get_compressor
 from malloc_bench.compressors import Compressor
 from malloc_bench.measure import peak_memory
 from malloc_bench.registry import names
-from malloc_bench.state import observed
+from malloc_bench.state import MissingStatistic, observed
 
 B, H, S, D = 3, 2, 40, 8
 LENGTHS = torch.tensor([40, 17, 0])
@@ -51,7 +51,12 @@ def test_every_budget_holds_in_every_dtype(name, dtype):
         return
     keys, queries = tensors(dtype)
     prefill = Prefill.from_tensors(keys, keys, queries, lengths=LENGTHS, positions=True)
-    state = method.compress(prefill, 0.5 if method.takes_budget else None)
+    if method.fit_parts():
+        prefill = prefill.given(method.fit(prefill))
+    try:
+        state = method.compress(prefill, 0.5 if method.takes_budget else None)
+    except MissingStatistic as error:  # of items, events or layers that plain tensors do not have
+        pytest.skip(str(error))
     assert state.nbytes().tolist() == [len(state.pack(user)) for user in range(B)]
     if method.takes_budget:
         target = Budget(0.5).target(prefill.full_bytes())

@@ -36,8 +36,9 @@ class ExpectedAttention(Eviction):
         return Stats(queries=self.window)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        keys, real = prefill.keys(layer), prefill.mask(layer)
+        keys, real = prefill.keys(layer).float(), prefill.mask(layer)
         queries, there = prefill.newest_queries(layer, self.window)
+        queries = queries.float()
         count = there.sum(-1).clamp(min=1)[..., None, None]  # [B, 1, 1, 1]
         mean = queries.sum(2, keepdim=True) / count  # [B, Hq, 1, D]
         spread = (queries - mean) * there.unsqueeze(-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, UserState
 
 
 @register("leverage")
@@ -31,7 +31,7 @@ class Leverage(Eviction):
             raise ValueError(f"leverage: ridge > 0 is needed, not {self.ridge}")
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        keys, real = prefill.keys(layer), prefill.mask(layer).unsqueeze(-1)
+        keys, real = prefill.keys(layer).float(), prefill.mask(layer).unsqueeze(-1)
         if keys.shape[2] == 0:
             return keys.new_zeros(keys.shape[:3])
         count = real.sum(2, keepdim=True).clamp(min=1)
@@ -40,5 +40,10 @@ class Leverage(Eviction):
         gram = x.mT @ x
         width = gram.shape[-1]
         weight = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None] * self.ridge
-        solved = torch.linalg.solve(gram + weight * torch.eye(width, device=x.device, dtype=x.dtype), x.mT)
-        return (x * solved.mT).sum(-1)
+        root = torch.linalg.cholesky(gram + weight * torch.eye(width, device=x.device, dtype=x.dtype))
+        return torch.linalg.solve_triangular(root, x.mT, upper=False).square().sum(2)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """The Gram matrix of the keys and one triangular system for each; its root is not counted."""
+        shapes = [segment.fields["keys"].shape for segment in state.segments()]
+        return sum(3 * heads * history * width**2 for _, heads, _, width in shapes)

@@ -44,10 +44,10 @@ class Clusters(TokenMethod):
             total = _sums(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
             share = share / total.squeeze(-1).gather(2, owners.clamp(max=max(size - 1, 0))) if size else share
             slots = self._folded(prefill, old, owners, mass, kept, size)
-            fields = {
-                name: Dense(_sums(torch.where(real.unsqueeze(-1), v.dense(), 0.0) * share.unsqueeze(-1), owners, size))
-                for name, v in segment.fields.items()
-            }
+            fields = {}
+            for name, v in segment.fields.items():
+                x = torch.where(real.unsqueeze(-1), v.dense(), 0.0)
+                fields[name] = Dense(_sums(x * share.unsqueeze(-1), owners, size).to(x.dtype))
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
@@ -67,6 +67,15 @@ def _sums(x: Tensor, owners: Tensor, size: int) -> Tensor:
     """Sums of x [B, H, S, D] over the clusters `owners` [B, H, S], of which those from `size` on are dropped."""
     out = x.new_zeros(*x.shape[:2], size + 1, x.shape[3])
     return out.scatter_add_(2, owners.unsqueeze(-1).expand_as(x), x)[:, :, :size]
+
+
+def compared_shapes(state: UserState) -> list[tuple[int, int, int]]:
+    """(heads, kept slots, width) of what `compared` gives of each layer, of a state of one segment a layer."""
+    found = []
+    for (segment,) in state.layers:
+        _, heads, kept, width = segment.fields.get("keys", next(iter(segment.fields.values()))).shape
+        found.append((heads, kept, width))
+    return found
 
 
 def compared(prefill: Prefill, layer: int) -> Tensor:

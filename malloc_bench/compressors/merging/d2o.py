@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor
-from malloc_bench.compressors.merging.clusters import Clusters, compared, unit
+from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("d2o")
@@ -63,6 +63,11 @@ class D2O(Clusters):
         chosen = kept.gather(2, owners.clamp(max=kept.shape[2] - 1))
         cosine = (x * x.gather(2, chosen.unsqueeze(-1).expand_as(x))).sum(-1)
         return cosine.exp() * mass
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Products of all keys with the kept ones, and what the inner method costs."""
+        near = sum(2 * heads * history * kept * width for heads, kept, width in compared_shapes(state))
+        return near + self.inner.flops(state, history)
 
     def _kept(self, prefill: Prefill, layer: int, k: Tensor, heads: int) -> Tensor:
         return self.inner.index(prefill, layer, k).expand(-1, heads, -1)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.merging.clusters import Clusters, compared, spread
+from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, spread
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, UserState
 
 
 @register("kmeans")
@@ -51,3 +51,7 @@ class KMeans(Clusters):
             count = x.new_zeros(b, h, size).scatter_add_(2, owner, real[..., 0].expand(b, h, s).to(x.dtype))
             centres = sums / count.clamp(min=1).unsqueeze(-1)
         return owner
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Products of all keys with all centres, each round."""
+        return sum(2 * self.rounds * heads * history * kept * width for heads, kept, width in compared_shapes(state))

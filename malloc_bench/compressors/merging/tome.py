@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.merging.clusters import Clusters, compared, unit
+from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, UserState
 
 
 @register("tome")
@@ -56,3 +56,13 @@ class ToMe(Clusters):
             x, mass = (sums / weight.clamp(min=1e-30).unsqueeze(-1))[:, :, :size], weight[:, :, :size]
             owner = new.gather(2, owner.clamp(max=n - 1))
         return owner
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Cosines of all pairs that are left, each round."""
+        total = 0
+        for heads, kept, width in compared_shapes(state):
+            left = history
+            while left > kept:
+                total += 2 * heads * left**2 * width
+                left -= min(left - kept, left // 2)
+        return total
