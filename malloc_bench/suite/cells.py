@@ -180,7 +180,8 @@ class Cell:
     training: dict[str, Any]
     filter_seen: bool = True
     impossible: str | None = None  # why it cannot run: its row is skipped with this reason
-    data: dict[str, Any] | None = None  # `Dataset.identity`, and the categories where they are used; None: not settled
+    data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled
+    items: str | None = None  # a hash of the categories of items where the method asks for them
 
     def __str__(self) -> str:
         where = f"{self.dataset}, {self.task}, {self.split}, {self.backbone.label}, {self.compressor.label}"
@@ -194,7 +195,7 @@ class Cell:
     @property
     def plain(self) -> Cell:
         """The full state of the backbone as it is: what the cell is compared with."""
-        return replace(self, compressor=Part("full"), budget=None)
+        return replace(self, compressor=Part("full"), budget=None, items=None)
 
     def payload(self) -> dict[str, Any]:
         """What defines the cell's results: no name of a suite, no key order, no omitted default."""
@@ -210,6 +211,7 @@ class Cell:
             "seed": self.seed,
             "training": self.training,
             "evaluation": {"filter_seen": self.filter_seen},
+            **({} if self.items is None else {"items": self.items}),
         }
 
     def settled(self, dataset: Dataset, device: torch.device | None = None) -> Cell:
@@ -220,16 +222,15 @@ class Cell:
         split = self.split or default_rule(dataset)
         split.check(dataset)
         training = {**self.training, "amp": arithmetic(self.training["amp"], device or torch.device("cpu"))}
-        data = {**dataset.identity(), **({"categories": _categories(dataset)} if self._uses_categories else {})}
-        return replace(self, split=split, task=self.task.settled(dataset), training=training, data=data)
+        uses = not self.backbone.probes or any(probe.uses_categories for probe in self.backbone.probes)  # or who knows
+        data = {**dataset.identity(), **({"categories": _categories(dataset)} if uses else {})}
+        items = _categories(dataset) if self._asks_categories else None
+        return replace(self, split=split, task=self.task.settled(dataset), training=training, data=data, items=items)
 
     @property
-    def _uses_categories(self) -> bool:
-        """Whether the categories of items count: also where nobody can say."""
-        if not self.backbone.probes or any(probe.uses_categories for probe in self.backbone.probes):
-            return True
+    def _asks_categories(self) -> bool:
         try:
-            return bool(getattr(self.compressor.build().needs, "categories", False))
+            return self.compressor.build().needs.categories
         except (Exception, SystemExit):  # a part that fails is for its own rows to say
             return False
 
@@ -254,6 +255,7 @@ class Cell:
             training=payload["training"],
             filter_seen=payload["evaluation"]["filter_seen"],
             data=payload["data"],
+            items=payload.get("items"),
         )
 
 
