@@ -135,8 +135,8 @@ def test_what_is_small_is_cheap_to_read():
         reads = {
             name: closed_form(backbone, method, method.compress(full, budget(method, 0.25)), work)["read_flops"]
             for name in ("full", "none", "recent", "svd", "int8", "truncate", "recompute")
-            for method in [get_compressor(name)]
-        }
+            for method in [get_compressor(name, **({"share": "none"} if name == "svd" else {}))]
+        }  # one factor for all layers has more ranks than a head has channels: fewer bytes, a dearer read
     assert reads["none"] < reads["recent"] < reads["full"] == reads["int8"]  # codes are unpacked, then read in full
     assert reads["svd"] < reads["full"] < reads["truncate"] < reads["recompute"]
 

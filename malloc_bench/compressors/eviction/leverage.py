@@ -31,7 +31,7 @@ class Leverage(Eviction):
             raise ValueError(f"leverage: ridge > 0 is needed, not {self.ridge}")
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        keys, real = prefill.keys(layer).float(), prefill.mask(layer).unsqueeze(-1)
+        keys, real = prefill.keys(layer).double(), prefill.mask(layer).unsqueeze(-1)
         if keys.shape[2] == 0:
             return keys.new_zeros(keys.shape[:3])
         count = real.sum(2, keepdim=True).clamp(min=1)
