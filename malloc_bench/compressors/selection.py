@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import COUNT_BYTES, Budget, Compressor, Layout, dense_layout, slots_within
+from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from malloc_bench.compressors.base import Budget, Compressor
+from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from malloc_bench.compressors.base import Budget, Compressor
+from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Compressor, Encoder, Layout, Structural, as_compressor, slots_within
+from malloc_bench.compressors.base import Compressor, Encoder, Structural, as_compressor
 from malloc_bench.compressors.selection import TokenMethod
+from malloc_bench.compressors.sizing import Budget, Layout, slots_within
 from malloc_bench.registry import register
 from malloc_bench.state import Fitted, Prefill, Stats, UserState
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import COUNT_BYTES, Budget, Encoder, Layout, dense_layout, map_vectors, slots_within
+from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.registry import register
 from malloc_bench.state import LowRank, Prefill, Segment, UserState, Vectors, low_ranks, principal, side_by_side
 

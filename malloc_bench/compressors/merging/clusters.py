@@ -7,8 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Layout, dense_layout
 from malloc_bench.compressors.selection import TokenMethod
+from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Layout, dense_layout
 from malloc_bench.compressors.selection import TokenMethod
+from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
 

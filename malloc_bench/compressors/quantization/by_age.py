@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import COUNT_BYTES, Encoder, Layout, map_vectors
+from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.sizing import COUNT_BYTES, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Quantized, Segment, Slots, UserState, quantize, take
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, Layout, map_vectors
+from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.sizing import Layout
 from malloc_bench.state import UserState, rounded
 
 

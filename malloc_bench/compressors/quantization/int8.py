@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, Layout, map_vectors
+from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Quantized, Segment, UserState, quantize
 

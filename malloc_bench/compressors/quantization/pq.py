@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import Budget, Encoder, Layout, map_layers
+from malloc_bench.compressors.base import Encoder, map_layers
 from malloc_bench.compressors.quantization.codebooks import entries
+from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Segment, UserState
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Budget, Encoder, Layout, map_layers
+from malloc_bench.compressors.base import Encoder, map_layers
 from malloc_bench.compressors.quantization.codebooks import entries
+from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Segment, UserState, closest
 

@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, Layout, map_vectors
+from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Coded, Segment, Table, UserState, coded
 

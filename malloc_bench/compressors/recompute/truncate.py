@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import COUNT_BYTES, Budget, slots_within
 from malloc_bench.compressors.recompute.recompute import raw_events
+from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, slots_within
 from malloc_bench.compressors.windowing.recent import Recent
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
