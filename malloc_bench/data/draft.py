@@ -97,19 +97,17 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
     Raises DataError where no two columns can be users and items.
     """
     roles, loose = _named(seen.columns)
-    if "time" in roles and _unit(seen.columns[roles["time"]]) is None:
-        name = roles["time"]
-        odd = [i for i, value in enumerate(seen.columns[name]) if value not in (None, "") and _unit([value]) is None]
-        if len(odd) > 0.1 * seen.rows:
-            seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
-        else:
-            where = f"row {odd[0] + 1 + seen.header}: {name} is {seen.columns[name][odd[0]]!r}"
-            seen.doubts.append(f"{where}, which is no time: mend the file, or say on_bad: {{bad_row: drop}}")
-            seen.columns[name] = [value for i, value in enumerate(seen.columns[name]) if i not in set(odd)]
+    if "time" in roles and _time(seen.columns[roles["time"]])[0] is None:
+        seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
     if "time" not in roles:
         free = [name for name in seen.columns if name not in roles.values()]
-        times = [name for name in free if _unit(seen.columns[name]) not in (None, "order")]
+        times = [name for name in free if _time(seen.columns[name])[0] not in (None, "order")]
         roles |= {"time": times[0]} if times else {}
+    if "time" in roles and (odd := _time(seen.columns[roles["time"]])[1]):
+        name, values = roles["time"], seen.columns[roles["time"]]
+        where = f"row {odd[0] + 1 + seen.header}: {name} is {values[odd[0]]!r}"
+        seen.doubts.append(f"{where}, which is no time: mend the file, or say on_bad: {{bad_row: drop}}")
+        seen.columns[name] = [value for i, value in enumerate(values) if i not in set(odd)]
     if "rating" in roles and not _numbers(seen.columns[roles["rating"]]):
         seen.doubts.append(f"{roles.pop('rating')} is called a rating but holds no numbers")
     if "rating" not in roles and not seen.header:
@@ -162,6 +160,14 @@ def _unit(values: list[Any]) -> str | None:
         return None
     fitting = [unit for unit, per in UNITS.items() if all(EPOCHS[0] <= n / per <= EPOCHS[1] for n in numbers)]
     return fitting[0] if fitting else "order"
+
+
+def _time(values: list[Any]) -> tuple[str | None, list[int]]:
+    """The unit of a column of times, and the places of what is none in it, a tenth of the values at most."""
+    odd = [i for i, value in enumerate(values) if value not in (None, "") and _unit([value]) is None]
+    if not 0 < len(odd) <= 0.1 * len(values):
+        return _unit(values), []
+    return _unit([value for i, value in enumerate(values) if i not in set(odd)]), odd
 
 
 def _numbers(values: list[Any]) -> list[float]:

@@ -203,3 +203,13 @@ def test_names_that_yaml_would_misread(tmp_path):
     data = get_dataset(draft(path)[0])
     assert (data.n_users, data.n_events) == (len(set(USERS)), N)
     json.dumps(data.card.table.model_dump())
+
+
+def test_one_odd_time_does_not_hide_the_column_and_its_row_is_named(tmp_path):
+    lines = [f"u{i % 4},i{i},2024-01-{i + 1:02d}T10:00:00Z" for i in range(20)]
+    lines[6] = "u2,i6,yesterday"
+    (tmp_path / "log.csv").write_text("\n".join(["who,sku,watched at", *lines]) + "\n")
+    path, doubts = draft(tmp_path / "log.csv")
+    written = path.read_text()
+    assert "time: watched at" in written and "unit: iso" in written
+    assert any("row 8: watched at is 'yesterday', which is no time" in doubt for doubt in doubts)
