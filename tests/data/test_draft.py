@@ -211,5 +211,5 @@ def test_one_odd_time_does_not_hide_the_column_and_its_row_is_named(tmp_path):
     (tmp_path / "log.csv").write_text("\n".join(["who,sku,watched at", *lines]) + "\n")
     path, doubts = draft(tmp_path / "log.csv")
     written = path.read_text()
-    assert "time: watched at" in written and "unit: iso" in written
+    assert 'time: "watched at"' in written and "unit: iso" in written
     assert any("row 8: watched at is 'yesterday', which is no time" in doubt for doubt in doubts)
