@@ -114,7 +114,7 @@ class Session:
                 raise ValueError(
                     f"{cell.backbone.name} reads categories of items, and the card of {data.name} has none"
                 )
-            made.categorise(torch.from_numpy(data.categories))
+            made.categorise(torch.from_numpy(data.categories.copy()))
         return made
 
     def _made(self, cell: Cell, **changes: Any) -> Backbone:

@@ -47,7 +47,7 @@ def facts(split: Split | Impressions, needs: Stats) -> Named | None:
     known: dict[str, torch.Tensor] = {}
     data = split.dataset
     if needs.categories and data.categories is not None:
-        known["categories"] = torch.from_numpy(data.categories)
+        known["categories"] = torch.from_numpy(data.categories.copy())
     if needs.popularity:
         trained = np.arange(data.n_events) < np.repeat(ends(split), np.diff(data.offsets))
         known["popularity"] = torch.from_numpy(np.bincount(data.items[trained], minlength=data.n_items + 1)[1:])
