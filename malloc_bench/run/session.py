@@ -162,7 +162,7 @@ class Session:
                 columns[job] |= best
         costs = resources(
             self.suite.measure,
-            [job for job in jobs if job.id in columns],
+            [job for job in jobs if job.id in columns and self.suite.measure.covers(job.budget)],
             {part: model for part, (model, _, _) in trained.items()},
             lambda length: self._backbone(cell, max_length=length),
             evaluation.length,

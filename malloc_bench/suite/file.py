@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from malloc_bench.compressors import Budget
 from malloc_bench.data import DataError, list_datasets
 from malloc_bench.data.sources.cards import is_path, load_card
 from malloc_bench.data.tasks.options import O, pick
@@ -40,7 +41,8 @@ class Measure:
 
     history: events of each generated user; None: the median and the longest history of the data that are evaluated.
     users: in a batch; candidates: tokens that a read answers; seconds: of measuring per cell and length, three times as
-    many at most where the ratio to the full state is not sure before.
+    many at most where the ratio to the full state is not sure before. budgets: only cells of these are measured, and
+    those without one; None: all.
     """
 
     latency: bool = True
@@ -49,6 +51,11 @@ class Measure:
     users: int = 8
     candidates: int = 1
     seconds: float = 0.3
+    budgets: tuple[Budget, ...] | None = None
+
+    def covers(self, budget: Budget | None) -> bool:
+        """Whether cells of this budget are measured."""
+        return budget is None or self.budgets is None or budget in self.budgets
 
 
 # ---- the schema
@@ -84,6 +91,7 @@ class MeasureKeys(_Strict):
     users: Whole = Measure.users
     candidates: Whole = Measure.candidates
     seconds: Positive = Measure.seconds
+    budgets: Entries | None = None
 
 
 class SuiteKeys(_Strict):

@@ -25,15 +25,15 @@ MAX_SIZE = 1_000_000  # any other whole number of a backbone
 MAX_WEIGHTS = 20_000_000_000
 
 
-def budgets(values: Iterable[Any]) -> tuple[Budget, ...]:
-    """The suite's budgets; raises Fault."""
+def budgets(values: Iterable[Any], where: str = "budgets") -> tuple[Budget, ...]:
+    """The budgets of a list; raises Fault."""
     parsed: list[Budget] = []
     for i, value in enumerate(values):
         try:
             parsed.append(Budget.parse(value))
         except (ValueError, OverflowError) as error:
-            raise Fault(f"budgets[{i}]", str(error)) from None
-    no_twins("budgets", [budget.value() for budget in parsed])
+            raise Fault(f"{where}[{i}]", str(error)) from None
+    no_twins(where, [budget.value() for budget in parsed])
     return tuple(parsed)
 
 
@@ -116,16 +116,24 @@ def _training(given: Any, where: str) -> dict[str, Any]:
 
 
 def _chains(given: Any, where: str) -> list[Part]:
-    """Every chain of a `compose` entry: the product of its steps' own grids."""
+    """Every chain of a `compose` entry: the product of its steps' own grids, and of a step's alternatives, a list."""
     if isinstance(given, dict) and given.keys() == {"steps"}:
         given, where = given["steps"], f"{where}.steps"
     if not isinstance(given, list) or not given:
         raise Fault(where, f"expected a list of compressors, not {shown(given)}")
-    steps = [_expanded("compressors", step, f"{where}[{i}]") for i, step in enumerate(given)]
+    steps = [_alternatives(step, f"{where}[{i}]") for i, step in enumerate(given)]
     _at_most(math.prod(map(len, steps)), where)
     return [
         Part("compose", {"steps": [{s.name: s.params} if s.params else s.name for s in c]}) for c in product(*steps)
     ]
+
+
+def _alternatives(step: Any, where: str) -> list[Part]:
+    """What may stand at one place of a chain: a part, or each of a list of them."""
+    if not isinstance(step, list):
+        return _expanded("compressors", step, where)
+    no_twins(where, step)
+    return [part for i, each in enumerate(step) for part in _expanded("compressors", each, f"{where}[{i}]")]
 
 
 def _grid(grid: Any, where: str) -> dict[str, list[Any]]:

@@ -50,32 +50,33 @@ def make_plan(
 ) -> RunResult:
     """Cells, settled, with which of them have a finished row in `folder`, whose files are still what was written."""
     known = {row["cell_id"]: row for row in rows}
-    plan = [Planned(cell, each := cell.id, _finished(known.get(each), folder, suite)) for cell in cells]
+    plan = [Planned(cell, each := cell.id, _finished(known.get(each), folder, suite, cell)) for cell in cells]
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
     for cell, group in groups(plan):
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
         result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
-        result.estimate += 2 + len(group) * (data.n_users * 2e-4 + 2 * suite.measure.seconds * suite.measure.latency)
+        timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
+        result.estimate += 2 + len(group) * data.n_users * 2e-4 + timed * 2 * suite.measure.seconds
     return result
 
 
-def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
+def _finished(row: Row | None, folder: Path, suite: Suite, cell: Cell) -> bool:
     if row is None or row["status"] == "skipped":
         return row is not None
-    if not _complete(row, suite):
+    if not _complete(row, suite, cell):
         return False
     if bad := spoilt(folder, row):
         log.warning("%s is not what was written: its cell is computed again", folder / bad)
     return not bad
 
 
-def _complete(row: Row, suite: Suite) -> bool:
+def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
     measure = suite.measure
     wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
-    if row["status"] != "ok" or not wanted:
+    if row["status"] != "ok" or not wanted or not measure.covers(cell.budget):
         return row["status"] == "ok"
     same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates
     same = same and row.get("measured_history") is not None and measure.history in (None, row["measured_history"])

@@ -22,7 +22,7 @@ from malloc_bench.training.fit import Training
 
 __all__ = ["Cell", "Measure", "Part", "Suite", "SuiteError", "load_suite", "only"]
 
-MAX_CELLS = 100_000
+MAX_CELLS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,20 @@ def load_suite(path: str | Path) -> Suite:
             budgets=suite_parts.budgets(content.budgets),
             seeds=tuple(content.seeds),
             training=Training(**content.training.model_dump()),
-            measure=Measure(**content.measure.model_dump()),
+            measure=_measure(content.measure),
             filter_seen=content.filter_seen,
         )
         _check(suite)
     except suite_file.Fault as fault:
         raise SuiteError(f"{file}: {fault}") from None
     return suite
+
+
+def _measure(keys: suite_file.MeasureKeys) -> Measure:
+    given = keys.model_dump()
+    if keys.budgets is not None:
+        given["budgets"] = suite_parts.budgets(keys.budgets, "measure.budgets")
+    return Measure(**given)
 
 
 def _check(suite: Suite) -> None:

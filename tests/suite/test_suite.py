@@ -628,3 +628,18 @@ def test_a_suite_can_be_changed_in_python(tmp_path: Path) -> None:
     suite = replace(load(tmp_path), compressors=(Part("full"), Part("recent")), budgets=(Budget(slots=3),))
     assert [cell.budget for cell in suite.cells()] == [None, Budget(slots=3)] * 2
     assert {f.name for f in fields(suite)} >= {"name", "path", "training", "measure"}
+
+
+def test_a_step_of_a_chain_may_be_several(tmp_path: Path) -> None:
+    steps = [["recent", {"snapkv": {"grid": {"window": [8, 16]}}}], ["int8", {"kivi": {"bits": 2}}]]
+    labels = [part.label for part in load(tmp_path, compressors=[{"compose": steps}]).compressors]
+    assert labels == [
+        f"{token} + {encoder}"
+        for token in ("recent", "snapkv(window=8)", "snapkv(window=16)")
+        for encoder in ("int8", "kivi(bits=2)")
+    ]
+
+
+def test_costs_may_be_measured_at_some_budgets_only(tmp_path: Path) -> None:
+    suite = load(tmp_path, compressors=["full", "recent"], budgets=[0.5, {"slots": 4}], measure={"budgets": [0.5]})
+    assert {cell.budget for cell in suite.cells() if not suite.measure.covers(cell.budget)} == {Budget(slots=4)}
