@@ -77,12 +77,15 @@ def run(
     offline: Offline = False,
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")] = False,
+    shard: Annotated[str | None, typer.Option(help="I/N: the I-th of N parts, for many machines; then merge.")] = None,
 ) -> int:
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench.run import runner
 
+    part = None if shard is None else _shard(shard)
+    chosen = _pairs(only or [])
     result = runner.run_suite(
-        suite, out, only=_pairs(only or []), dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet
+        suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet, shard=part
     )
     (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code
@@ -132,6 +135,17 @@ def tables(
 
     frame = load_results(run)
     say("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
+
+
+@app.command()
+def merge(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
+    out: Annotated[Path, typer.Option(help="The folder that they become.")],
+) -> None:
+    """Make one run of several: digests are checked, and cells that two have must agree."""
+    from malloc_bench.run.merge import merge
+
+    say(f"{merge(runs, out) / 'leaderboard.md'}")
 
 
 @app.command()
@@ -239,6 +253,12 @@ def _message(error: Exception) -> str:
 def _refuse(message: str) -> int:
     say(f"malloc-bench: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _shard(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)):
+        raise typer.BadParameter(f"expected I/N, such as 3/16, not '{text}'", param_hint="--shard")
+    return int(match[1]), int(match[2])
 
 
 def _pairs(items: list[str]) -> dict[str, list[str]]:

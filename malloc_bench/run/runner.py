@@ -40,13 +40,15 @@ def run_suite(
     offline: bool = False,
     device: str = "auto",
     quiet: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> RunResult:
     """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
 
     only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
-    unfinished chunks (checkpoints are kept). Raises SuiteError, DataError, LockedError, ResultsError.
+    unfinished chunks (checkpoints are kept). shard: (i, n), only the i-th of n parts of the cells, from 1; `merge`
+    makes one run of the parts. Raises SuiteError, DataError, LockedError, ResultsError.
     """
-    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, whole=not only)
+    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard)
 
 
 def _run(
@@ -59,10 +61,16 @@ def _run(
     device: str,
     quiet: bool,
     whole: bool,
+    shard: tuple[int, int] | None = None,
 ) -> RunResult:
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     cells = suites.only(suite.cells(), only)
+    if shard is not None:
+        i, n = shard
+        if not 1 <= i <= n:
+            raise ValueError(f"shard {i}/{n}: expected I/N with 1 <= I <= N, such as 3/16")
+        cells = cells[len(cells) * (i - 1) // n : len(cells) * i // n]  # neighbours share a backbone and its prefills
     on = _device(device)
     folder = Path(out) if out is not None else Path("runs") / suite.name
     needed = dict.fromkeys(cell.dataset for cell in cells)

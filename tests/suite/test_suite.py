@@ -236,7 +236,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"backbones": [{"sasrec": {"grid": {"dim": list(range(8, 300))}}}]},
         "backbones[0]: 292 backbones, more than 200: split the suite",
     ),
-    ({"seeds": list(range(30_000))}, "300,000 cells, more than 100,000: split the suite"),
+    (
+        {"seeds": list(range(20_000)), "compressors": [{"kivi": {"grid": {"tail": list(range(30))}}}]},
+        "1,200,000 cells, more than 1,000,000: split the suite",
+    ),
 ]
 
 

@@ -1,0 +1,71 @@
+"""Shards of a suite, made one by one and merged, are the run."""
+
+from pathlib import Path
+
+import pytest
+
+from malloc_bench.cli import main
+from malloc_bench.results import ResultsError, load_results, read_rows, write_row
+from malloc_bench.run.merge import merge
+from malloc_bench.run.runner import run_suite
+
+SUITE = """
+name: tiny
+datasets: [synthetic]
+split: leave_one_out
+backbones: [{sasrec: {layers: 1, dim: 8, max_length: 30}}]
+compressors: [full, none, recent, knorm, int8]
+budgets: [0.5, 0.25]
+training: {epochs: 1, batch_size: 64}
+measure: {latency: false, flops: false}
+"""
+MOMENTS = ("created_at", "digest", "load", "train_seconds")
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+    suite = tmp_path / "tiny.yaml"
+    suite.write_text(SUITE)
+    for i in (1, 2, 3):
+        run_suite(suite, tmp_path / f"part{i}", shard=(i, 3), quiet=True)
+    run_suite(suite, tmp_path / "whole", quiet=True)
+    return [tmp_path / f"part{i}" for i in (1, 2, 3)]
+
+
+def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path) -> None:
+    assert main(["merge", *map(str, shards), "--out", str(tmp_path / "merged")]) == 0
+    got, want = read_rows(tmp_path / "merged" / "rows"), read_rows(tmp_path / "whole" / "rows")
+    assert [row["cell_id"] for row in got] == [row["cell_id"] for row in want] and len(want) == 7
+    for one, other in zip(got, want):
+        assert one["bytes_mean"] == other["bytes_mean"] and one["ndcg@10"] == pytest.approx(other["ndcg@10"])
+        assert (tmp_path / "merged" / one["per_user"]).exists()
+    assert len(load_results(tmp_path / "merged")) == 7
+    assert (tmp_path / "merged" / "leaderboard.md").exists()
+    again = run_suite(tmp_path / "tiny.yaml", tmp_path / "merged", quiet=True)
+    assert (again.reused, again.ok) == (7, 0)
+
+
+def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> None:
+    merge([tmp_path / "whole", *shards], tmp_path / "twice")
+    row = read_rows(shards[0] / "rows")[0]
+    write_row(shards[0] / "rows", {**{k: v for k, v in row.items() if k != "digest"}, "ndcg@10": 0.9})
+    with pytest.raises(ResultsError, match=r"other results for cell .*ndcg@10 is .* and 0.9"):
+        merge([tmp_path / "whole", *shards], tmp_path / "other")
+    assert not (tmp_path / "other" / "rows").exists()
+
+
+def test_spoilt_files_and_empty_folders_are_refused(shards: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="nothing holds no rows"):
+        merge([tmp_path / "nothing"], tmp_path / "out")
+    next((shards[1] / "per_user").glob("*.parquet")).write_bytes(b"rotten")
+    with pytest.raises(ResultsError, match="is not what was written"):
+        merge(shards, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0"])
+def test_a_shard_is_one_of_n(
+    shards: list[Path], tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--shard", shard, "--out", str(tmp_path / "x")]) == 2
+    assert "expected I/N" in capsys.readouterr().err
