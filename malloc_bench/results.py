@@ -82,6 +82,7 @@ COLUMNS: dict[str, str] = {
     "measured_weights": "text",  # trained, or fresh: a suite's own length is beyond what the trained ones serve
     "params": "whole",
     "train_seconds": "real",
+    "fit_seconds": "real",  # of what the method learns of training users, gathering it included
     **dict.fromkeys(("device", "amp"), "text"),  # amp: the arithmetic of training, fp32 or bf16
     "threads": "whole",
     "load": "real",

@@ -258,11 +258,14 @@ def _plan(result: RunResult, quiet: bool) -> None:
     """The cells, which of them are done, and how long the others may take."""
     if not quiet:
         for each in result.plan:
-            why = f" ({each.cell.impossible})" if each.cell.impossible else ""
-            say(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
-    left = len(result.plan) - result.reused
+            why = f" ({each.cell.impossible})" if each.cell.impossible and each.cell.data else ""
+            word = "done" if each.done else "skip" if each.cell.impossible else "run "
+            say(f"{word}  {each.id[:12]}  {each.cell}{why}")
+    left = sum(not each.done and not each.cell.impossible for each in result.plan)
+    skipped = len(result.plan) - result.reused - left
     time = f"{result.estimate:.0f} seconds" if result.estimate < 120 else f"{result.estimate / 60:.0f} minutes"
-    say(f"{len(result.plan)} cells: {result.reused} done, {left} to run: very roughly {time} on 2 cores")
+    also = f"{skipped} skipped, " if skipped else ""
+    say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: very roughly {time} on 2 cores")
 
 
 def _finish(result: RunResult, quiet: bool) -> None:

@@ -139,8 +139,9 @@ class Session:
         todo = [each for each in todo if _part(each) in trained]
         backbone, plain, key = trained[None]
         # each is held against the plain backbone, whatever it reads itself
-        fits = self._fits(trained, split, cell.seed, todo)
-        todo = [each for each in todo if each.id in fits]
+        learned = self._fits(trained, split, cell.seed, todo)
+        todo = [each for each in todo if each.id in learned]
+        fits = {each: fit for each, (fit, _) in learned.items()}
         read = {
             each.id: "+".join([str(plain.weights), str(trained[_part(each)][1].weights), *_digest(fits[each.id])])
             for each in todo
@@ -175,6 +176,7 @@ class Session:
             shared = {
                 "params": sum(p.numel() for p in own.parameters()),
                 "train_seconds": fitted.seconds,
+                "fit_seconds": learned[each.id][1],
                 "device": str(self.device),
                 "hashes": {
                     "data": data.hash,
@@ -191,8 +193,8 @@ class Session:
 
     def _fits(
         self, trained: dict[Structural | None, tuple[Backbone, Fit, str]], split: Any, seed: int, todo: list[Planned]
-    ) -> dict[str, Fitted | None]:
-        """What the method of each cell has learned of training users, by cell id; None: nothing."""
+    ) -> dict[str, tuple[Fitted | None, float | None]]:
+        """What the method of each cell has learned of training users, and in how many seconds, by cell id."""
         plain, found = trained[None][0], {}
         for each in todo:
             with self._failing([each]):

@@ -180,7 +180,8 @@ class Cell:
     training: dict[str, Any]
     filter_seen: bool = True
     impossible: str | None = None  # why it cannot run: its row is skipped with this reason
-    data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled
+    data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled,
+    # as while the data cannot be had or do not fit: such a cell is skipped, and tried again by every run
     items: str | None = None  # a hash of the categories of items where the method asks for them
 
     def __str__(self) -> str:
@@ -247,7 +248,7 @@ class Cell:
             suite=row["suite"],
             dataset=row["dataset"],
             task=pick(payload["task"], TASKS),
-            split=pick(payload["split"], RULES),
+            split=payload["split"] and pick(payload["split"], RULES),
             backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
             compressor=Part(row["compressor"], row["compressor_params"] or {}),
             budget=None if budget is None else Budget.parse(json.loads(budget)),

@@ -50,9 +50,12 @@ def make_plan(
 ) -> RunResult:
     """Cells, settled, with which of them have a finished row in `folder`, whose files are still what was written."""
     known = {row["cell_id"]: row for row in rows}
-    plan = [Planned(cell, each := cell.id, _finished(known.get(each), folder, suite)) for cell in cells]
+    plan = [
+        Planned(cell, each := cell.id, cell.data is not None and _finished(known.get(each), folder, suite))
+        for cell in cells
+    ]
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
-    for cell, group in groups(plan):
+    for cell, group in groups([each for each in plan if not each.cell.impossible]):
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
