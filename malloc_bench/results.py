@@ -48,6 +48,7 @@ COLUMNS: dict[str, str] = {
     "backbone_params": "json",
     **dict.fromkeys(("family", "compressor"), "text"),
     "compressor_params": "json",
+    "tuned": "text",  # sha256 of the file that the parameters were chosen by
     "structural": "flag",  # trained with the backbone: its differences carry training noise
     "budget": "text",  # see `budget_text`
     "budget_unit": "text",  # what the budget counts: bytes, slots or events

@@ -22,8 +22,9 @@ from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.plan import RunResult, checkpoint_folder, groups, make_plan
+from malloc_bench.suite.plan import RunResult, groups, make_plan, partial_name
 from malloc_bench.suite.suite import Suite, load_suite
+from malloc_bench.suite.tuning import Tuned
 from malloc_bench.testing import broken_promises
 
 log = logging.getLogger(__name__)
@@ -41,19 +42,23 @@ def run_suite(
     offline: bool = False,
     device: str = "auto",
     quiet: bool = False,
+    tuned: str | Path | None = None,
 ) -> RunResult:
     """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
 
     only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
     unfinished chunks (checkpoints are kept). Cells whose data cannot be had, or do not fit the split or the task, are
-    skipped with the reason, which is also a warning; every run tries them again. Raises SuiteError, LockedError,
-    ResultsError.
+    skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
+    `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. Raises SuiteError,
+    LockedError, ResultsError.
     """
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
+    suite = suite if tuned is None else replace(suite, tuned=Path(tuned))
     return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, whole=not only)
 
 
 def _run(
-    suite: Suite | str | Path,
+    suite: Suite,
     out: str | Path | None,
     only: Mapping[str, str | Sequence[str]],
     dry_run: bool,
@@ -64,12 +69,16 @@ def _run(
     whole: bool,
 ) -> RunResult:
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
-    suite = suite if isinstance(suite, Suite) else load_suite(suite)
     cells = suites.only(suite.cells(), only)
     on = _device(device)
-    folder = Path(out) if out is not None else Path("runs") / suite.name
+    chosen = Tuned(suite.tuned) if suite.tuned else None
+    folder = Path(out) if out is not None else Path("runs") / (f"{suite.name}-tuned" if chosen else suite.name)
     datasets, why = _had(suite, cells, offline, quiet)
     asked, cells = cells, [_settled(cell, datasets, why, on) for cell in cells]
+    known = [cell for cell, now in zip(asked, cells) if now.data is not None]
+    cells = chosen.applied(cells) if chosen else cells
+    if chosen and not any(cell.tuned for cell in cells):
+        log.warning("%s has nothing for any cell that was asked for", chosen.path)
     for reason, n in Counter(each.impossible for each in cells if each.data is None).items():
         log.warning("%d cells are skipped: %s", n, reason)
     if dry_run:
@@ -78,10 +87,10 @@ def _run(
     with locked(folder), bars(quiet) as watch:
         remove_dead(folder)
         rows = read_rows(folder / "rows")
-        _forget(folder, rows, [cell for cell, now in zip(asked, cells) if now.data is not None])
+        _forget(folder, rows, known)
         result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
         if whole:
-            remove_partial(folder, {checkpoint_folder(cell.plain).name for cell, _ in groups(result.plan) if cell.data})
+            remove_partial(folder, {partial_name(cell) for cell, _ in groups(result.plan) if cell.data})
         run = Session(suite, folder, datasets, on, watch, result, fresh)
         try:
             run.all()
@@ -193,6 +202,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, cards: Mapping[str, str] | No
         measure=suites.Measure(latency=False, flops=False),
         filter_seen=first.filter_seen,
         cards=cards or {},
+        evaluate=first.evaluate,
     )
     return run_suite(suite, folder, quiet=True)
 

@@ -183,6 +183,8 @@ class Cell:
     data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled,
     # as while the data cannot be had or do not fit: such a cell is skipped, and tried again by every run
     items: str | None = None  # a hash of the categories of items where the method asks for them
+    evaluate: str = "test"  # or validation
+    tuned: str | None = None  # sha256 of the file that the compressor's parameters were chosen by; in no id
 
     def __str__(self) -> str:
         where = f"{self.dataset}, {self.task}, {self.split}, {self.backbone.label}, {self.compressor.label}"
@@ -192,6 +194,11 @@ class Cell:
     def budget_text(self) -> str | None:
         """The `budget` column of its row."""
         return None if self.budget is None else budget_text(self.budget.value())
+
+    @property
+    def split_text(self) -> str | None:
+        """The `split` column of its row: validation targets are told from those of the test."""
+        return self.split and self.split.label + (", validation" if self.evaluate == "validation" else "")
 
     @property
     def plain(self) -> Cell:
@@ -211,7 +218,10 @@ class Cell:
             "budget": None if self.budget is None else self.budget.value(),
             "seed": self.seed,
             "training": self.training,
-            "evaluation": {"filter_seen": self.filter_seen},
+            "evaluation": {
+                "filter_seen": self.filter_seen,
+                **({} if self.evaluate == "test" else {"on": self.evaluate}),
+            },
             **({} if self.items is None else {"items": self.items}),
         }
 
@@ -255,6 +265,7 @@ class Cell:
             seed=row["seed"],
             training=payload["training"],
             filter_seen=payload["evaluation"]["filter_seen"],
+            evaluate=payload["evaluation"].get("on", "test"),
             data=payload["data"],
             items=payload.get("items"),
         )

@@ -96,6 +96,11 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
     return [((members := list(group))[0].cell, members) for _, group in groupby(todo, key)]
 
 
+def partial_name(cell: Cell) -> str:
+    """Of the folder of unfinished chunks of a cell's group."""
+    return checkpoint_folder(cell.plain).name + ("" if cell.evaluate == "test" else f"-{cell.evaluate}")
+
+
 def checkpoint_folder(cell: Cell) -> Path:
     """Where the trained backbone of a settled cell, adapted or not, is kept: named by all its weights depend on."""
     assert cell.data is not None, "settled when the run began"
