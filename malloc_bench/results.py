@@ -48,6 +48,7 @@ COLUMNS: dict[str, str] = {
     "backbone_params": "json",
     **dict.fromkeys(("family", "compressor"), "text"),
     "compressor_params": "json",
+    "tuned": "text",  # sha256 of the file that the parameters were chosen by
     "structural": "flag",  # trained with the backbone: its differences carry training noise
     "budget": "text",  # see `budget_text`
     "budget_unit": "text",  # what the budget counts: bytes, slots or events
@@ -82,6 +83,7 @@ COLUMNS: dict[str, str] = {
     "measured_weights": "text",  # trained, or fresh: a suite's own length is beyond what the trained ones serve
     "params": "whole",
     "train_seconds": "real",
+    "fit_seconds": "real",  # of what the method learns of training users, gathering it included
     **dict.fromkeys(("device", "amp"), "text"),  # amp: the arithmetic of training, fp32 or bf16
     "threads": "whole",
     "load": "real",

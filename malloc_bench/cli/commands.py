@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -45,6 +46,17 @@ Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by d
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
 
 
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="KEY=VALUE of dataset, task, backbone, compressor, family, budget or seed; more by commas or "
+        "repeated: values of one key add up."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")]
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context,
@@ -63,20 +75,15 @@ def _top(
 def run(
     suite: SuiteArg,
     out: Out = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KEY=VALUE of dataset, task, backbone, compressor, family, budget or seed; more by commas or "
-            "repeated: values of one key add up."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")] = False,
+    only: Only = None,
+    dry_run: DryRun = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Run cells again that are done; checkpoints are kept.")
     ] = False,
     offline: Offline = False,
     device: Device = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")] = False,
+    quiet: Quiet = False,
+    tuned: Annotated[Path | None, typer.Option(help="Parameters that `tune` chose: a tuned.yaml.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: the I-th of N parts, for many machines; then merge.")] = None,
 ) -> int:
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
@@ -85,10 +92,44 @@ def run(
     part = None if shard is None else _shard(shard)
     chosen = _pairs(only or [])
     result = runner.run_suite(
-        suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet, shard=part
-    )
+        suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet,
+        tuned=tuned, shard=part,
+    )  # fmt: skip
     (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code
+
+
+@app.command()
+def tune(
+    suite: SuiteArg,
+    out: Out = None,
+    only: Only = None,
+    metric: Annotated[str | None, typer.Option(help="What is best; overlap@10, or agreement, by default.")] = None,
+    per_budget: Annotated[bool, typer.Option("--per-budget", help="Choose for each budget by itself.")] = False,
+    dry_run: DryRun = False,
+    offline: Offline = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> int:
+    """Choose the parameters of a suite's methods on validation users, and write tuned.yaml for `run --tuned`."""
+    from malloc_bench.results import label
+    from malloc_bench.run import tune as tuning
+
+    found = tuning.tune(
+        suite, out, metric=metric, per_budget=per_budget, only=_pairs(only or []), dry_run=dry_run, offline=offline,
+        device=device, quiet=quiet,
+    )  # fmt: skip
+    if found.path is None:
+        _plan(found.result, quiet)
+        return 0
+    for each in found.chosen if not quiet else ():
+        at = f" at {each.budget}" if each.budget else ""
+        where = f"{each.dataset}, {each.task}, {each.backbone}, {each.compressor}{at}"
+        ((name, params),) = each.use.items()
+        say(f"{where}: {label(name, json.dumps(params))}, {each.score:.4f} ({each.default:.4f} as it was)")
+    better = sum(each.score > each.default for each in found.chosen)
+    say(f"{len(found.chosen)} chosen, {better} better than as they were: malloc-bench run {suite} --tuned {found.path}")
+    return found.result.exit_code
 
 
 @app.command()
@@ -278,11 +319,14 @@ def _plan(result: RunResult, quiet: bool) -> None:
     """The cells, which of them are done, and how long the others may take."""
     if not quiet:
         for each in result.plan:
-            why = f" ({each.cell.impossible})" if each.cell.impossible else ""
-            say(f"{'done' if each.done else 'skip' if why else 'run '}  {each.id[:12]}  {each.cell}{why}")
-    left = len(result.plan) - result.reused
+            why = f" ({each.cell.impossible})" if each.cell.impossible and each.cell.data else ""
+            word = "done" if each.done else "skip" if each.cell.impossible else "run "
+            say(f"{word}  {each.id[:12]}  {each.cell}{why}")
+    left = sum(not each.done and not each.cell.impossible for each in result.plan)
+    skipped = len(result.plan) - result.reused - left
     time = f"{result.estimate:.0f} seconds" if result.estimate < 120 else f"{result.estimate / 60:.0f} minutes"
-    say(f"{len(result.plan)} cells: {result.reused} done, {left} to run: very roughly {time} on 2 cores")
+    also = f"{skipped} skipped, " if skipped else ""
+    say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: very roughly {time} on 2 cores")
 
 
 def _finish(result: RunResult, quiet: bool) -> None:

@@ -125,6 +125,7 @@ def _compressor(cls: type[Compressor]) -> Lines:
         ("reads", _reads(cls)),
         ("work of compress", work),
         *_parameters(cls),
+        *(("tuned over", f"{key}: {', '.join(map(str, values))}") for key, values in cls.grid.items()),
         ("version", str(cls.version)),
         ("from", f"{origin(cls)}, {_file(cls)}"),
     ]

@@ -62,7 +62,8 @@ class Compressor(ABC):
     Class attributes: `family` (its line in tables and figures), `paper`, `formula` and `stores` (in words, for
     `malloc-bench show`), `version` (raise it when results change). A method that learns something of training users,
     once for all, also writes `fit`; `fit_fields` are the parameters that a fit depends on (None: all),
-    `fit_uses_budget` whether the budget is one.
+    `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning, each with its values, at most 8
+    settings in all, as many as `malloc-bench tune` tries of any method.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -74,6 +75,7 @@ class Compressor(ABC):
     version: ClassVar[int] = 1
     fit_fields: ClassVar[tuple[str, ...] | None] = None
     fit_uses_budget: ClassVar[bool] = False
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Every `compress` takes its budget as a suite writes it: 0.25, {"slots": 8}, {"bytes": 4096} or a Budget."""

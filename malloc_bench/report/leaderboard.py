@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -160,9 +162,20 @@ def leaderboard(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def problems(frame: pl.DataFrame) -> list[str]:
-    """One line for every skipped and failed cell, with its reason."""
+    """One line for every skipped and failed cell, with its reason; one for all cells that lack the same data."""
     rows = _labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
-    return [_problem(row) for row in rows.iter_rows(named=True)]
+    return without_data(frame) + [_problem(row) for row in rows.iter_rows(named=True) if not _lacks_data(row)]
+
+
+def without_data(frame: pl.DataFrame) -> list[str]:
+    """One line for all cells that are skipped for one reason: their data could not be had, or do not fit."""
+    rows = filter(_lacks_data, frame.filter(pl.col("status") == "skipped").iter_rows(named=True))
+    missing = Counter((row["dataset"], row["reason"]) for row in rows)
+    return [f"skipped: {data}, {n} cells: {reason}" for (data, reason), n in sorted(missing.items())]
+
+
+def _lacks_data(row: Mapping[str, Any]) -> bool:
+    return json.loads(row["cell"] or "{}").get("data", 0) is None
 
 
 def _problem(row: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from malloc_bench.report.leaderboard import (
     on_top,
     sections,
     share_of,
+    without_data,
 )
 from malloc_bench.report.render import (
     FORMATS,
@@ -74,6 +75,7 @@ def resources(frame: pl.DataFrame) -> pl.DataFrame:
         *LONG_TIMES,
         *RATIOS,
         "timing",
+        "fit_seconds",
     )
     return aggregate(frame).select(*HEAD, *sizes, *measured, *flops, "peak_bytes", "peak_bytes_long")
 
@@ -151,6 +153,7 @@ TABLES = {
             *(significant(name, name.removesuffix("_cpu_ms_p50") + " p50 (CPU ms)") for name in CPU_TIMES),
             *(number(name, f"read (× full){end}", ".2f") for name, end in zip(RATIOS[:3], ("", " from", " to"))),
             words("timing", "timing"),
+            significant("fit_seconds", "fit (s, once)"),
             *(significant(f"{step}_mflops", f"{step} (MFLOPs)") for step in STEPS),
             significant("peak_bytes", "peak memory (MB)", scale=1e-6),
             number("measured_history_long", "longest (events)", ",.0f"),
@@ -233,7 +236,8 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
         ]
         return "\n".join(parts) or f"% {nothing}\n"
     parts = [f"## {head}\n\n{on_top(group)}{markdown(group, filled(group, columns))}" for head, group in sections(data)]
-    return "\n".join([f"# {name.capitalize()}\n", *(parts or [f"{nothing}\n"])])
+    lines = [f"{line}\n" for line in without_data(frame)]
+    return "\n".join([f"# {name.capitalize()}\n", *lines, *(parts or [f"{nothing}\n"])])
 
 
 def _named(name: str) -> Table:

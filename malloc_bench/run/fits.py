@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,15 +44,20 @@ class Fits:
     seed: int
     users: int = USERS
 
-    def of(self, compressor: Compressor, budget: Budget | None) -> Fitted | None:
-        """What a method has learned, of all its parts; None where it learns nothing."""
+    def of(self, compressor: Compressor, budget: Budget | None) -> tuple[Fitted | None, float | None]:
+        """What a method has learned, of all its parts, and the seconds that it took when it was made.
+
+        None where it learns nothing; no seconds where a fit of an older version was kept without.
+        """
         parts = compressor.fit_parts()
         found = {name: self._part(part, budget if part.fit_uses_budget else None) for name, part in parts.items()}
         if not found:
-            return None
-        return found[""] if "" in found else Fitted.joined(found)
+            return None, None
+        fits, times = {name: fit for name, (fit, _) in found.items()}, [seconds for _, seconds in found.values()]
+        seconds = None if None in times else sum(each for each in times if each is not None)
+        return fits[""] if "" in fits else Fitted.joined(fits), seconds
 
-    def _part(self, compressor: Compressor, budget: Budget | None) -> Fitted:
+    def _part(self, compressor: Compressor, budget: Budget | None) -> tuple[Fitted, float | None]:
         key = self._key(compressor, budget)
         place = self.folder / f"{compressor.name}-{digest(key)[:16]}"
         with locked(place, wait=True):  # two runs that need the same fit make it once
@@ -65,17 +71,22 @@ class Fits:
         asked = None if budget is None else budget.value()
         return {"weights": self.weights, "method": about, "budget": asked, "users": self.users, "seed": self.seed}
 
-    def _make(self, compressor: Compressor, budget: Budget | None, place: Path, key: dict[str, Any]) -> Fitted:
+    def _make(
+        self, compressor: Compressor, budget: Budget | None, place: Path, key: dict[str, Any]
+    ) -> tuple[Fitted, float]:
         self.backbone.eval()
+        started = time.perf_counter()
         with undisturbed():
             torch.manual_seed(self.seed)
             fitted = compressor.fit(Sample(lambda: self._prefills(compressor.needs, budget)), budget)
+        seconds = time.perf_counter() - started
         if type(fitted) is not Fitted or not all(bool(x.isfinite().all()) for x in fitted.values()):
             raise TypeError(f"{compressor.name}: fit gave no Fitted of finite tensors but {type(fitted).__name__}")
         fitted = Fitted({name: x.cpu() for name, x in fitted.items()})
         hashed = write_tensors(place / "fit.safetensors", fitted)
-        atomic_write(place / "fit.json", sealed({"key": key, "tensors": hashed, "fit": fitted.digest}))
-        return fitted
+        about = {"key": key, "tensors": hashed, "fit": fitted.digest, "seconds": seconds}
+        atomic_write(place / "fit.json", sealed(about))
+        return fitted, seconds
 
     def _prefills(self, needs: Stats, budget: Budget | None) -> Iterator[Prefill]:
         device, items = next(self.backbone.parameters()).device, facts(self.split, needs)
@@ -88,7 +99,7 @@ class Fits:
             yield replace(prefill, items=items, whole=whole)
 
 
-def _load(place: Path, key: dict[str, Any]) -> Fitted | None:
+def _load(place: Path, key: dict[str, Any]) -> tuple[Fitted, float | None] | None:
     """The fit that lies in `place`; None where there is none, with a warning where it is not what was written."""
     try:
         about = read_sealed(place / "fit.json")
@@ -102,4 +113,4 @@ def _load(place: Path, key: dict[str, Any]) -> Fitted | None:
     except (Damaged, KeyError, OSError) as error:
         log.warning("the fit in %s is not what was written (%s) and is made again", place, error)
         return None
-    return fitted
+    return fitted, about.get("seconds")

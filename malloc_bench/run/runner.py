@@ -6,23 +6,25 @@ import logging
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from malloc_bench.data import get_dataset
+from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
-from malloc_bench.results import differing, read_rows
+from malloc_bench.results import Row, differing, read_rows
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.plan import RunResult, checkpoint_folder, groups, make_plan
+from malloc_bench.suite.plan import RunResult, groups, make_plan, partial_name
 from malloc_bench.suite.suite import Suite, load_suite
+from malloc_bench.suite.tuning import Tuned
 from malloc_bench.testing import broken_promises
 
 log = logging.getLogger(__name__)
@@ -40,19 +42,25 @@ def run_suite(
     offline: bool = False,
     device: str = "auto",
     quiet: bool = False,
+    tuned: str | Path | None = None,
     shard: tuple[int, int] | None = None,
 ) -> RunResult:
     """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
 
     only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
-    unfinished chunks (checkpoints are kept). shard: (i, n), only the i-th of n parts of the cells, from 1; `merge`
-    makes one run of the parts. Raises SuiteError, DataError, LockedError, ResultsError.
+    unfinished chunks (checkpoints are kept). Cells whose data cannot be had, or do not fit the split or the task, are
+    skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
+    `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only the
+    i-th of n parts of the cells, from 1; `merge` makes one run of the parts. Raises SuiteError, LockedError,
+    ResultsError.
     """
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
+    suite = suite if tuned is None else replace(suite, tuned=Path(tuned))
     return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard)
 
 
 def _run(
-    suite: Suite | str | Path,
+    suite: Suite,
     out: str | Path | None,
     only: Mapping[str, str | Sequence[str]],
     dry_run: bool,
@@ -64,7 +72,6 @@ def _run(
     shard: tuple[int, int] | None = None,
 ) -> RunResult:
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
-    suite = suite if isinstance(suite, Suite) else load_suite(suite)
     cells = suites.only(suite.cells(), only)
     if shard is not None:
         i, n = shard
@@ -72,18 +79,27 @@ def _run(
             raise ValueError(f"shard {i}/{n}: expected I/N with 1 <= I <= N, such as 3/16")
         cells = cells[len(cells) * (i - 1) // n : len(cells) * i // n]  # neighbours share a backbone and its prefills
     on = _device(device)
-    folder = Path(out) if out is not None else Path("runs") / suite.name
-    needed = dict.fromkeys(cell.dataset for cell in cells)
-    datasets = {name: get_dataset(suite.cards.get(name, name), offline=offline, progress=not quiet) for name in needed}
-    cells = [cell.settled(datasets[cell.dataset], on) for cell in cells]
+    chosen = Tuned(suite.tuned) if suite.tuned else None
+    usual = suite.name + "-tuned" * bool(chosen) + ("" if shard is None else f"-{shard[0]}of{shard[1]}")
+    folder = Path(out) if out is not None else Path("runs") / usual
+    datasets, why = _had(suite, cells, offline, quiet)
+    asked, cells = cells, [_settled(cell, datasets, why, on) for cell in cells]
+    known = [cell for cell, now in zip(asked, cells) if now.data is not None]
+    cells = chosen.applied(cells) if chosen else cells
+    if chosen and not any(cell.tuned for cell in cells):
+        log.warning("%s has nothing for any cell that was asked for", chosen.path)
+    for reason, n in Counter(each.impossible for each in cells if each.data is None).items():
+        log.warning("%d cells are skipped: %s", n, reason)
     if dry_run:
         return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
     started = time.perf_counter()
     with locked(folder), bars(quiet) as watch:
         remove_dead(folder)
-        result = make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows"), suite)
+        rows = read_rows(folder / "rows")
+        _forget(folder, rows, known)
+        result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
         if whole:
-            remove_partial(folder, {checkpoint_folder(cell.plain).name for cell, _ in groups(result.plan)})
+            remove_partial(folder, {partial_name(cell) for cell, _ in groups(result.plan) if cell.data})
         run = Session(suite, folder, datasets, on, watch, result, fresh)
         try:
             run.all()
@@ -92,6 +108,36 @@ def _run(
             run.finish()
         write_report(folder)
     return result
+
+
+def _had(
+    suite: Suite, cells: Sequence[Cell], offline: bool, quiet: bool
+) -> tuple[dict[str, Dataset], dict[str, DataError]]:
+    """The data sets of some cells that can be had, and why the others cannot, by name."""
+    datasets, why = {}, {}
+    for name in dict.fromkeys(cell.dataset for cell in cells):
+        try:
+            datasets[name] = get_dataset(suite.cards.get(name, name), offline=offline, progress=not quiet)
+        except DataError as error:
+            why[name] = error
+    return datasets, why
+
+
+def _settled(cell: Cell, datasets: Mapping[str, Dataset], why: Mapping[str, DataError], on: torch.device) -> Cell:
+    """The cell, settled; as it is, and `impossible`, where its data cannot be had or do not fit it."""
+    try:
+        if cell.dataset in why:
+            raise why[cell.dataset]
+        return cell.settled(datasets[cell.dataset], on)
+    except DataError as error:
+        return replace(cell, impossible=str(error))
+
+
+def _forget(folder: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
+    """Delete the rows that these cells were skipped with while their data could not be had."""
+    skipped = {row["cell_id"] for row in rows if (row["cell"] or {}).get("data", 0) is None}
+    for each in skipped and skipped & {cell.id for cell in cells}:
+        (folder / "rows" / f"{each}.json").unlink(missing_ok=True)
 
 
 def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: str | Path | None = None) -> RunResult:
@@ -131,6 +177,8 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         run_cells([cell], Path(folder), {cell.dataset: card})
         (again,) = read_rows(Path(folder) / "rows")
+    if again["cell"]["data"] is None and row["cell"]["data"] is not None:
+        raise DataError(again["reason"])
     if again["cell_id"] != row["cell_id"]:
         other = [f"{name}: {a} then, {b} now" for name, (a, b) in differing(row["cell"], again["cell"]).items()]
         return [f"it is another cell today: {', '.join(other)}"]
@@ -163,6 +211,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, cards: Mapping[str, str] | No
         measure=suites.Measure(latency=False, flops=False),
         filter_seen=first.filter_seen,
         cards=cards or {},
+        evaluate=first.evaluate,
     )
     return run_suite(suite, folder, quiet=True)
 

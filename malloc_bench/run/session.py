@@ -21,6 +21,7 @@ from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Ranking
+from malloc_bench.data.tasks.trained import validating
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
@@ -33,7 +34,7 @@ from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
 from malloc_bench.state import Fitted
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups
+from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups, partial_name
 from malloc_bench.suite.suite import Suite
 from malloc_bench.testing import read_alone
 from malloc_bench.training.checkpoints import Fit, copy_weights, finished
@@ -91,6 +92,8 @@ class Session:
                 backbone = self._made(each.cell)
                 made = each.cell.compressor.build()
                 why = made.supports(backbone) or self._unknown(each.cell, made)
+                if each.cell.evaluate == "validation" and not len(self._split(each.cell).valid):
+                    why = f"with the split {each.cell.split} nothing validates"
             if why is not None:
                 self._write(each, {"status": "skipped", "reason": why})
             elif each.cell.compressor not in self.alone:
@@ -135,17 +138,19 @@ class Session:
     def _group(self, cell: Cell, todo: list[Planned]) -> None:
         split = self._split(cell)
         data = self.datasets[cell.dataset]
+        asked = split if cell.evaluate == "test" else validating(split)
         trained = self._all_trained(cell, split, todo)
         todo = [each for each in todo if _part(each) in trained]
-        backbone, plain, key = trained[None]
+        backbone, plain, _ = trained[None]
         # each is held against the plain backbone, whatever it reads itself
-        fits = self._fits(trained, split, cell.seed, todo)
-        todo = [each for each in todo if each.id in fits]
+        learned = self._fits(trained, split, cell.seed, todo)
+        todo = [each for each in todo if each.id in learned]
+        fits = {each: fit for each, (fit, _) in learned.items()}
         read = {
             each.id: "+".join([str(plain.weights), str(trained[_part(each)][1].weights), *_digest(fits[each.id])])
             for each in todo
         }
-        store = Chunks(self.folder / "partial" / key, {"": str(plain.weights), **read})
+        store = Chunks(self.folder / "partial" / partial_name(cell), {"": str(plain.weights), **read})
         if self.fresh:
             store.drop()
         jobs = [
@@ -153,11 +158,11 @@ class Session:
             for each in todo
         ]
         evaluation = evaluate(
-            backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
+            backbone, asked, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
         columns = accuracy(evaluation, [each.id for each in todo])
-        if isinstance(split, Split) and self._knows_ceilings(cell, split) and columns:
-            known = self._ceilings(cell, backbone, split)
+        if isinstance(asked, Split) and self._knows_ceilings(cell, asked) and columns:
+            known = self._ceilings(cell, backbone, asked)
             for job, best in ceilings(known, evaluation, list(columns)).items():
                 columns[job] |= best
         costs = resources(
@@ -175,6 +180,7 @@ class Session:
             shared = {
                 "params": sum(p.numel() for p in own.parameters()),
                 "train_seconds": fitted.seconds,
+                "fit_seconds": learned[each.id][1],
                 "device": str(self.device),
                 "hashes": {
                     "data": data.hash,
@@ -191,8 +197,8 @@ class Session:
 
     def _fits(
         self, trained: dict[Structural | None, tuple[Backbone, Fit, str]], split: Any, seed: int, todo: list[Planned]
-    ) -> dict[str, Fitted | None]:
-        """What the method of each cell has learned of training users, by cell id; None: nothing."""
+    ) -> dict[str, tuple[Fitted | None, float | None]]:
+        """What the method of each cell has learned of training users, and in how many seconds, by cell id."""
         plain, found = trained[None][0], {}
         for each in todo:
             with self._failing([each]):
@@ -272,12 +278,13 @@ class Session:
             "suite": cell.suite,
             "dataset": cell.dataset,
             "task": cell.task.label,
-            "split": cell.split and cell.split.label,
+            "split": cell.split_text,
             "backbone": cell.backbone.name,
             "backbone_params": cell.backbone.params,
             "family": cell.compressor.family,
             "compressor": cell.compressor.name,
             "compressor_params": cell.compressor.params,
+            "tuned": cell.tuned,
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
             "budget_unit": None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget),

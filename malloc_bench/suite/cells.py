@@ -180,8 +180,11 @@ class Cell:
     training: dict[str, Any]
     filter_seen: bool = True
     impossible: str | None = None  # why it cannot run: its row is skipped with this reason
-    data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled
+    data: dict[str, Any] | None = None  # `Dataset.identity`, and categories that the backbone uses; None: not settled,
+    # as while the data cannot be had or do not fit: such a cell is skipped, and tried again by every run
     items: str | None = None  # a hash of the categories of items where the method asks for them
+    evaluate: str = "test"  # or validation
+    tuned: str | None = None  # sha256 of the file that the compressor's parameters were chosen by; in no id
 
     def __str__(self) -> str:
         where = f"{self.dataset}, {self.task}, {self.split}, {self.backbone.label}, {self.compressor.label}"
@@ -191,6 +194,11 @@ class Cell:
     def budget_text(self) -> str | None:
         """The `budget` column of its row."""
         return None if self.budget is None else budget_text(self.budget.value())
+
+    @property
+    def split_text(self) -> str | None:
+        """The `split` column of its row: validation targets are told from those of the test."""
+        return self.split and self.split.label + (", validation" if self.evaluate == "validation" else "")
 
     @property
     def plain(self) -> Cell:
@@ -210,7 +218,10 @@ class Cell:
             "budget": None if self.budget is None else self.budget.value(),
             "seed": self.seed,
             "training": self.training,
-            "evaluation": {"filter_seen": self.filter_seen},
+            "evaluation": {
+                "filter_seen": self.filter_seen,
+                **({} if self.evaluate == "test" else {"on": self.evaluate}),
+            },
             **({} if self.items is None else {"items": self.items}),
         }
 
@@ -247,13 +258,14 @@ class Cell:
             suite=row["suite"],
             dataset=row["dataset"],
             task=pick(payload["task"], TASKS),
-            split=pick(payload["split"], RULES),
+            split=payload["split"] and pick(payload["split"], RULES),
             backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
             compressor=Part(row["compressor"], row["compressor_params"] or {}),
             budget=None if budget is None else Budget.parse(json.loads(budget)),
             seed=row["seed"],
             training=payload["training"],
             filter_seen=payload["evaluation"]["filter_seen"],
+            evaluate=payload["evaluation"].get("on", "test"),
             data=payload["data"],
             items=payload.get("items"),
         )

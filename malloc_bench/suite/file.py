@@ -106,6 +106,8 @@ class SuiteKeys(_Strict):
     training: TrainingKeys = TrainingKeys()
     measure: MeasureKeys = MeasureKeys()
     filter_seen: bool = True
+    evaluate: Literal["test", "validation"] = "test"
+    tuned: str | None = None
 
 
 # ---- reading

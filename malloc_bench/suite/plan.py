@@ -50,9 +50,12 @@ def make_plan(
 ) -> RunResult:
     """Cells, settled, with which of them have a finished row in `folder`, whose files are still what was written."""
     known = {row["cell_id"]: row for row in rows}
-    plan = [Planned(cell, each := cell.id, _finished(known.get(each), folder, suite, cell)) for cell in cells]
+    plan = [
+        Planned(cell, each := cell.id, cell.data is not None and _finished(known.get(each), folder, suite, cell))
+        for cell in cells
+    ]
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
-    for cell, group in groups(plan):
+    for cell, group in groups([each for each in plan if not each.cell.impossible]):
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
         untrained = sum(not (folder / "fit.json").exists() for folder in needed)
@@ -92,6 +95,11 @@ def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
         return cell.dataset, cell.task, cell.split, cell.backbone, cell.seed
 
     return [((members := list(group))[0].cell, members) for _, group in groupby(todo, key)]
+
+
+def partial_name(cell: Cell) -> str:
+    """Of the folder of unfinished chunks of a cell's group."""
+    return checkpoint_folder(cell.plain).name + ("" if cell.evaluate == "test" else f"-{cell.evaluate}")
 
 
 def checkpoint_folder(cell: Cell) -> Path:

@@ -31,6 +31,7 @@ class Suite:
 
     cards: for data sets of the user's own, by name, the card's file that `get_dataset` takes.
     remarks: by compressor, what its sound rows give as their `reason`; not from the file, and in no cell's id.
+    evaluate: on which targets, `test` or `validation`. tuned: a file of chosen parameters (`tuning.Tuned`).
     """
 
     name: str
@@ -47,6 +48,8 @@ class Suite:
     filter_seen: bool = True
     cards: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
+    evaluate: str = "test"
+    tuned: Path | None = None
 
     def cells(self) -> list[Cell]:
         """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
@@ -64,7 +67,7 @@ class Suite:
             for part, budget, why in methods:
                 cell = Cell(
                     self.name, dataset, task, split, backbone, part, budget, seed, training, self.filter_seen,
-                    why or pairs[backbone, part],
+                    why or pairs[backbone, part], evaluate=self.evaluate,
                 )  # fmt: skip
                 cells.setdefault(canonical_json(cell.payload()), cell)
         return list(cells.values())
@@ -123,6 +126,8 @@ def load_suite(path: str | Path) -> Suite:
             training=Training(**content.training.model_dump()),
             measure=_measure(content.measure),
             filter_seen=content.filter_seen,
+            evaluate=content.evaluate,
+            tuned=None if content.tuned is None else file.parent / content.tuned,
         )
         _check(suite)
     except suite_file.Fault as fault:

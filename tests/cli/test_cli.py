@@ -26,7 +26,8 @@ from malloc_bench.suite.plan import Planned, RunResult
 from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
-    ["run"], ["list"], ["show"], ["compare"], ["tables"], ["report"], ["reproduce"], ["check"], ["env"], ["data"],
+    ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["report"], ["reproduce"], ["check"], ["env"],
+    ["data"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
@@ -135,13 +136,29 @@ def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> Non
     assert args == ("smoke", Path("there"))
     assert kwargs == {
         "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
-        "device": "cpu", "quiet": False,
+        "device": "cpu", "quiet": False, "tuned": None,
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "synthetic · retrieval · sasrec" in shown
     assert "none" in shown
     assert "recent" not in shown  # not among the cells that were asked for
     assert f"2 ok, 0 skipped, 0 failed, 1 done before, in 4 s: {folder}/leaderboard.md" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("--only dataset=ml-1m,family=eviction", {"dataset": ["ml-1m"], "family": ["eviction"]}),
+        ("--only family=eviction --only family=merging", {"family": ["eviction", "merging"]}),
+        ("--only family=eviction,merging,seed=0", {"family": ["eviction", "merging"], "seed": ["0"]}),
+        ("--only seed=0 --only dataset=a,b", {"seed": ["0"], "dataset": ["a", "b"]}),
+        ("--only compressor=snapkv(window=8,kernel=1),kivi", {"compressor": ["snapkv(window=8,kernel=1)", "kivi"]}),
+    ],
+)
+def test_slices_by_commas_and_by_repeating(words: str, asked: Any, fake: Any) -> None:
+    calls = fake("run_suite", RunResult(Path("nowhere")))
+    assert cli.main(["run", "smoke", "--dry-run", *words.split()]) == 0
+    assert calls[0][1]["only"] == asked
 
 
 def test_quiet_prints_one_line(fake: Any, smoke: Any, capsys: Capture) -> None:
@@ -183,6 +200,7 @@ def test_failed_cells_are_listed_and_the_code_is_1(fake: Any, smoke: Any, capsys
         ("run smoke --device tpu", "Invalid value for '--device': 'tpu' is not one of 'auto', 'cpu', 'cuda'."),
         ("run smoke --only backbone", "--only backbone: expected KEY=VALUE, as in dataset=ml-1m,family=eviction"),
         ("run smoke --only seed=0,1", "--only seed=1: no cell of the suite has it. Valid: 0."),
+        ("run smoke --only family=evict", "--only family=evict: no cell of the suite has it. Did you mean 'eviction'?"),
         ("run smoke --only sed=0", "--only sed=0: unknown key. Did you mean 'seed'?"),
         ("run smok", "smok: neither a file nor a shipped suite. Did you mean 'smoke'?"),
         ("run bad.yaml", "bad.yaml: budgts: unknown key. Did you mean 'budgets'?"),

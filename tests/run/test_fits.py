@@ -16,7 +16,8 @@ from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.splits import RULES, get_split
 from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.tasks.trained import ends, facts, histories, sampled
-from malloc_bench.results import read_rows
+from malloc_bench.report.tables import render_table
+from malloc_bench.results import load_results, read_rows
 from malloc_bench.run import fits
 from malloc_bench.state import Fitted, Stats
 from tests.run.test_identity import World, world  # noqa: F401
@@ -93,10 +94,14 @@ def test_a_fit_is_made_once_and_kept_beside_the_weights(world, spy, monkeypatch)
     assert result.ok == 3 and len(LEARNED) == 1, "parameters that do not count make no other fit, nor do chains"
     rows = {row["compressor"]: row for row in read_rows(world.folder / "run" / "rows")}
     assert {row["bytes_fixed"] for row in rows.values()} == {12.0}
+    assert len({row["fit_seconds"] for row in rows.values()}) == 1, "of the one fit"
+    assert 0 < rows["spy"]["fit_seconds"] < 30
     (about,) = (world.folder / "home" / "checkpoints").glob("*/fits/spy-*/fit.json")
     assert json.loads(about.read_text())["fit"] == rows["spy"]["hashes"]["fit"]
-    rows_of(world, out="again", compressors=["spy"])
-    assert len(LEARNED) == 1
+    _, again = rows_of(world, out="again", compressors=["spy"])
+    assert len(LEARNED) == 1 and again["fit_seconds"] == rows["spy"]["fit_seconds"], "it took that when it was made"
+    shown = render_table(load_results(world.folder / "run"), "resources")
+    assert "fit (s, once)" in shown
     rows_of(world, out="other", compressors=[{"spy": {"sign": -1.0}}])
     assert len(LEARNED) == 2
     monkeypatch.setattr(fits, "USERS", 7)
@@ -131,6 +136,7 @@ def test_a_fit_that_fails_fails_its_own_cells(world, spy, monkeypatch):  # noqa:
         rows_of(world, compressors=["spy", "recent"])
     rows = {row["compressor"]: row for row in read_rows(world.folder / "run" / "rows")}
     assert rows["recent"]["status"] == "ok" and rows["recent"]["bytes_fixed"] == 0
+    assert rows["recent"]["fit_seconds"] is None, "it learns nothing"
     assert rows["spy"]["status"] == "failed" and "fit gave no Fitted" in rows["spy"]["reason"]
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from malloc_bench import registry
 from malloc_bench.compressors import TokenMethod, get_compressor
 from malloc_bench.compressors.base import Compressor
-from malloc_bench.data import DataError, get_dataset
 from malloc_bench.evaluation import evaluate as evaluation
 from malloc_bench.registry import register
 from malloc_bench.results import ResultsError, read_rows, write_row
@@ -483,14 +482,3 @@ def test_both_tasks_in_one_run_with_the_split_that_the_data_allow(suite: Path, t
     assert run_suite(suite, tmp_path / "run", quiet=True).reused == 8
     text = (tmp_path / "run" / "leaderboard.md").read_text()
     assert "ΔGAUC" in text and "ΔNDCG@10" in text and "agreement" in text
-
-
-def test_a_split_that_the_data_cannot_have_is_refused_before_anything_runs(
-    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeless = replace(get_dataset("synthetic"), times=None)
-    monkeypatch.setattr(runner, "get_dataset", lambda *args, **kwargs: timeless)
-    suite.write_text(SUITE.replace("leave_one_out", "temporal"))
-    with pytest.raises(DataError, match=r"^synthetic has no times .*: name the split leave_one_out or ratio$"):
-        run_suite(suite, tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()

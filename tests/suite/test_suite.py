@@ -588,6 +588,10 @@ def test_only(tmp_path: Path) -> None:
         only(cells, {"bakbone": "hstu"})
     with pytest.raises(SuiteError, match=r"^--only compressor=recnt: no cell .* Did you mean 'recent'\?$"):
         only(cells, {"compressor": "recnt"})
+    with pytest.raises(SuiteError, match=r"^--only family=evicton: no cell .* Did you mean 'eviction'\?$"):
+        only(cells, {"family": ["windowing", "evicton"]})
+    either = only(cells, {"family": ["windowing", "eviction"], "seed": "1"})
+    assert {cell.compressor.family for cell in either} == {"windowing", "eviction"} and len(either) == 12
 
 
 # ---- what is shipped

@@ -23,6 +23,7 @@ class CapKV(Eviction):
     tau: float = 5.0
     window: int = 64
 
+    grid = {"tau": (1.0, 2.5, 5.0, 10.0), "window": (16, 64)}
     family = "eviction"
     paper = "CapKV, arXiv 2604.25975"
     formula = "score = w v'(I + sum_j w_j v_j v_j')^-1 v, w = exp(tau (cos(k, mean query) - the largest cos))"

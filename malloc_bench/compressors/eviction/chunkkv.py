@@ -25,6 +25,7 @@ class ChunkKV(Eviction):
     inner: Any = "snapkv"
     chunk: int = 4
 
+    grid = {"inner": ("snapkv", "h2o"), "chunk": (2, 4, 8, 16)}
     family = "eviction"
     per_head = False
     paper = "ChunkKV, Liu et al., arXiv 2502.00299"

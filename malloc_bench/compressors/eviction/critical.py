@@ -23,6 +23,7 @@ class Critical(Eviction):
 
     inner: Any = "snapkv"
 
+    grid = {"inner": ("snapkv", "h2o", "expected_attention", "keydiff")}
     family = "eviction"
     paper = "CriticalKV, Feng et al., Identify Critical KV Cache in LLM Inference, arXiv 2502.03805"
     formula = "k/2 by the inner score s, the rest by (s + 0.0001) |W_o v|_1"

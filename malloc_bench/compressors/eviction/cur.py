@@ -22,6 +22,7 @@ class CUR(Eviction):
     window: int = 16
     sinks: int = 4
 
+    grid = {"window": (4, 8, 16, 32), "sinks": (0, 4)}
     family = "eviction"
     paper = "CurDKV, Sengupta et al., arXiv 2509.15038"
     formula = "score = |k_i|^2 |v_i|^2 / (sum of |k|^2 over i's window x sum of |v|^2 over it)"

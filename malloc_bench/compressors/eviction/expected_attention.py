@@ -21,6 +21,7 @@ class ExpectedAttention(Eviction):
 
     window: int = 64
 
+    grid = {"window": (8, 16, 32, 64, 128, 256)}
     family = "eviction"
     paper = "Expected Attention, Devoto et al., arXiv 2510.00636"
     formula = "score = softmax over slots of (mu.k + k'Ck / 2) x |v|, mu and C of the newest `window` queries"

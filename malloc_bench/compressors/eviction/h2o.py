@@ -23,6 +23,7 @@ class H2O(Eviction):
 
     normalise: bool = True
 
+    grid = {"normalise": (True, False)}
     family = "eviction"
     paper = "H2O: Heavy-Hitter Oracle, Zhang et al., NeurIPS 2023, arXiv 2306.14048"
     formula = "score = mean over the queries that see a slot of |attention weight|; the newest k/2 stay"

@@ -17,6 +17,7 @@ class InterestDecay(Eviction):
 
     half_life: float = 50.0
 
+    grid = {"half_life": (10.0, 25.0, 50.0, 100.0, 200.0, 400.0)}
     family = "eviction"
     per_head = False
     paper = "none: interest with exponential forgetting"

@@ -25,6 +25,7 @@ class LagKV(Eviction):
     lag: int = 16
     sinks: int = 4
 
+    grid = {"lag": (8, 16, 32, 64), "sinks": (0, 4)}
     family = "eviction"
     paper = "LagKV, Liang et al., arXiv 2504.04704"
     formula = "score = rank in the stretch of softmax(std over channels of (x - min') / (max' - min')), mean of K and V"

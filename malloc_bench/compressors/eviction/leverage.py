@@ -20,6 +20,7 @@ class Leverage(Eviction):
 
     ridge: float = 1e-2
 
+    grid = {"ridge": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
     family = "eviction"
     paper = "the leverage score of Compactor, arXiv 2507.08143, without its sketch"
     formula = "score = x_i' (X'X + ridge tr(X'X)/d I)^-1 x_i, X the keys less their mean"

@@ -20,6 +20,7 @@ class Scissorhands(Eviction):
     window: int = 32
     recent: int = 16
 
+    grid = {"window": (8, 16, 32, 64), "recent": (4, 16)}
     family = "eviction"
     paper = "Scissorhands, Liu et al., NeurIPS 2023, arXiv 2305.17118"
     formula = "score = number of the newest `window` queries whose |weight| on i exceeds their mean |weight|"

@@ -23,6 +23,7 @@ class SnapKV(Eviction):
     window: int = 16
     kernel: int = 5
 
+    grid = {"window": (8, 16, 32, 64), "kernel": (1, 5)}
     family = "eviction"
     paper = "SnapKV, Li et al., NeurIPS 2024, arXiv 2404.14469"
     formula = "score = pool_5(mean over the newest `window` queries of |attention weight|); the window stays"

@@ -25,6 +25,7 @@ class D2O(Clusters):
 
     inner: Any = "h2o"
 
+    grid = {"inner": ("h2o", "snapkv", "tova", "knorm")}
     family = "merging"
     paper = "D2O, Wan et al., ICLR 2025, arXiv 2406.13035"
     formula = "weights in a cluster: exp(cos(k_i, k_kept)) / sum; the kept slots by the inner score"

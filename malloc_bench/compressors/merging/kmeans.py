@@ -21,6 +21,7 @@ class KMeans(Clusters):
 
     rounds: int = 5
 
+    grid = {"rounds": (1, 2, 5, 10)}
     family = "merging"
     paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
     formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"

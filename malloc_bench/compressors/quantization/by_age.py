@@ -27,6 +27,7 @@ class ByAge(Encoder):
     old_bits: int = 2
     newest: float = 0.25
 
+    grid = {"bits": (8, 4), "newest": (0.0625, 0.125, 0.25, 0.5)}
     family = "quantization"
     paper = "none: recency, which windowing makes absolute, as a choice of precision"
     formula = "code = round((2^b - 1) (x - min) / (max - min)), b = bits for the newest share of slots, else old_bits"

@@ -30,6 +30,7 @@ class KIVI(Encoder):
     group: int | None = None
     tail: int = 0
 
+    grid = {"group": (None, 16, 32, 64)}
     family = "quantization"
     paper = "KIVI, Liu et al., ICML 2024, arXiv 2402.02750"
     formula = "code = round((x - min) / scale), scale = (max - min) / (2^bits - 1) per group"

@@ -19,4 +19,6 @@ class KIVITail(KIVI):
     group: int | None = 32
     tail: int = 32
 
+    grid = {"group": (32, None), "tail": (8, 16, 32, 64)}
+
     version = 1

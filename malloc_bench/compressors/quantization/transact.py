@@ -21,6 +21,7 @@ class TransAct(Encoder):
 
     power: float = 0.65
 
+    grid = {"power": (0.5, 0.65, 0.8, 1.0)}
     family = "quantization"
     paper = "TransAct V2, Xia et al., arXiv 2506.02267"
     formula = "code = sign(x) round(127 (|x| / max|x|)^0.65)"

@@ -19,6 +19,7 @@ class Ends(Window):
 
     oldest: float = 0.25
 
+    grid = {"oldest": (0.1, 0.25, 0.5, 0.75)}
     family = "windowing"
     paper = "semi-local attention of ULTRA-HSTU, arXiv 2602.16986"
     formula = "keep slots 0 ... round(oldest k) - 1 and the newest rest"

@@ -16,6 +16,7 @@ class SinkRecent(Window):
 
     sinks: int = 4
 
+    grid = {"sinks": (1, 2, 4, 8, 16)}
     family = "windowing"
     paper = "StreamingLLM, Xiao et al., ICLR 2024, arXiv 2309.17453"
     formula = "keep the min(sinks, k/2) oldest slots and the newest rest"

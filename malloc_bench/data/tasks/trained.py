@@ -1,8 +1,11 @@
-"""What may be learned from a cut data set by something other than training: nothing of it is after training's end."""
+"""What may be learned from a cut data set by something other than training: nothing of it is after training's end, or
+
+validation's where parameters are chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +27,11 @@ def ends(split: Split | Impressions) -> np.ndarray:
     some = split.train_end > split.shown.offsets[:-1]
     last = split.before[np.where(some, split.train_end - 1, 0)] if len(split.before) else first
     return np.where(some, last, first)
+
+
+def validating(split: Split | Impressions) -> Split | Impressions:
+    """The same data asked for what validates, in place of the test."""
+    return replace(split, test=split.valid)
 
 
 def sampled(split: Split | Impressions, most: int, seed: int = 0) -> np.ndarray:
