@@ -6,6 +6,7 @@ from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lowrank import Factor, LowRank, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
+from malloc_bench.state.patched import Intact, Outliers, Over, Sum, intact, outliers, under
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.rounded import Rounded, rounded
@@ -15,9 +16,9 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "FromCodebook", "Layer", "LowRank",
-    "MissingStatistic", "Named", "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment", "Slots", "Stats",
-    "Table", "UserState", "Vectors", "closest", "coded", "extend", "grow", "joined", "low_rank", "low_ranks",
-    "map_tensors", "newest_rows", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "take",
-    "unpack_bits",
+    "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "FromCodebook", "Intact", "Layer", "LowRank",
+    "MissingStatistic", "Named", "Outliers", "Over", "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment",
+    "Slots", "Stats", "Sum", "Table", "UserState", "Vectors", "closest", "coded", "extend", "grow", "intact", "joined",
+    "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded",
+    "side_by_side", "take", "under", "unpack_bits",
 ]  # fmt: skip
