@@ -157,7 +157,12 @@ class Compressor(ABC):
 
 
 class Encoder(Compressor):
-    """Writes the vectors of any state down otherwise, slot by slot: composes with every token method."""
+    """Writes the vectors of any state down otherwise, slot by slot: composes with every token method.
+
+    measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells.
+    """
+
+    measured: ClassVar[bool] = False
 
     @property
     def takes_budget(self) -> bool:

@@ -24,6 +24,7 @@ PARAMS = {  # beside the defaults
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
+    "entropy": [{}],
     "gear": [{}, {"inner": {"turboquant": {"bits": 2}}, "every": 64}],
     "intactkv": [{}, {"inner": {"turboquant": {"bits": 2}}}],
 }
