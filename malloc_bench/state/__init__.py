@@ -13,14 +13,15 @@ from malloc_bench.state.rounded import Rounded, rounded
 from malloc_bench.state.sample import Sample
 from malloc_bench.state.slots import Slots, take
 from malloc_bench.state.streamed import Frequencies, Streamed, coding, frequencies, integers, streamed
+from malloc_bench.state.turned import Basis, Turned
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact",
-    "Layer", "LowRank", "MissingStatistic", "Named", "Outliers", "Over", "Prefill", "Quantized", "Ragged", "Rounded",
-    "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Table", "UserState", "Vectors", "closest", "coded",
-    "coding", "extend", "frequencies", "grow", "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors",
-    "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "streamed", "take",
-    "under", "unpack_bits",
+    "Basis", "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook",
+    "Intact", "Layer", "LowRank", "MissingStatistic", "Named", "Outliers", "Over", "Prefill", "Quantized", "Ragged",
+    "Rounded", "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Table", "Turned", "UserState", "Vectors",
+    "closest", "coded", "coding", "extend", "frequencies", "grow", "intact", "integers", "joined", "low_rank",
+    "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded",
+    "side_by_side", "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

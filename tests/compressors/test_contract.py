@@ -57,6 +57,7 @@ METHODS = [
     ("gear", {"inner": "pq", "every": 24, "rank": 2}),
     ("entropy", {}),
     ("entropy", {"inner": "pq"}),
+    ("kvtc", {}),
     ("intactkv", {}),
     ("intactkv", {"score": "knorm", "inner": "pq"}),
     ("mqa", {}),
