@@ -22,6 +22,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.encoding import map_layers as map_layers
 from malloc_bench.compressors.encoding import map_vectors as map_vectors
+from malloc_bench.compressors.encoding import together as together
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import find, suggest
 from malloc_bench.state import Fitted, Prefill, Sample, Stats, UserState
@@ -158,7 +159,12 @@ class Compressor(ABC):
 
 
 class Encoder(Compressor):
-    """Writes the vectors of any state down otherwise, slot by slot: composes with every token method."""
+    """Writes the vectors of any state down otherwise, slot by slot: composes with every token method.
+
+    measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells.
+    """
+
+    measured: ClassVar[bool] = False
 
     @property
     def takes_budget(self) -> bool:

@@ -25,3 +25,10 @@ def map_layers(state: UserState, encode: Callable[[int, str, Segment], Vectors])
             segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
         layers.append(tuple(segments))
     return UserState(tuple(layers), state.length, state.events)
+
+
+def together(state: UserState) -> UserState:
+    """The state, of one segment a layer; raises ValueError where an encoder has split them."""
+    if any(len(layer) != 1 for layer in state.layers):
+        raise ValueError("an inner encoder that writes all slots alike is needed, without a tail or an age")
+    return state

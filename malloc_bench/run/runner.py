@@ -50,8 +50,8 @@ def run_suite(
     only: restricts the cells (`suite.only`). dry_run: plan and estimate, write nothing. fresh: forget rows and
     unfinished chunks (checkpoints are kept). Cells whose data cannot be had, or do not fit the split or the task, are
     skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
-    `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only the
-    i-th of n parts of the cells, from 1; `merge` makes one run of the parts. Raises SuiteError, LockedError,
+    `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only
+    the i-th of n parts of the cells, from 1; `merge` makes one run of the parts. Raises SuiteError, LockedError,
     ResultsError.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite)

@@ -6,18 +6,22 @@ from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lowrank import Factor, LowRank, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
+from malloc_bench.state.patched import Intact, Outliers, Over, Sum, intact, outliers, under
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.rounded import Rounded, rounded
 from malloc_bench.state.sample import Sample
 from malloc_bench.state.slots import Slots, take
+from malloc_bench.state.streamed import Frequencies, Streamed, coding, frequencies, integers, streamed
+from malloc_bench.state.turned import Basis, Turned
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "FromCodebook", "Layer", "LowRank",
-    "MissingStatistic", "Named", "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment", "Slots", "Stats",
-    "Table", "UserState", "Vectors", "closest", "coded", "extend", "grow", "joined", "low_rank", "low_ranks",
-    "map_tensors", "newest_rows", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "take",
-    "unpack_bits",
+    "Basis", "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook",
+    "Intact", "Layer", "LowRank", "MissingStatistic", "Named", "Outliers", "Over", "Prefill", "Quantized", "Ragged",
+    "Rounded", "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Table", "Turned", "UserState", "Vectors",
+    "closest", "coded", "coding", "extend", "frequencies", "grow", "intact", "integers", "joined", "low_rank",
+    "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded",
+    "side_by_side", "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

@@ -24,6 +24,9 @@ PARAMS = {  # beside the defaults
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
+    "entropy": [{}],
+    "gear": [{}, {"inner": {"turboquant": {"bits": 2}}, "every": 64}],
+    "intactkv": [{}, {"inner": {"turboquant": {"bits": 2}}}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
@@ -53,7 +56,8 @@ def budget(method, fraction=0.4):
 
 def eigen(state):
     """FLOPs per user of the eigenvectors, which the counter does not see: 9 d^3 a left factor, d its smaller side."""
-    lefts = {id(v.left): v.left for s in state.segments() for v in s.fields.values() if isinstance(v, LowRank)}
+    every = [part for s in state.segments() for v in s.fields.values() for part in (v, *v.shared())]
+    lefts = {id(v.left): v.left for v in every if isinstance(v, LowRank)}
     return sum(9 * x.shape[1] * min(x.shape[2], x.most) ** 3 for x in lefts.values())
 
 

@@ -46,6 +46,9 @@ class Compose(TokenMethod):
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs statistics or events, so it must come first")
+        encoder = self._encoder()
+        if tokens and encoder is not None and encoder.needs != Stats():
+            raise ValueError(f"compose: {encoder.name} needs statistics that nobody knows behind a token method")
 
     @property
     def structural(self) -> Structural | None:
@@ -119,13 +122,20 @@ class Compose(TokenMethod):
         return reduce(Layout.then, (method.layout(prefill) for method in self._tokens()))
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
-        """Bytes [B] of n [B] slots, where all scales fit float16."""
+        """Bytes [B] of n [B] slots, where all scales fit float16 and the encoder is not `measured`."""
         encoder = self._encoder()
         return layout.dense(n, length) if encoder is None else encoder.cost(layout, n, length)
 
     @property
     def _costs(self) -> Any:
-        return self._encoder() or super()._costs
+        encoder = self._encoder()
+        return self if encoder is not None and encoder.measured else encoder or super()._costs
+
+    def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
+        encoder, target = self._encoder(), budget.target(prefill.full_bytes())
+        if encoder is None or not encoder.measured or target is None:
+            return super()._slots(prefill, budget)
+        return slots_within(target, prefill.state.length.long(), lambda k: self.keep(prefill, k).nbytes())
 
     def floor(self, prefill: Prefill) -> Tensor:
         one = prefill.state.length.long().clamp(max=1)
