@@ -54,11 +54,17 @@ def make_plan(
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
     for cell, group in groups(plan):
         data = datasets[cell.dataset]
-        needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
-        untrained = sum(not (folder / "fit.json").exists() for folder in needed)
-        result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
+        needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
+        epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
+        result.estimate += epochs * data.n_events / 20_000  # targets a second
         result.estimate += 2 + len(group) * (data.n_users * 2e-4 + 2 * suite.measure.seconds * suite.measure.latency)
     return result
+
+
+def _epochs(cell: Cell) -> int:
+    """Of the training that a cell needs."""
+    part = cell.compressor.build().structural
+    return part.finetune if part and part.finetune else int(cell.training["epochs"])
 
 
 def _finished(row: Row | None, folder: Path, suite: Suite) -> bool:
