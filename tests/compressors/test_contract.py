@@ -54,6 +54,7 @@ METHODS = [
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
+    ("longformer", {"window": 5, "globals": 2}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -78,6 +79,7 @@ METHODS = [
             ("mqa", "h2o"),
             ("mqa", "snapkv", "merge_adjacent", {"kivi": {"bits": 2}}),
             ({"mla": {"latent": 6}}, "merge_adjacent"),
+            ({"longformer": {"window": 9}}, "h2o", "int8"),
             ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),

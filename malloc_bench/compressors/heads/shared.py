@@ -134,7 +134,7 @@ def converted(
     return made
 
 
-def swap(block: Block, variant: type) -> None:
-    """Put a variant before the block's own class, as torch's parametrizations do."""
-    own = type(block)
-    block.__class__ = type(f"{variant.__name__}{own.__name__}", (variant, own), {})
+def swap(module: nn.Module, variant: type) -> None:
+    """Put a variant before the own class of a block or backbone, as torch's parametrizations do."""
+    own = type(module)
+    module.__class__ = type(f"{variant.__name__}{own.__name__}", (variant, own), {})
