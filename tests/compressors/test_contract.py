@@ -55,6 +55,7 @@ METHODS = [
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
     ("longformer", {"window": 5, "globals": 2}),
+    ("linformer", {"slots": 3}),
     *(
         ("compose", {"steps": steps})
         for steps in (

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
+from malloc_bench.backbones.attention import alone
+from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
 from malloc_bench.state import Dense, Segment
 from malloc_bench.testing import Check, histories
@@ -15,6 +17,7 @@ from malloc_bench.testing.worlds import LENGTHS, _lively
 METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
     ("longformer", {"window": 3, "globals": 0}),
+    ("linformer", {"slots": 3}),
 ]
 KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
 
@@ -102,3 +105,36 @@ def test_only_window_and_globals_are_stored():
     assert state.nbytes().tolist() == (vectors + torch.tensor(beside)).tolist()
     assert state.layers[0][0].slots is state.layers[1][0].slots
     assert state.layers[0][0].slots.positions[5, 0].tolist() == [0, 1, 35, 36, 37, 38, 39]
+
+
+# --- linformer
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@torch.no_grad()
+def test_linformer_is_attention_over_running_sums(name):
+    made = adapted("linformer", {"slots": 3}, name, layers=1).double()
+    history, _ = histories(made, (40,))
+    at = torch.arange(40)[None]
+    block, x = made.blocks[0], made._embed(history, at)
+    q, own, _ = block.project(x)
+    places, asked = made._places(history, at)
+    mine = alone(block, q, own, asked, places)[0].squeeze(-1)
+    got, want = block.causal(q, own, places, asked), torch.zeros_like(q)
+    for head in range(2):
+        k, v = own["keys"][0, head], own["values"][0, head]
+        for t in range(40):
+            keys = sum((torch.outer(block.map_keys[:, i], k[i]) for i in range(t)), torch.zeros(3, 8).double())
+            values = sum((torch.outer(block.map_values[:, i], v[i]) for i in range(t)), torch.zeros(3, 8).double())
+            logits = torch.cat([keys @ q[0, head, t] + block.slot_bias, mine[0, head, t : t + 1]])
+            silu = torch.nn.functional.silu(logits) / 64
+            w = silu if isinstance(block, HSTUBlock) else logits.softmax(0)
+            want[0, head, t] = w @ torch.cat([values, v[t : t + 1]])
+    assert torch.allclose(got, want, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_state_is_as_large_for_any_history():
+    made = adapted("linformer", {"slots": 3}, "hstu", True)
+    state = made.prefill(histories(made, (0, 1, 40))[0]).state
+    assert state.nbytes().tolist() == [4 + 2 * 2 * 3 * 16 * 4] * 3
