@@ -236,7 +236,7 @@ def _attend(
         masks = [s.slots.mask(s.width).unsqueeze(2) for s, _ in sources if s.slots]
         masses = [s.slots.mass for s, _ in sources if s.slots]
         if own_mask is None:
-            among, mix_own = _alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
+            among, mix_own = alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
             masks.append(torch.ones_like(among[:1, :1], dtype=torch.bool))
         else:
             tokens = Segment({k: Dense(v) for k, v in own.items()}, None)
@@ -250,7 +250,7 @@ def _attend(
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
-def _alone(
+def alone(
     block: Block, q: Tensor, own: dict[str, Tensor], asked: Places, places: Places
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, 1] of tokens over themselves, and what mixes them: M products a head, not M x M."""

@@ -32,6 +32,7 @@ class Backbone(nn.Module, ABC):
 
     Attributes for subclasses: `paper`, `version` (raise it when numbers change), `fields` (what the state keeps of an
     event in each layer), `has_slots` (False: a state is one memory a layer, no row of which is an event),
+    `only_adds` (False: `append` may also drop or replace slots, so that a state need not grow with the history),
     `uses_positions` and `uses_times` (what `read` needs to know of a slot beside its vectors), `uses_categories` (that
     `categorise` is called before all else), `presets` (published sizes: name -> parameters).
     """
@@ -43,7 +44,8 @@ class Backbone(nn.Module, ABC):
     Config: ClassVar[type]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fields: ClassVar[tuple[str, ...]] = ("keys", "values")
-    has_slots: ClassVar[bool] = True
+    has_slots: bool = True
+    only_adds: bool = True
     uses_positions: bool = False
     uses_times: bool = False
     uses_categories: bool = False
@@ -64,7 +66,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def append(self, state: UserState, events: Events) -> UserState:
-        """The state with new events added. Raises ValueError beyond `max_length`."""
+        """The state with new events added, as a prefill of all has it. Raises ValueError beyond `max_length`."""
 
     @abstractmethod
     def forward(self, events: Events) -> Tensor:

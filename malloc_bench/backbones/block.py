@@ -36,6 +36,7 @@ class Block(nn.Module):
     stored_heads: int  # of the fields that `split` gives
     fused: str | None = None
     parts: dict[str, int]
+    parts_before: dict[str, int]  # once narrowed
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:

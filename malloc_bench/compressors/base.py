@@ -13,7 +13,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -186,11 +186,20 @@ class Encoder(Compressor):
         return self.write(prefill)
 
 
+@dataclass(frozen=True)
 class Structural(Compressor):
     """Changes how a backbone makes its state, before training; the state is the one that the adapted backbone makes.
 
-    Its differences to the full state carry training noise.
+    Its differences to the full state carry training noise. finetune: epochs that it is trained for, with the suite's
+    other settings, from the weights of the un-adapted backbone on; 0: from scratch, for the suite's epochs. As many
+    epochs are as many steps. `convert` says what the trained weights become; all others begin fresh.
     """
+
+    finetune: int = field(default=0, kw_only=True, metadata={"unsaid": 0})
+
+    def __post_init__(self) -> None:
+        if self.finetune < 0:
+            raise ValueError(f"{self.name}: finetune must be at least 0, not {self.finetune}")
 
     @property
     def takes_budget(self) -> bool:
@@ -203,6 +212,19 @@ class Structural(Compressor):
     @abstractmethod
     def adapt(self, backbone: Backbone) -> None:
         """Swap modules of a fresh backbone for the method's own; where the state's fields change, so do `fields`."""
+
+    def convert(self, weights: Mapping[str, Tensor], adapted: Backbone) -> Mapping[str, Tensor]:
+        """What an adapted backbone begins with where the un-adapted one's trained `weights` are taken over.
+
+        Names are the adapted backbone's; what it does not have, or has in another shape, is left.
+        """
+        return weights
+
+    def begin(self, adapted: Backbone, weights: Mapping[str, Tensor]) -> None:
+        """Load what the trained weights of the un-adapted backbone come to."""
+        own = adapted.state_dict()
+        taken = {k: v for k, v in self.convert(weights, adapted).items() if k in own and v.shape == own[k].shape}
+        adapted.load_state_dict({**own, **taken})
 
     def adapted(self, backbone: Backbone) -> Backbone:
         """A copy, adapted."""

@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ class Session:
                     "checkpoint": key,
                     "weights": fitted.weights,
                     "reference": plain.weights,  # of the full state that it is compared with
+                    **({} if fitted.start is None else {"start": fitted.start}),
                     **dict(zip(["fit"], _digest(fit := fits[each.id]))),
                     "files": self.files.get(each.id, {}),
                 },
@@ -252,14 +253,21 @@ class Session:
         backbone, part = self._backbone(cell), cell.compressor.build().structural
         if part:
             part.adapt(backbone)
+        settings, start = Training(**cell.training), None
+        if part and part.finetune:
+            plain, before, _ = self._trained(cell.plain, split)
+            part.begin(backbone, plain.state_dict())
+            settings, start = replace(settings, epochs=part.finetune), before.weights
         backbone, copy = backbone.to(self.device), self.folder / "checkpoints" / folder.name
         with locked(folder, wait=True):  # two runs that need the same weights train them once
             remove_leftovers(folder)
-            theirs = finished(copy) is not None  # what the rows that are there were made with goes before the cache
-            if theirs and not finished(folder):
+            theirs = (
+                own := finished(copy)
+            ) is not None and own.start == start  # what the rows that are there were made with goes before the cache
+            if theirs and finished(folder) is None:
                 copy_weights(copy, folder)
-            settings, place = Training(**cell.training), copy if theirs else folder
-            fitted = fit(backbone, split, settings, cell.seed, place, self.watch.fit, cell.filter_seen)
+            place = copy if theirs else folder
+            fitted = fit(backbone, split, settings, cell.seed, place, self.watch.fit, cell.filter_seen, start)
             copy_weights(place, copy)
         self.fits[folder.name] = asdict(fitted)
         return backbone, fitted, folder.name

@@ -8,7 +8,7 @@ import json
 import secrets
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +98,9 @@ class Part:
 def content(value: Any) -> Any:
     """Name, version and all parameters of a compressor and its parts, see `Part.content`; plain values as they are."""
     if isinstance(value, Compressor):
-        params = {f.name: content(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
+        # a parameter that came later says by which value rows from before it go on being what they were
+        known = [f.name for f in fields(value) if getattr(value, f.name) != f.metadata.get("unsaid", MISSING)]  # type: ignore[arg-type]
+        params = {name: content(getattr(value, name)) for name in known}
         return _identity(type(value), params, value.files)
     return [content(each) for each in value] if isinstance(value, list | tuple) else value
 

@@ -57,12 +57,18 @@ def make_plan(
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
     for cell, group in groups([each for each in plan if not each.cell.impossible]):
         data = datasets[cell.dataset]
-        needed = {checkpoint_folder(each) for each in (cell.plain, *(member.cell for member in group))}
-        untrained = sum(not (folder / "fit.json").exists() for folder in needed)
-        result.estimate += untrained * data.n_events * cell.training["epochs"] / 20_000  # targets a second
+        needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
+        epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
+        result.estimate += epochs * data.n_events / 20_000  # targets a second
         timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
         result.estimate += 2 + len(group) * data.n_users * 2e-4 + timed * 2 * suite.measure.seconds
     return result
+
+
+def _epochs(cell: Cell) -> int:
+    """Of the training that a cell needs."""
+    part = cell.compressor.build().structural
+    return part.finetune if part and part.finetune else int(cell.training["epochs"])
 
 
 def _finished(row: Row | None, folder: Path, suite: Suite, cell: Cell) -> bool:

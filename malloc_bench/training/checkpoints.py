@@ -31,7 +31,7 @@ class Fit:
 
     The score is NDCG@10 for retrieval and AUC for ranking; the other one is None, both where nothing validates, and
     the best epoch is then the last. sgd_after: the epochs that Adam had run when SGD took over; None: it never did.
-    weights: sha256 of the file of weights.
+    weights: sha256 of the file of weights. start: that of the un-adapted ones that it began from; None: from scratch.
     """
 
     epochs: int
@@ -41,6 +41,7 @@ class Fit:
     best_auc: float | None = None
     sgd_after: int | None = None
     weights: str | None = None
+    start: str | None = None
 
 
 def finished(folder: Path) -> Fit | None:
@@ -63,10 +64,13 @@ def _same(what: str, found: str | None, written: str | None) -> None:
         raise Damaged(f"{what} does not match")
 
 
-def load_weights(backbone: Backbone, folder: Path) -> Fit | None:
-    """The finished fit in `folder`, its weights loaded; None where there is none, or none that fits the backbone."""
+def load_weights(backbone: Backbone, folder: Path, start: str | None = None) -> Fit | None:
+    """The finished fit in `folder` from those weights, loaded; None where there is none, or none that fits."""
     fit = finished(folder)
     if fit is None:
+        return None
+    if fit.start != start:
+        log.warning("the weights in %s began from others than are there now and are made again", folder)
         return None
     try:
         backbone.load_state_dict(read_tensors(folder / WEIGHTS, fit.weights))
@@ -97,14 +101,19 @@ def copy_weights(source: Path, target: Path) -> None:
 # ---- of a fit that runs
 
 
-def resume(backbone: Backbone, folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]] | None:
-    """The whereabouts of an interrupted fit and its optimizer's state by parameter, its weights loaded; None: none.
+def resume(
+    backbone: Backbone, folder: Path, start: str | None = None
+) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]] | None:
+    """The whereabouts of an interrupted fit from `start`, its optimizer's state by parameter, its weights loaded; None:
+    none.
 
     None, with a warning, also where anything of it is not what was written; the backbone is then as it was.
     """
     try:
         where = read_sealed(folder / RESUME)
         _same("its name", where.pop("folder", None), folder.name)
+        if where.get("start") != start:
+            raise Damaged("it began from other weights")
         tensors = read_tensors(folder / f"resume-{where['epoch']}.safetensors", where.pop("resume"))
         _same("the best epoch", file_digest(folder / f"best-{where['best_epoch']}.safetensors"), where["weights"])
         numbers = {name: i for i, (name, _) in enumerate(backbone.named_parameters())}

@@ -91,6 +91,7 @@ def fit(
     folder: Path,
     report: Callable[[Progress], None] = lambda progress: None,
     filter_seen: bool = True,
+    start: str | None = None,
 ) -> Fit:
     """Train `backbone` in place to its best validation epoch and leave `folder` with model.safetensors and fit.json.
 
@@ -98,18 +99,19 @@ def fit(
     A folder with a finished fit is only loaded; one with the state of an interrupted fit goes on from its last whole
     epoch; what is not what was written is made again, with a warning.
     Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
-    epoch is chosen as the test will ask.
+    epoch is chosen as the test will ask. start: sha256 of the trained weights that `backbone`
+    comes with, None: they are fresh; a fit that began from others is made again.
     """
     device = next(backbone.parameters()).device
 
     def to_device(x: torch.Tensor) -> torch.Tensor:
         return x.to(device, non_blocking=True)
 
-    if done := checkpoints.load_weights(backbone, folder):
+    if done := checkpoints.load_weights(backbone, folder, start):
         return done
     if settings.optimizer == "adam_then_sgd" and not len(split.valid):
         raise ValueError("adam_then_sgd goes over to SGD when validation stalls, and with this split nothing validates")
-    where, optimizer = _start(backbone, settings, folder)
+    where, optimizer = _start(backbone, settings, folder, start)
     epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
     sgd_after: int | None = where["sgd_after"]
     amp = arithmetic(settings.amp, device) == "bf16"
@@ -159,19 +161,22 @@ def fit(
         checkpoints.load_best(backbone, folder, where)
     backbone.eval()
     reached = best if len(split.valid) else None
-    result = Fit(epoch, best_epoch, None if ranking else reached, seconds, reached if ranking else None, sgd_after)
+    scores = {"best_ndcg": None if ranking else reached, "best_auc": reached if ranking else None}
+    result = Fit(epoch, best_epoch, seconds=seconds, sgd_after=sgd_after, start=start, **scores)
     return checkpoints.save_weights(backbone, folder, result)
 
 
-def _start(backbone: Backbone, settings: Training, folder: Path) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+def _start(
+    backbone: Backbone, settings: Training, folder: Path, start: str | None
+) -> tuple[dict[str, Any], torch.optim.Optimizer]:
     """The whereabouts of an interrupted fit, or of a fresh one, and its optimizer."""
-    if found := checkpoints.resume(backbone, folder):
+    if found := checkpoints.resume(backbone, folder, start):
         where, state = found
         optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return where, optimizer
     fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None, "weights": None}
-    return fresh, _optimizer(backbone, settings, sgd=False)
+    return fresh | ({} if start is None else {"start": start}), _optimizer(backbone, settings, sgd=False)
 
 
 def _validate(backbone: Backbone, split: Split | Impressions, filter_seen: bool) -> float | None:

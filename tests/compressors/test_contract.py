@@ -63,6 +63,8 @@ METHODS = [
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
+    ("longformer", {"window": 5, "globals": 2}),
+    ("linformer", {"slots": 3}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -88,6 +90,7 @@ METHODS = [
             ("mqa", "h2o"),
             ("mqa", "snapkv", "merge_adjacent", {"kivi": {"bits": 2}}),
             ({"mla": {"latent": 6}}, "merge_adjacent"),
+            ({"longformer": {"window": 9}}, "h2o", "int8"),
             ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),

@@ -208,3 +208,58 @@ def test_pairs_that_make_sense():
 def test_parameters_out_of_range_are_refused(part, params):
     with pytest.raises(ValueError, match=part):
         get_compressor(part, **params)
+
+
+# --- trained on from the un-adapted weights
+
+
+def begun(plain, part, **params):
+    """An adapted backbone of other weights, begun from the plain one's."""
+    method = get_compressor(part, **params, finetune=3)
+    made = method.adapted(_lively(get_backbone(plain.name, 60, plain.uses_times, **vars(plain.config))))
+    method.begin(made, plain.state_dict())
+    return made.eval()
+
+
+@kinds
+@torch.no_grad()
+def test_what_both_have_is_taken_over_and_heads_are_pooled(name, has_time):
+    plain = build(name, has_time)
+    history, _ = histories(plain, LENGTHS)
+    close(begun(plain, "gqa", n_kv_heads=HEADS)(history), plain(history), "as many heads", 1e-6)
+    fused, before = f"blocks.1.{plain.blocks[1].fused}.weight", plain.state_dict()
+    after = begun(plain, "gqa", n_kv_heads=2).state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before if plain.blocks[0].fused not in k)
+    widths = list(plain.blocks[1].parts.values())
+    whole = dict(zip(plain.blocks[1].parts, before[fused].split(widths)))
+    got = dict(
+        zip(
+            plain.blocks[1].parts,
+            after[fused].split([w // (1 + (p in ("keys", "values"))) for p, w in plain.blocks[1].parts.items()]),
+        )
+    )
+    assert torch.equal(got["queries"], whole["queries"])
+    for part in ("keys", "values"):
+        heads = whole[part].double().view(HEADS, DIM // HEADS, DIM)
+        want = torch.cat([(heads[2 * i] + heads[2 * i + 1]) / 2 for i in range(2)])
+        close(got[part].double(), want, part, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "lsrm"])
+@torch.no_grad()
+def test_a_latent_as_wide_as_the_input_begins_as_the_plain_backbone(name):
+    plain = build(name)
+    history, _ = histories(plain, LENGTHS)
+    close(begun(plain, "mla", latent=DIM + 1)(history), plain(history), "plain pass", 1e-4)
+    rough, rougher = (begun(plain, "mla", latent=r) for r in (12, 4))
+    errors = [float((b(history) - plain(history)).norm()) for b in (rough, rougher)]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_finetuning_has_its_own_identity():
+    from malloc_bench.suite.cells import content
+
+    plain, tuned = (content(get_compressor("mqa", finetune=n)) for n in (0, 5))
+    assert "finetune" not in plain["params"] and tuned["params"]["finetune"] == 5  # older rows keep their ids
+    with pytest.raises(ValueError, match="finetune must be at least 0"):
+        get_compressor("mqa", finetune=-1)

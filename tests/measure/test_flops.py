@@ -21,6 +21,8 @@ PARAMS = {  # beside the defaults
     ],
     "gqa": [{"n_kv_heads": 1}],
     "mla": [{"latent": 6}],
+    "longformer": [{}, {"window": 5, "globals": 1}],
+    "linformer": [{}, {"slots": 3}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],

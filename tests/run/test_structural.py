@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from malloc_bench import measure, registry
 from malloc_bench.backbones import get_backbone
-from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.compressors import Budget, Structural, get_compressor
 from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.splits import get_split
 from malloc_bench.evaluation import evaluate as evaluation
 from malloc_bench.evaluation.evaluate import REFERENCE, Job, evaluate
+from malloc_bench.files import sealed
 from malloc_bench.results import SCHEMA_VERSION, load_results, read_rows
 from malloc_bench.run import session
 from malloc_bench.run.folder import Chunks
@@ -152,6 +155,37 @@ def test_one_that_cannot_be_trained_fails_its_own_cells_only(home: Path, tmp_pat
     assert (result.ok, result.failed) == (8, 1)
     (failed,) = [row for row in read_rows(tmp_path / "out" / "rows") if row["status"] == "failed"]
     assert failed["compressor"] == "mla" and "no room" in failed["reason"]
+
+
+def test_trained_on_from_the_weights_of_the_plain_backbone(home: Path, tmp_path: Path, monkeypatch) -> None:
+    """For its own number of epochs, under a key of its own; again where those weights are others now."""
+    entries = "  - full\n  - mqa: {grid: {finetune: [0, 2]}}\n"
+    head, tail = SUITE.split("  - full\n")[0], SUITE[SUITE.index("budgets") :]
+    (tmp_path / "tuned.yaml").write_text(head + entries + tail.replace("latency: true, flops: true", "latency: false"))
+    begun: list[dict[str, torch.Tensor]] = []
+    begin = Structural.begin
+    monkeypatch.setattr(Structural, "begin", lambda self, made, w: (begun.append(dict(w)), begin(self, made, w)))
+
+    def rows() -> dict[str, Any]:
+        run_suite(tmp_path / "tuned.yaml", tmp_path / "out", only={"backbone": "sasrec"}, quiet=True)
+        return {Part(r["compressor"], r["compressor_params"]).label: r for r in read_rows(tmp_path / "out" / "rows")}
+
+    first = rows()
+    full, scratch, tuned = (first[name]["hashes"] for name in ("full", "mqa(finetune=0)", "mqa(finetune=2)"))
+    assert len({x["checkpoint"] for x in (full, scratch, tuned)}) == 3
+    assert tuned["start"] == full["weights"] and "start" not in scratch and len(begun) == 1
+    fitted = json.loads((home / "checkpoints" / tuned["checkpoint"] / "fit.json").read_text())
+    assert fitted["epochs"] == 2 and fitted["start"] == full["weights"]
+    trained = load_file(home / "checkpoints" / full["checkpoint"] / "model.safetensors")
+    assert begun[0].keys() == trained.keys() and all(torch.equal(begun[0][name], x) for name, x in trained.items())
+    for folder in (home / "checkpoints", tmp_path / "out" / "checkpoints"):
+        shutil.rmtree(folder / full["checkpoint"])
+        about = json.loads((folder / tuned["checkpoint"] / "fit.json").read_text())
+        (folder / tuned["checkpoint"] / "fit.json").write_text(sealed(about | {"start": "0" * 64}).decode())
+    for path in (tmp_path / "out" / "rows").glob("*.json"):
+        path.unlink()
+    again = rows()["mqa(finetune=2)"]["hashes"]
+    assert again["start"] == full["weights"] and again["weights"] == tuned["weights"]
 
 
 # --- identity

@@ -1,10 +1,14 @@
 """Grouped-query attention: several query heads share a head of keys and values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from malloc_bench.backbones.block import Block
 from malloc_bench.compressors.base import Structural
-from malloc_bench.compressors.heads.shared import SharedHeads, layers, narrow, outputs, refusal, swap
+from malloc_bench.compressors.heads.shared import SharedHeads, converted, layers, narrow, outputs, refusal, swap
 from malloc_bench.registry import register
 
 if TYPE_CHECKING:
@@ -32,14 +36,25 @@ class FewerHeads(Structural):
             block.stored_heads = self.n_kv_heads
             swap(block, SharedHeads)
 
+    def convert(self, weights: Mapping[str, Tensor], adapted: "Backbone") -> dict[str, Tensor]:
+        """Each head of keys and values begins as the mean of those of its group (GQA, section 2.1)."""
+
+        def pooled(block: Block, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+            group = block.heads // self.n_kv_heads
+            for name in ("keys", "values"):
+                parts[name] = parts[name].unflatten(0, (self.n_kv_heads, group, -1)).mean(1).flatten(0, 1)
+            return parts
+
+        return converted(weights, adapted, pooled)
+
 
 @register("gqa")
 @dataclass(frozen=True)
 class GQA(FewerHeads):
     """Stores fewer heads of keys and values: neighbouring query heads share them (Ainslie et al., EMNLP 2023).
 
-    n_kv_heads: heads of keys and values; the backbone's heads must be a larger multiple of it. Ours: trained from the
-    start, where the paper pools the heads of a trained model and trains on.
+    n_kv_heads: heads of keys and values; the backbone's heads must be a larger multiple of it. With `finetune` as in
+    the paper: the heads of a trained model are pooled and trained on.
     """
 
     n_kv_heads: int = 2
@@ -49,5 +64,6 @@ class GQA(FewerHeads):
     stores = "keys and values of every event in n_kv_heads heads"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_kv_heads < 1:
             raise ValueError(f"gqa: n_kv_heads must be at least 1, not {self.n_kv_heads}")

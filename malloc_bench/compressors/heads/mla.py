@@ -1,13 +1,16 @@
 """Multi-head latent attention: keys and values of all heads are linear maps of one short vector."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from malloc_bench.backbones.block import Block
 from malloc_bench.compressors.base import Structural
-from malloc_bench.compressors.heads.shared import Shared, SharedHeads, layers, narrow, outputs, refusal, swap
+from malloc_bench.compressors.heads.shared import Shared, SharedHeads, converted, layers, narrow, outputs, refusal, swap
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
 
@@ -64,6 +67,7 @@ class MLA(Structural):
     stores = "one vector of width `latent` of every event in each layer"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.latent < 1:
             raise ValueError(f"mla: latent must be at least 1, not {self.latent}")
 
@@ -83,3 +87,17 @@ class MLA(Structural):
             block.stored_heads = 1
             swap(block, LatentHeads)
         backbone.fields = ("latent",)  # type: ignore[misc]
+
+    def convert(self, weights: Mapping[str, Tensor], adapted: "Backbone") -> dict[str, Tensor]:
+        """The best thin factors of the maps to keys and values together: W = (U sqrt S) (sqrt S V')."""
+
+        def factored(block: Block, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+            keys, values = parts.pop("keys"), parts.pop("values")
+            u, s, v = torch.linalg.svd(torch.cat([keys, values]).double(), full_matrices=False)
+            short = self.latent - len(s)
+            u, s, v = F.pad(u, (0, short)), F.pad(s, (0, short)).sqrt(), F.pad(v, (0, 0, 0, short))
+            up_keys, up_values = (u * s).to(keys.dtype).split([len(keys), len(values)])
+            down = (s[:, None] * v).to(keys.dtype)
+            return parts | {"latent": down, "up_keys.weight": up_keys, "up_values.weight": up_values}
+
+        return converted(weights, adapted, factored)

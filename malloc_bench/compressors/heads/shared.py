@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,10 +113,28 @@ def narrow(block: Block, kept: dict[str, Tensor]) -> None:
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach()[index])
     linear.out_features = len(index)
-    block.parts = {name: len(rows) for name, rows in kept.items()}
+    block.parts_before, block.parts = block.parts, {name: len(rows) for name, rows in kept.items()}
 
 
-def swap(block: Block, variant: type) -> None:
-    """Put a variant before the block's own class, as torch's parametrizations do."""
-    own = type(block)
-    block.__class__ = type(f"{variant.__name__}{own.__name__}", (variant, own), {})
+def converted(
+    weights: Mapping[str, Tensor], backbone: Backbone, change: Callable[[Block, dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Trained weights for a narrowed backbone: of each layer's fused map, the rows [out, in (+ 1, the bias)] of every
+    part as `change` makes them; what `change` names beside the block's parts is a tensor of the block's own."""
+    made = dict(weights)
+    for i, block in enumerate(layers(backbone)):
+        name = f"blocks.{i}.{block.fused}"
+        whole, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        whole = whole if bias is None else torch.cat([whole, bias[:, None]], 1)
+        parts = change(block, dict(zip(block.parts_before, whole.split(list(block.parts_before.values())))))
+        rows = torch.cat([parts.pop(part) for part in block.parts])
+        made[f"{name}.weight"] = rows if bias is None else rows[:, :-1]
+        made |= {} if bias is None else {f"{name}.bias": rows[:, -1]}
+        made |= {f"blocks.{i}.{part}": x for part, x in parts.items()}
+    return made
+
+
+def swap(module: nn.Module, variant: type) -> None:
+    """Put a variant before the own class of a block or backbone, as torch's parametrizations do."""
+    own = type(module)
+    module.__class__ = type(f"{variant.__name__}{own.__name__}", (variant, own), {})

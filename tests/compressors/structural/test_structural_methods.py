@@ -1,0 +1,140 @@
+"""Trained variants: an adapted backbone keeps what backbones promise, its state holds what it says, and no more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from malloc_bench.backbones import get_backbone
+from malloc_bench.backbones.attention import alone
+from malloc_bench.backbones.hstu import HSTUBlock
+from malloc_bench.compressors import get_compressor
+from malloc_bench.state import Dense, Segment
+from malloc_bench.testing import Check, histories
+from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
+from malloc_bench.testing.worlds import LENGTHS, _lively
+
+METHODS = [
+    ("longformer", {"window": 5, "globals": 2}),
+    ("longformer", {"window": 3, "globals": 0}),
+    ("linformer", {"slots": 3}),
+]
+KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
+
+
+def build(name, has_time=False, **sizes):
+    torch.manual_seed(0)
+    sizes = {"layers": 2, "heads": 2, "dim": 16, "max_length": 64, "dropout": 0.0, **sizes}
+    return _lively(get_backbone(name, 60, has_time, **sizes)).eval()
+
+
+def adapted(part, params, name, has_time=False, **sizes):
+    """Adapted, with large weights: fresh ones hide mistakes."""
+    return _lively(get_compressor(part, **params).adapted(build(name, has_time, **sizes))).eval()
+
+
+PROMISES = [promise for promise in BACKBONE_PROMISES if promise is not read_needs_every_field]  # for trained weights
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("name, has_time", KINDS)
+@pytest.mark.parametrize("part, params", METHODS, ids=str)
+def test_backbone_promise(part, params, name, has_time, promise):
+    Check(promise, (adapted(part, params, name, has_time),), part)()
+
+
+@pytest.mark.parametrize("name, has_time", KINDS)
+@pytest.mark.parametrize("part, params", METHODS, ids=str)
+@torch.no_grad()
+def test_noise_in_any_layer_and_field_moves_the_output(part, params, name, has_time):
+    made = adapted(part, params, name, has_time)
+    history, tokens = histories(made, (23, 40))
+    state = made.prefill(history).state
+    clean = made.read(tokens, state)
+    for at, (segment,) in enumerate(state.layers):
+        for field, vectors in segment.fields.items():
+            x = vectors.dense()
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * x.std()
+            broken = (Segment({**segment.fields, field: Dense(x + noise)}, segment.slots),)
+            moved = made.read(tokens, replace(state, layers=(*state.layers[:at], broken, *state.layers[at + 1 :])))
+            assert (moved - clean).norm() > 1e-3 * clean.norm(), f"layer {at}, {field}"
+
+
+@pytest.mark.parametrize("part", sorted({part for part, _ in METHODS}))
+def test_other_backbones_are_refused_in_a_word(part):
+    for name in ("marm", "climber"):
+        assert name in get_compressor(part).supports(get_backbone(name, 60, heads=2, dim=16, max_length=64))
+    for name in ("sasrec", "hstu", "lsrm"):
+        assert get_compressor(part).supports(build(name)) is None
+
+
+# --- longformer
+
+
+@pytest.mark.parametrize("name, has_time", KINDS)
+@torch.no_grad()
+def test_a_window_over_all_is_the_plain_backbone(name, has_time):
+    plain, history = build(name, has_time), histories(build(name, has_time), LENGTHS)[0]
+    wide = get_compressor("longformer", window=64).adapted(plain)
+    assert torch.allclose(wide(history), plain(history), atol=1e-6)
+
+
+@torch.no_grad()
+def test_longformer_is_masked_attention():
+    """One layer of SASRec in float64: softmax over the band and the first slots, token by token."""
+    made = adapted("longformer", {"window": 5, "globals": 2}, "sasrec", layers=1).double()
+    history, _ = histories(made, (40,))
+    block, x = made.blocks[0], made._embed(history, torch.arange(40)[None])
+    q, own, _ = block.project(x)
+    want = torch.zeros_like(q)
+    for t in range(40):
+        seen = [i for i in range(t + 1) if t - i <= 5 or i < 2]
+        w = (q[:, :, t : t + 1] @ own["keys"][:, :, seen].mT).softmax(-1)
+        want[:, :, t] = (w @ own["values"][:, :, seen]).squeeze(2)
+    places, asked = made._places(history, torch.arange(40)[None])
+    assert torch.allclose(block.causal(q, own, places, asked), want, atol=1e-12)
+
+
+@torch.no_grad()
+def test_only_window_and_globals_are_stored():
+    made = adapted("longformer", {"window": 5, "globals": 2}, "hstu", True)
+    state = made.prefill(histories(made, LENGTHS)[0]).state
+    kept = [min(n, 7) for n in LENGTHS]
+    vectors = torch.tensor(kept) * 2 * 2 * 16 * 4
+    beside = [8 + 8 * k + 4 * k * (n > k) for k, n in zip(kept, LENGTHS)]  # length, count, times, positions
+    assert state.nbytes().tolist() == (vectors + torch.tensor(beside)).tolist()
+    assert state.layers[0][0].slots is state.layers[1][0].slots
+    assert state.layers[0][0].slots.positions[5, 0].tolist() == [0, 1, 35, 36, 37, 38, 39]
+
+
+# --- linformer
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@torch.no_grad()
+def test_linformer_is_attention_over_running_sums(name):
+    made = adapted("linformer", {"slots": 3}, name, layers=1).double()
+    history, _ = histories(made, (40,))
+    at = torch.arange(40)[None]
+    block, x = made.blocks[0], made._embed(history, at)
+    q, own, _ = block.project(x)
+    places, asked = made._places(history, at)
+    mine = alone(block, q, own, asked, places)[0].squeeze(-1)
+    got, want = block.causal(q, own, places, asked), torch.zeros_like(q)
+    for head in range(2):
+        k, v = own["keys"][0, head], own["values"][0, head]
+        for t in range(40):
+            keys = sum((torch.outer(block.map_keys[:, i], k[i]) for i in range(t)), torch.zeros(3, 8).double())
+            values = sum((torch.outer(block.map_values[:, i], v[i]) for i in range(t)), torch.zeros(3, 8).double())
+            logits = torch.cat([keys @ q[0, head, t] + block.slot_bias, mine[0, head, t : t + 1]])
+            silu = torch.nn.functional.silu(logits) / 64
+            w = silu if isinstance(block, HSTUBlock) else logits.softmax(0)
+            want[0, head, t] = w @ torch.cat([values, v[t : t + 1]])
+    assert torch.allclose(got, want, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_state_is_as_large_for_any_history():
+    made = adapted("linformer", {"slots": 3}, "hstu", True)
+    state = made.prefill(histories(made, (0, 1, 40))[0]).state
+    assert state.nbytes().tolist() == [4 + 2 * 2 * 3 * 16 * 4] * 3
