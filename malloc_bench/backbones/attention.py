@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
@@ -175,7 +176,9 @@ def fill(
         if stats.window:
             weights = newest(block, q, own, places, asked, count, stats.window)
             seen.setdefault("window", []).append(over_group(weights, own))
-        x = block.combine(x, mixed, gate)
+        before, x = x, block.combine(x, mixed, gate)
+        if stats.alike:
+            seen.setdefault("alike", []).append(F.cosine_similarity(before, x, dim=-1))
         layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
     return layers, dict(seen)
 
