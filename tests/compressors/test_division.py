@@ -87,6 +87,46 @@ def test_squeeze_takes_from_layers_that_change_little():
     close(shares, torch.tensor(want, dtype=torch.float64), "shares", 1e-9)
 
 
+def test_lu_curves():
+    """The loss of what is dropped, user by user and query by query, at every share; and the hull below the curve."""
+    prefill, method = prefill_of(layers=1), get_compressor("lu", inner="knorm", window=5)
+    weights, values = prefill.newest_attention(0, 5).double(), prefill.values(0).double()
+    lost = torch.zeros(2, 33, dtype=torch.float64)
+    for user, n in enumerate(COUNTS):
+        for head in range(2):
+            best = prefill.keys(0)[user, head, :n].norm(dim=-1).argsort().tolist()
+            for point in range(33):
+                dropped = best[round(point * n / 32 + 1e-9) if point * n % 32 != 16 else 2 * round(point * n / 64) :]
+                for query in range(5):
+                    mixture = sum(
+                        (weights[user, head, query, i] * values[user, head, i] for i in dropped), torch.zeros(4)
+                    )
+                    lost[head, point] += mixture.square().sum()
+    close(method._lost(prefill, 0), lost, "loss", 1e-6)
+    curve, slopes = lost / lost[:, 0].sum(), method.fit(prefill)["0"]
+    hull = curve[:, :1] - torch.cat([torch.zeros(2, 1).double(), slopes.cumsum(1)], 1)
+    assert (
+        bool((hull <= curve + 1e-12).all()) and bool((slopes.diff(dim=1) <= 1e-12).all()) and bool((slopes >= 0).all())
+    )
+    for head in range(2):
+        for point in range(33):  # on the curve, or on a chord of it
+            chords = [
+                (curve[head, a] * (b - point) + curve[head, b] * (point - a)) / (b - a)
+                for a in range(point + 1) for b in range(point, 33) if a < b
+            ]  # fmt: skip
+            assert abs(float(hull[head, point] - min([curve[head, point], *chords]))) < 1e-9
+
+
+def test_lu_gives_a_head_that_matters_more():
+    prefill = prefill_of(layers=1)
+    loud = [prefill.values(0) * torch.tensor([10.0, 1.0]).view(1, 2, 1, 1)]
+    queries = [noise(4, 2, 14, 4, seed=5)]
+    prefill = Prefill.from_tensors([prefill.keys(0)], loud, queries, lengths=torch.tensor(COUNTS), positions=True)
+    method = get_compressor("lu", inner="knorm")
+    counts = method.counts(prefill.given(method.fit(prefill)), torch.tensor([1, 3, 9, 14]))
+    assert bool((counts[:, 0, 0] > counts[:, 0, 1]).all())
+
+
 ENCODERS = (
     None, "int8", "float16", "int4_token", {"kivi": {"bits": 2}}, {"kivi": {"bits": 4, "tail": 3}},
     {"svd": {"rank": 3}}, {"svd": {"rank": 3, "dtype": "int8", "share": "none"}}, {"by_age": {"bits": 4}},
