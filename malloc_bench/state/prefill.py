@@ -211,6 +211,18 @@ class Prefill:
         place = place.clamp(0, events.items.shape[1] - 1).expand(len(self.state), -1)
         return (events.items.gather(1, place) * self.mask(layer)[:, 0])[:, None]  # positions of padding are garbage
 
+    def slot_times(self, layer: int) -> Tensor | None:
+        """When each slot's event was, [B, 1, S] int64 seconds, garbage for padding; None where nobody knows. Raises
+        MissingStatistic where a whole history's events were not asked for."""
+        slots, width = self.slots(layer), self.segment(layer).width
+        if slots.timestamps is not None:
+            return slots.timestamps[:, :1]
+        times = _there(self.events, "events=True").times
+        if times is None or not width:
+            return None
+        place = slots.places(width, self.state.length[:, None])[:, 0].long().clamp(0, times.shape[1] - 1)
+        return times.gather(1, place.expand(len(times), -1))[:, None]
+
     def slot_categories(self, layer: int) -> Tensor:
         """The category of each slot's item, [B, 1, S], -1 for padding; raises MissingStatistic."""
         return self._fact("categories", layer, -1)
