@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
@@ -30,6 +31,8 @@ from malloc_bench.state import (
 )
 
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
+
+Watch = tuple[list[Tensor], Tensor]  # see `over`
 
 
 class AttentionBackbone(ItemBackbone):
@@ -89,6 +92,12 @@ class AttentionBackbone(ItemBackbone):
         positions = state.length.long()[:, None].expand(-1, m)
         return self._output(self._over(tokens, positions, state, None)[0])
 
+    def reading(self, tokens: Events, state: UserState) -> list[Tensor]:
+        positions = state.length.long()[:, None].expand(-1, tokens.items.shape[1])
+        real, found = tokens.mask().float(), list[Tensor]()
+        self._over(tokens, positions, state, None, (found, real / real.sum(1, keepdim=True).clamp(min=1)))
+        return found
+
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:
             raise ValueError("a state of raw events grows by its ids alone, not by append")
@@ -143,14 +152,14 @@ class AttentionBackbone(ItemBackbone):
         return self.prefill(events).state
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
+        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None, watch: Watch | None = None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another.
 
         None: each to itself alone.
         """
-        places, asked = self._places(tokens, positions)
-        return over(self.blocks, self._embed(tokens, positions), own_mask, state.layers, state.length, places, asked)
+        x, (places, asked) = self._embed(tokens, positions), self._places(tokens, positions)
+        return over(self.blocks, x, own_mask, state.layers, state.length, places, asked, watch)
 
 
 def fill(
@@ -175,7 +184,9 @@ def fill(
         if stats.window:
             weights = newest(block, q, own, places, asked, count, stats.window)
             seen.setdefault("window", []).append(over_group(weights, own))
-        x = block.combine(x, mixed, gate)
+        before, x = x, block.combine(x, mixed, gate)
+        if stats.alike:
+            seen.setdefault("alike", []).append(F.cosine_similarity(before, x, dim=-1))
         layers.append((Segment({k: Dense(v) for k, v in own.items()}, slots),))
     return layers, dict(seen)
 
@@ -194,16 +205,18 @@ def over(
     length: Tensor,
     places: Places,
     asked: Places,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another (None: each
     over itself alone).
 
+    watch: a list that gets each layer's |weights| over its first segment, [B, H, S], summed by shares [B, M] of tokens.
     Returns the outputs [B, M, d] and what each layer would store of the tokens.
     """
     stored: list[dict[str, Tensor]] = []
     for block, layer in zip(blocks, layers):
         q, own, gate = block.project(x)
-        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked), gate)
+        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked, watch), gate)
         stored.append(own)
     return x, stored
 
@@ -217,6 +230,7 @@ def _attend(
     length: Tensor,
     places: Places,
     asked: Places,
+    watch: Watch | None,
 ) -> Tensor:
     """Attention of M tokens over a layer's segments and the tokens themselves, [B, H, M, D]; blocked over queries."""
     sources: list[tuple[Segment, Places]] = []
@@ -229,6 +243,7 @@ def _attend(
     mine = m if own_mask is not None else 1
     step = max(1, _CELLS // max(1, b * h * (mine + sum(s.width for s, _ in sources))))
     out: list[Tensor] = []
+    drawn: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         part, at = q[:, :, rows], asked.rows(rows)
@@ -243,10 +258,14 @@ def _attend(
             among, mix_own = block.logits(part, tokens, at, places), partial(block.mix, segment=tokens)
             masks.append(own_mask[:, :, rows])
         weights = block.weigh([*logits, among], masks, [*masses, None])
+        if watch is not None:
+            drawn.append((watch[1][:, None, None, rows].to(q.dtype) @ weights[0].abs()).squeeze(2))
         mixed = mix_own(weights[-1])
         for w, (segment, _) in zip(weights, sources):
             mixed = mixed + block.mix(w, segment)
         out.append(mixed)
+    if watch is not None:
+        watch[0].append(over_group(torch.stack(drawn).sum(0), own))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 

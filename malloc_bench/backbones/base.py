@@ -64,6 +64,10 @@ class Backbone(nn.Module, ABC):
     def read(self, tokens: Events, state: UserState) -> Tensor:
         """Outputs [B, M, d] of M tokens that stand behind the history and do not see one another."""
 
+    def reading(self, tokens: Events, state: UserState) -> list[Tensor]:
+        """`Prefill.reader`: mean |weight| of the tokens on each slot of the full state, [B, H, S] a layer."""
+        raise NotImplementedError(f"{self.name} does not attend to slots")
+
     @abstractmethod
     def append(self, state: UserState, events: Events) -> UserState:
         """The state with new events added, as a prefill of all has it. Raises ValueError beyond `max_length`."""

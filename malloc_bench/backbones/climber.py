@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.attention import AttentionBackbone, fill, output_maps, over
+from malloc_bench.backbones.attention import AttentionBackbone, Watch, fill, output_maps, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -243,7 +243,7 @@ class Climber(AttentionBackbone):
         return Prefill(state, ids, events, seed=seed, **found)
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
+        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None, watch: Watch | None = None
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
         embedded = self._embed(tokens, positions)
@@ -255,7 +255,7 @@ class Climber(AttentionBackbone):
         stored: list[dict[str, Tensor]] = []
         for part, mask in zip(self._stacks(), masks):
             layers = state.layers[part]
-            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked)
+            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked, watch)
             outputs.append(x)
             stored += own
         return self.fusion(torch.stack(outputs, 2), asked), stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 
 class TokenMethod(Compressor):
-    """Keeps or makes k slots of each user, the most that fit the budget."""
+    """Keeps or makes k slots of each user, the most that fit the budget.
+
+    even: every layer and head gets the same k; else k is the total, see division.py.
+    """
+
+    even: ClassVar[bool] = True
 
     def supports(self, backbone: Backbone) -> str | None:
         return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it has no slots"
 
     @abstractmethod
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        """A state of k [B] slots (0 <= k <= the length) in every layer and head; layers that have fewer keep all."""
+        """A state of k [B] slots (0 <= k <= `most`) in every layer and head; layers that have fewer keep all."""
 
     @abstractmethod
     def layout(self, prefill: Prefill) -> Layout:
@@ -35,14 +40,30 @@ class TokenMethod(Compressor):
         """Bytes [B] of a state of n [B] slots."""
         return layout.dense(n, length)
 
-    def sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
-        """n [B] -> bytes [B] of a state of at most n slots in every layer: the sum over stacks, one length for all."""
-        length = prefill.state.length.long()
-        stacks = [(self.layout(view), view.rows(0)) for view in prefill.apart()]
+    def most(self, prefill: Prefill, slots: int | None = None) -> Tensor:
+        """The largest k [B] there is, or the one that comes to so many slots in every layer and head."""
+        length = torch.stack([view.rows(0) for view in prefill.apart()]).sum(0)
+        return length if slots is None else length.clamp(max=slots)
 
-        def bytes_of(n: Tensor) -> Tensor:
-            total = sum((self.cost(layout, n.minimum(own), length) for layout, own in stacks), torch.zeros_like(n))
-            return total - COUNT_BYTES * (len(stacks) - 1)
+    def pieces(self, prefill: Prefill) -> tuple[Layout, ...]:
+        """What is sized by itself, here each stack: the bytes of a state are their sum."""
+        return tuple(self.layout(view) for view in prefill.apart())
+
+    def spread(self, prefill: Prefill, k: Tensor) -> Sequence[Tensor]:
+        """How many slots [B] each of `pieces` has at k [B]."""
+        return [k.minimum(view.rows(0)) for view in prefill.apart()]
+
+    def sizes(self, prefill: Prefill) -> Callable[[Tensor], Tensor]:
+        """k [B] -> bytes [B] of a state of k: the sum over its pieces, which share one length."""
+        length, pieces = prefill.state.length.long(), self.pieces(prefill)
+        alike = {layout: [i for i, other in enumerate(pieces) if other == layout] for layout in pieces}
+
+        def bytes_of(k: Tensor) -> Tensor:
+            each, total = self.spread(prefill, k), torch.full_like(k, -COUNT_BYTES * (len(pieces) - 1))
+            for layout, which in alike.items():  # in one go: a search asks often
+                cost = self.cost(layout, torch.cat([each[i] for i in which]), length.repeat(len(which)))
+                total = total + cost.view(len(which), len(length)).sum(0)
+            return total
 
         return bytes_of
 
@@ -55,23 +76,22 @@ class TokenMethod(Compressor):
 
     def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
         """k [B] for a budget; worked out once per Prefill, budget and layouts."""
-        layouts = tuple(self.layout(view) for view in prefill.apart())
-        return prefill.remember(("k", budget, layouts, self._costs), lambda: self._slots(prefill, budget))
+        key = ("k", budget, self.pieces(prefill), self._costs)
+        return prefill.remember(key, lambda: self._slots(prefill, budget))
 
     @property
     def _costs(self) -> Any:
-        """Methods of the same layout and equal `_costs` cost the same."""
+        """Methods of the same pieces and equal `_costs` cost the same."""
         return type(self).cost
 
     def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
-        length = torch.stack([view.rows(0) for view in prefill.apart()]).sum(0)
         target = budget.target(prefill.full_bytes())
         if target is None:
-            return length.clamp(max=budget.slots)
-        return slots_within(target, length, self.sizes(prefill))
+            return self.most(prefill, budget.slots)
+        return slots_within(target, self.most(prefill), self.sizes(prefill))
 
     def floor(self, prefill: Prefill) -> Tensor:
-        return self.sizes(prefill)(prefill.state.length.long().clamp(max=1))
+        return self.sizes(prefill)(self.most(prefill).clamp(max=1))
 
 
 class Eviction(TokenMethod):
@@ -98,24 +118,25 @@ class Eviction(TokenMethod):
         raise TypeError(f"{type(self).__name__} must define scores(prefill, layer) -> (B, H, S)")
 
     def forced(self, k: Tensor) -> tuple[Tensor | int, Tensor | int]:
-        """How many oldest and newest slots stay whatever their score; k [B]."""
+        """How many oldest and newest slots stay whatever their score; k [B, H or 1], of each head."""
         return 0, 0
 
     def layout(self, prefill: Prefill) -> Layout:
         return dense_layout(prefill, "head" if self.per_head else "layer")
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
+        """k [B], or of each layer and head, [B, L, H or 1]: a head may keep none."""
         layers = []
         for layer in prefill.layers:
             own = prefill.slots(layer)
-            kept = k.minimum(own.count.amin(1))  # stacks of fewer events keep all of theirs
+            kept = (k[:, None] if k.dim() == 1 else k[:, layer]).minimum(own.count)  # stacks of fewer events keep all
             index = self.index(prefill, layer, kept)
             slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
             layers.append((gather(prefill.segment(layer), index, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        """Kept slots in time order, [B, H or 1, max k]."""
+        """Kept slots in time order, [B, H or 1, max k]; k [B] or [B, H or 1]."""
         count = prefill.slots(layer).count.long()
         order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
         heads = next(iter(prefill.segment(layer).fields.values())).shape[1] if self.per_head else 1
@@ -138,19 +159,24 @@ def ranked(scores: Tensor, count: Tensor) -> Tensor:
 
 
 def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest: Tensor | int) -> Tensor:
-    """The k [B] kept slots in time order, [B, H, max k]: forced ones first, then by `order`; order [B, H, S]."""
+    """The kept slots in time order, [B, H, max k]: forced ones first, then by `order`; order [B, H, S].
+
+    k, oldest, newest: [B], or [B, H or 1], of each head.
+    """
     if isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0:
         return filled(order, None, k)
-    first, last = (x.view(-1, 1, 1) if isinstance(x, Tensor) else x for x in (oldest, newest))
+    first, last = (beside_slots(x) if isinstance(x, Tensor) else x for x in (oldest, newest))
     return filled(order, (order < first) | ((order >= count.unsqueeze(-1) - last) & (order < count.unsqueeze(-1))), k)
 
 
 def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
-    """The k [B] kept slots in time order, [B, H, max k]: of `order` [B, H, S] the `forced` ones, and the first of the
-    rest; forced [B, H, S] bool, in that order."""
-    b, h, s = order.shape
+    """The kept slots in time order, [B, H, max k]: of `order` [B, H, S] the `forced` ones, and the first of the rest;
+    forced [B, H, S] bool, in that order; k [B], or [B, H or 1], of each head."""
+    k = beside_slots(k)
+    h = max(order.shape[1], k.shape[1])
+    order = order.expand(-1, h, -1)
+    b, _, s = order.shape
     size = int(k.max()) if b else 0
-    k = k.view(b, 1, 1)
     wanted = torch.arange(s, device=order.device) < k
     if forced is not None:
         free = ~forced
@@ -161,13 +187,18 @@ def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
     return index.scatter_(2, place, torch.arange(s, device=order.device).expand(b, h, s))[..., :size]
 
 
+def beside_slots(k: Tensor) -> Tensor:
+    """Numbers of each user [B] or head [B, H], as they stand beside slots: [B, H or 1, 1]."""
+    return k[:, None, None] if k.dim() == 1 else k.unsqueeze(-1)
+
+
 def gather(segment: Segment, index: Tensor, slots: Slots) -> Segment:
     """The segment's vectors at index [B, H or 1, K], and what is known of them."""
     return Segment({name: Dense(take(v.dense(), index)) for name, v in segment.fields.items()}, slots)
 
 
 def kept_slots(old: Slots, index: Tensor, k: Tensor, length: Tensor | None) -> Slots:
-    """What is stored of the slots at index [B, H', K], of which the first k [B] count, beside their vectors.
+    """What is stored of the slots at index [B, H', K], of which the first k [B] or [B, H'] count, beside their vectors.
 
     length: [B] events in all; None where positions need not be stored.
     """
@@ -178,4 +209,4 @@ def kept_slots(old: Slots, index: Tensor, k: Tensor, length: Tensor | None) -> S
         place = take(old.positions, index)
     times = None if old.timestamps is None else take(old.timestamps, index)
     mass = None if old.mass is None else take(old.mass, index)
-    return Slots(k.to(torch.int32)[:, None], place, times, mass)
+    return Slots(beside_slots(k).squeeze(-1).to(torch.int32), place, times, mass)

@@ -197,6 +197,8 @@ def _together(
         with _noting(broken, *own) if model is not backbone else contextlib.nullcontext(), undisturbed():
             try:
                 prefill = model.prefill(asked.history, ids, needs, seed)
+                if needs.reader:
+                    prefill = replace(prefill, reader=model.reading(asked.tokens, prefill.state))
             except Exception as error:
                 if needs == Stats():
                     raise

@@ -52,7 +52,9 @@ class Workload:
     def prefill(self, backbone: Backbone, stats: Stats = Stats()) -> Prefill:
         """The workload's histories in a backbone of at least `max_length`."""
         device = next(backbone.parameters()).device
-        made = backbone.prefill(self.events(backbone.n_items, device)[0], stats=stats)
+        history, tokens, _ = self.events(backbone.n_items, device)
+        made = backbone.prefill(history, stats=stats)
+        made = replace(made, reader=backbone.reading(tokens, made.state)) if stats.reader else made
         return replace(made, items=some_facts(backbone.n_items)) if stats.of_items else made
 
 

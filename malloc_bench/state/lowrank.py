@@ -19,7 +19,7 @@ class Factor(Vectors):
     data: [B, H', S, R] float16 or float32, or codes of `bits` bits packed along the ranks, H' = 1 where all heads share
         it.
     rank: [B, H' or 1] int32, how many columns count, at most `most`.
-    scale: [B, 1] float32: data lies within -1 and 1, so that float16 holds it.
+    scale: float32, as many as ranks: data lies within -1 and 1, so that float16 holds it.
     size: [B, H', 1, R] float16, what a column of codes, and the row of codes that it meets, is multiplied by.
     """
 
@@ -64,7 +64,7 @@ class Factor(Vectors):
     def load(self, read: Read, count: Tensor | None) -> Factor:
         rank = read.numbers(self.rank, self.most, f"has a rank below 0 or above {self.most}")
         one = torch.ones(1, 1, dtype=torch.long)
-        scale = read(self.scale[..., None, None], one).reshape(len(rank), 1)
+        scale = read(self.scale[..., None, None], one).reshape(rank.shape)
         size = None if self.size is None else read(self.size, one, rank)
         data = read(self.data, all_rows(self.data) if count is None else count, self._stored(rank))
         return replace(self, data=data, rank=rank, scale=scale, size=size)
@@ -190,8 +190,9 @@ def low_ranks(
         left, right = basis * size.mT, right / torch.where(size > 0, size, 1.0)
     columns = torch.arange(width, device=x.device) < rank[..., None, None]
     scale = (
-        left.abs().masked_fill(~columns, 0).flatten(1).amax(1, keepdim=True) if left.numel() else x.new_ones(len(x), 1)
+        left.abs().masked_fill(~columns, 0).flatten(2).amax(2) if left.numel() else x.new_ones(len(x), rank.shape[1])
     )
+    scale = scale.amax(1, keepdim=True) if rank.shape[1] == 1 else scale
     scale = torch.where(scale > 0, scale, 1.0).float()
     left = (left / scale[..., None, None]).masked_fill(~columns, 0)
     size = None

@@ -18,7 +18,7 @@ from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
 
-OBSERVED = ("column_sum", "window", "queries", "inputs")  # layer by layer, of users' own
+OBSERVED = ("column_sum", "window", "queries", "inputs", "alike", "reader")  # layer by layer, of users' own
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Stats:
     column_sum: total |weight| that each slot received from the history's own queries.
     window: weights of the newest `window` queries of the history over all slots, one row each.
     queries: the newest so many queries themselves.
-    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture.
+    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture. alike: how little each
+        layer changed every event.
+    reader: weights of the tokens that will read, which nobody has when a state is made: a ceiling, not deployable.
     events: the raw events, so that a method knows which item and time a slot is of.
     categories, popularity: of each item, the latter in training events; with them come the events.
     """
@@ -41,6 +43,8 @@ class Stats:
     events: bool = False
     categories: bool = False
     popularity: bool = False
+    alike: bool = False
+    reader: bool = False
 
     def __or__(self, other: Stats) -> Stats:
         return Stats(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
@@ -69,6 +73,8 @@ class Prefill:
     queries: a layer each, [B, Hq, W, D]: the newest W queries as they multiply keys (what softmax divides by is in
         them), oldest first; rows of users with fewer than W events start with zeros.
     inputs: a layer each, [B, S, d]: what the layer got in for every event.
+    alike: a layer each, [B, S]: the cosine between what the layer got in for an event and what came out.
+    reader: a layer each, [B, H, S]: mean |weight| of the tokens that read the full state, as `column_sum`.
     outputs: by the layer's number, [Hq, D, d]: what a unit of a head's mixed values adds to the layer's output (with
         HSTU before its gate and norm).
     items: facts about items, row i is item i + 1: `categories` [n_items] int64 from 0, `popularity` [n_items], its
@@ -98,6 +104,8 @@ class Prefill:
     outputs: Named | None = None
     items: Named | None = None
     fitted: Fitted | None = None
+    alike: Sequence[Tensor] | None = None
+    reader: Sequence[Tensor] | None = None
 
     @property
     def layers(self) -> range:
@@ -133,9 +141,10 @@ class Prefill:
         return slots
 
     def rows(self, layer: int) -> Tensor:
-        """How many rows each user's vectors have in a layer, slots or those of a memory: [B] int64."""
+        """How many rows each user's vectors have in a layer, slots (of the head that has most) or those of a memory:
+        [B] int64."""
         segment, length = self.segment(layer), self.state.length.long()
-        return torch.full_like(length, segment.width) if segment.slots is None else segment.slots.count[:, 0].long()
+        return torch.full_like(length, segment.width) if segment.slots is None else segment.slots.count.amax(1).long()
 
     def keys(self, layer: int) -> Tensor:
         """[B, H, S, D]"""
@@ -180,6 +189,14 @@ class Prefill:
         """`inputs` of a layer, [B, S, d]; raises MissingStatistic."""
         return _there(self.inputs, "inputs=True")[layer]
 
+    def likeness(self, layer: int) -> Tensor:
+        """`alike` of a layer, [B, S]; raises MissingStatistic."""
+        return _there(self.alike, "alike=True")[layer]
+
+    def reading_attention(self, layer: int) -> Tensor:
+        """`reader` of a layer, [B, H, S]; raises MissingStatistic."""
+        return _there(self.reader, "reader=True")[layer]
+
     def output_map(self, layer: int) -> Tensor:
         """`outputs` of a layer, [Hq, D, d]; raises MissingStatistic."""
         return _there(self.outputs, "outputs=True")[str(layer)]
@@ -193,6 +210,18 @@ class Prefill:
         place = slots.places(width, self.state.length[:, None])[:, 0].long()
         place = place.clamp(0, events.items.shape[1] - 1).expand(len(self.state), -1)
         return (events.items.gather(1, place) * self.mask(layer)[:, 0])[:, None]  # positions of padding are garbage
+
+    def slot_times(self, layer: int) -> Tensor | None:
+        """When each slot's event was, [B, 1, S] int64 seconds, garbage for padding; None where nobody knows. Raises
+        MissingStatistic where a whole history's events were not asked for."""
+        slots, width = self.slots(layer), self.segment(layer).width
+        if slots.timestamps is not None:
+            return slots.timestamps[:, :1]
+        times = _there(self.events, "events=True").times
+        if times is None or not width:
+            return None
+        place = slots.places(width, self.state.length[:, None])[:, 0].long().clamp(0, times.shape[1] - 1)
+        return times.gather(1, place.expand(len(times), -1))[:, None]
 
     def slot_categories(self, layer: int) -> Tensor:
         """The category of each slot's item, [B, 1, S], -1 for padding; raises MissingStatistic."""

@@ -69,8 +69,10 @@ class World:
         items = Named({"categories": torch.arange(n_items) % 7, "popularity": torch.arange(n_items) ** 2 % 11})
         known: dict[str, Any] = {"items": items if stats.of_items else None, "fitted": self.fitted}
         if self.backbone is not None:
-            history, _ = histories(self.backbone, lengths, constant, draw)
-            return replace(self.backbone.prefill(history, users, stats, seed=3), **known)
+            history, tokens = histories(self.backbone, lengths, constant, draw)
+            made = self.backbone.prefill(history, users, stats, seed=3)
+            known |= {"reader": self.backbone.reading(tokens, made.state)} if stats.reader else {}
+            return replace(made, **known)
         shape = (len(lengths), 2, max(lengths, default=0), 8)
         q, k, v = ([_noise(shape, 3 * layer + i + 100 * draw) for layer in range(2)] for i in range(3))
         if constant:
@@ -82,6 +84,8 @@ class World:
             drawn = torch.randint(1, n_items + 1, shape[:1] + shape[2:3], generator=torch.Generator().manual_seed(5))
             real = torch.arange(shape[2]) < count[:, None]
             events = Events(drawn.int().where(real, 0).clamp(max=1 if constant else n_items), count)
+        if stats.reader:
+            known["reader"] = [_noise(shape[:3], 60 + layer).abs() for layer in range(2)]
         return replace(made, events=events, **known)
 
     def sample(self, compressor: Compressor, draw: int = 1) -> Prefill:
@@ -169,7 +173,7 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         events = replace(events.each(lambda x: fit(x, 1, length), length), items=items)
     seen: dict[str, Any] = {
         name: [fit(x, axis, n, 0) for x, n in zip(known, counts)]
-        for name, axis in (("column_sum", 2), ("window", 3), ("inputs", 1))
+        for name, axis in (("column_sum", 2), ("window", 3), ("inputs", 1), ("alike", 1), ("reader", 2))
         if (known := getattr(prefill, name)) is not None
     }
     if prefill.queries is not None:

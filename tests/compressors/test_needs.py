@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
-from malloc_bench.testing import World
+from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
 COUNTS = (1, 3, 9, 23)
@@ -106,6 +107,113 @@ def test_critical(prefill, inner, k):
                     want.add(slot)
             slots = state.layers[0][0].slots
             assert set(slots.positions[user, head, : slots.count[user, 0]].tolist()) == want
+
+
+def test_keyformer(prefill):
+    """Noise aside: its own test shows that it is Gumbel's, and no user's or slot's another's."""
+    from malloc_bench.compressors.eviction.random import hashed
+
+    prefill = replace(prefill, seed=3)
+    tau = [1 + i / 5 for i in range(6)]
+
+    def define(user, head, keys, values):
+        n, total = len(keys), torch.zeros(len(keys), dtype=torch.float64)
+        for q in asked(user, 6)[2 * head : 2 * head + 2]:
+            for at, query in enumerate(q, start=n - len(q)):
+                what = torch.arange(max(COUNTS)) + (1 << 20) * at
+                noise = -(-hashed(prefill, 0, what.expand(len(COUNTS), 1, -1))[user, 0].double().log()).log()
+                logits = (keys[: at + 1] @ query + noise[: at + 1]) / tau[6 - (n - at)]
+                total[: at + 1] += logits.softmax(0) / 2
+        return total
+
+    check(prefill, "keyformer", define, window=6)
+    noise = -(-hashed(prefill, 0, torch.arange(40_000).view(1, 1, -1)).log()).log()
+    assert abs(float(noise.mean()) - 0.5772) < 0.02 and abs(float(noise.std()) - 1.2825) < 0.02
+
+
+def test_rastp(prefill):
+    prefill = Prefill.from_tensors(
+        [prefill.keys(0)], [prefill.values(0)], [noise(4, 4, 23, 4, seed=2)], lengths=torch.tensor(COUNTS)
+    )
+    prefill = replace(prefill, inputs=[noise(4, 23, 6, seed=8)])
+
+    def define(user, head, keys, values):
+        n, total = len(keys), torch.zeros(len(keys), dtype=torch.float64)
+        queries = noise(4, 4, 23, 4, seed=2).double()[user, :, :n] / 2
+        for h in range(4):  # the mean over query heads that share a stored one
+            logits = (queries[h] @ prefill.keys(0)[user, h // 2, :n].double().T).masked_fill(
+                torch.ones(n, n).triu(1).bool(), -torch.inf
+            )
+            total += logits.softmax(-1).sum(0) / 2
+        return total * torch.stack([x.abs().sum() for x in noise(4, 23, 6, seed=8)[user, :n].double()])
+
+    check(prefill, "rastp", define)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7, 9, 12, 22])
+def test_session_window(prefill, k):
+    """Sessions of 4, 1, 7, 6, 2, 3 events, oldest first; the other users' newest ends where theirs do."""
+    sizes = [4, 1, 7, 6, 2, 3]
+    session = [s for s, size in enumerate(sizes) for _ in range(size)]
+    times = torch.tensor([60 * i + 5000 * s for i, s in enumerate(session)]).repeat(4, 1)
+    prefill = replace(prefill, events=replace(prefill.events, times=times))
+    state = get_compressor("session_window").compress(prefill, Budget(slots=k))
+    for user, n in enumerate(COUNTS):
+        mine, size = session[:n], min(k, n)
+        last = [i == n - 1 or mine[i + 1] != mine[i] for i in range(n)]
+        starts = [mine.index(s) for s in mine]
+        rank = [(2 if s == mine[-1] or n - starts[i] <= size else int(last[i]), i) for i, s in enumerate(mine)]
+        want = sorted(i for _, i in sorted(rank, reverse=True)[:size])
+        slots = state.layers[0][0].slots
+        assert slots.positions[user, 0, :size].tolist() == want and int(slots.count[user, 0]) == size
+
+
+def test_sessions_without_times_are_recent(prefill):
+    state = get_compressor("session_window").compress(prefill, Budget(slots=5))
+    assert state.layers[0][0].slots.positions[3, 0].tolist() == [18, 19, 20, 21, 22]
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, "marm-2-heads"])
+def test_the_reader_is_what_a_read_weighs(case, trained):
+    """Of candidates: the mean of what each weighs alone; of the state itself, where the newest event asked last."""
+    backbone = trained(case)
+    history, tokens = histories(backbone, LENGTHS)
+    prefill = backbone.prefill(history)
+    both = backbone.reading(tokens, prefill.state)
+    for layer in prefill.layers:
+        slots, weights = prefill.slots(layer), both[layer]
+        assert weights.shape == prefill.segment(layer).fields[backbone.fields[0]].shape[:3]
+        assert not bool(weights.masked_fill(slots.mask(weights.shape[-1]), 0).any())
+    alone = [backbone.reading(tokens.each(lambda x: x[:, m : m + 1], torch.ones_like(tokens.count)), prefill.state)  # noqa: B023
+             for m in range(2)]  # fmt: skip
+    for layer in prefill.layers:
+        close(both[layer], (alone[0][layer] + alone[1][layer]) / 2, "mean over tokens", 1e-6)
+
+
+@pytest.mark.parametrize("case", ["sasrec-2-heads", "sasrec-gqa", "hstu-2-heads"])
+def test_the_reader_is_the_next_query(case, trained):
+    """An event that reads the state before it weighs as it does in a prefill that it is part of."""
+    backbone = trained(case)
+    history, _ = histories(backbone, LENGTHS)
+    own, before = (
+        history.last(torch.ones_like(history.count)),
+        history.each(lambda x: x, (history.count - 1).clamp(min=0)),
+    )
+    read = backbone.reading(own, backbone.prefill(before).state)
+    seen = backbone.prefill(history, stats=Stats(window=1)).window
+    for user, n in enumerate(LENGTHS):
+        for layer in range(len(read)):
+            if n > 1:
+                close(read[layer][user, :, : n - 1], seen[layer][user, :, 0, : n - 1].abs(), "weights", 1e-5)
+
+
+@pytest.mark.parametrize("case", ["sasrec-2-heads", "climber-times-2-heads"])
+def test_likeness_is_of_what_goes_in_and_what_comes_out(case, trained):
+    view = World(case, trained(case)).prefill(Stats(inputs=True, alike=True)).apart()[0]
+    for user, n in enumerate(view.rows(0).tolist()):
+        a, b = (view.layer_input(i)[user, :n].double() for i in (0, 1))
+        want = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+        close(view.likeness(0)[user, :n].double(), want, "cosines", 1e-6)
 
 
 def test_scores_of_items(prefill):

@@ -1,6 +1,6 @@
 """Several methods in a row, sized together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ class Compose(TokenMethod):
                 "compose: at most one structural method, then token methods that keep slots, then at most one encoder, "
                 "two steps or more are needed"
             )
+        if len(tokens) > 1 and (uneven := next((method for method in tokens if not method.even), None)):
+            raise ValueError(f"compose: {uneven.name} divides the whole budget: no other token method stands beside it")
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs statistics or events, so it must come first")
@@ -87,10 +89,10 @@ class Compose(TokenMethod):
         state, target = self.keep(prefill, k), budget.target(prefill.full_bytes())
         if target is None or self._encoder() is None:
             return state
-        sizes, length = self.sizes(prefill), prefill.state.length.long()
+        sizes, most = self.sizes(prefill), self.most(prefill)
         while bool(((state.nbytes() > target) & (k > 1)).any()):  # scales that needed float32
             extra = (state.nbytes() - sizes(k)).clamp(min=0)
-            left = slots_within(target - extra, length, sizes)
+            left = slots_within(target - extra, most, sizes)
             k = torch.where(state.nbytes() > target, left, k)
             state = self.keep(prefill, k)
         return state
@@ -121,6 +123,19 @@ class Compose(TokenMethod):
     def layout(self, prefill: Prefill) -> Layout:
         return reduce(Layout.then, (method.layout(prefill) for method in self._tokens()))
 
+    @property
+    def even(self) -> bool:  # type: ignore[override]
+        return all(method.even for method in self._tokens())
+
+    def most(self, prefill: Prefill, slots: int | None = None) -> Tensor:
+        return super().most(prefill, slots) if self.even else self._tokens()[0].most(prefill, slots)
+
+    def pieces(self, prefill: Prefill) -> tuple[Layout, ...]:
+        return super().pieces(prefill) if self.even else self._tokens()[0].pieces(prefill)
+
+    def spread(self, prefill: Prefill, k: Tensor) -> Sequence[Tensor]:
+        return super().spread(prefill, k) if self.even else self._tokens()[0].spread(prefill, k)
+
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of n [B] slots, where all scales fit float16 and the encoder is not `measured`."""
         encoder = self._encoder()
@@ -129,16 +144,18 @@ class Compose(TokenMethod):
     @property
     def _costs(self) -> Any:
         encoder = self._encoder()
-        return self if encoder is not None and encoder.measured else encoder or super()._costs
+        if encoder is not None and encoder.measured:
+            return self
+        return (encoder, *(method._costs for method in self._tokens()))
 
     def _slots(self, prefill: Prefill, budget: Budget) -> Tensor:
         encoder, target = self._encoder(), budget.target(prefill.full_bytes())
         if encoder is None or not encoder.measured or target is None:
             return super()._slots(prefill, budget)
-        return slots_within(target, prefill.state.length.long(), lambda k: self.keep(prefill, k).nbytes())
+        return slots_within(target, self.most(prefill), lambda k: self.keep(prefill, k).nbytes())
 
     def floor(self, prefill: Prefill) -> Tensor:
-        one = prefill.state.length.long().clamp(max=1)
+        one = self.most(prefill).clamp(max=1)
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
     def flops(self, state: UserState, history: int) -> int:

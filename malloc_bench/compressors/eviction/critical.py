@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor
-from malloc_bench.compressors.selection import Eviction, chosen, filled, ranked
+from malloc_bench.compressors.selection import Eviction, beside_slots, chosen, filled, ranked
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
 
@@ -56,7 +56,7 @@ class Critical(Eviction):
         then = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
         half = (k // 2).clamp(min=1).minimum(k)
         early = chosen(first, count, half, *self.inner.forced(half))  # [B, H, max half]
-        beyond = torch.arange(early.shape[-1], device=k.device) >= half.view(-1, 1, 1)
+        beyond = torch.arange(early.shape[-1], device=k.device) >= beside_slots(half)
         kept = torch.zeros(*then.shape[:2], then.shape[2] + 1, dtype=torch.bool, device=k.device)
         kept.scatter_(2, early.masked_fill(beyond, then.shape[2]), True)
         return filled(then, kept[..., :-1].gather(2, then), k)

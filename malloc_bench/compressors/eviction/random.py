@@ -20,6 +20,12 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 0x1FFFFFFFF)
 
 
+def hashed(prefill: Prefill, layer: int, what: Tensor) -> Tensor:
+    """Numbers between 0 and 1, both excluded, from (seed, user id, layer) and integers `what` [B, M, N], uniform."""
+    user = _hash(prefill.users.to(what.device) + 1_000_003 * (prefill.seed + 1) + 7_919 * layer).view(-1, 1, 1)
+    return (_hash(user + what) & 0xFFFFFF).to(torch.float32).clamp(min=0.5) / 2**24  # 24 bits: exact in float32
+
+
 @register("random")
 @dataclass(frozen=True)
 class Random(Eviction):
@@ -35,5 +41,4 @@ class Random(Eviction):
         slots = prefill.slots(layer)
         width = prefill.segment(layer).width
         place = slots.places(width, prefill.state.length[:, None])[:, :1]  # [B, 1, S]
-        user = _hash(prefill.users.to(place.device) + 1_000_003 * (prefill.seed + 1) + 7_919 * layer).view(-1, 1, 1)
-        return (_hash(user + place) & 0xFFFFFF).to(torch.float32)  # 24 bits: exact in float32
+        return hashed(prefill, layer, place) * 2**24

@@ -20,6 +20,10 @@ class Window(TokenMethod):
         """Kept slots in time order, [B, max k]; count, k [B]."""
         raise TypeError(f"{type(self).__name__} must define index(count, k)")
 
+    def chosen(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        """As `index`, for what depends on more than counts."""
+        return self.index(prefill.slots(layer).count[:, 0].long(), k)
+
     def layout(self, prefill: Prefill) -> Layout:
         return dense_layout(prefill, "state", consecutive=self.consecutive)
 
@@ -31,9 +35,8 @@ class Window(TokenMethod):
             if id(old) not in made:
                 implied = self.consecutive and old.positions is None
                 positions = prefill.uses_positions and not implied
-                count = old.count[:, 0].long()
-                kept = k.minimum(count)
-                index = self.index(count, kept)[:, None]
+                kept = k.minimum(old.count[:, 0])
+                index = self.chosen(prefill, layer, kept)[:, None]
                 made[id(old)] = index, kept_slots(old, index, kept, prefill.state.length if positions else None)
             layers.append((gather(segment, *made[id(old)]),))
         return UserState(tuple(layers), prefill.state.length)
