@@ -8,6 +8,7 @@ from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
+from malloc_bench.state.rebuilt import Derived, Embedded, Map, Normed, Projection, Rebuilt, Summed
 from malloc_bench.state.rounded import Rounded, rounded
 from malloc_bench.state.sample import Sample
 from malloc_bench.state.slots import Slots, take
@@ -15,9 +16,9 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Codebook", "Coded", "Dense", "Events", "Factor", "Fitted", "FromCodebook", "Layer", "LowRank",
-    "MissingStatistic", "Named", "Prefill", "Quantized", "Ragged", "Rounded", "Sample", "Segment", "Slots", "Stats",
-    "Table", "UserState", "Vectors", "closest", "coded", "extend", "grow", "joined", "low_rank", "low_ranks",
-    "map_tensors", "newest_rows", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "take",
-    "unpack_bits",
+    "Batch", "Codebook", "Coded", "Dense", "Derived", "Embedded", "Events", "Factor", "Fitted", "FromCodebook",
+    "Layer", "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Prefill", "Projection", "Quantized",
+    "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Slots", "Stats", "Summed", "Table", "UserState",
+    "Vectors", "closest", "coded", "extend", "grow", "joined", "low_rank", "low_ranks", "map_tensors",
+    "newest_rows", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "take", "unpack_bits",
 ]  # fmt: skip

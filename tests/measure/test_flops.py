@@ -20,10 +20,12 @@ PARAMS = {  # beside the defaults
         {"steps": ({"mla": {"latent": 6}}, "h2o", {"kivi": {"bits": 2}})},
     ],
     "gqa": [{"n_kv_heads": 1}],
+    "ids_below": [{}, {"inner": "recent"}],
     "mla": [{"latent": 6}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
+    "xquant": [{}, {"across": True}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
