@@ -38,8 +38,12 @@ METHODS = [
     ("svd", {"share": "layer"}),
     ("svd", {"dtype": "int4"}),
     ("svd", {"rank": 4, "share": "none", "dtype": "float32"}),
+    ("eigen", {}),
+    ("eigen", {"rank": 3, "share": "field", "dtype": "float32"}),
+    ("palu", {}),
     ("recompute", {}),
     ("truncate", {}),
+    ("ids_coded", {}),
     ("hidden", {}),
     ("xquant", {"bits": 4}),
     ("xquant", {"bits": 3, "across": True}),
@@ -91,7 +95,7 @@ WORLDS = (  # lsrm attends as sasrec does
     "gated_delta-2-heads",
 )  # fmt: skip
 
-NOT_ON_TENSORS = ("recompute", "truncate", "hidden", "xquant", "ids_below")
+NOT_ON_TENSORS = ("recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
 
 
 def label(method):

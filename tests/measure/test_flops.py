@@ -20,6 +20,7 @@ PARAMS = {  # beside the defaults
         {"steps": ({"mla": {"latent": 6}}, "h2o", {"kivi": {"bits": 2}})},
     ],
     "gqa": [{"n_kv_heads": 1}],
+    "eigen": [{}, {"rank": 3, "share": "layer"}],
     "ids_below": [{}, {"inner": "recent"}],
     "mla": [{"latent": 6}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
