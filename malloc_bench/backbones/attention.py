@@ -51,6 +51,15 @@ class AttentionBackbone(ItemBackbone):
         x = self.items(events.items) * self.config.dim**0.5 + self.positions(positions.long())
         return dropout(x, self.config.dropout, self.training)
 
+    def _known_maps(self, stats: Stats) -> dict[str, Any]:
+        """Of `stats` what is the model's own, no user's, by its name in `Prefill`."""
+        found: dict[str, Any] = {"outputs": output_maps(self.blocks)} if stats.outputs else {}
+        made = [block.projection() for block in self.blocks] if stats.projections else [None]
+        if None not in made:
+            items, positions = self.items.weight.detach() * self.config.dim**0.5, self.positions.weight
+            found |= {"projections": tuple(made), "tables": Named({"items": items, "positions": positions})}
+        return found
+
     @abstractmethod
     def _output(self, x: Tensor) -> Tensor:
         """The stack's output [B, M, d], ready to be multiplied with `catalogue`."""
@@ -82,8 +91,8 @@ class AttentionBackbone(ItemBackbone):
         layers, seen = fill(self.blocks, self._embed(events, positions), places, asked, slots, stats)
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
-        maps = output_maps(self.blocks) if stats.outputs else None
-        return Prefill(state, ids, events, seed=seed, uses_positions=self.uses_positions, outputs=maps, **seen)
+        seen |= self._known_maps(stats)
+        return Prefill(state, ids, events, seed=seed, uses_positions=self.uses_positions, **seen)
 
     def read(self, tokens: Events, state: UserState) -> Tensor:
         if state.events is not None:  # raw events only: rebuild, then read

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.state import Dense, Segment, Slots
+from malloc_bench.state import Dense, Projection, Segment, Slots
 
 BLOCK = 256  # queries at a time in the plain pass
 
@@ -68,6 +68,22 @@ class Block(nn.Module):
         """[H, D, d]: what a unit of each head's mixture adds to the layer's output; None where nothing linear does."""
         out = getattr(self, "out", None)
         return out.weight.T.unflatten(0, (self.heads, -1)) if isinstance(out, nn.Linear) else None
+
+    def projection(self) -> Projection | None:
+        """How what is stored comes from the layer's input; None where it is no map of its norm."""
+        return None
+
+    def _projected(self, linear: nn.Linear, norm: dict[str, Tensor | None], silu: bool, eps: float) -> Projection:
+        """The rows of the fused map that make what is stored; norm: `weight` and `bias` of the norm before it."""
+        found = {f"norm.{name}": x for name, x in norm.items() if x is not None}
+        widths = list(self.parts.values())
+        for name, rows in zip(self.parts, torch.arange(sum(widths)).split(widths)):
+            if name in ("queries", "gate"):
+                continue
+            found[name] = linear.weight[rows].unflatten(0, (self.stored_heads, -1)).mT
+            if linear.bias is not None:
+                found[f"{name}.bias"] = linear.bias[rows].unflatten(0, (self.stored_heads, -1))
+        return Projection(found, silu, eps)
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         """[B, H, M, S] -> [B, H, M, D]"""

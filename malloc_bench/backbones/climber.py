@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.attention import AttentionBackbone, Watch, fill, output_maps, over
+from malloc_bench.backbones.attention import AttentionBackbone, Watch, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -238,8 +238,7 @@ class Climber(AttentionBackbone):
         ids = torch.arange(b) if users is None else users
         state = UserState(tuple(layers), events.count)
         uses = {"uses_positions": self.uses_positions, "uses_kinds": self.config.strategy == "feedback"}
-        maps = output_maps(self.blocks) if stats.outputs else None
-        found: dict[str, Any] = {**seen, **uses, "outputs": maps, "stacks": self.config.blocks}
+        found: dict[str, Any] = {**seen, **uses, **self._known_maps(stats), "stacks": self.config.blocks}
         return Prefill(state, ids, events, seed=seed, **found)
 
     def _over(

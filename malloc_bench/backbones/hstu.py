@@ -13,7 +13,7 @@ from malloc_bench.backbones.block import BLOCK, Block, Places
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
-from malloc_bench.state import Segment
+from malloc_bench.state import Projection, Segment
 
 TIME_BUCKETS = 128
 _OCTAVE = 0.301
@@ -64,6 +64,9 @@ class HSTUBlock(Block):
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:], eps=_EPS))))
+
+    def projection(self) -> Projection | None:
+        return self._projected(self.uvqk, {}, True, _EPS)
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -66,6 +66,9 @@ class MARMBlock(SASRecBlock):
             q = torch.cat([q, self._group(hidden).float().unsqueeze(-1).expand(*q.shape[:3], 1)], -1)
         return q, {"hidden": hidden}, None
 
+    def projection(self) -> None:
+        return None  # what is stored is the normed input itself
+
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         w_v, b_v = (y.chunk(3)[2].unflatten(0, (self.heads, -1)) for y in (self.qkv.weight, self.qkv.bias))
         return super().combine(x, mixed @ w_v.mT + b_v.unsqueeze(1), gate)  # weights sum to 1: the bias as it is

@@ -13,6 +13,7 @@ from malloc_bench.backbones.block import Block, Places
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.registry import register
+from malloc_bench.state import Projection
 
 
 class SASRecBlock(Block):
@@ -36,6 +37,10 @@ class SASRecBlock(Block):
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
         q, own, _ = self.split(self.qkv(self.norm_attention(x)))
         return q * self.scale, own, None
+
+    def projection(self) -> Projection | None:
+        norm = self.norm_attention
+        return self._projected(self.qkv, {"weight": norm.weight, "bias": norm.bias}, False, norm.eps)
 
     def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         x = x + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.rate, self.training)

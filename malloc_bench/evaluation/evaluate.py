@@ -217,8 +217,8 @@ def _together(
         witnesses = Witnesses.of(prefill, packed)
         some = packed if len(packed) else torch.arange(min(_PACKED_OF_OTHERS, len(ids)))
         watched = Witnesses.of(prefill, some) if any(_remembers(job.compressor) for job in own) else witnesses
-        shared = [x for x in (prefill.outputs, items, *(job.fitted for job in own)) if x is not None]
-        given = prefill, witnesses, watched, asked.history, asked.tokens, [list(x.values()) for x in shared]
+        shared = [*prefill.shared(), *(list(job.fitted.values()) for job in own if job.fitted is not None)]
+        given = prefill, witnesses, watched, asked.history, asked.tokens, shared
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
         for job in own:

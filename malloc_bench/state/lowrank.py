@@ -142,6 +142,15 @@ class LowRank(Vectors):
         return replace(self, right=read(self.right, self.rank))
 
 
+def factor(x: Tensor, mask: Tensor, rank: Tensor, most: int, dtype: torch.dtype) -> Factor:
+    """Rows x [B, H, S, R] as a factor of numbers of `dtype`; mask [B, H or 1, S], rank [B, H or 1], R <= most."""
+    columns = torch.arange(x.shape[3], device=x.device) < rank[..., None, None]
+    x = x.masked_fill(~(mask.unsqueeze(-1) & columns), 0)
+    scale = x.abs().flatten(1).amax(1, keepdim=True) if x[0:1].numel() else x.new_ones(len(x), 1)
+    scale = torch.where(scale > 0, scale, 1.0).float()
+    return Factor((x / scale[..., None, None]).to(dtype), rank.to(torch.int32), scale, most)
+
+
 def _encoded(x: Tensor, bits: int) -> Tensor:
     """x [..., D] within -1 and 1 as codes, packed."""
     half = 2 ** (bits - 1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, check, check_users, softmax_rows
+from malloc_bench.state.rebuilt import Projection
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.user_state import Events, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense
@@ -28,8 +29,9 @@ class Stats:
     column_sum: total |weight| that each slot received from the history's own queries.
     window: weights of the newest `window` queries of the history over all slots, one row each.
     queries: the newest so many queries themselves.
-    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture. alike: how little each
-        layer changed every event.
+    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture. projections: each
+        layer's map from its input to what it stores, and with them the tables that the lowest layer's input comes from.
+    alike: how little each layer changed every event.
     reader: weights of the tokens that will read, which nobody has when a state is made: a ceiling, not deployable.
     events: the raw events, so that a method knows which item and time a slot is of.
     categories, popularity: of each item, the latter in training events; with them come the events.
@@ -40,6 +42,7 @@ class Stats:
     queries: int = 0
     inputs: bool = False
     outputs: bool = False
+    projections: bool = False
     events: bool = False
     categories: bool = False
     popularity: bool = False
@@ -77,6 +80,8 @@ class Prefill:
     reader: a layer each, [B, H, S]: mean |weight| of the tokens that read the full state, as `column_sum`.
     outputs: by the layer's number, [Hq, D, d]: what a unit of a head's mixed values adds to the layer's output (with
         HSTU before its gate and norm).
+    projections: a layer each, how it makes keys and values of its input.
+    tables: `items` [n_items + 1, d] and `positions` [max_length + 1, d], whose rows add up to the lowest layer's input.
     items: facts about items, row i is item i + 1: `categories` [n_items] int64 from 0, `popularity` [n_items], its
         training events.
     fitted: what the method has learned of training users; None for most.
@@ -106,6 +111,8 @@ class Prefill:
     fitted: Fitted | None = None
     alike: Sequence[Tensor] | None = None
     reader: Sequence[Tensor] | None = None
+    projections: tuple[Projection, ...] | None = None
+    tables: Named | None = None
 
     @property
     def layers(self) -> range:
@@ -116,14 +123,19 @@ class Prefill:
         if self.stacks == 1:
             return (self,)
         depth = len(self.layers) // self.stacks
-        views = []
-        for first in range(0, len(self.layers), depth):
-            part = slice(first, first + depth)
-            state = UserState(self.state.layers[part], self.state.length)
-            seen: dict[str, Any] = {name: x[part] for name, x in self._observed().items()}
-            outputs = self.outputs and Named({str(i): self.outputs[str(first + i)] for i in range(depth)})
-            views.append(replace(self, state=state, **seen, outputs=outputs, stacks=1, memo={}))
-        return tuple(views)
+        return tuple(self.only(range(first, first + depth)) for first in range(0, len(self.layers), depth))
+
+    def only(self, layers: Sequence[int], stacks: int = 1) -> Prefill:
+        """Some layers, of so many stacks, with their share of the statistics; nothing is remembered."""
+
+        def some(x: Any) -> Any:  # what is worked out when it is read stays so
+            return x[layers.start : layers.stop] if isinstance(layers, range) else [x[i] for i in layers]
+
+        state = UserState(tuple(some(self.state.layers)), self.state.length)
+        seen: dict[str, Any] = {name: some(x) for name, x in self._observed().items()}
+        outputs = self.outputs and Named({str(i): self.outputs[str(layer)] for i, layer in enumerate(layers)})
+        maps = None if self.projections is None else tuple(some(self.projections))
+        return replace(self, state=state, **seen, outputs=outputs, projections=maps, stacks=stacks, memo={})
 
     def _observed(self) -> dict[str, Any]:
         """What is known layer by layer, by name, of users' own."""
@@ -200,6 +212,15 @@ class Prefill:
     def output_map(self, layer: int) -> Tensor:
         """`outputs` of a layer, [Hq, D, d]; raises MissingStatistic."""
         return _there(self.outputs, "outputs=True")[str(layer)]
+
+    def projection(self, layer: int) -> Projection:
+        """`projections` of a layer; raises MissingStatistic."""
+        return _there(self.projections, "projections=True")[layer]
+
+    def shared(self) -> list[list[Tensor]]:
+        """Tensors that no user has a part in, and no method may write to."""
+        maps = self.outputs, self.items, self.fitted, self.tables, *(self.projections or ())
+        return [list(x.values()) for x in maps if x is not None]
 
     def slot_items(self, layer: int) -> Tensor:
         """The item of each slot, [B, 1, S], 0 for padding, of whole histories only; raises MissingStatistic."""

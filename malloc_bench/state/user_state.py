@@ -35,12 +35,22 @@ class Events:
 
     def columns(self) -> dict[str, Tensor]:
         """What is known of every event, by name, [B, S] each."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}
+        known = {f.name: getattr(self, f.name) for f in fields(Events) if f.name != "count"}
         return {name: x for name, x in known.items() if x is not None}
 
     def stored(self) -> dict[str, Tensor]:
         """The columns that a state of raw events writes down: all but the moments of requests."""
         return {name: x for name, x in self.columns().items() if name != "next_times"}
+
+    def parts(self, length: Tensor) -> Iterator[Ragged]:
+        """The stored arrays; length [B] events."""
+        for column in self.stored().values():
+            yield Ragged(column[:, None, :, None], length.unsqueeze(1))
+
+    def load(self, read: Reader, length: Tensor) -> Events:
+        """The inverse of `parts`; self is of other users."""
+        found = {name: read(x[:, None, :, None], length.unsqueeze(1)) for name, x in self.stored().items()}
+        return replace(self, count=length, next_times=None, **{name: x[:, 0, :, 0] for name, x in found.items()})
 
     def each(self, fn: Callable[[Tensor], Tensor], count: Tensor) -> Events:
         """fn of every column, of which the first count [B] events are real."""
@@ -149,9 +159,7 @@ class UserState:
         length = read.numbers(self.length.unsqueeze(1), torch.iinfo(torch.int32).max, "has a negative length")[:, 0]
         events = self.events
         if events is not None:
-            count = length.unsqueeze(1)
-            columns = {name: read(x[:, None, :, None], count)[:, 0, :, 0] for name, x in events.stored().items()}
-            events = Events(count=length, **columns)
+            events = events.load(read, length)
             read.refuse((events.items < 1) & events.mask(), "has events without an item")
         new: dict[int, Any] = {}
         for slots, vectors in self._stored():
@@ -199,8 +207,7 @@ class UserState:
         one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)
         yield Ragged(self.length.view(-1, 1, 1, 1), one)
         if self.events is not None:
-            for column in self.events.stored().values():
-                yield Ragged(column[:, None, :, None], self.length.unsqueeze(1))
+            yield from self.events.parts(self.length)
         for slots, vectors in self._stored():
             if vectors is not None:
                 yield from vectors.parts(None if slots is None else slots.count)

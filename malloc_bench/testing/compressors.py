@@ -210,8 +210,7 @@ def is_deterministic(compressor: Compressor, world: World) -> None:
 def leaves_its_input(compressor: Compressor, world: World) -> None:
     prefill = world.prefill(compressor.needs)
     seen = [tuple(getattr(prefill, name) or ()) for name in OBSERVED]
-    shared = [list(x.values()) for x in (prefill.items, prefill.outputs, prefill.fitted) if x is not None]
-    parts = (prefill.state, prefill.events, seen, shared)
+    parts = (prefill.state, prefill.events, seen, prefill.shared())
     before = map_tensors(torch.clone, parts)
     for budget in _budgets(compressor, some=True):
         compressor.compress(prefill, budget)

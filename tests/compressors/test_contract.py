@@ -43,8 +43,16 @@ METHODS = [
     ("svd", {"share": "layer"}),
     ("svd", {"dtype": "int4"}),
     ("svd", {"rank": 4, "share": "none", "dtype": "float32"}),
+    ("eigen", {}),
+    ("eigen", {"rank": 3, "share": "field", "dtype": "float32"}),
+    ("palu", {}),
     ("recompute", {}),
     ("truncate", {}),
+    ("ids_coded", {}),
+    ("hidden", {}),
+    ("xquant", {"bits": 4}),
+    ("xquant", {"bits": 3, "across": True}),
+    *(("ids_below", {"inner": inner}) for inner in (None, "int8", "recent", "h2o", {"svd": {"dtype": "int8"}})),
     ("merge_adjacent", {}),
     *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
     ("d2o", {"inner": "knorm"}),
@@ -111,6 +119,8 @@ WORLDS = (  # lsrm attends as sasrec does
     "gated_delta-2-heads",
 )  # fmt: skip
 
+NOT_ON_TENSORS = ("recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
+
 
 def label(method):
     name, params = method
@@ -127,8 +137,8 @@ def test_every_registered_compressor_is_here():
 @pytest.mark.parametrize("method", METHODS, ids=label)
 def test_promise(method, world, promise, trained):
     name, params = method
-    if world == "tensors" and name in ("recompute", "truncate"):
-        pytest.skip("rebuilds from raw events, which plain tensors do not have")
+    if world == "tensors" and name in NOT_ON_TENSORS:
+        pytest.skip("rebuilds from raw events or a backbone's maps, which plain tensors do not have")
     compressor, place = get_compressor(name, **params), World(world, None if world == "tensors" else trained(world))
     if place.backbone is not None and (why := compressor.supports(place.backbone)):
         pytest.skip(why)
@@ -144,7 +154,7 @@ def test_a_fresh_process_reads_every_method_from_its_bytes_alone():
     for name, params in METHODS:
         compressor = get_compressor(name, **params)
         budget = Budget(0.4) if compressor.takes_budget else None
-        bare = name not in ("recompute", "truncate") and compressor.structural is None
+        bare = name not in NOT_ON_TENSORS and compressor.structural is None
         budget = Budget(slots=3) if name == "truncate" else budget
         cases.append(Case(compressor, None if bare else backbone, budget).written())
     for method, (_, _, want), got in zip(METHODS, cases, read_elsewhere([case[:2] for case in cases])):

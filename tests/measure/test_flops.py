@@ -20,6 +20,8 @@ PARAMS = {  # beside the defaults
         {"steps": ({"mla": {"latent": 6}}, "h2o", {"kivi": {"bits": 2}})},
     ],
     "gqa": [{"n_kv_heads": 1}],
+    "eigen": [{}, {"rank": 3, "share": "layer"}],
+    "ids_below": [{}, {"inner": "recent"}],
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
@@ -29,6 +31,7 @@ PARAMS = {  # beside the defaults
     "entropy": [{}],
     "gear": [{}, {"inner": {"turboquant": {"bits": 2}}, "every": 64}],
     "intactkv": [{}, {"inner": {"turboquant": {"bits": 2}}}],
+    "xquant": [{}, {"across": True}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
