@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
+from malloc_bench.backbones.probing import Seen, probe_flops, probed
 from malloc_bench.backbones.statistics import newest, observed, over_group
 from malloc_bench.state import (
     Dense,
@@ -21,6 +22,7 @@ from malloc_bench.state import (
     Layer,
     Named,
     Prefill,
+    Probes,
     Segment,
     Slots,
     Stats,
@@ -89,6 +91,15 @@ class AttentionBackbone(ItemBackbone):
         positions = state.length.long()[:, None].expand(-1, m)
         return self._output(self._over(tokens, positions, state, None)[0])
 
+    def probe(self, state: UserState, events: Events, stats: Stats, items: Named) -> list[dict[Hashable, Probes]]:
+        def send(tokens: Events, ahead: Tensor) -> list[Seen]:
+            seen: list[Seen] = []
+            positions = (state.length.long()[:, None] + ahead).clamp(max=self.max_length)
+            self._over(tokens, positions, state, None, seen)
+            return seen
+
+        return probed(send, state, events, stats, items, self.uses_times, self.scoring is not None)
+
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:
             raise ValueError("a state of raw events grows by its ids alone, not by append")
@@ -121,6 +132,7 @@ class AttentionBackbone(ItemBackbone):
             if step == "statistics":
                 total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
                 total += block.logit_flops(stats.window * tokens, event)
+                total += probe_flops(block, event, tokens, stats)
                 continue
             total += block.linear_flops(tokens)
             total += pair * {"prefill": block.causal_pairs(tokens), "append": tokens**2, "read": tokens}[step]
@@ -143,14 +155,20 @@ class AttentionBackbone(ItemBackbone):
         return self.prefill(events).state
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
+        self,
+        tokens: Events,
+        positions: Tensor,
+        state: UserState,
+        own_mask: Tensor | None,
+        seen: list[Seen] | None = None,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another.
 
-        None: each to itself alone.
+        None: each to itself alone. seen: takes what went on in each layer.
         """
         places, asked = self._places(tokens, positions)
-        return over(self.blocks, self._embed(tokens, positions), own_mask, state.layers, state.length, places, asked)
+        x = self._embed(tokens, positions)
+        return over(self.blocks, x, own_mask, state.layers, state.length, places, asked, seen)
 
 
 def fill(
@@ -194,16 +212,20 @@ def over(
     length: Tensor,
     places: Places,
     asked: Places,
+    seen: list[Seen] | None = None,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another (None: each
     over itself alone).
 
-    Returns the outputs [B, M, d] and what each layer would store of the tokens.
+    Returns the outputs [B, M, d] and what each layer would store of the tokens. seen: takes what went on in each.
     """
     stored: list[dict[str, Tensor]] = []
     for block, layer in zip(blocks, layers):
         q, own, gate = block.project(x)
-        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked), gate)
+        if seen is not None:
+            seen.append(Seen(block, q, own, asked))
+        note = seen[-1].note if seen is not None and own_mask is None else None
+        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked, note), gate)
         stored.append(own)
     return x, stored
 
@@ -217,8 +239,12 @@ def _attend(
     length: Tensor,
     places: Places,
     asked: Places,
+    note: Callable[..., None] | None = None,
 ) -> Tensor:
-    """Attention of M tokens over a layer's segments and the tokens themselves, [B, H, M, D]; blocked over queries."""
+    """Attention of M tokens over a layer's segments and the tokens themselves, [B, H, M, D]; blocked over queries.
+
+    note: takes, block by block, what comes from the segments alone, and logits, masks, masses and weights.
+    """
     sources: list[tuple[Segment, Places]] = []
     end = length[:, None]
     for segment in reversed(layer):
@@ -244,8 +270,11 @@ def _attend(
             masks.append(own_mask[:, :, rows])
         weights = block.weigh([*logits, among], masks, [*masses, None])
         mixed = mix_own(weights[-1])
-        for w, (segment, _) in zip(weights, sources):
-            mixed = mixed + block.mix(w, segment)
+        parts = [block.mix(w, segment) for w, (segment, _) in zip(weights, sources)]
+        if note is not None:
+            note(sum(parts, torch.zeros_like(mixed)), [*logits, among], masks, [*masses, None], weights)
+        for part in parts:
+            mixed = mixed + part
         out.append(mixed)
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 

@@ -34,6 +34,7 @@ class Block(nn.Module):
 
     heads: int  # of the queries
     stored_heads: int  # of the fields that `split` gives
+    normalised: bool = True  # a token's weights come to 1: a softmax
     fused: str | None = None
     parts: dict[str, int]
 
@@ -67,6 +68,10 @@ class Block(nn.Module):
         """[H, D, d]: what a unit of each head's mixture adds to the layer's output; None where nothing linear does."""
         out = getattr(self, "out", None)
         return out.weight.T.unflatten(0, (self.heads, -1)) if isinstance(out, nn.Linear) else None
+
+    def each(self, x: Tensor) -> Tensor:
+        """What is known of the slots of each stored head, [B, H', ...], for each query head; one for all stays one."""
+        return x
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         """[B, H, M, S] -> [B, H, M, D]"""

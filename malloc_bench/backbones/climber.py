@@ -14,6 +14,7 @@ from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
+from malloc_bench.backbones.probing import Seen, probe_flops
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, grow, take
@@ -243,7 +244,12 @@ class Climber(AttentionBackbone):
         return Prefill(state, ids, events, seed=seed, **found)
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None
+        self,
+        tokens: Events,
+        positions: Tensor,
+        state: UserState,
+        own_mask: Tensor | None,
+        seen: list[Seen] | None = None,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
         embedded = self._embed(tokens, positions)
@@ -255,7 +261,7 @@ class Climber(AttentionBackbone):
         stored: list[dict[str, Tensor]] = []
         for part, mask in zip(self._stacks(), masks):
             layers = state.layers[part]
-            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked)
+            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked, seen)
             outputs.append(x)
             stored += own
         return self.fusion(torch.stack(outputs, 2), asked), stored
@@ -286,7 +292,8 @@ class Climber(AttentionBackbone):
             widths = [index.shape[1] for index, _ in self._groups(raw, positions)]
         elif state is not None and step in ("prefill", "statistics"):
             widths = [state.layers[part.start][0].width for part in self._stacks()]
-        total = 0 if step in ("prefill", "statistics") else self.fusion.flops(tokens)
+        probes = sum(ask.number for ask in stats.asks)  # they come out of the stacks as candidates do
+        total = self.fusion.flops({"prefill": 0, "statistics": probes}.get(step, tokens))
         for i, block in enumerate(self.blocks):
             width = widths[i // self.config.layers]
             own = block.project(self.items.weight.new_zeros(1, 1, self.config.dim))[1]
@@ -296,6 +303,7 @@ class Climber(AttentionBackbone):
             if step == "statistics":
                 total += 2 * self.config.heads * block_pairs(width) * stats.column_sum
                 total += event.fields["keys"].flops(stats.window * width)
+                total += probe_flops(block, event, width, stats)
             elif step == "prefill":
                 total += filling
             else:
