@@ -37,6 +37,7 @@ class Ask:
         return self.which, self.horizon
 
 
+_MOST = 20.0  # of a slot of the state's own it is 0 at most; of slots that somebody has made anything
 GIVEN = ("given",)  # the kind of probes that plain tensors come with: they answer whatever is asked
 
 
@@ -112,7 +113,7 @@ class Probes:
         mask = _each(segment.slots.mask(segment.width), self.queries.shape[1]).unsqueeze(2)
         if self.total is None:
             return self.weigh(segment)[0]
-        return (self.logits(segment) - self.total).masked_fill(~mask, -torch.inf).exp()
+        return (self.logits(segment) - self.total).clamp(max=_MOST).masked_fill(~mask, -torch.inf).exp()
 
     def own_values(self) -> Tensor:
         """The token's own value by query head, [B, Hq, M, D']; zeros on plain tensors."""

@@ -1,6 +1,6 @@
 """Several methods in a row, sized together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -131,9 +131,9 @@ class Compose(TokenMethod):
         one = prefill.state.length.long().clamp(max=1)
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, history: int, heads: Sequence[int] | None = None) -> int:
         """The sum over its steps."""
-        return sum(step.flops(state, history) for step in self.steps)
+        return sum(step.flops(state, history, heads) for step in self.steps)
 
 
 def _chains(step: Compressor) -> bool:
