@@ -89,13 +89,14 @@ class FittedTokens(TokenMethod):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
             rows = self.probes * (h if heads is None else heads[layer])
             total += 2 * rows * k * d + 2 * rows * k * k + 4 * rows * k * wide + 2 * h * k * k * wide
-            if segment.slots is not None and segment.slots.mass is not None:
+            weighed = segment.slots is not None and segment.slots.mass is not None
+            if weighed:
                 total += 2 * rows * k * k + 4 * rows * k + 2 * ROUNDS * h * k * k
-            total += self.choosing(h, rows, k, d, wide, history)
+            total += self.choosing(h, rows, k, d, wide + weighed, history)
         return total
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        """FLOPs of `index` in one layer; rows: probes of all query heads."""
+        """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
         return 0
 
 
