@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
+from malloc_bench.backbones.probing import Drawn, Note, Seen, Watch, probe_flops, probed
 from malloc_bench.backbones.statistics import newest, observed, over_group
 from malloc_bench.state import (
     Dense,
@@ -22,6 +23,7 @@ from malloc_bench.state import (
     Layer,
     Named,
     Prefill,
+    Probes,
     Segment,
     Slots,
     Stats,
@@ -31,8 +33,6 @@ from malloc_bench.state import (
 )
 
 _CELLS = 1 << 24  # weights at a time over a state: 64 MB
-
-Watch = tuple[list[Tensor], Tensor]  # see `over`
 
 
 class AttentionBackbone(ItemBackbone):
@@ -103,9 +103,28 @@ class AttentionBackbone(ItemBackbone):
 
     def reading(self, tokens: Events, state: UserState) -> list[Tensor]:
         positions = state.length.long()[:, None].expand(-1, tokens.items.shape[1])
-        real, found = tokens.mask().float(), list[Tensor]()
-        self._over(tokens, positions, state, None, (found, real / real.sum(1, keepdim=True).clamp(min=1)))
-        return found
+        drawn: list[Drawn] = []
+
+        def watch(*layer: Any) -> Note:
+            drawn.append(Drawn(*layer, tokens.mask()))
+            return drawn[-1].note
+
+        self._over(tokens, positions, state, None, watch)
+        return [over_group(each.total, each.own) for each in drawn]
+
+    def probe(self, state: UserState, events: Events, stats: Stats, items: Named) -> list[dict[Hashable, Probes]]:
+        def send(tokens: Events, ahead: Tensor) -> list[Seen]:
+            seen: list[Seen] = []
+
+            def watch(*layer: Any) -> Note:
+                seen.append(Seen(*layer))
+                return seen[-1].note
+
+            positions = (state.length.long()[:, None] + ahead).clamp(max=self.max_length)
+            self._over(tokens, positions, state, None, watch)
+            return seen
+
+        return probed(send, state, events, stats, items, self.uses_times, self.scoring is not None)
 
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:
@@ -139,6 +158,7 @@ class AttentionBackbone(ItemBackbone):
             if step == "statistics":
                 total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
                 total += block.logit_flops(stats.window * tokens, event)
+                total += probe_flops(block, event, tokens, stats)
                 continue
             total += block.linear_flops(tokens)
             total += pair * {"prefill": block.causal_pairs(tokens), "append": tokens**2, "read": tokens}[step]
@@ -165,9 +185,10 @@ class AttentionBackbone(ItemBackbone):
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another.
 
-        None: each to itself alone.
+        None: each to itself alone. watch: see `over`.
         """
-        x, (places, asked) = self._embed(tokens, positions), self._places(tokens, positions)
+        places, asked = self._places(tokens, positions)
+        x = self._embed(tokens, positions)
         return over(self.blocks, x, own_mask, state.layers, state.length, places, asked, watch)
 
 
@@ -219,13 +240,14 @@ def over(
     """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another (None: each
     over itself alone).
 
-    watch: a list that gets each layer's |weights| over its first segment, [B, H, S], summed by shares [B, M] of tokens.
-    Returns the outputs [B, M, d] and what each layer would store of the tokens.
+    Returns the outputs [B, M, d] and what each layer would store of the tokens. watch: is told of each layer what went
+    on there.
     """
     stored: list[dict[str, Tensor]] = []
     for block, layer in zip(blocks, layers):
         q, own, gate = block.project(x)
-        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked, watch), gate)
+        note = None if watch is None else watch(block, q, own, asked)
+        x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked, note), gate)
         stored.append(own)
     return x, stored
 
@@ -239,9 +261,12 @@ def _attend(
     length: Tensor,
     places: Places,
     asked: Places,
-    watch: Watch | None,
+    note: Note | None = None,
 ) -> Tensor:
-    """Attention of M tokens over a layer's segments and the tokens themselves, [B, H, M, D]; blocked over queries."""
+    """Attention of M tokens over a layer's segments and the tokens themselves, [B, H, M, D]; blocked over queries.
+
+    note: takes, block by block, what comes from the segments alone, and logits, masks, masses and weights.
+    """
     sources: list[tuple[Segment, Places]] = []
     end = length[:, None]
     for segment in reversed(layer):
@@ -252,7 +277,6 @@ def _attend(
     mine = m if own_mask is not None else 1
     step = max(1, _CELLS // max(1, b * h * (mine + sum(s.width for s, _ in sources))))
     out: list[Tensor] = []
-    drawn: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         part, at = q[:, :, rows], asked.rows(rows)
@@ -267,14 +291,13 @@ def _attend(
             among, mix_own = block.logits(part, tokens, at, places), partial(block.mix, segment=tokens)
             masks.append(own_mask[:, :, rows])
         weights = block.weigh([*logits, among], masks, [*masses, None])
-        if watch is not None:
-            drawn.append((watch[1][:, None, None, rows].to(q.dtype) @ weights[0].abs()).squeeze(2))
         mixed = mix_own(weights[-1])
-        for w, (segment, _) in zip(weights, sources):
-            mixed = mixed + block.mix(w, segment)
+        parts = [block.mix(w, segment) for w, (segment, _) in zip(weights, sources)]
+        if note is not None:
+            note(sum(parts, torch.zeros_like(mixed)), [*logits, among], masks, [*masses, None], weights)
+        for part in parts:
+            mixed = mixed + part
         out.append(mixed)
-    if watch is not None:
-        watch[0].append(over_group(torch.stack(drawn).sum(0), own))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 

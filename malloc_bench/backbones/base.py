@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.registry import find, suggest
-from malloc_bench.state import Batch, Events, Prefill, Stats, UserState
+from malloc_bench.state import Batch, Events, MissingStatistic, Named, Prefill, Probes, Stats, UserState
 
 
 class Scoring(nn.Module):
@@ -59,6 +59,31 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         """The full state of B histories, with the attention statistics asked for."""
+
+    def probe(
+        self, state: UserState, events: Events, stats: Stats, items: Named
+    ) -> Sequence[Mapping[Hashable, Probes]]:
+        """What each layer of the state has seen of the probe tokens of `stats`, as `Prefill.probed` has it.
+
+        events: the newest of the history, with their times. Raises MissingStatistic where it cannot tell.
+        """
+        raise MissingStatistic(f"{self.name} sends no probes through its layers")
+
+    def prepare(
+        self,
+        events: Events,
+        users: Tensor | None = None,
+        stats: Stats = Stats(),
+        seed: int = 0,
+        items: Named | None = None,
+        tokens: Events | None = None,
+    ) -> Prefill:
+        """All that methods with the needs `stats` get: `prefill`, what is known of items, the probes, and of the tokens
+        that will read, which ceilings alone ask for."""
+        made = self.prefill(events, users, stats, seed)
+        probed = self.probe(made.state, events, stats, items or Named({})) if stats.asks else None
+        reader = self.reading(tokens, made.state) if stats.reader and tokens is not None else None
+        return replace(made, items=items, probed=probed, reader=reader)
 
     @abstractmethod
     def read(self, tokens: Events, state: UserState) -> Tensor:

@@ -34,6 +34,7 @@ class Block(nn.Module):
 
     heads: int  # of the queries
     stored_heads: int  # of the fields that `split` gives
+    normalised: bool = True  # a token's weights come to 1: a softmax
     fused: str | None = None
     parts: dict[str, int]
     parts_before: dict[str, int]  # once narrowed
@@ -84,6 +85,10 @@ class Block(nn.Module):
             if linear.bias is not None:
                 found[f"{name}.bias"] = linear.bias[rows].unflatten(0, (self.stored_heads, -1))
         return Projection(found, silu, eps)
+
+    def each(self, x: Tensor) -> Tensor:
+        """What is known of the slots of each stored head, [B, H', ...], for each query head; one for all stays one."""
+        return x
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         """[B, H, M, S] -> [B, H, M, D]"""

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.attention import AttentionBackbone, Watch, fill, over
+from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
+from malloc_bench.backbones.probing import Watch, probe_flops
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, grow, take
@@ -285,7 +286,8 @@ class Climber(AttentionBackbone):
             widths = [index.shape[1] for index, _ in self._groups(raw, positions)]
         elif state is not None and step in ("prefill", "statistics"):
             widths = [state.layers[part.start][0].width for part in self._stacks()]
-        total = 0 if step in ("prefill", "statistics") else self.fusion.flops(tokens)
+        probes = sum(ask.number for ask in stats.asks)  # they come out of the stacks as candidates do
+        total = self.fusion.flops({"prefill": 0, "statistics": probes}.get(step, tokens))
         for i, block in enumerate(self.blocks):
             width = widths[i // self.config.layers]
             own = block.project(self.items.weight.new_zeros(1, 1, self.config.dim))[1]
@@ -295,6 +297,7 @@ class Climber(AttentionBackbone):
             if step == "statistics":
                 total += 2 * self.config.heads * block_pairs(width) * stats.column_sum
                 total += event.fields["keys"].flops(stats.window * width)
+                total += probe_flops(block, event, width, stats)
             elif step == "prefill":
                 total += filling
             else:

@@ -49,6 +49,7 @@ class HSTUBlock(Block):
     """U, V, Q, K = SiLU(LN(x) W); A = SiLU(QK' + bias) / N; output x + W_o dropout(U * LN(AV)) (paper, eq. 1-3)."""
 
     fused = "uvqk"
+    normalised = False
 
     def __init__(self, dim: int, heads: int, rate: float, max_length: int, times: bool) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, take
+from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, Vectors, take
 
 _GATHER = 8  # a gathered row costs about as much as so many that are multiplied in place
 
@@ -80,7 +80,7 @@ class MARMBlock(SASRecBlock):
         )
 
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
-        hidden = segment.fields["hidden"]
+        hidden = _keys(segment)
         if self.search != "group":
             return hidden.dot(q)
         elsewhere = q[..., -1:] != self._group(hidden.dense()).unsqueeze(-2)
@@ -102,7 +102,7 @@ class MARMBlock(SASRecBlock):
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         """[B, H, M, S] -> [B, H, M, d]; after a search in a state only the slots found are touched."""
-        hidden = segment.fields["hidden"]
+        hidden = _values(segment)
         if not self._gathers(segment):
             return hidden.mix(weights)
         top = weights.topk(self.top_k, -1)
@@ -122,13 +122,13 @@ class MARMBlock(SASRecBlock):
             yield weights, replace(part, slots=None), rows  # no state: many queries share the slots
 
     def logit_flops(self, queries: int, segment: Segment) -> int:
-        return segment.fields["hidden"].flops(queries * self.heads)
+        return _keys(segment).flops(queries * self.heads)
 
     def attend_flops(self, queries: int, segment: Segment) -> int:
         search = self.logit_flops(queries, segment)
         if not self._gathers(segment):
-            return 2 * search
-        return search + 2 * queries * self.heads * self.top_k * segment.fields["hidden"].shape[3]
+            return search + _values(segment).flops(queries * self.heads)
+        return search + 2 * queries * self.heads * self.top_k * _values(segment).shape[3]
 
     def causal_pairs(self, slots: int) -> int:
         return super().causal_pairs(slots) if self.search == "none" else block_pairs(slots)
@@ -139,8 +139,17 @@ class MARMBlock(SASRecBlock):
         return torch.cat([leading, -leading], -1).argmax(-1)
 
     def _gathers(self, segment: Segment) -> bool:
-        stored = segment.slots is not None and isinstance(segment.fields["hidden"], Dense)
+        stored = segment.slots is not None and isinstance(_values(segment), Dense)
         return self.search != "none" and stored and _GATHER * self.top_k <= segment.width
+
+
+def _keys(segment: Segment) -> Vectors:
+    """Hidden vectors as they are asked; a compressor may store others to be mixed."""
+    return segment.fields["keys" if "keys" in segment.fields else "hidden"]
+
+
+def _values(segment: Segment) -> Vectors:
+    return segment.fields["values" if "values" in segment.fields else "hidden"]
 
 
 @register("marm")

@@ -196,9 +196,7 @@ def _together(
                 needs |= job.compressor.needs
         with _noting(broken, *own) if model is not backbone else contextlib.nullcontext(), undisturbed():
             try:
-                prefill = model.prefill(asked.history, ids, needs, seed)
-                if needs.reader:
-                    prefill = replace(prefill, reader=model.reading(asked.tokens, prefill.state))
+                prefill = model.prepare(asked.history, ids, needs, seed, items, asked.tokens)
             except Exception as error:
                 if needs == Stats():
                     raise
@@ -213,7 +211,7 @@ def _together(
             found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
         elif not own:
             continue
-        prefill = replace(prefill, whole=whole, items=items, memo={})
+        prefill = replace(prefill, whole=whole, memo={})
         witnesses = Witnesses.of(prefill, packed)
         some = packed if len(packed) else torch.arange(min(_PACKED_OF_OTHERS, len(ids)))
         watched = Witnesses.of(prefill, some) if any(_remembers(job.compressor) for job in own) else witnesses

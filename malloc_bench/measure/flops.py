@@ -52,9 +52,10 @@ def closed_form(
     prefill = backbone.flops("prefill", n)
     statistics = backbone.flops("statistics", n, stats=compressor.needs) if compressor.needs != Stats() else 0
     raw = state.events is not None
+    heads = [block.heads for block in getattr(backbone, "blocks", ())]
     return {
         "prefill_flops": prefill,
-        "compress_flops": None if statistics is None else statistics + compressor.flops(state, n),
+        "compress_flops": None if statistics is None else statistics + compressor.flops(state, n, heads),
         "append_flops": None if raw else backbone.flops("append", workload.appended, state),
         "read_flops": backbone.flops("read", workload.candidates, state),
     }

@@ -15,7 +15,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, Structural
 from malloc_bench.measure.environment import cores, load
 from malloc_bench.measure.sampling import MOST, Call, Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
-from malloc_bench.measure.workload import Workload
+from malloc_bench.measure.workload import Workload, some_facts
 from malloc_bench.state import Events, Fitted, Prefill, Stats, UserState
 from malloc_bench.training.fit import tune_malloc
 
@@ -120,8 +120,10 @@ def latency(
         history, tokens, new = workload.events(models[None].n_items, device)
         filled = prefilled(models, [method[0] for method in methods.values()], workload)
 
+        items = some_facts(models[None].n_items)
+
         def prefill(part: Structural | None, stats: Stats) -> Call:
-            return lambda: models[part].prefill(history, stats=stats)
+            return lambda: models[part].prepare(history, stats=stats, items=items)
 
         needs = {(part, _PLAIN) for part in filled} | {(m[0].structural, m[0].needs) for m in methods.values()}
         built = interleaved({each: prefill(*each) for each in needs}, device, 10 * seconds, max(repeats, _PREFILLS))

@@ -52,14 +52,16 @@ class Workload:
     def prefill(self, backbone: Backbone, stats: Stats = Stats()) -> Prefill:
         """The workload's histories in a backbone of at least `max_length`."""
         device = next(backbone.parameters()).device
+        items = some_facts(backbone.n_items) if stats.of_items else None
         history, tokens, _ = self.events(backbone.n_items, device)
-        made = backbone.prefill(history, stats=stats)
-        made = replace(made, reader=backbone.reading(tokens, made.state)) if stats.reader else made
-        return replace(made, items=some_facts(backbone.n_items)) if stats.of_items else made
+        return backbone.prepare(history, stats=stats, items=items, tokens=tokens)
 
 
 def some_facts(n_items: int) -> Named:
-    """Made-up facts about items, as `Prefill.items` has them: 18 categories, a few items that are popular."""
+    """Made-up facts about items, as `Prefill.items` has them: 18 categories, a few items that are popular, probes."""
     rng = np.random.default_rng(0)
     categories, popularity = rng.integers(0, 18, n_items), rng.zipf(1.5, n_items).clip(max=10**6)
-    return Named({"categories": torch.from_numpy(categories), "popularity": torch.from_numpy(popularity)})
+    popular = torch.from_numpy(np.argsort(-popularity, kind="stable") + 1)
+    drawn, gaps = (torch.from_numpy(x) for x in (rng.permutation(n_items) + 1, rng.integers(1, 86_400, n_items)))
+    known = {"categories": torch.from_numpy(categories), "popularity": torch.from_numpy(popularity)}
+    return Named({**known, "popular": popular, "probes": drawn, "gaps": gaps})

@@ -94,9 +94,9 @@ class Fits:
         for ids, history in histories(self.split, users, self.backbone.max_length):
             with torch.no_grad():
                 history = map_tensors(lambda x: x.to(device), history)
-                prefill = self.backbone.prefill(history, ids, needs, self.seed)
+                prefill = self.backbone.prepare(history, ids, needs, self.seed, items)
                 whole = None if budget is None else self.plain.prefill(history, ids).full_bytes()
-            yield replace(prefill, items=items, whole=whole)
+            yield replace(prefill, whole=whole)
 
 
 def _load(place: Path, key: dict[str, Any]) -> tuple[Fitted, float | None] | None:

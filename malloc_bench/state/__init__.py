@@ -8,23 +8,25 @@ from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ra
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
 from malloc_bench.state.patched import Intact, Outliers, Over, Sum, intact, outliers, under
-from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
+from malloc_bench.state.prefill import Prefill
+from malloc_bench.state.probes import Ask, Probes
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.rebuilt import Derived, Embedded, Map, Normed, Projection, Rebuilt, Summed
 from malloc_bench.state.rounded import Rounded, rounded
 from malloc_bench.state.sample import Sample
 from malloc_bench.state.slots import Slots, take
+from malloc_bench.state.stats import MissingStatistic, Stats
 from malloc_bench.state.streamed import Frequencies, Streamed, coding, frequencies, integers, streamed
 from malloc_bench.state.turned import Basis, Turned
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Basis", "Batch", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded", "Events", "Factor",
-    "Fitted", "Frequencies", "FromCodebook", "Intact", "ItemFrequencies", "Layer", "LowRank", "Map",
-    "MissingStatistic", "Named", "Normed", "Outliers", "Over", "Prefill", "Projection", "Quantized", "Ragged",
-    "Rebuilt", "Rounded", "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned",
-    "UserState", "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow", "intact",
-    "integers", "joined", "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits",
-    "principal", "quantize", "rounded", "side_by_side", "streamed", "take", "under", "unpack_bits",
+    "Ask", "Basis", "Batch", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded", "Events",
+    "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact", "ItemFrequencies", "Layer", "LowRank", "Map",
+    "MissingStatistic", "Named", "Normed", "Outliers", "Over", "Prefill", "Probes", "Projection", "Quantized",
+    "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table",
+    "Turned", "UserState", "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow",
+    "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers",
+    "pack_bits", "principal", "quantize", "rounded", "side_by_side", "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

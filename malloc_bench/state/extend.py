@@ -10,7 +10,7 @@ from torch import Tensor
 
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.user_state import Events, Layer, Segment, UserState
-from malloc_bench.state.vectors import Dense
+from malloc_bench.state.vectors import Dense, Vectors
 
 
 def extend(state: UserState, new: Sequence[dict[str, Tensor]], events: Events, timestamps: bool) -> UserState:
@@ -32,7 +32,7 @@ def grow(old: Sequence[Layer], new: Sequence[dict[str, Tensor]], tail: Slots) ->
     layers: list[Layer] = []
     for layer, fields in zip(old, new):
         last = layer[-1] if layer else None
-        if last is None or not _plain(last, tail):
+        if last is None or last.fields.keys() != fields.keys() or not _plain(last, tail):
             layers.append((*layer, Segment({k: Dense(v) for k, v in fields.items()}, tail)))
             continue
         slots = last.slots
@@ -85,12 +85,14 @@ def joined(state: UserState) -> UserState:
         key = tuple(map(id, owns))
         if key not in done:
             done[key] = _one_after_the_other(owns, counts, [segment.width for segment in layer], state.length)
-        fields = {
-            name: Dense(_behind([segment.fields[name].dense() for segment in layer], counts))
-            for name in layer[0].fields
-        }
+        fields = {name: Dense(_behind([_field(s, name).dense() for s in layer], counts)) for name in layer[0].fields}
         layers.append((Segment(fields, done[key]),))
     return UserState(tuple(layers), state.length, state.events)
+
+
+def _field(segment: Segment, name: str) -> Vectors:
+    """By its name; where keys and values are one stored field, that."""
+    return segment.fields[name] if name in segment.fields else next(iter(segment.fields.values()))
 
 
 def _one_after_the_other(owns: Sequence[Slots], counts: Sequence[Tensor], widths: list[int], length: Tensor) -> Slots:

@@ -152,9 +152,9 @@ def check(name: str, given: Sequence[Tensor], like: Sequence[Tensor], last: str)
     """Raises ValueError in one line where a layer of `given` is no tensor of [B, H, S, last] beside keys `like`.
 
     last: the name of the last dimension: "D" as the keys', "S" their slots, anything else any number. `queries` and
-    `attention` may have a multiple of the keys' heads.
+    `attention` may have a multiple of the keys' heads, and so may `probes`, of any number.
     """
-    grouped = name in ("queries", "attention")
+    grouped, some = name in ("queries", "attention", "probes"), name == "probes"
     if not isinstance(given, Sequence | Tensor) or len(given) != len(like) or not len(given):
         found = str(len(given)) if isinstance(given, Sequence | Tensor) else type(given).__name__
         wanted = "one or more" if given is like else len(like)
@@ -168,6 +168,7 @@ def check(name: str, given: Sequence[Tensor], like: Sequence[Tensor], last: str)
         b, h, s, d = (like[0].shape[0], key.shape[1], like[0].shape[2], key.shape[3])
         size = {"D": d, "S": s}.get(last, x.shape[3])
         heads = x.shape[1] % h == 0 and x.shape[1] > 0 if grouped else x.shape[1] == h
+        s = x.shape[2] if some else like[0].shape[2]
         if not heads or (x.shape[0], x.shape[2], x.shape[3]) != (b, s, size):
             wanted = f"a multiple of {h}" if grouped else h
             raise ValueError(f"{name}[{i}]: expected [{b}, {wanted}, {s}, {size}], not {list(x.shape)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,54 +12,17 @@ from torch.nn import functional as F
 
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, check, check_users, softmax_rows
+from malloc_bench.state.probes import GIVEN, Ask, Probes, plain
 from malloc_bench.state.rebuilt import Projection
 from malloc_bench.state.slots import Slots
+from malloc_bench.state.stats import MissingStatistic as MissingStatistic
+from malloc_bench.state.stats import Stats as Stats
 from malloc_bench.state.user_state import Events, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
 
-OBSERVED = ("column_sum", "window", "queries", "inputs", "alike", "reader")  # layer by layer, of users' own
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a method needs of a prefill beside keys and values; ask for the union of several with `|`.
-
-    column_sum: total |weight| that each slot received from the history's own queries.
-    window: weights of the newest `window` queries of the history over all slots, one row each.
-    queries: the newest so many queries themselves.
-    inputs: what each layer got in for every event. outputs: each layer's map behind its mixture. projections: each
-        layer's map from its input to what it stores, and with them the tables that the lowest layer's input comes from.
-    alike: how little each layer changed every event.
-    reader: weights of the tokens that will read, which nobody has when a state is made: a ceiling, not deployable.
-    events: the raw events, so that a method knows which item and time a slot is of.
-    categories, popularity: of each item, the latter in training events; with them come the events.
-    """
-
-    column_sum: bool = False
-    window: int = 0
-    queries: int = 0
-    inputs: bool = False
-    outputs: bool = False
-    projections: bool = False
-    events: bool = False
-    categories: bool = False
-    popularity: bool = False
-    alike: bool = False
-    reader: bool = False
-
-    def __or__(self, other: Stats) -> Stats:
-        return Stats(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
-
-    @property
-    def of_items(self) -> bool:
-        """Whether anything about events or items is asked for."""
-        return self.events or self.categories or self.popularity
-
-
-class MissingStatistic(ValueError):
-    """A compressor asked a Prefill for what nobody gathered."""
+OBSERVED = ("column_sum", "window", "queries", "inputs", "alike", "reader", "probed")  # layer by layer, of users' own
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +41,14 @@ class Prefill:
     inputs: a layer each, [B, S, d]: what the layer got in for every event.
     alike: a layer each, [B, S]: the cosine between what the layer got in for an event and what came out.
     reader: a layer each, [B, H, S]: mean |weight| of the tokens that read the full state, as `column_sum`.
+    probed: a layer each, by `Ask.kind`: what probes asked and got.
     outputs: by the layer's number, [Hq, D, d]: what a unit of a head's mixed values adds to the layer's output (with
         HSTU before its gate and norm).
     projections: a layer each, how it makes keys and values of its input.
     tables: `items` [n_items + 1, d] and `positions` [max_length + 1, d], whose rows add up to the lowest layer's input.
     items: facts about items, row i is item i + 1: `categories` [n_items] int64 from 0, `popularity` [n_items], its
-        training events.
+        training events. With probes: `probes` or `popular` [M], ids of the items to send, `gaps` [M], seconds between
+        two training events.
     fitted: what the method has learned of training users; None for most.
     seed: the cell's seed.
     uses_positions: the backbone's `read` needs the positions of slots, so a method that skips events must store them.
@@ -106,6 +71,7 @@ class Prefill:
     memo: dict[Hashable, Any] = field(default_factory=dict)
     queries: Sequence[Tensor] | None = None
     inputs: Sequence[Tensor] | None = None
+    probed: Sequence[Mapping[Hashable, Probes]] | None = None
     outputs: Named | None = None
     items: Named | None = None
     fitted: Fitted | None = None
@@ -209,6 +175,16 @@ class Prefill:
         """`reader` of a layer, [B, H, S]; raises MissingStatistic."""
         return _there(self.reader, "reader=True")[layer]
 
+    def probes(self, layer: int, ask: Ask | None = None) -> Probes:
+        """What probes asked of a layer and got; ask None: the only ones there are. Raises MissingStatistic."""
+        known = _there(self.probed, "probes=64")[layer]
+        if ask is None:
+            (found,) = known.values()
+            return found
+        if GIVEN in known:
+            return known[GIVEN].first(ask.number)
+        return _there(known.get(ask.kind), f"probes={ask}").first(ask.number)
+
     def output_map(self, layer: int) -> Tensor:
         """`outputs` of a layer, [Hq, D, d]; raises MissingStatistic."""
         return _there(self.outputs, "outputs=True")[str(layer)]
@@ -298,6 +274,7 @@ class Prefill:
         events: Events | None = None,
         items: Named | None = None,
         outputs: Sequence[Tensor] | None = None,
+        probes: Sequence[Tensor] | None = None,
     ) -> Prefill:
         """A Prefill of plain tensors, so that any compressor can be tried without a backbone.
 
@@ -338,9 +315,14 @@ class Prefill:
         asked = None if queries is None else Asked(queries, keys, count)
         state = UserState(layers, count)
         behind = None if outputs is None else Named({str(i): x for i, x in enumerate(outputs)})
+        probed = None
+        if probes is not None:
+            check("probes", probes, keys, "D")
+            probed = [{GIVEN: plain(q, layer[0], count)} for q, layer in zip(probes, layers)]
         return Prefill(
-            state, ids, events, column_sum, window, seed, positions, queries=asked, items=items, outputs=behind
-        )
+            state, ids, events, column_sum, window, seed, positions, queries=asked, items=items, outputs=behind,
+            probed=probed,
+        )  # fmt: skip
 
 
 def _there(known: T | None, what: str) -> T:

@@ -66,19 +66,21 @@ class World:
     def prefill(self, stats: Stats, lengths: Sequence[int] = LENGTHS, constant: bool = False, draw: int = 0) -> Prefill:
         """Full states of users with histories of these lengths; constant: the same event again and again."""
         users, n_items = torch.arange(len(lengths)) + 11, 60 if self.backbone is None else self.backbone.n_items
-        items = Named({"categories": torch.arange(n_items) % 7, "popularity": torch.arange(n_items) ** 2 % 11})
-        known: dict[str, Any] = {"items": items if stats.of_items else None, "fitted": self.fitted}
+        items = _facts(n_items) if stats.of_items else None
+        known: dict[str, Any] = {"items": items, "fitted": self.fitted}
         if self.backbone is not None:
             history, tokens = histories(self.backbone, lengths, constant, draw)
-            made = self.backbone.prefill(history, users, stats, seed=3)
-            known |= {"reader": self.backbone.reading(tokens, made.state)} if stats.reader else {}
-            return replace(made, **known)
+            return replace(self.backbone.prepare(history, users, stats, 3, items, tokens), **known)
         shape = (len(lengths), 2, max(lengths, default=0), 8)
         q, k, v = ([_noise(shape, 3 * layer + i + 100 * draw) for layer in range(2)] for i in range(3))
         if constant:
             q, k, v = ([torch.ones_like(x) for x in xs] for xs in (q, k, v))
         maps = [_noise((2, 8, 5), 50 + layer) for layer in range(2)]
-        made = Prefill.from_tensors(k, v, q, lengths=torch.tensor(lengths), users=users, seed=3, outputs=maps)
+        probes = [
+            _noise((len(lengths), 2, stats.asks[0].number, 8), 60 + layer) for layer in range(2 if stats.asks else 0)
+        ]
+        more: dict[str, Any] = {"seed": 3, "outputs": maps, "probes": probes or None}
+        made = Prefill.from_tensors(k, v, q, lengths=torch.tensor(lengths), users=users, **more)
         count, events = made.state.length, None
         if stats.of_items:  # else methods that rebuild from events would try to
             drawn = torch.randint(1, n_items + 1, shape[:1] + shape[2:3], generator=torch.Generator().manual_seed(5))
@@ -104,6 +106,12 @@ class World:
             return self.backbone.read(map_tensors(lambda x: x.index_select(0, rows), tokens), state)
         queries = _noise((len(lengths), 2, 3, 8), 99).index_select(0, rows)
         return torch.stack([_softmax_read(queries, layer) for layer in state.layers], 1)
+
+
+def _facts(n_items: int) -> Named:
+    every = torch.arange(n_items)
+    known = {"categories": every % 7, "popularity": every**2 % 11, "probes": every.flip(0) + 1, "popular": every + 1}
+    return Named({**known, "gaps": every**3 % 5_000 + 1})
 
 
 def histories(
@@ -178,6 +186,8 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
     }
     if prefill.queries is not None:
         seen["queries"] = [x.index_select(0, rows) for x in prefill.queries]
+    if prefill.probed is not None:
+        seen["probed"] = map_tensors(lambda x: x.index_select(0, rows), list(prefill.probed))
     return replace(
         prefill,
         state=UserState(tuple(layers), length),

@@ -22,6 +22,7 @@ PARAMS = {  # beside the defaults
     "gqa": [{"n_kv_heads": 1}],
     "eigen": [{}, {"rank": 3, "share": "layer"}],
     "ids_below": [{}, {"inner": "recent"}],
+    **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp")},
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
@@ -97,7 +98,9 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
 @pytest.mark.parametrize("history", [100, 300])
 @pytest.mark.parametrize("name, has_time", ATTENTION)
 @pytest.mark.parametrize("part", ["full", "mqa", "mla"])
-@pytest.mark.parametrize("stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8)], ids=str)
+@pytest.mark.parametrize(
+    "stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8), Stats(probes=5)], ids=str
+)
 def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, part, name, has_time, history, monkeypatch):
     backbone, work = fit_for(get_compressor(part), build(name, has_time, history + 1)), Workload(2, history)
     for block in backbone.blocks:
@@ -115,7 +118,7 @@ def test_padded_widths_count(method, name, has_time):
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
-        full = replace(backbone.prefill(ragged, stats=method.needs), items=some_facts(ITEMS))
+        full = backbone.prepare(ragged, stats=method.needs, items=some_facts(ITEMS))
         state = method.compress(learned(method, full), budget(method))
         assert closed_form(backbone, method, state, work)["read_flops"] == per_user(
             lambda: backbone.read(tokens, state), 4

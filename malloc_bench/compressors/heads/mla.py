@@ -38,8 +38,8 @@ class LatentHeads(SharedHeads):
         return None if maps is None else self._by_head(self.up_values).mT @ maps
 
     def seen(self, segment: Segment) -> Segment:
-        if "latent" not in segment.fields:  # a plain pass that has them spread out already
-            return segment
+        if "latent" not in segment.fields:  # a plain pass that has them spread out already, or two latents were stored
+            return segment if segment.fields["keys"].shape[1] == self.heads else super().seen(segment)
         latent = Shared(segment.fields["latent"], self.heads)
         return Segment({"keys": latent, "values": latent}, segment.slots)
 

@@ -63,12 +63,12 @@ class SharedHeads(Block):
         return Segment({k: Shared(v, self.heads // v.shape[1]) for k, v in segment.fields.items()}, segment.slots)
 
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
-        places = Places(self._each(slots.positions), None if slots.times is None else self._each(slots.times))
+        places = Places(self.each(slots.positions), None if slots.times is None else self.each(slots.times))
         return super().logits(q, self.seen(segment), queries, places)
 
     def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
-        known = [None if mass is None else self._each(mass) for mass in masses]
-        return super().weigh(logits, [self._each(mask) for mask in masks], known)  # type: ignore[safe-super]
+        known = [None if mass is None else self.each(mass) for mass in masses]
+        return super().weigh(logits, [self.each(mask) for mask in masks], known)  # type: ignore[safe-super]
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         return super().mix(weights, self.seen(segment))
@@ -84,7 +84,7 @@ class SharedHeads(Block):
     def attend_flops(self, queries: int, segment: Segment) -> int:
         return super().attend_flops(queries, self.seen(segment))
 
-    def _each(self, x: Tensor) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
         """What is known of the slots of each stored head, [B, H', ...], for each query head; one for all stays one."""
         return x if x.shape[1] == 1 else x.repeat_interleave(self.heads // x.shape[1], 1)
 

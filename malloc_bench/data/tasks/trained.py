@@ -17,6 +17,7 @@ from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.state import Events, Named, Stats
 
 _CHUNK = 64  # users
+_DRAWS = 1 << 16  # of training events, of which the first distinct items are probes
 
 
 def ends(split: Split | Impressions) -> np.ndarray:
@@ -56,7 +57,33 @@ def facts(split: Split | Impressions, needs: Stats) -> Named | None:
     data = split.dataset
     if needs.categories and data.categories is not None:
         known["categories"] = torch.from_numpy(data.categories.copy())
-    if needs.popularity:
+    if needs.popularity or needs.asks:
         trained = np.arange(data.n_events) < np.repeat(ends(split), np.diff(data.offsets))
-        known["popularity"] = torch.from_numpy(np.bincount(data.items[trained], minlength=data.n_items + 1)[1:])
+        popularity = np.bincount(data.items[trained], minlength=data.n_items + 1)[1:]
+    if needs.popularity:
+        known["popularity"] = torch.from_numpy(popularity)
+    if needs.asks:
+        most = max(ask.number for ask in needs.asks)
+        known |= _probes(split, np.flatnonzero(trained), popularity, most)
     return Named(known) if known else None
+
+
+def _probes(
+    split: Split | Impressions, trained: np.ndarray, popularity: np.ndarray, most: int
+) -> dict[str, torch.Tensor]:
+    """Distinct items drawn by training events, the most popular ones, and seconds between two training events of a
+
+    user, `most` of each or as many as there are. trained: places of training events.
+    """
+    data, rng = split.dataset, np.random.default_rng(0)
+    drawn = data.items[trained[rng.integers(0, max(len(trained), 1), _DRAWS if len(trained) else 0)]]
+    _, first = np.unique(drawn, return_index=True)  # one draw for all: fewer probes are the first of more
+    found = {
+        "probes": torch.from_numpy(drawn[np.sort(first)][:most].astype(np.int64)),
+        "popular": torch.from_numpy(np.argsort(-popularity, kind="stable")[:most] + 1),
+    }
+    if data.times is not None:
+        later = trained[~np.isin(trained, data.offsets)]  # not a user's first
+        at = later[rng.integers(0, max(len(later), 1), _DRAWS if len(later) else 0)]
+        found["gaps"] = torch.from_numpy((data.times[at] - data.times[at - 1]).clip(min=0)[:most].astype(np.int64))
+    return found

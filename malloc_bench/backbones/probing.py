@@ -1,0 +1,188 @@
+"""Probe tokens behind a backbone: what they are, and what a layer's own arithmetic says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malloc_bench.backbones.block import Block, Places
+from malloc_bench.state import (
+    Ask,
+    Dense,
+    Events,
+    MissingStatistic,
+    Named,
+    Probes,
+    Segment,
+    Slots,
+    Stats,
+    UserState,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProbes(Probes):
+    """Probes that ask a backbone's layer; itself: [B, Hq, M, 1], the logit of a token over itself; positions, times:
+
+    [B, 1, M], where they stand and when they are asked for."""
+
+    block: Block | None = None
+    itself: Tensor | None = None
+    positions: Tensor | None = None
+    times: Tensor | None = None
+
+    def _by_probe(self) -> dict[str, Tensor]:
+        places = {"itself": self.itself, "positions": self.positions, "times": self.times}
+        return super()._by_probe() | {name: x for name, x in places.items() if x is not None}
+
+    def _asked(self) -> tuple[Block, Places]:
+        assert self.block is not None and self.positions is not None
+        return self.block, Places(self.positions, self.times)
+
+    def logits(self, segment: Segment) -> Tensor:
+        block, asked = self._asked()
+        assert segment.slots is not None
+        places = segment.slots.places(segment.width, self.length[:, None])
+        return block.logits(self.queries, segment, asked, Places(places, segment.slots.timestamps))
+
+    def weigh(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        block, _ = self._asked()
+        assert segment.slots is not None and self.itself is not None
+        mask = segment.slots.mask(segment.width).unsqueeze(2)
+        masks = [mask, mask.new_ones(1, 1, 1, 1)]
+        weights, share = block.weigh([self.logits(segment), self.itself], masks, [segment.slots.mass, None])
+        return weights, share
+
+    def mix(self, weights: Tensor, segment: Segment) -> Tensor:
+        return self._asked()[0].mix(weights, segment)
+
+
+Note = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], None]
+Watch = Callable[
+    [Block, Tensor, dict[str, Tensor], Places], Note
+]  # of a layer, what is to be told of some tokens there
+
+
+@dataclass
+class Seen:
+    """What went on in one layer while tokens passed: their queries and own vectors, where they stood, and what `note`
+    was told of them."""
+
+    block: Block
+    q: Tensor
+    own: dict[str, Tensor]
+    asked: Places
+    got: list[Tensor] = field(default_factory=list)
+    itself: list[Tensor] = field(default_factory=list)
+    share: list[Tensor] = field(default_factory=list)
+    total: list[Tensor] = field(default_factory=list)
+
+    def note(
+        self,
+        got: Tensor,
+        logits: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        masses: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+    ) -> None:
+        """Of some tokens, each of which sees the state and itself, last."""
+        self.got.append(got)
+        self.itself.append(logits[-1])
+        self.share.append(weights[-1])
+        if self.block.normalised:
+            known = [
+                x if m is None else x + self.block.each(m).clamp(min=1e-6).log().unsqueeze(2)
+                for x, m in zip(logits, masses)
+            ]
+            parts = [x.masked_fill(~self.block.each(mask), -torch.inf).logsumexp(-1) for x, mask in zip(known, masks)]
+            self.total.append(torch.stack(parts).logsumexp(0).unsqueeze(-1))
+
+    def probes(self, length: Tensor) -> LayerProbes:
+        b, _, m, _ = self.q.shape
+        times = None if self.asked.times is None else self.asked.times.expand(b, 1, m)
+        total = torch.cat(self.total, 2) if self.total else None
+        return LayerProbes(
+            self.q, torch.cat(self.got, 2), torch.cat(self.share, 2), total, length, self.own, self.block,
+            torch.cat(self.itself, 2), self.asked.positions.expand(b, 1, m), times,
+        )  # fmt: skip
+
+
+@dataclass
+class Drawn:
+    """What tokens, of which `real` [B, M] are none of padding, drew from each slot: mean |weight| [B, Hq, S]."""
+
+    block: Block
+    q: Tensor
+    own: dict[str, Tensor]
+    asked: Places
+    real: Tensor
+    total: Tensor | float = 0.0
+    known: int = 0
+
+    def note(self, got: Tensor, logits: Any, masks: Any, masses: Any, weights: Sequence[Tensor]) -> None:
+        weight = weights[0].abs()
+        rows = slice(self.known, self.known + weight.shape[2])
+        share = self.real[:, rows].to(weight.dtype) / self.real.sum(1, keepdim=True).clamp(min=1)
+        self.total, self.known = self.total + (share[:, None, None] @ weight).squeeze(2), rows.stop
+
+
+def probed(
+    send: Callable[[Events, Tensor], list[Seen]],
+    state: UserState,
+    events: Events,
+    stats: Stats,
+    items: Named,
+    timed: bool,
+    ranking: bool,
+) -> list[dict[Hashable, Probes]]:
+    """What each layer has seen of the probes of `stats`, by `Ask.kind`; events: the newest ones of the history.
+
+    send: tokens [B, M] and how many events they stand ahead of the next one, [M], through the stack over the state.
+    """
+    found: list[dict[Hashable, Probes]] = [{} for _ in state.layers]
+    for ask in stats.asks:
+        tokens, ahead = _tokens(ask, events, items, timed, ranking)
+        for layer, seen in zip(found, send(tokens, ahead)):
+            layer[ask.kind] = seen.probes(state.length)
+    return found
+
+
+def _tokens(ask: Ask, events: Events, items: Named, timed: bool, ranking: bool) -> tuple[Events, Tensor]:
+    """The probe items behind each history, and how many events ahead. Times follow the history's newest event by gaps
+
+    of training, never by the request's own. In retrieval a token is an event, and is asked after one gap more.
+    """
+    device, b = events.items.device, len(events.count)
+    known = {"drawn": items.get("probes"), "popular": items.get("popular")}
+    drawn = known[ask.which] if isinstance(ask.which, str) else torch.tensor(ask.which)
+    if drawn is None:
+        raise MissingStatistic(f"nobody knows which items are {ask.which}: items need their popularity in training")
+    drawn = drawn[: ask.number].to(device)
+    m = len(drawn)
+    ahead = torch.tensor(ask.horizon, device=device).repeat(-(-m // len(ask.horizon)))[:m]
+    times = following = None
+    if timed:
+        gaps = items.get("gaps")
+        if gaps is None or events.times is None or len(gaps) < m:
+            raise MissingStatistic(f"this backbone reads times, and the gaps of {m} probes are not known")
+        gaps = gaps[:m].to(device)
+        last = (events.count.long() - 1).clamp(min=0)[:, None]
+        newest = events.times.gather(1, last) if events.times.shape[1] else events.count.long()[:, None]
+        times = newest + gaps * (ahead + 1)
+        following = times if ranking else times + gaps.roll(1)
+    count = torch.full((b,), m, dtype=torch.int32, device=device)
+    return Events(drawn.int().expand(b, m), count, times, following), ahead
+
+
+def probe_flops(block: Block, event: Segment, history: int, stats: Stats) -> int:
+    """Of the probes of `stats` in one layer over the state of a history; event: what one token stores."""
+    m = sum(ask.number for ask in stats.asks)
+    if not m:
+        return 0
+    slots = Slots(torch.full((1, 1), history))
+    state = Segment({k: Dense(v.dense().expand(-1, -1, history, -1)) for k, v in event.fields.items()}, slots)
+    return block.linear_flops(m) + m * block.attend_flops(1, event) + block.attend_flops(m, state)

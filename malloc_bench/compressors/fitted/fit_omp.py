@@ -1,0 +1,73 @@
+"""The slots that explain what probes got, one after the other, fitted to stand for all."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.fitted.fitting import FittedTokens, evened, rows_of
+from malloc_bench.registry import register
+from malloc_bench.state import Prefill
+
+_SPENT = 1e-3  # of the first gain: below it slots are taken by their weight
+
+
+@register("fit_omp")
+@dataclass(frozen=True)
+class FitOMP(FittedTokens):
+    """Keeps k slots of each head by orthogonal matching pursuit: each next one is the column of A, the weights of
+    probes over slots, that points most along what is left of the target A V (softmax: of the total weight too, on the
+    scale of the target). Masses and values are solved for as in `fit_recent`, where the parameters are told.
+    """
+
+    probes: int = 64
+    ridge: float = 1e-3
+    horizon: tuple[int, ...] = (0,)
+
+    family = "fitted"
+    paper = "ours; for language models Attention Matching, arXiv 2602.16284; pursuit: Pati et al., Asilomar 1993"
+    formula = "next slot = argmax |a_j' R| / |a_j|, R what is left of [A V, A 1]; masses and values as in fit_recent"
+    stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
+
+    def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
+        size = int(k.max()) if len(k) else 0
+        order = prefill.remember(("fit_omp", self.ask, layer, size), lambda: self._order(prefill, layer, size))
+        beyond = torch.arange(size, device=k.device) >= k.view(-1, 1, 1)
+        last = (prefill.slots(layer).count.long() - 1).clamp(min=0).unsqueeze(-1)
+        return order.masked_fill(beyond, prefill.segment(layer).width).sort(-1).values.minimum(last)
+
+    def _order(self, prefill: Prefill, layer: int, size: int) -> Tensor:
+        """Slots as they are taken, [B, H, size]; after all of a user's any."""
+        probes, segment = prefill.probes(layer, self.ask), prefill.segment(layer)
+        heads, even = next(iter(segment.fields.values())).shape[1], evened(probes)
+        columns = rows_of(probes.columns(segment).float() * even, heads)  # [B, H, R, S]
+        target = rows_of(probes.target.float() * even, heads)
+        if probes.normalised:
+            scale = target.square().mean((2, 3), keepdim=True).sqrt()
+            target = torch.cat([target, (1 - rows_of(probes.share.float(), heads)) * scale], -1)
+        length = columns.square().sum(2).sqrt()
+        left, free = columns.mT @ target, prefill.mask(layer).expand(-1, heads, -1)  # [B, H, S, D]
+        basis = columns.new_zeros(*columns.shape[:3], size)
+        taken: list[Tensor] = []
+        first = (left.norm(dim=-1) / length.clamp(min=1e-20)).amax(-1, keepdim=True) if size else length
+        for turn in range(size):
+            gain = left.norm(dim=-1) / length.clamp(min=1e-20)
+            spent = gain.masked_fill(~free, 0.0).amax(-1, keepdim=True) <= _SPENT * first  # what is left is rounding
+            best = torch.where(spent, length, gain).masked_fill(~free, -1.0).argmax(-1, keepdim=True)
+            taken.append(best)
+            free = free.scatter(2, best, False)
+            new = columns.gather(3, best.unsqueeze(2).expand(-1, -1, columns.shape[2], -1))  # [B, H, R, 1]
+            before = new.norm(dim=2, keepdim=True)
+            for _ in range(2):  # once is not enough in float32
+                new = new - basis @ (basis.mT @ new)
+            rest = new.norm(dim=2, keepdim=True)
+            new = torch.where(rest > 1e-4 * before, new / rest.clamp(min=1e-30), 0.0)  # nothing new: no direction
+            basis[..., turn] = new[..., 0]
+            left = left - (columns.mT @ new) @ (new.mT @ target)
+        return torch.cat(taken, -1) if taken else free[..., :0].long()
+
+    def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
+        """Weights over all slots; then for each turn what is new of a column, along all columns and the target."""
+        return (
+            2 * rows * history * (width + wide + k) + rows * (8 * k * k + 2 * k * wide) + 2 * heads * history * k * wide
+        )

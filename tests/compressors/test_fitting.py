@@ -1,0 +1,127 @@
+"""Slots that are fitted to probes against their definitions, head by head in float64, and what they are good for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.compressors.fitted.fitting import masses
+from malloc_bench.state import Dense, Prefill, Segment, Stats, take
+from malloc_bench.testing import World
+from malloc_bench.testing.worlds import close
+
+COUNTS = (1, 4, 12, 30)
+FITTED = ("fit_recent", "fit_top", "fit_omp")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def prefill():
+    """Two stored heads, each of two query heads, six probes."""
+    keys, values = (noise(len(COUNTS), 2, max(COUNTS), 4, seed=i) for i in range(2))
+    probes = noise(len(COUNTS), 4, 6, 4, seed=2)
+    return Prefill.from_tensors([keys], [values], lengths=torch.tensor(COUNTS), positions=True, probes=[probes])
+
+
+def weights(prefill, user, head):
+    """A [group x M, n] of a stored head, float64."""
+    n = COUNTS[user]
+    keys, queries = prefill.keys(0)[user, head, :n].double(), prefill.probes(0).queries[user].double()
+    return torch.cat([(queries[h] @ keys.T).softmax(-1) for h in (2 * head, 2 * head + 1)])
+
+
+def pursued(a, target, k):
+    chosen = []
+    while len(chosen) < k:
+        basis = a[:, chosen]
+        rest = target - basis @ torch.linalg.lstsq(basis, target).solution if chosen else target
+        gain = (a.T @ rest).norm(dim=1) / a.norm(dim=0)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("name", FITTED)
+def test_slots_masses_and_values(prefill, name, k):
+    method = get_compressor(name, probes=6)
+    (segment,) = method.compress(prefill, Budget(slots=k)).layers[0]
+    for user, n in enumerate(COUNTS):
+        for head in range(2):
+            a, v = weights(prefill, user, head), prefill.values(0)[user, head, :n].double()
+            target = a @ v
+            with_mass = torch.cat([target, torch.ones(len(a), 1) * target.square().mean().sqrt()], 1)
+            slots = {
+                "fit_recent": lambda: list(range(n - min(k, n), n)),  # noqa: B023
+                "fit_top": lambda: sorted(a.square().mean(0).argsort(descending=True)[:k].tolist()),  # noqa: B023
+                "fit_omp": lambda: pursued(a, with_mass, min(k, n)),  # noqa: B023
+            }[name]()
+            kept = int(segment.slots.count[user, 0])
+            places = segment.slots.positions
+            if places is not None:
+                assert places[user, min(head, places.shape[1] - 1), :kept].tolist() == slots
+            mass = segment.slots.mass[user, head, :kept].double()
+            got = segment.fields["values"].dense()[user, head, :kept].double()
+            if n <= k:
+                assert mass.tolist() == [1.0] * n and torch.equal(got, v)
+                continue
+            b = a[:, slots] * mass
+            b = b / b.sum(1, keepdim=True)
+            gram = b.T @ b
+            damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(k).double()
+            want = v[slots] + torch.linalg.solve(damped, b.T @ (target - b @ v[slots]))
+            close(got, want, f"values of user {user}", 1e-3)
+
+
+def test_masses_are_non_negative_least_squares():
+    """Against all subsets of columns that may be at zero."""
+    a, total = noise(3, 2, 9, 4, seed=4).exp(), torch.ones(3, 2, 9, 1)
+    found = masses(a, total)
+    assert bool((found > 0).all())
+    for user in range(3):
+        for head in range(2):
+            x, best = a[user, head].double(), torch.inf
+            for subset in range(1, 16):
+                some = [i for i in range(4) if subset >> i & 1]
+                m = torch.linalg.lstsq(x[:, some], torch.ones(9, 1).double()).solution
+                if bool((m >= 0).all()):
+                    best = min(best, float((x[:, some] @ m - 1).square().sum()))
+            got = float((x @ found[user, head].double()[:, None] - 1).square().sum())
+            assert got <= best * 1.05 + 1e-3
+
+
+@pytest.mark.parametrize(
+    "case", ["sasrec-2-heads", "hstu-times-2-heads", "marm-2-heads", "sasrec-mla", "climber-times-2-heads"]
+)
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_slots_give_what_the_history_gives(name, case, trained):
+    """More than the same slots as they are, layer by layer, to probes that they were not fitted to."""
+    method = get_compressor(name, probes=24)
+    prefill = World(case, trained(case)).prefill(Stats(probes=40))
+    state = method.compress(prefill, Budget(slots=3))
+    errors = torch.zeros(2)
+    for layer in prefill.layers:
+        probes, (segment,), slots = prefill.probes(layer), state.layers[layer], prefill.slots(layer)
+        index = method.index(prefill, layer, slots.count[:, 0].long().clamp(max=3))
+        fields = prefill.segment(layer).fields
+        plain = {
+            n: Dense(take(fields[n if n in fields else next(iter(fields))].dense(), index)) for n in segment.fields
+        }
+        for way, kept in enumerate((segment, Segment(plain, replace(segment.slots, mass=None)))):
+            weights, share = probes.weigh(kept)
+            got = probes.mix(weights, kept) + share * probes.own_values()
+            off = (got - probes.target - probes.share * probes.own_values()).float()
+            errors[way] += off[4:, :, 24:].square().sum()
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_bad_parameters():
+    for params in ({"probes": 0}, {"ridge": 0.0}, {"horizon": ()}, {"horizon": (-1,)}):
+        with pytest.raises(ValueError):
+            get_compressor("fit_recent", **params)
