@@ -105,19 +105,19 @@ class AttentionBackbone(ItemBackbone):
         positions = state.length.long()[:, None].expand(-1, tokens.items.shape[1])
         drawn: list[Drawn] = []
 
-        def watch(*layer: Any) -> Note:
-            drawn.append(Drawn(*layer, tokens.mask()))
+        def watch(block: Block, q: Tensor, own: dict[str, Tensor], asked: Places) -> Note:
+            drawn.append(Drawn(own, tokens.mask()))
             return drawn[-1].note
 
         self._over(tokens, positions, state, None, watch)
-        return [over_group(each.total, each.own) for each in drawn]
+        return [over_group(torch.stack(each.total).sum(0), each.own) for each in drawn]
 
     def probe(self, state: UserState, events: Events, stats: Stats, items: Named) -> list[dict[Hashable, Probes]]:
         def send(tokens: Events, ahead: Tensor) -> list[Seen]:
             seen: list[Seen] = []
 
-            def watch(*layer: Any) -> Note:
-                seen.append(Seen(*layer))
+            def watch(block: Block, q: Tensor, own: dict[str, Tensor], asked: Places) -> Note:
+                seen.append(Seen(block, q, own, asked))
                 return seen[-1].note
 
             positions = (state.length.long()[:, None] + ahead).clamp(max=self.max_length)

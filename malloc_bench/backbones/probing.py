@@ -113,21 +113,19 @@ class Seen:
 
 @dataclass
 class Drawn:
-    """What tokens, of which `real` [B, M] are none of padding, drew from each slot: mean |weight| [B, Hq, S]."""
+    """What tokens drew from each slot, the mean |weight| as parts [B, Hq, S] of a sum; real: [B, M], no padding."""
 
-    block: Block
-    q: Tensor
     own: dict[str, Tensor]
-    asked: Places
     real: Tensor
-    total: Tensor | float = 0.0
+    total: list[Tensor] = field(default_factory=list)
     known: int = 0
 
     def note(self, got: Tensor, logits: Any, masks: Any, masses: Any, weights: Sequence[Tensor]) -> None:
         weight = weights[0].abs()
         rows = slice(self.known, self.known + weight.shape[2])
         share = self.real[:, rows].to(weight.dtype) / self.real.sum(1, keepdim=True).clamp(min=1)
-        self.total, self.known = self.total + (share[:, None, None] @ weight).squeeze(2), rows.stop
+        self.total.append((share[:, None, None] @ weight).squeeze(2))
+        self.known = rows.stop
 
 
 def probed(
