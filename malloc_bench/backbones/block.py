@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from malloc_bench.backbones.sums import Weigher
 from malloc_bench.state import Dense, Projection, Segment, Slots
 
 BLOCK = 256  # queries at a time in the plain pass
@@ -97,6 +98,10 @@ class Block(nn.Module):
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
         """Plain causal attention of a left-aligned batch onto itself, [B, H, S, D]; subclasses have faster ones."""
         return torch.cat([self.mix(w, part) for w, part, _ in self.causal_blocks(q, own, places, asked)], dim=2)
+
+    def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
+        """Keys, values [B, H, S, D] and the weigher by which `sums.tiled` does what `causal` does; None: it cannot."""
+        return None
 
     def causal_blocks(
         self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places

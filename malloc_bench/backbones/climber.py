@@ -61,6 +61,7 @@ class AdaptiveBlock(SASRecBlock):
     fused = None  # `among` takes keys and values of all heads
     causal = Block.causal  # blockwise: the bias is in the way of SASRec's kernel
     causal_pairs = Block.causal_pairs
+    in_tiles = Block.in_tiles
 
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
         pairs = Places(slots.positions.unsqueeze(-2), None if slots.times is None else slots.times.unsqueeze(-2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import BLOCK, Block, Places
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
+from malloc_bench.backbones.sums import Weigher
 from malloc_bench.registry import register
 from malloc_bench.state import Projection, Segment
 
@@ -85,6 +86,20 @@ class HSTUBlock(Block):
             logits = q[:, :, rows] @ keys[:, :, seen].transpose(-1, -2) + bias.masked_fill(future, _NEVER)
             mixed.append(F.silu(logits) @ values[:, :, seen])
         return torch.cat(mixed, dim=2)
+
+    def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
+        def weigher(rows: slice) -> Callable[[Tensor, slice], Tensor]:
+            bias = self._bias(asked.rows(rows), places.rows(slice(0, rows.stop)))[:, 0]  # [B or 1, rows, keys]
+            future = torch.ones_like(bias[0], dtype=torch.bool).triu(rows.start + 1)
+            bias = bias.masked_fill(future, _NEVER)
+
+            def weigh(weights: Tensor, some: slice) -> Tensor:
+                mine = bias if len(bias) == 1 else bias[torch.arange(some.start, some.stop) // self.heads]
+                return F.silu(weights.add_(mine), inplace=True).div_(self.normaliser)
+
+            return weigh
+
+        return own["keys"], own["values"], weigher
 
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
         return segment.fields["keys"].dot(q) + self._bias(queries, slots)

@@ -15,6 +15,7 @@ from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.sasrec import SASRecBlock
+from malloc_bench.backbones.sums import Weigher, softmax
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, Vectors, take
 
@@ -114,6 +115,10 @@ class MARMBlock(SASRecBlock):
             return Block.causal(self, q, own, places, asked)
         hidden = own["hidden"].expand(-1, self.heads, -1, -1)
         return F.scaled_dot_product_attention(q, hidden, hidden, is_causal=True, scale=1.0)
+
+    def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
+        hidden = own["hidden"].expand(-1, self.heads, -1, -1)
+        return (hidden, hidden, softmax) if self.search == "none" else None
 
     def causal_blocks(
         self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places

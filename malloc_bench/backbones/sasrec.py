@@ -12,6 +12,7 @@ from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block, Places
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
+from malloc_bench.backbones.sums import Weigher, softmax
 from malloc_bench.registry import register
 from malloc_bench.state import Projection
 
@@ -59,6 +60,9 @@ class SASRecBlock(Block):
 
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
         return F.scaled_dot_product_attention(q, own["keys"], own["values"], is_causal=True, scale=1.0)
+
+    def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
+        return own["keys"], own["values"], softmax
 
     def causal_pairs(self, slots: int) -> int:
         """The full square, as FLOP counters have it; the kernel skips most of the upper half."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.sums import tiled
 from malloc_bench.state import Dense, Segment, newest_rows
 
 
@@ -13,6 +14,9 @@ def observed(
     block: Block, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places, real: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Plain causal attention with the sum of |weights| that each key received: ([B, H, S, D], [B, H, S])."""
+    if q.device.type == "cpu" and not q.requires_grad and (tiles := block.in_tiles(own, places, asked)):
+        keys, values, weigher = tiles
+        return tiled(q, keys, values, real, weigher)
     received = q.new_zeros(q.shape[:3])
     mixed: list[Tensor] = []
     for weights, part, rows in block.causal_blocks(q, own, places, asked):

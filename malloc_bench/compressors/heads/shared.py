@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.sums import Weigher
 from malloc_bench.state import Dense, Ragged, Segment, Vectors
 from malloc_bench.state.vectors import Read
 
@@ -75,8 +76,14 @@ class SharedHeads(Block):
 
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
         """The block's own plain pass, over copies: there every slot is a query, and fused kernels want equal heads."""
+        return super().causal(q, self._copies(own), places, asked)
+
+    def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
+        return super().in_tiles(self._copies(own), places, asked)
+
+    def _copies(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         seen = self.seen(Segment({k: Dense(v) for k, v in own.items()}, None))
-        return super().causal(q, {k: v.dense() for k, v in seen.fields.items()}, places, asked)
+        return {k: v.dense() for k, v in seen.fields.items()}
 
     def logit_flops(self, queries: int, segment: Segment) -> int:
         return super().logit_flops(queries, self.seen(segment))
