@@ -43,6 +43,7 @@ METHODS = [
     ("merge_adjacent", {}),
     *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
     ("d2o", {"inner": "knorm"}),
+    *((name, {}) for name in ("category_merge", "resets", "vql")),
     *((name, {}) for name in ("pq", "rvq")),
     ("pq", {"group": 3, "bits": 4}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),
