@@ -28,6 +28,7 @@ class Codebook:
         """[B, H, S, M] uint8 -> [B, H, S, D]"""
         h, m, k, w = self.tables.shape
         b, _, s, _ = codes.shape
+        codes = codes.clamp(max=k - 1)  # padding may hold any
         flat = self.tables.to(codes.device).transpose(0, 1).reshape(m, h * k, w)
         first = k * torch.arange(h, device=codes.device).view(1, h, 1)  # of each head's entries
         rows = [flat[i].index_select(0, (codes[..., i].long() + first).flatten()) for i in range(m)]

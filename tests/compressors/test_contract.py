@@ -58,6 +58,7 @@ METHODS = [
     ("d2o", {"inner": "knorm"}),
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp")),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
+    *((name, {}) for name in ("category_merge", "resets", "vql")),
     *((name, {}) for name in ("pq", "rvq")),
     ("pq", {"group": 3, "bits": 4}),
     *(("kivi", {"bits": bits, "tail": tail, "group": 8}) for bits in (8, 4, 2) for tail in (0, 8)),

@@ -1,10 +1,12 @@
 """Methods that fold slots together against their definitions, spelled out slot by slot in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.state import Prefill
+from malloc_bench.state import Events, Named, Prefill
 from malloc_bench.testing.worlds import close
 
 COUNTS = (1, 4, 9, 21)
@@ -129,3 +131,74 @@ def test_planted_clusters_are_found():
         found = segment.fields["keys"].dense()[0, 0]
         assert segment.slots.mass[0, 0].tolist() == [7, 7, 7], name
         assert torch.cdist(found, centres).amin(1).max() < 0.2, name
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_resets(prefill, k):
+    scores = get_compressor("value_norm").scores(prefill, 0)
+
+    def define(user, head, keys):
+        n, size = len(keys), min(k, len(keys))
+        kept = sorted(range(n), key=lambda i: -float(scores[user, head, i]))[: size // 2]
+        rest = [i for i in range(n) if i not in kept]
+        more = size - len(kept)
+        seeds = [rest[-(-(j + 1) * len(rest) // more) - 1] for j in range(more)]
+        centres = [keys[s] for s in seeds]
+        for _ in range(5):
+            near = {i: min(range(more), key=lambda j: float((keys[i] - centres[j]).square().sum())) for i in rest}
+            near |= {s: j for j, s in enumerate(seeds)}
+            centres = [torch.stack([keys[i] for i in rest if near[i] == j]).mean(0) for j in range(more)]
+        found = {s: {i: 1.0 for i in rest if near[i] == j} for j, s in enumerate(seeds)} | {i: {i: 1.0} for i in kept}
+        return [found[seed] for seed in sorted(found)]
+
+    check(prefill, get_compressor("resets", inner="value_norm"), k, define)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 20])
+def test_category_merge(prefill, k):
+    """One slot a category where there are as many slots as categories, which are 3 here; the same for all heads."""
+    categories = torch.randint(0, 3, (4, 21), generator=torch.Generator().manual_seed(4))
+    events = Events(categories.int() + 1, torch.tensor(COUNTS, dtype=torch.int32))
+    prefill = replace(prefill, events=events, items=Named({"categories": torch.arange(3)}))
+    state = get_compressor("category_merge").compress(prefill, Budget(slots=k))
+    (segment,) = state.layers[0]
+    for user, n in enumerate(COUNTS):
+        kinds = categories[user, :n].tolist()
+        newer = [kinds[i + 1 :].count(kinds[i]) for i in range(n)]
+        lead = sorted(sorted(range(n), key=lambda i: (newer[i], -i))[:k])
+        groups = {i: [] for i in lead}
+        for i in range(n):
+            mine = [j for j in lead if j >= i and kinds[j] == kinds[i]]
+            groups[min(mine, default=lead[0])].append(i)
+        assert segment.slots.mass[user, 0, : len(lead)].tolist() == [len(g) for g in groups.values()]
+        for slot, group in enumerate(groups.values()):
+            want = prefill.keys(0)[user, :, group].double().mean(1)
+            close(segment.fields["keys"].dense()[user, :, slot].double(), want, f"{user} {slot}", 1e-5)
+
+
+def test_vql(prefill):
+    method = get_compressor("vql", codes=5)
+    fitted = method.fit(prefill)
+    (segment,) = method.compress(prefill, None, fitted).layers[0]
+    for user, n in enumerate(COUNTS):
+        for head in range(2):
+            keys, values = (x[user, head, :n].double() for x in (prefill.keys(0), prefill.values(0)))
+            table = fitted["0"][head, 0].double()
+            near = [int((table - x).square().sum(-1).argmin()) for x in keys]
+            used = sorted(set(near), key=lambda c: sum(i for i in range(n) if near[i] == c) / near.count(c))
+            assert int(segment.slots.count[user, head]) == len(used)
+            for slot, code in enumerate(used):
+                group = [i for i in range(n) if near[i] == code]
+                assert float(segment.slots.mass[user, head, slot]) == len(group)
+                close(segment.fields["keys"].dense()[user, head, slot].double(), table[code], "key", 1e-6)
+                close(segment.fields["values"].dense()[user, head, slot].double(), values[group].mean(0), "value", 1e-5)
+                assert abs(int(segment.slots.positions[user, head, slot]) - sum(group) / len(group)) <= 0.5
+
+
+def test_the_size_of_vql_does_not_grow_with_the_history():
+    keys = [noise(1, 2, n, 4, seed=n) for n in (40, 400)]
+    fitted = get_compressor("vql", codes=4).fit(Prefill.from_tensors(keys[:1], keys[:1]))
+    sizes = [
+        get_compressor("vql", codes=4).compress(Prefill.from_tensors([k], [k]), None, fitted).nbytes() for k in keys
+    ]
+    assert sizes[0] == sizes[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,18 +18,21 @@ class Clusters(TokenMethod):
 
     A cluster's mass is the events in it: + log mass in the logits of softmax, x mass for SiLU. Its position and time
     are the rounded means of its events'. Each of 0 ... k - 1 must have a slot; later clusters lie later in time.
+    per_head False: `owners` are the same for all heads, [B, 1, S], and so is what is stored of a cluster.
     """
+
+    per_head: ClassVar[bool] = True
 
     @abstractmethod
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        """The cluster of every slot, [B, H, S] int64; k [B] <= count. What stands beyond a user's count is not read."""
+        """The cluster of every slot, [B, H or 1, S] int64; k [B] <= count. Beyond a user's count nothing is read."""
 
     def shares(self, prefill: Prefill, layer: int, owners: Tensor, mass: Tensor) -> Tensor:
         """How much each slot counts in its cluster's vectors, [B, H, S] >= 0, here its mass; need not come to 1."""
         return mass
 
     def layout(self, prefill: Prefill) -> Layout:
-        return dense_layout(prefill, "head", mass=True)
+        return dense_layout(prefill, "head" if self.per_head else "layer", mass=True)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         layers = []
@@ -43,7 +47,8 @@ class Clusters(TokenMethod):
             share = torch.where(real, self.shares(prefill, layer, owners, mass), 0.0)
             total = _sums(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
             share = share / total.squeeze(-1).gather(2, owners.clamp(max=max(size - 1, 0))) if size else share
-            slots = self._folded(prefill, old, owners, mass, kept, size)
+            lists = heads if self.per_head else 1
+            slots = self._folded(prefill, old, owners[:, :lists], mass[:, :lists], kept, size)
             fields = {}
             for name, v in segment.fields.items():
                 x = torch.where(real.unsqueeze(-1), v.dense(), 0.0)

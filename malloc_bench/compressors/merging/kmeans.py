@@ -38,20 +38,27 @@ class KMeans(Clusters):
         if not size or not s:
             return torch.zeros(b, h, s, dtype=torch.long, device=x.device)
         x = x / x.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)  # squares of huge keys stay finite
-        seeds = spread(prefill.slots(layer).count[:, 0].long(), k, size)[:, None].expand(-1, h, -1)  # [B, H, K]
+        seeds, alone = self.seeds(prefill, layer, k, size)
+        seeds = seeds.expand(-1, h, -1)
         spare = torch.arange(size, device=x.device) >= k.view(-1, 1, 1)  # clusters that a user has not
         centres = x.gather(2, seeds.unsqueeze(-1).expand(-1, -1, -1, d))
         own = torch.where(spare, size, torch.arange(size, device=x.device)).expand(b, h, -1)
         owner = own.new_zeros(b, h, s)
         for _ in range(self.rounds):
             far = centres.square().sum(-1)[:, :, None] - 2 * x @ centres.mT  # less |x|^2, the same for all centres
-            owner = far.masked_fill(spare[:, :, None], torch.inf).argmin(-1)
+            owner = far.masked_fill((spare | alone)[:, :, None], torch.inf).argmin(-1)
             pinned = torch.full((b, h, s), size, device=x.device).scatter_reduce(2, seeds, own, "amin")
             owner = torch.where(pinned < size, pinned, owner)
             sums = x.new_zeros(b, h, size, d).scatter_add_(2, owner.unsqueeze(-1).expand_as(x), x)
             count = x.new_zeros(b, h, size).scatter_add_(2, owner, real[..., 0].expand(b, h, s).to(x.dtype))
             centres = sums / count.clamp(min=1).unsqueeze(-1)
         return owner
+
+    def seeds(self, prefill: Prefill, layer: int, k: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The slots that clusters begin with, in time order, [B, H or 1, size] of which k [B] count, and the same shape
+        bool: clusters that nothing may join, fewer than k unless k is the count."""
+        seeds = spread(prefill.slots(layer).count[:, 0].long(), k, size)[:, None]
+        return seeds, torch.zeros_like(seeds, dtype=torch.bool)
 
     def flops(self, state: UserState, history: int) -> int:
         """Products of all keys with all centres, each round."""

@@ -133,7 +133,8 @@ def _stacks(prefill: Prefill) -> Iterator[tuple[list[int], list[str]]]:
 
 def _rounded(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
     """Coefficients [N, R] as integers, and the step that makes a row's codes `bits` long in the mean."""
-    low, high = x.new_tensor(1e-6), x.new_tensor(1e6)
+    low = (x.abs().amax() if x.numel() else x.new_ones(())).clamp(min=1e-30) / 126  # codes of training users fit
+    high = 1e3 * low
     for _ in range(50):
         step = (low * high).sqrt()
         codes = (x / step).round().clamp(-126, 126)

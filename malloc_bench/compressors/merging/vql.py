@@ -1,0 +1,99 @@
+"""Keys are entries of a codebook, and a slot is an entry: its size does not grow with the history."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.quantization.codebooks import entries
+from malloc_bench.compressors.sizing import Budget
+from malloc_bench.registry import register
+from malloc_bench.state import Codebook, Dense, Fitted, FromCodebook, Prefill, Sample, Segment, Slots, UserState
+
+if TYPE_CHECKING:
+    from malloc_bench.backbones import Backbone
+
+
+@register("vql")
+@dataclass(frozen=True)
+class VQL(Compressor):
+    """Of each entry of a key codebook: how many events are nearest to it, and the mean of their values.
+
+    codes: entries a layer and head, k-means over keys of training users; so many slots at most. The paper trains its
+    codebook with the model; here it is fitted afterwards. A slot's position and time are the rounded means of its
+    events'.
+    """
+
+    codes: int = 32
+
+    family = "merging"
+    paper = "VQL, arXiv 2508.17125 (abstract)"
+    formula = "key = nearest entry, value = mean of the entry's events, mass = their number"
+    stores = "of each entry in use: a one-byte code, a mean value, a count, positions and times where they are read"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.codes <= 256:
+            raise ValueError(f"vql: codes 1 to 256 are needed, not {self.codes}")
+
+    @property
+    def takes_budget(self) -> bool:
+        return False
+
+    def supports(self, backbone: "Backbone") -> str | None:
+        two = set(backbone.fields) == {"keys", "values"} and backbone.has_slots
+        return None if two else f"vql sums values by key, {backbone.name} has no slots of keys and values"
+
+    def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
+        assert isinstance(sample, Sample)
+        keys = {str(layer): x for (layer, field), x in sample.vectors.items() if field == "keys"}
+        return Fitted({layer: entries(x, self.codes).unsqueeze(1) for layer, x in keys.items()})
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        layers = tuple((self._folded(prefill, layer),) for layer in prefill.layers)
+        return UserState(layers, prefill.state.length)
+
+    def _folded(self, prefill: Prefill, layer: int) -> Segment:
+        assert prefill.fitted is not None
+        keys, values, old = prefill.keys(layer).float(), prefill.values(layer), prefill.slots(layer)
+        book = Codebook(prefill.fitted[str(layer)], 8, keys.shape[3], added=False)
+        real = prefill.mask(layer).expand(keys.shape[:3])
+        code = book.nearest(torch.where(real.unsqueeze(-1), keys, 0.0))[..., 0].long()
+        code = torch.where(real, code, self.codes)  # padding: one more, which is cut off
+        mass = _sums(real.float().unsqueeze(-1), code, self.codes)[..., 0]  # [B, H, codes]
+        index = torch.arange(keys.shape[2], device=keys.device).double().expand(real.shape).unsqueeze(-1)
+        when = _sums(index, code, self.codes)[..., 0] / mass.clamp(min=1)
+        order = when.masked_fill(mass == 0, torch.inf).argsort(dim=-1, stable=True)  # in time order, unused ones last
+        count = (mass > 0).sum(-1).int()
+        width = int(count.max()) if count.numel() else 0
+        order = order[..., :width]
+        each = mass.gather(2, order).clamp(min=1)
+
+        def mean(x: Tensor) -> Tensor:
+            """[B, H, S, D] -> [B, H, width, D]"""
+            found = _sums(torch.where(real.unsqueeze(-1), x, 0), code, self.codes)
+            return found.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])) / each.unsqueeze(-1)
+
+        def whole(x: Tensor | None) -> Tensor | None:
+            wide = None if x is None else x.double().unsqueeze(-1).expand(*real.shape, 1)
+            return None if wide is None or x is None else mean(wide)[..., 0].round().to(x.dtype)
+
+        places = old.places(keys.shape[2], prefill.state.length[:, None]).int() if prefill.uses_positions else None
+        slots = Slots(count, whole(places), whole(old.timestamps), each)
+        fields = {
+            "keys": FromCodebook(order.byte().unsqueeze(-1), book),
+            "values": Dense(mean(values).to(values.dtype)),
+        }
+        return Segment(fields, slots)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Every key against every entry."""
+        shapes = [segment.fields["keys"].shape for segment in state.segments()]
+        return sum(2 * heads * history * width * self.codes for _, heads, _, width in shapes)
+
+
+def _sums(x: Tensor, code: Tensor, size: int) -> Tensor:
+    """Sums of x [B, H, S, D] by code [B, H, S], [B, H, size, D]."""
+    out = x.new_zeros(*x.shape[:2], size + 1, x.shape[3])
+    return out.scatter_add_(2, code.unsqueeze(-1).expand_as(x), x)[:, :, :size]
