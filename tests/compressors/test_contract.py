@@ -56,6 +56,7 @@ METHODS = [
     ("mla", {"latent": 6}),
     ("longformer", {"window": 5, "globals": 2}),
     ("linformer", {"slots": 3}),
+    ("reformer", {"buckets": 4}),
     *(
         ("compose", {"steps": steps})
         for steps in (
