@@ -51,6 +51,7 @@ METHODS = [
     *(("turboquant", {"bits": bits}) for bits in (4, 3, 1)),
     ("transact", {}),
     ("by_age", {}),
+    ("mean_heads", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
