@@ -28,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 #: After 200 steps HSTU's upper layer hardly reads its keys yet: noise in them moves outputs by 0.3 to 2 %.
 STEPS = 600
 FEW = 250  # softmax attention and the delta rule read their state sooner, and these steps take longer
-SLOW = ("climber", "gated_delta")
+SLOW = ("climber", "gated_delta", "rwkv")
 
 #: name -> (registered name, heads, times, and parameters beside the small sizes): what `trained` knows.
 #: `adapt` is no parameter: a structural compressor, by name and parameters, that adapts the backbone before training.
@@ -57,6 +57,7 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     "marm-2-heads": ("marm", 2, False),
     "gated_delta": ("gated_delta", 1, False),
     "gated_delta-2-heads": ("gated_delta", 2, False),
+    "rwkv-2-heads": ("rwkv", 2, False),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def chunked(rule: Rule, memory: Tensor) -> tuple[Tensor, Tensor]:
     is really written, solve a unit triangular system (WY form).
     """
     tokens = rule.q.shape[2]
-    parts, size = _chunks(tokens)
+    parts, size = chunk_sizes(tokens)
     short = parts * size - tokens  # padding keeps all and writes nothing
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (parts, size)) for x in rule[:3])
     keep, write = (F.pad(x, (0, short)).unflatten(2, (parts, size)) for x in rule[3:])
@@ -49,7 +49,7 @@ def chunked(rule: Rule, memory: Tensor) -> tuple[Tensor, Tensor]:
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()  # [B, H, parts, C, C]
     start, write = total.exp().unsqueeze(-1), write.unsqueeze(-1)
-    solved = _UnitInverse.apply((write * decay * (k @ k.mT)).tril(-1))
+    solved = UnitInverse.apply((write * decay * (k @ k.mT)).tril(-1))
     fresh, stale = solved @ (write * v), solved @ (write * start * k)  # u = fresh - stale M_0
     left = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT  # what is left of each key at the chunk's end
     after = start[..., -1:, :]
@@ -63,7 +63,7 @@ def chunked(rule: Rule, memory: Tensor) -> tuple[Tensor, Tensor]:
     return out.flatten(2, 3)[:, :, :tokens], memory
 
 
-class _UnitInverse(torch.autograd.Function):
+class UnitInverse(torch.autograd.Function):
     """(I + A)^-1 of strictly lower triangular matrices; its gradient is two products, where torch's solves again."""
 
     @staticmethod
@@ -121,6 +121,19 @@ class GatedDeltaBlock(nn.Module):
         hidden = dropout(torch.relu(self.up(self.norm_ffn(x))), self.rate, self.training)
         return x + dropout(self.down(hidden), self.rate, self.training)
 
+    def follow(self, rule: Rule, padding: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`chunked`, but for events that are padding [B, 1, M]."""
+        keep, write = (y.masked_fill(padding, 0.0) for y in (rule.keep, rule.write))
+        return chunked(rule._replace(keep=keep, write=write), memory)
+
+    def alone(self, rule: Rule, memory: Vectors | None) -> Tensor:
+        return alone(rule, memory)
+
+    def chunk_flops(self, size: int) -> int:
+        """Of a head and chunk: products within, products with the memory, and the triangular system."""
+        width = self.dim // self.heads
+        return 2 * (5 * size**2 * width + 3 * size * width**2) + size**3
+
 
 @register("gated_delta")
 class GatedDelta(ItemBackbone):
@@ -138,6 +151,7 @@ class GatedDelta(ItemBackbone):
     """
 
     paper = "Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, ICLR 2025, arXiv 2412.06464"
+    Block: ClassVar[type[GatedDeltaBlock]] = GatedDeltaBlock
     fields = ("memory",)
     has_slots = False
     blocks: Any  # an nn.ModuleList of `GatedDeltaBlock`s
@@ -146,7 +160,7 @@ class GatedDelta(ItemBackbone):
         super().__init__(config, n_items)
         nn.init.trunc_normal_(self.items.weight, std=0.02)
         sizes = config.dim, config.heads, config.dropout
-        self.blocks = nn.ModuleList(GatedDeltaBlock(*sizes) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self.Block(*sizes) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
 
     def _embed(self, events: Events) -> Tensor:
@@ -160,9 +174,8 @@ class GatedDelta(ItemBackbone):
         x, padding, grown = self._embed(events), ~events.mask()[:, None], []
         for block, memory in zip(self.blocks, memories):
             rule, gate = block.project(x)
-            keep, write = (y.masked_fill(padding, 0.0) for y in (rule.keep, rule.write))
             with torch.autocast(x.device.type, enabled=False):  # the triangular system wants its digits
-                read, memory = chunked(rule._replace(keep=keep, write=write), memory)
+                read, memory = block.follow(rule, padding, memory)
             x = block.combine(x, read, gate)
             grown.append(memory)
         return self._output(x), grown
@@ -190,7 +203,7 @@ class GatedDelta(ItemBackbone):
         x = self._embed(tokens)
         for block, layer in zip(self.blocks, state.layers):
             rule, gate = block.project(x)
-            x = block.combine(x, alone(rule, _memory(layer)), gate)
+            x = block.combine(x, block.alone(rule, _memory(layer)), gate)
         return self._output(x)
 
     def append(self, state: UserState, events: Events) -> UserState:
@@ -218,9 +231,8 @@ class GatedDelta(ItemBackbone):
         linear = sum(m.in_features * m.out_features for m in self.blocks.modules() if isinstance(m, nn.Linear))
         total = 2 * tokens * linear
         if step != "read":
-            parts, size = _chunks(tokens)
-            pairs = 5 * size**2 * width + 3 * size * width**2  # multiply-adds of products within, and with the memory
-            total += self.config.layers * heads * parts * (2 * pairs + size**3)
+            parts, size = chunk_sizes(tokens)
+            total += heads * parts * sum(block.chunk_flops(size) for block in self.blocks)
             return total + sum(memory.dense_flops() for layer in layers if (memory := _memory(layer)))
         if state is not None and state.events is not None:
             raw = state.events.items.shape[1]
@@ -228,7 +240,7 @@ class GatedDelta(ItemBackbone):
         return total + sum(memory.flops(tokens) for layer in layers if (memory := _memory(layer)))
 
 
-def _chunks(tokens: int) -> tuple[int, int]:
+def chunk_sizes(tokens: int) -> tuple[int, int]:
     """How many chunks, and how long: of like size, so that little is padding."""
     parts = max(-(-tokens // CHUNK), 1)
     return parts, max(-(-tokens // parts), 1)

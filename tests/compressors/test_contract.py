@@ -76,11 +76,13 @@ METHODS = [
     ("kvtc", {}),
     ("intactkv", {}),
     ("intactkv", {"score": "knorm", "inner": "pq"}),
+    ("mean_heads", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
     ("longformer", {"window": 5, "globals": 2}),
     ("linformer", {"slots": 3}),
+    ("reformer", {"buckets": 4}),
     *(
         ("compose", {"steps": steps})
         for steps in (

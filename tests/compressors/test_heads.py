@@ -263,3 +263,33 @@ def test_finetuning_has_its_own_identity():
     assert "finetune" not in plain["params"] and tuned["params"]["finetune"] == 5  # older rows keep their ids
     with pytest.raises(ValueError, match="finetune must be at least 0"):
         get_compressor("mqa", finetune=-1)
+
+
+# --- pooled without training
+
+
+@kinds
+@torch.no_grad()
+def test_pooled_heads_read_as_copies_of_their_mean_would(name, has_time):
+    plain = build(name, has_time)
+    history, tokens = histories(plain, LENGTHS)
+    full = plain.prefill(history)
+    state = get_compressor("mean_heads", heads=2).compress(full)
+    for (got,), (was,) in zip(state.layers, full.state.layers):
+        for field in ("keys", "values"):
+            x = was.fields[field].dense().double()
+            want = torch.stack([(x[:, h // 2 * 2] + x[:, h // 2 * 2 + 1]) / 2 for h in range(HEADS)], 1)
+            close(got.fields[field].dense().double(), want, field, 1e-6)
+    copies = full.state.map(torch.clone)
+    layers = [(Segment({k: Dense(v.dense()) for k, v in s.fields.items()}, s.slots),) for (s,) in state.layers]
+    close(plain.read(tokens, state), plain.read(tokens, replace(copies, layers=tuple(layers))), "read", 1e-5)
+    vectors = [2 * 2 * DIM * 4 * n for n in LENGTHS]
+    assert (full.state.nbytes() - state.nbytes()).tolist() == [v // 2 for v in vectors]
+
+
+def test_heads_that_cannot_be_pooled_say_why():
+    for name, sizes, why in (("sasrec", {"heads": 1}, "has 1"), ("marm", {}, "stores hidden"),
+                             ("gated_delta", {}, "stores memory")):  # fmt: skip
+        assert why in get_compressor("mean_heads").supports(build(name, **sizes))
+    with pytest.raises(ValueError, match="at least 1"):
+        get_compressor("mean_heads", heads=0)

@@ -26,6 +26,7 @@ PARAMS = {  # beside the defaults
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
+    "reformer": [{}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
@@ -36,7 +37,7 @@ PARAMS = {  # beside the defaults
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
-BACKBONES = [*ATTENTION, ("gated_delta", False)]
+BACKBONES = [*ATTENTION, ("gated_delta", False), ("rwkv", False)]
 
 
 def build(name, has_time, length):

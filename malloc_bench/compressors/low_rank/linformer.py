@@ -177,7 +177,7 @@ class Linformer(Structural):
         owner = torch.arange(length, device=device) * self.slots // length  # of each event
         pooled = (owner == torch.arange(self.slots, device=device)[:, None]) * (self.slots / length)
         for block in layers(backbone):
-            block.slots = self.slots
+            vars(block).update(slots=self.slots)
             for name in ("map_keys", "map_values"):
                 block.register_parameter(name, nn.Parameter(pooled + 0.1 / length * torch.randn_like(pooled)))
             block.slot_bias = nn.Parameter(torch.zeros(self.slots, device=device))

@@ -87,7 +87,7 @@ class Longformer(Structural):
 
     def adapt(self, backbone: "Backbone") -> None:
         for block in layers(backbone):
-            block.window, block.first = self.window, self.globals
+            vars(block).update(window=self.window, first=self.globals)
             swap(block, WindowBlock)
         swap(backbone, WindowBackbone)
         backbone.uses_positions, backbone.only_adds = True, False

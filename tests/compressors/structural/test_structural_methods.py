@@ -18,6 +18,7 @@ METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
     ("longformer", {"window": 3, "globals": 0}),
     ("linformer", {"slots": 3}),
+    ("reformer", {"buckets": 4}),
 ]
 KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
 
@@ -138,3 +139,29 @@ def test_a_state_is_as_large_for_any_history():
     made = adapted("linformer", {"slots": 3}, "hstu", True)
     state = made.prefill(histories(made, (0, 1, 40))[0]).state
     assert state.nbytes().tolist() == [4 + 2 * 2 * 3 * 16 * 4] * 3
+
+
+# --- reformer
+
+
+@torch.no_grad()
+def test_reformer_is_attention_within_buckets():
+    """One layer of SASRec in float64: softmax over slots that share a bucket in any round."""
+    made = adapted("reformer", {"buckets": 4, "rounds": 2}, "sasrec", layers=1).double()
+    history, at = histories(made, (40,))[0], torch.arange(40)[None]
+    block, x = made.blocks[0], made._embed(history, at)
+    q, own, _ = block.project(x)
+    assert torch.allclose(own["keys"], q / q.norm(dim=-1, keepdim=True))
+    q = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)  # all directions
+    own["keys"] = q / q.norm(dim=-1, keepdim=True)
+    want, shares = torch.zeros_like(q), []
+    for head in range(2):
+        codes = [[max(range(4), key=([*(k @ r), *(-(k @ r))]).__getitem__) for r in block.rotations]
+                 for k in own["keys"][0, head]]  # fmt: skip
+        for t in range(40):
+            seen = [i for i in range(t + 1) if any(a == b for a, b in zip(codes[i], codes[t]))]
+            w = (own["keys"][0, head, seen] @ q[0, head, t]).softmax(0)
+            want[0, head, t] = w @ own["values"][0, head, seen]
+            shares.append(len(seen) / (t + 1))
+    assert 0.2 < sum(shares) / len(shares) < 0.8
+    assert torch.allclose(block.causal(q, own, *made._places(history, at)), want, atol=1e-12)
