@@ -107,6 +107,7 @@ def test_padded_widths_count(method, name, has_time):
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
         full = replace(backbone.prefill(ragged, stats=method.needs), items=some_facts(ITEMS))
+        full = replace(full, reader=backbone.reading(tokens, full.state)) if method.needs.reader else full
         state = method.compress(learned(method, full), budget(method))
         assert closed_form(backbone, method, state, work)["read_flops"] == per_user(
             lambda: backbone.read(tokens, state), 4
