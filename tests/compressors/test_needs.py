@@ -126,7 +126,12 @@ def test_keyformer(prefill):
                 total[: at + 1] += logits.softmax(0) / 2
         return total
 
-    check(prefill, "keyformer", define, window=6)
+    def mean(user, head, keys, values):
+        n = len(keys)
+        return define(user, head, keys, values) / torch.tensor([min(6, n - i) for i in range(n)])
+
+    check(prefill, "keyformer", define, window=6, normalise=False)
+    check(prefill, "keyformer", mean, window=6)
     noise = -(-hashed(prefill, 0, torch.arange(40_000).view(1, 1, -1)).log()).log()
     assert abs(float(noise.mean()) - 0.5772) < 0.02 and abs(float(noise.std()) - 1.2825) < 0.02
 
@@ -147,7 +152,8 @@ def test_rastp(prefill):
             total += logits.softmax(-1).sum(0) / 2
         return total * torch.stack([x.abs().sum() for x in noise(4, 23, 6, seed=8)[user, :n].double()])
 
-    check(prefill, "rastp", define)
+    check(prefill, "rastp", define, normalise=False)
+    check(prefill, "rastp", lambda *at: define(*at) / torch.arange(COUNTS[at[0]], 0, -1))
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 7, 9, 12, 22])

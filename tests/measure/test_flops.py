@@ -119,7 +119,7 @@ def test_padded_widths_count(method, name, has_time):
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
     with torch.inference_mode():
-        full = backbone.prepare(ragged, stats=method.needs, items=some_facts(ITEMS))
+        full = backbone.prepare(ragged, stats=method.needs, items=some_facts(ITEMS), tokens=tokens)
         state = method.compress(learned(method, full), budget(method))
         assert closed_form(backbone, method, state, work)["read_flops"] == per_user(
             lambda: backbone.read(tokens, state), 4

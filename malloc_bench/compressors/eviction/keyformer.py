@@ -19,16 +19,17 @@ class Keyformer(Eviction):
     Noise and heat stand for the weight that moves when slots are dropped. From the paper: tau from 1 to 2, a share of
     the budget for the newest (0.2 to 0.3). Ours: the newest `window` queries, tau rising over them, as nothing is
     generated; noise is hashed from (seed, user, layer, query, slot). Behind SiLU attention, HSTU's bias apart, it is
-    the same softmax of q.k.
+    the same softmax of q.k. normalise: divide by the queries that see the slot, as `h2o` does; the paper has the sum.
     """
 
     window: int = 64
     tau: float = 2.0
     recent: float = 0.25
+    normalise: bool = True
 
     family = "eviction"
     paper = "Keyformer, Adnan et al., MLSys 2024, arXiv 2403.09054"
-    formula = "score = sum over the newest queries t of softmax((q_t.k + Gumbel) / tau_t), tau_t from 1 to tau"
+    formula = "score = mean over newest queries t that see it of softmax((q_t.k + Gumbel) / tau_t), tau_t from 1 to tau"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)
 
@@ -53,8 +54,9 @@ class Keyformer(Eviction):
         noise = -(-hashed(prefill, layer, slot + (1 << 20) * asks).log()).log()  # [B, W, S]
         logits = queries @ keys.unsqueeze(2).mT + noise[:, None, None]
         tau = torch.linspace(1, self.tau, self.window, device=keys.device)[:, None]
-        weights = (logits / tau).masked_fill(~seen, -1e30).softmax(-1) * (seen & there[:, None, ..., None])
-        return weights.sum(3).mean(2)
+        seen = seen & there[:, None, ..., None]
+        score = ((logits / tau).masked_fill(~seen, -1e30).softmax(-1) * seen).sum(3).mean(2)
+        return score / seen.sum(3).squeeze(2).clamp(min=1) if self.normalise else score
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, (k * self.recent).long()

@@ -13,11 +13,13 @@ from malloc_bench.state import Prefill, Stats
 @dataclass(frozen=True)
 class OracleEvict(Eviction):
     """Keeps what the tokens that read the full state weigh most: the newest event in retrieval, all candidates in
-    ranking. Not deployable: nobody knows them when the state is made. What attention scores fall short of it is bad
-    guessing; what it falls short of the full state, no choice by weight alone can have.
+    ranking. Not deployable: nobody knows them when the state is made.
 
-    SiLU weights can be negative: absolute values are averaged. It is a ceiling of attention scores, not of eviction: it
-    looks at no values, and what is left weighs more in a softmax.
+    SiLU weights can be negative: absolute values are averaged. A ceiling of attention scores, not of eviction: on
+    ML-100K at a quarter of the bytes (overlap with the full top 10, SASRec / HSTU) it has .80 / .77, slots by lot
+    .78 / .79, evenly spaced ones .79 / .80. The top quarter holds only .29 to .62 of a query's weight there, and to
+    scale up what is kept mends nothing (.81 / .78); slots drawn in proportion to the same weights, evenly over time,
+    each counted 1 / its chance, have .89 / .85: small weights are many, and together they count.
     """
 
     family = "ceiling"

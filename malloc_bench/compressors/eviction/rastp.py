@@ -16,13 +16,16 @@ class RASTP(Eviction):
     """Keeps slots by the size of an event's representation times the attention it drew, summed over heads.
 
     The paper drops tokens while a recommender of semantic ids trains, a third stays; here slots of a state are dropped.
-    Representations are what a layer gets in. Sums run over |weights|, which for softmax are the weights.
+    Representations are what a layer gets in. Sums run over |weights|, which for softmax are the weights. normalise:
+    divide by the queries that see the slot, as `h2o` does, since old slots are seen by more; the paper has the sum.
     """
+
+    normalise: bool = True
 
     family = "eviction"
     per_head = False
     paper = "RASTP, Representation-Aware Semantic Token Pruning, arXiv 2511.16943"
-    formula = "score = |x|_1 (sum over heads and queries of |attention weight|), x the layer's input"
+    formula = "score = |x|_1 (sum over heads, mean over the queries that see it, of |weight|), x the layer's input"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 
     @property
@@ -31,6 +34,8 @@ class RASTP(Eviction):
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         size = prefill.layer_input(layer).norm(p=1, dim=-1)  # [B, S]
-        real = prefill.mask(layer)[:, 0]
-        received = prefill.attention_received(layer).sum(1)
-        return torch.where(real, size * received, 0.0)[:, None]
+        score = size[:, None] * prefill.attention_received(layer).sum(1, keepdim=True)
+        if not self.normalise:
+            return score
+        queries = prefill.slots(layer).count.unsqueeze(-1) - torch.arange(size.shape[1], device=size.device)
+        return score / queries.clamp(min=1)
