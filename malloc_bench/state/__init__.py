@@ -7,6 +7,7 @@ from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
+from malloc_bench.state.partial import Channels, Sized
 from malloc_bench.state.prefill import MissingStatistic, Prefill, Stats
 from malloc_bench.state.quantized import Quantized, pack_bits, quantize, unpack_bits
 from malloc_bench.state.rebuilt import Derived, Embedded, Map, Normed, Projection, Rebuilt, Summed
@@ -17,10 +18,10 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Batch", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded", "Events", "Factor", "Fitted",
-    "Frequencies", "FromCodebook", "Layer", "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Prefill",
-    "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Slots", "Stats", "Summed",
-    "Table", "UserState", "Vectors", "closest", "coded", "extend", "factor", "grow", "joined", "low_rank",
-    "low_ranks", "map_tensors", "newest_rows", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
-    "take", "unpack_bits",
+    "Batch", "Channels", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded", "Events", "Factor",
+    "Fitted", "Frequencies", "FromCodebook", "Layer", "LowRank", "Map", "MissingStatistic", "Named", "Normed",
+    "Prefill", "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Sized", "Slots",
+    "Stats", "Summed", "Table", "UserState", "Vectors", "closest", "coded", "extend", "factor", "grow", "joined",
+    "low_rank", "low_ranks", "map_tensors", "newest_rows", "pack_bits", "principal", "quantize", "rounded",
+    "side_by_side", "take", "unpack_bits",
 ]  # fmt: skip
