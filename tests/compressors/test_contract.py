@@ -38,6 +38,8 @@ METHODS = [
     ("svd", {"share": "layer"}),
     ("svd", {"dtype": "int4"}),
     ("svd", {"rank": 4, "share": "none", "dtype": "float32"}),
+    ("xkv", {}),
+    ("xkv", {"rank": 3}),
     ("eigen", {}),
     ("eigen", {"rank": 3, "share": "field", "dtype": "float32"}),
     ("palu", {}),
