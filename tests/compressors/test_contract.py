@@ -43,6 +43,7 @@ METHODS = [
     ("eigen", {}),
     ("eigen", {"rank": 3, "share": "field", "dtype": "float32"}),
     ("palu", {}),
+    ("eoptshrink", {}),
     ("think", {"window": 4}),
     ("think", {"keep": 0.25, "values": True}),
     ("minicache", {"retain": 0.2}),
