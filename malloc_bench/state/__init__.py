@@ -7,6 +7,7 @@ from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
+from malloc_bench.state.partial import Channels, Sized
 from malloc_bench.state.patched import Intact, Outliers, Over, Sum, intact, outliers, under
 from malloc_bench.state.prefill import Prefill
 from malloc_bench.state.probes import Ask, Probes
@@ -22,11 +23,12 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Ask", "Basis", "Batch", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded", "Events",
-    "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact", "ItemFrequencies", "Layer", "LowRank", "Map",
-    "MissingStatistic", "Named", "Normed", "Outliers", "Over", "Prefill", "Probes", "Projection", "Quantized",
-    "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table",
-    "Turned", "UserState", "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow",
-    "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers",
-    "pack_bits", "principal", "quantize", "rounded", "side_by_side", "streamed", "take", "under", "unpack_bits",
+    "Ask", "Basis", "Batch", "Channels", "Codebook", "Coded", "CodedEvents", "Dense", "Derived", "Embedded",
+    "Events", "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact", "ItemFrequencies", "Layer",
+    "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Outliers", "Over", "Prefill", "Probes",
+    "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Sized", "Slots", "Stats",
+    "Streamed", "Sum", "Summed", "Table", "Turned", "UserState", "Vectors", "closest", "coded", "coding",
+    "extend", "factor", "frequencies", "grow", "intact", "integers", "joined", "low_rank", "low_ranks",
+    "map_tensors", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
+    "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

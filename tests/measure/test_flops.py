@@ -9,7 +9,7 @@ from malloc_bench.backbones.block import Block
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload, closed_form, count_flops, some_facts
 from malloc_bench.registry import names
-from malloc_bench.state import Events, LowRank, Stats
+from malloc_bench.state import Events, LowRank, Stats, Summed
 
 ITEMS, DIM, HEADS, LAYERS = 60, 16, 2, 2
 PARAMS = {  # beside the defaults
@@ -63,8 +63,11 @@ def budget(method, fraction=0.4):
 
 def eigen(state):
     """FLOPs per user of the eigenvectors, which the counter does not see: 9 d^3 a left factor, d its smaller side."""
-    every = [part for s in state.segments() for v in s.fields.values() for part in (v, *v.shared())]
-    lefts = {id(v.left): v.left for v in every if isinstance(v, LowRank)}
+    fields = [v for s in state.segments() for v in s.fields.values()]
+    if any(isinstance(v, Summed) for v in fields):  # of channels, always
+        held = [v.first if isinstance(v, Summed) else v for v in fields]
+        return sum(9 * v.shape[1] * v.shape[3] ** 3 for v in {id(v): v for v in held}.values())
+    lefts = {id(v.left): v.left for f in fields for v in (f, *f.shared()) if isinstance(v, LowRank)}
     return sum(9 * x.shape[1] * min(x.shape[2], x.most) ** 3 for x in lefts.values())
 
 

@@ -58,7 +58,7 @@ def test_other_bytes_are_refused():
 
 def test_rare_ids_cost_more():
     table = ItemFrequencies(torch.tensor([1e9, 1.0, 0.0]))
-    events = [Events(torch.full((1, 100), item, dtype=torch.int32), torch.tensor([100])) for item in (1, 2, 3)]
+    events = [Events(torch.full((1, 100), item, dtype=torch.int32), torch.tensor([100]).int()) for item in (1, 2, 3)]
     common, rare, never = (int(state_of(each, table).nbytes()) for each in events)
     assert common <= 8 + 5 + 100 / 8 + 1 < rare <= never <= 8 + 5 + 100 * 24 / 8
     with pytest.raises(ValueError, match="ids are coded of 1 to"):

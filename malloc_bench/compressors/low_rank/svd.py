@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_l
 from malloc_bench.registry import register
 from malloc_bench.state import LowRank, Prefill, Segment, UserState, Vectors, low_ranks, principal, side_by_side
 
-Share = Literal["all", "layer", "none"]
+Share = Literal["all", "layer", "none", "field"]
 Number = Literal["float16", "float32", "int8", "int4"]
 CODES = {"int8": 8, "int4": 4}  # bits
 
@@ -44,27 +44,29 @@ class SVD(Encoder):
     formula = "[K1 V1 K2 V2 ...] = U [W1 W2 ...] with rank r: q.K1' is read as (q W1') U'"
     stores = "one n x r factor for all layers, heads and fields, an r x d one for each, in float16"
     version = 2
+    shares: ClassVar[tuple[str, ...]] = ("all", "layer", "none")
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"svd: rank >= 1 is needed, not {self.rank}")
-        if self.share not in get_args(Share) or self.dtype not in get_args(Number):
-            raise ValueError(
-                f"svd: share all, layer or none, dtype float16, float32, int8 or int4 are needed, not {self}"
-            )
+            raise ValueError(f"{self.name}: rank >= 1 is needed, not {self.rank}")
+        if self.share not in self.shares or self.dtype not in get_args(Number):
+            known = f"share {', '.join(self.shares)}, dtype {', '.join(get_args(Number))}"
+            raise ValueError(f"{self.name}: {known} are needed, not {self}")
 
     @property
     def takes_budget(self) -> bool:
         return self.rank is None
 
     def accepts(self, budget: Budget) -> str | None:
-        return None if budget.slots is None else "svd keeps every slot: give its budget as a fraction or in bytes"
+        return (
+            None if budget.slots is None else f"{self.name} keeps every slot: give its budget as a fraction or in bytes"
+        )
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         if self.rank is not None:
             return self.encode(prefill.state)
         if budget is None:
-            raise ValueError("svd needs a budget or a rank")
+            raise ValueError(f"{self.name} needs a budget or a rank")
         if budget.fraction is not None and budget.fraction >= 1:
             return prefill.state
         target = budget.target(prefill.full_bytes())
@@ -103,7 +105,7 @@ class SVD(Encoder):
                 if id(vectors) in seen:
                     continue
                 seen.add(id(vectors))
-                place = {"all": (), "layer": (number,), "none": (number, name)}[self.share]
+                place = {"all": (), "layer": (number,), "none": (number, name), "field": (name,)}[self.share]
                 key = (number, name) if slots is None else (id(slots), own and vectors.shape[1], *place)
                 alone = own or self.share == "none"
                 groups.setdefault(key, ({}, segment, alone))[0][id(vectors)] = vectors
@@ -121,7 +123,10 @@ class SVD(Encoder):
             if name in layers[-1]:
                 layers.append({})
             layers[-1][name] = heads, width
-        together = [layers] if self.share == "all" and layout.counts == 1 else [[layer] for layer in layers]
+        together = [layers] if self.share != "layer" and layout.counts == 1 else [[layer] for layer in layers]
+        if self.share == "field":
+            each = [(group, sorted({name for layer in group for name in layer})) for group in together]
+            together = [[{n: x[n]} for x in group if n in x] for group, fields in each for n in fields]
         for group in together:
             fields = [field for layer in group for field in layer.values()]
             for same in sorted({heads for heads, _ in fields}) if own else [0]:

@@ -20,8 +20,8 @@ class XQuant(Compressor):
 
     group: channels that share a scale and a zero point, None for the whole vector (the paper's 128 is wider than most
     recommenders). across (XQuant-CL): the lowest layer's input, then only what each layer adds to what is read of the
-    layer below; pays in deep stacks whose layers change little, and loses in two-layer ones. Otherwise the input is
-    kept behind the layer norm, where all vectors are of one size.
+    layer below; pays in deep stacks whose layers change little, with two layers it is much the same. Otherwise the
+    input is kept behind the layer norm, where all vectors are of one size.
     """
 
     bits: int = 4

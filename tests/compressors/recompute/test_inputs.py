@@ -112,3 +112,20 @@ def test_where_inputs_save_nothing():
     assert get_compressor("ids_below").supports(marm) == "ids_below rebuilds keys and values, marm stores hidden"
     delta = get_backbone("gated_delta", 9, dim=16)
     assert get_compressor("xquant").supports(delta) is not None
+
+
+@pytest.mark.parametrize("name", ["sasrec-2-heads", "hstu-times-2-heads"])
+def test_coded_ids_are_those_of_recompute(name, trained):
+    world, method = place(name, trained), get_compressor("ids_coded")
+    world = world.fit(method)
+    prefill = world.prefill(method.needs)
+    state, raw = method.compress(prefill), get_compressor("recompute").compress(prefill)
+    back = state.take(torch.tensor([1])).unpack([state.pack(user) for user in range(len(LENGTHS))])
+    assert torch.equal(back.events.items, raw.events.items)
+    close(world.read(back), world.read(prefill.state), "read", 1e-5)
+    assert int(state.nbytes()[-1]) < int(raw.nbytes()[-1]) - 2 * LENGTHS[-1]
+    counts = prefill.items["popularity"] + 1
+    sample = world.sample(method).events
+    for item in sample.items[sample.mask()].tolist():
+        counts[item - 1] += 1
+    assert world.fitted["counts"].tolist() == counts.tolist()
