@@ -15,7 +15,7 @@ from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Seen, probe_flops, probed
-from malloc_bench.backbones.statistics import newest, observed, over_group
+from malloc_bench.backbones.statistics import newcomers, newest, observed, over_group
 from malloc_bench.state import (
     Dense,
     Events,
@@ -99,6 +99,16 @@ class AttentionBackbone(ItemBackbone):
             return seen
 
         return probed(send, state, events, stats, items, self.uses_times, self.scoring is not None)
+
+    def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
+        if not (stats.column_sum or stats.window or stats.queries):
+            return {}
+        m = events.items.shape[1]
+        behind = torch.ones(m, m, dtype=torch.bool, device=events.items.device).tril()[None, None]
+        positions = state.length.long()[:, None] + torch.arange(m, device=events.items.device)
+        seen: list[Seen] = []
+        self._over(events, positions.clamp(max=self.max_length), state, behind, seen)
+        return dict(newcomers(seen, grown, events.count, stats))
 
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:

@@ -65,7 +65,8 @@ class FittedTokens(TokenMethod):
             index = self.index(prefill, layer, kept)
             implied = self.consecutive and old.positions is None
             length = prefill.state.length if prefill.uses_positions and not implied else None
-            slots = kept_slots(old, index, kept, length)
+            before = kept_slots(old, index, kept, length)
+            slots = replace(before, mass=None)
             fields = (
                 segment.fields
                 if len(segment.fields) > 1
@@ -76,7 +77,7 @@ class FittedTokens(TokenMethod):
             whole = (kept == old.count[:, 0])[:, None, None]
             values = torch.where(whole[..., None], chosen.fields["values"].dense(), values)
             if masses is not None:
-                slots = replace(slots, mass=torch.where(whole, 1.0, masses))
+                slots = replace(slots, mass=torch.where(whole, 1.0 if before.mass is None else before.mass, masses))
             elif not self.per_head:
                 slots = shared.setdefault(id(old), slots)  # the same in every layer
             layers.append((Segment({"keys": chosen.fields["keys"], "values": Dense(values)}, slots),))
