@@ -22,6 +22,7 @@ from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.worlds.ceilings import Ceilings
+from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
 from malloc_bench.paths import home
@@ -156,6 +157,11 @@ class Session:
             backbone, split, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
         columns = accuracy(evaluation, [each.id for each in todo])
+        gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
+        lost, broken = drift(backbone, split, gone_on, self.suite.measure.drift, seed=cell.seed)
+        evaluation.failed.update(broken)
+        for job, drifts in lost.items():
+            columns[job] |= drifts
         if isinstance(split, Split) and self._knows_ceilings(cell, split) and columns:
             known = self._ceilings(cell, backbone, split)
             for job, best in ceilings(known, evaluation, list(columns)).items():

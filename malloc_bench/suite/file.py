@@ -40,7 +40,8 @@ class Measure:
 
     history: events of each generated user; None: the median and the longest history of the data that are evaluated.
     users: in a batch; candidates: tokens that a read answers; seconds: of measuring per cell and length, three times as
-    many at most where the ratio to the full state is not sure before.
+    many at most where the ratio to the full state is not sure before. drift: after how many appended events a state is
+    held against one that is compressed from scratch.
     """
 
     latency: bool = True
@@ -49,6 +50,7 @@ class Measure:
     users: int = 8
     candidates: int = 1
     seconds: float = 0.3
+    drift: tuple[int, ...] = ()
 
 
 # ---- the schema
@@ -84,6 +86,7 @@ class MeasureKeys(_Strict):
     users: Whole = Measure.users
     candidates: Whole = Measure.candidates
     seconds: Positive = Measure.seconds
+    drift: Annotated[tuple[Literal[1, 10, 50, 100], ...], Field(strict=False)] = Measure.drift
 
 
 class SuiteKeys(_Strict):
