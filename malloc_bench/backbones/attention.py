@@ -16,7 +16,7 @@ from malloc_bench.backbones.block import Block, Places, block_pairs
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Drawn, Note, Seen, Watch, probe_flops, probed
-from malloc_bench.backbones.statistics import newest, observed, over_group
+from malloc_bench.backbones.statistics import newcomers, newest, observed, over_group
 from malloc_bench.state import (
     Dense,
     Events,
@@ -114,17 +114,28 @@ class AttentionBackbone(ItemBackbone):
 
     def probe(self, state: UserState, events: Events, stats: Stats, items: Named) -> list[dict[Hashable, Probes]]:
         def send(tokens: Events, ahead: Tensor) -> list[Seen]:
-            seen: list[Seen] = []
-
-            def watch(block: Block, q: Tensor, own: dict[str, Tensor], asked: Places) -> Note:
-                seen.append(Seen(block, q, own, asked))
-                return seen[-1].note
-
-            positions = (state.length.long()[:, None] + ahead).clamp(max=self.max_length)
-            self._over(tokens, positions, state, None, watch)
-            return seen
+            return self._seen(tokens, state.length.long()[:, None] + ahead, state, None)
 
         return probed(send, state, events, stats, items, self.uses_times, self.scoring is not None)
+
+    def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
+        if not (stats.column_sum or stats.window or stats.queries):
+            return {}
+        m = events.items.shape[1]
+        behind = torch.ones(m, m, dtype=torch.bool, device=events.items.device).tril()[None, None]
+        positions = state.length.long()[:, None] + torch.arange(m, device=events.items.device)
+        return dict(newcomers(self._seen(events, positions, state, behind), grown, events.count, stats))
+
+    def _seen(self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None) -> list[Seen]:
+        """What went on in each layer while tokens passed."""
+        seen: list[Seen] = []
+
+        def watch(block: Block, q: Tensor, own: dict[str, Tensor], asked: Places) -> Note | None:
+            seen.append(Seen(block, q, own, asked))
+            return seen[-1].note if own_mask is None else None
+
+        self._over(tokens, positions.clamp(max=self.max_length), state, own_mask, watch)
+        return seen
 
     def append(self, state: UserState, events: Events) -> UserState:
         if state.events is not None:

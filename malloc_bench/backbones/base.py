@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.registry import find, suggest
-from malloc_bench.state import Batch, Events, MissingStatistic, Named, Prefill, Probes, Stats, UserState
+from malloc_bench.state import Batch, Events, MissingStatistic, Named, Prefill, Probes, Stats, UserState, joined
 
 
 class Scoring(nn.Module):
@@ -84,6 +84,26 @@ class Backbone(nn.Module, ABC):
         probed = self.probe(made.state, events, stats, items or Named({})) if stats.asks else None
         reader = self.reading(tokens, made.state) if stats.reader and tokens is not None else None
         return replace(made, items=items, probed=probed, reader=reader)
+
+    def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
+        """What new events asked of `grown`, the state with them in it, as `Prefill` has it by name.
+
+        Raises MissingStatistic where that cannot be told.
+        """
+        if stats.column_sum or stats.window or stats.queries:
+            raise MissingStatistic(f"{self.name} cannot tell what new events asked of a state")
+        return {}
+
+    def go_on(self, prefill: Prefill, state: UserState, events: Events, stats: Stats = Stats()) -> Prefill:
+        """What `update` is given: a compressed state of the prefill's users with new events appended, in one segment,
+
+        and what methods with the needs `stats` can still ask: the new events' attention, probes; not what is not kept.
+        """
+        grown = joined(self.append(state, events))
+        seen = self.watch(state, events, grown, stats)
+        if stats.asks:
+            seen["probed"] = self.probe(grown, events, stats, prefill.items or Named({}))
+        return replace(prefill.over(grown), **seen)
 
     @abstractmethod
     def read(self, tokens: Events, state: UserState) -> Tensor:

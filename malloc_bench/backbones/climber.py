@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
+from malloc_bench.backbones.base import Backbone
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -260,6 +261,9 @@ class Climber(AttentionBackbone):
             outputs.append(x)
             stored += own
         return self.fusion(torch.stack(outputs, 2), asked), stored
+
+    def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
+        return Backbone.watch(self, state, events, grown, stats)  # which new events are of a block is not followed
 
     def _grown(self, state: UserState, own: list[dict[str, Tensor]], events: Events, positions: Tensor) -> UserState:
         layers: list[Layer] = []

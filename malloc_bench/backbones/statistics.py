@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.probing import Seen
 from malloc_bench.backbones.sums import tiled
-from malloc_bench.state import Dense, Segment, newest_rows
+from malloc_bench.state import Dense, Segment, Stats, UserState, newest_rows
 
 
 def observed(
@@ -42,6 +45,31 @@ def newest(
     mask = (torch.arange(s, device=q.device) <= at[..., None])[:, None]  # [B, 1, W, S]
     (weights,) = block.weigh([logits], [mask | (at < 0)[:, None, :, None]], [None])
     return weights * (at >= 0)[:, None, :, None]
+
+
+def newcomers(seen: Sequence[Seen], grown: UserState, new: Tensor, stats: Stats) -> dict[str, list[Tensor]]:
+    """What the newest new [B] events asked of `grown`, one segment a layer, which ends with them: by name, as `Prefill`
+
+    has it. seen: the new events as they passed, layer by layer. Of queries no more are known than events are new.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for layer, (segment,) in zip(seen, grown.layers):
+        slots, block, turn = segment.slots, layer.block, torch.arange(layer.q.shape[2], device=new.device)
+        assert slots is not None
+        if stats.queries:
+            asked = newest_rows(block.asking(layer.q, layer.asked), new, min(stats.queries, len(turn)))
+            found.setdefault("queries", []).append(asked)
+        rank, count = torch.arange(segment.width, device=new.device), slots.count[:, :, None, None]
+        mask = (rank < count) & (rank <= count - new[:, None, None, None] + turn[:, None])  # [B, H', M, S]
+        places = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)
+        (weights,) = block.weigh([block.logits(layer.q, segment, layer.asked, places)], [mask], [slots.mass])
+        real = (turn < new[:, None])[:, None, :, None] & block.each(mask)
+        weights = over_group(torch.where(real, weights, 0.0), {name: v.dense() for name, v in segment.fields.items()})
+        if stats.column_sum:
+            found.setdefault("column_sum", []).append(weights.abs().sum(2))
+        if stats.window:
+            found.setdefault("window", []).append(newest_rows(weights, new, stats.window))
+    return found
 
 
 def over_group(weights: Tensor, own: dict[str, Tensor]) -> Tensor:

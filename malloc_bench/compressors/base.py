@@ -53,16 +53,6 @@ def _sampling(fit: Callable[..., Fitted]) -> Callable[..., Fitted]:
     return parsed
 
 
-def _counting(flops: Callable[..., int]) -> Callable[..., int]:
-    asks = len(inspect.signature(flops).parameters) > 3  # most do not depend on the query heads
-
-    @functools.wraps(flops)
-    def counted(self: Compressor, state: UserState, history: int, heads: Sequence[int] | None = None) -> int:
-        return flops(self, state, history, heads) if asks else flops(self, state, history)
-
-    return counted
-
-
 class MissingFit(ValueError):
     """A method that learns from training users was to compress before it did."""
 
@@ -93,8 +83,6 @@ class Compressor(ABC):
         super().__init_subclass__(**kwargs)
         if "compress" in cls.__dict__:
             cls.compress = _parsing(cls.__dict__["compress"])  # type: ignore[method-assign]
-        if "flops" in cls.__dict__:
-            cls.flops = _counting(cls.__dict__["flops"])  # type: ignore[method-assign]
         if "fit" in cls.__dict__:
             cls.fit = _sampling(cls.__dict__["fit"])  # type: ignore[method-assign]
 
@@ -162,13 +150,18 @@ class Compressor(ABC):
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
         return torch.zeros(len(prefill.state), dtype=torch.long)
 
-    def flops(self, state: UserState, history: int, heads: Sequence[int] | None = None) -> int:
+    def flops(self, state: UserState, history: int) -> int:
         """Matmul-like work of making `state` of `history` events, for one user, 2 per multiply-add.
 
-        heads: query heads of each layer, of which several may share a stored one; None: as many as are stored.
         Not counted: sorting, element-wise work, and the statistics, which the backbone gathers.
         """
         return 0
+
+    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
+        """`flops` of methods that look at queries; heads: query heads of each layer, several of which may share a
+
+        stored one."""
+        return self.flops(state, history)
 
 
 class Encoder(Compressor):

@@ -62,7 +62,7 @@ class Layout:
     counts: stored counts, one for each distinct set of slots. lists: how many lists of slots the method tells apart: 1,
     or one for each layer or head. positions, mass, times: how many lists of them are stored; positions and mass are
     not where every event has its own slot. vectors: (field, heads, width) of every layer. number: bytes of one number
-    of a dense vector.
+    of a dense vector. score: lists of numbers that are carried along for later updates.
     """
 
     counts: int
@@ -72,11 +72,13 @@ class Layout:
     times: int
     vectors: tuple[tuple[str, int, int], ...]
     number: int = 4
+    score: int = 0
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
         index = 4 * (self.positions + self.mass)
-        return COUNT_BYTES * (1 + self.counts) + n * 8 * self.times + torch.where(n < length, n * index, 0)
+        every = n * (8 * self.times + 4 * self.score)
+        return COUNT_BYTES * (1 + self.counts) + every + torch.where(n < length, n * index, 0)
 
     def then(self, later: Layout) -> Layout:
         """Of a chain: what one link tells apart or writes down stays told apart and written down."""
@@ -88,6 +90,7 @@ class Layout:
             positions=max(self.positions, later.positions),
             mass=max(self.mass, later.lists) if self.mass else later.mass and max(later.mass, counts),
             times=max(self.times, later.times),
+            score=later.score,
         )
 
     def dense(self, n: Tensor, length: Tensor) -> Tensor:
@@ -113,6 +116,7 @@ def dense_layout(
     if old is None:
         return Layout(0, 0, 0, 0, 0, tuple(vectors), number)
     implied, times = consecutive and old.positions is None, old.timestamps is not None
+    mass = mass or old.mass is not None  # of an earlier compression that is gone on with
     positions = prefill.uses_positions and not implied
     return Layout(counts, lists, lists * positions, lists * mass, lists * times, tuple(vectors), number)
 

@@ -113,7 +113,7 @@ def evaluate(
         if todo:
             packed = _packed_rows(number, parts, seed)
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
-            ask = partial(_asked, backbone, split, rows, filter_seen)
+            ask = partial(asked_of, backbone, split, rows, filter_seen)
             others = [job for job in todo if job.id != REFERENCE]
             have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items)
             if store:
@@ -135,7 +135,8 @@ def evaluate(
     return Evaluation(users, length - 1, full, values, failed)  # the newest event reads
 
 
-def _asked(backbone: Backbone, split: Split | Impressions, rows: np.ndarray, filter_seen: bool) -> Asked:
+def asked_of(backbone: Backbone, split: Split | Impressions, rows: np.ndarray, filter_seen: bool) -> Asked:
+    """The requests of rows of split.test."""
     if isinstance(split, Impressions):
         return Candidates(backbone, split, rows)
     return NextItem(backbone, split, rows, filter_seen)

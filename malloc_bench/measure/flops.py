@@ -55,7 +55,7 @@ def closed_form(
     heads = [block.heads for block in getattr(backbone, "blocks", ())]
     return {
         "prefill_flops": prefill,
-        "compress_flops": None if statistics is None else statistics + compressor.flops(state, n, heads),
+        "compress_flops": None if statistics is None else statistics + compressor.work(state, n, heads),
         "append_flops": None if raw else backbone.flops("append", workload.appended, state),
         "read_flops": backbone.flops("read", workload.candidates, state),
     }

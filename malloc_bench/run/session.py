@@ -23,6 +23,7 @@ from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.tasks.trained import validating
 from malloc_bench.data.worlds.ceilings import Ceilings
+from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
 from malloc_bench.paths import home
@@ -161,6 +162,11 @@ class Session:
             backbone, asked, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
         )
         columns = accuracy(evaluation, [each.id for each in todo])
+        gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
+        lost, broken = drift(backbone, asked, gone_on, self.suite.measure.drift, seed=cell.seed)
+        evaluation.failed.update(broken)
+        for job, drifts in lost.items():
+            columns[job] |= drifts
         if isinstance(asked, Split) and self._knows_ceilings(cell, asked) and columns:
             known = self._ceilings(cell, backbone, asked)
             for job, best in ceilings(known, evaluation, list(columns)).items():

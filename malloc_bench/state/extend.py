@@ -51,7 +51,7 @@ def grow(old: Sequence[Layer], new: Sequence[dict[str, Tensor]], tail: Slots) ->
 def _plain(segment: Segment, tail: Slots) -> bool:
     """Events as they came, the same for all heads, that tell of their places as `tail` does."""
     slots = segment.slots
-    if slots is None or slots.mass is not None or slots.count.shape[1] != 1:
+    if slots is None or slots.mass is not None or slots.score is not None or slots.count.shape[1] != 1:
         return False
     if (slots.positions is None) != (tail.positions is None):
         return False
@@ -109,7 +109,9 @@ def _one_after_the_other(owns: Sequence[Slots], counts: Sequence[Tensor], widths
     known = None if any(x is None for x in times) else column([x for x in times if x is not None])
     masses = [torch.ones_like(p, dtype=torch.float32) if s.mass is None else s.mass for s, p in zip(owns, places)]
     mass = column(masses) if any(slots.mass is not None for slots in owns) else None
-    return Slots(torch.stack(list(counts)).sum(0).int(), column(places), known, mass)
+    scores = [torch.zeros_like(p, dtype=torch.float32) if s.score is None else s.score for s, p in zip(owns, places)]
+    score = column(scores) if any(slots.score is not None for slots in owns) else None
+    return Slots(torch.stack(list(counts)).sum(0).int(), column(places), known, mass, score)
 
 
 def _behind(parts: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:

@@ -315,7 +315,7 @@ class Prefill:
         asked = None if queries is None else Asked(queries, keys, count)
         state = UserState(layers, count)
         behind = None if outputs is None else Named({str(i): x for i, x in enumerate(outputs)})
-        probed = None
+        probed: list[Mapping[Hashable, Probes]] | None = None
         if probes is not None:
             check("probes", probes, keys, "D")
             probed = [{GIVEN: plain(q, layer[0], count)} for q, layer in zip(probes, layers)]

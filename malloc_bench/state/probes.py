@@ -107,13 +107,16 @@ class Probes:
         return weights @ _each(segment.fields["values"].dense().to(weights.dtype), weights.shape[1])
 
     def columns(self, segment: Segment) -> Tensor:
-        """What each slot weighed, or would have, among all that the state had, [B, Hq, M, S]: of the segment's slots,
-        each for one event, 0 where there is none."""
+        """What each of the segment's slots weighed, or would have, among all that the state had: [B, Hq, M, S], 0 where
+        there is none."""
         assert segment.slots is not None
         mask = _each(segment.slots.mask(segment.width), self.queries.shape[1]).unsqueeze(2)
         if self.total is None:
             return self.weigh(segment)[0]
-        return (self.logits(segment) - self.total).clamp(max=_MOST).masked_fill(~mask, -torch.inf).exp()
+        logits = self.logits(segment) - self.total
+        if segment.slots.mass is not None:
+            logits = logits + _each(segment.slots.mass.clamp(min=1e-6).log(), logits.shape[1]).unsqueeze(2)
+        return logits.clamp(max=_MOST).masked_fill(~mask, -torch.inf).exp()
 
     def own_values(self) -> Tensor:
         """The token's own value by query head, [B, Hq, M, D']; zeros on plain tensors."""

@@ -24,12 +24,14 @@ class Slots:
         end where the next segment begins, or with the newest event; nothing needs to be stored.
     timestamps: [B, H', S] int64 seconds; None where the backbone does not read times.
     mass: [B, H', S] float32, events folded into the slot; None: one each.
+    score: [B, H', S] float32, what a method will want to know of the slot when the user goes on; no backbone reads it.
     """
 
     count: Tensor
     positions: Tensor | None = None
     timestamps: Tensor | None = None
     mass: Tensor | None = None
+    score: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
         if own := {"parts", "load"} & vars(cls).keys():
@@ -51,7 +53,8 @@ class Slots:
         """Stored arrays; length [B]. Where every event has its own slot, positions and mass need not be stored."""
         yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1))
         index = self.count * (self.count < length[:, None])
-        for tensor, rows in ((self.positions, index), (self.mass, index), (self.timestamps, self.count)):
+        each = (self.positions, index), (self.mass, index), (self.timestamps, self.count), (self.score, self.count)
+        for tensor, rows in each:
             if tensor is not None:
                 yield Ragged(tensor.unsqueeze(-1), rows)
 
@@ -77,7 +80,7 @@ class Slots:
             )
         if mass is not None:
             mass = torch.where(whole[..., None], 1.0, mass)
-        return Slots(count, positions, rows(self.timestamps, count), mass)
+        return Slots(count, positions, rows(self.timestamps, count), mass, rows(self.score, count))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class Measure:
     history: events of each generated user; None: the median and the longest history of the data that are evaluated.
     users: in a batch; candidates: tokens that a read answers; seconds: of measuring per cell and length, three times as
     many at most where the ratio to the full state is not sure before. budgets: only cells of these are measured, and
-    those without one; None: all.
+    those without one; None: all. drift: after how many appended events a state is held against one that is compressed
+    from scratch.
     """
 
     latency: bool = True
@@ -52,6 +53,7 @@ class Measure:
     candidates: int = 1
     seconds: float = 0.3
     budgets: tuple[Budget, ...] | None = None
+    drift: tuple[int, ...] = ()
 
     def covers(self, budget: Budget | None) -> bool:
         """Whether cells of this budget are measured."""
@@ -92,6 +94,7 @@ class MeasureKeys(_Strict):
     candidates: Whole = Measure.candidates
     seconds: Positive = Measure.seconds
     budgets: Entries | None = None
+    drift: Annotated[tuple[Literal[1, 10, 50, 100], ...], Field(strict=False)] = ()
 
 
 class SuiteKeys(_Strict):

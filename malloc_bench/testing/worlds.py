@@ -212,7 +212,7 @@ def poisoned(state: UserState) -> UserState:
             for part in vectors.parts(None if slots is None else slots.count):
                 _spoil(part.data, part.rows, part.cols)
         elif slots is not None:
-            for tensor in (slots.positions, slots.mass, slots.timestamps):
+            for tensor in (slots.positions, slots.mass, slots.timestamps, slots.score):
                 if tensor is not None:
                     _spoil(tensor.unsqueeze(-1), slots.count)
     return copy

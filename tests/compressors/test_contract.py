@@ -20,6 +20,7 @@ METHODS = [
     ("knorm", {}),
     ("h2o", {}),
     ("h2o", {"normalise": False}),
+    ("h2o_stream", {}),
     ("tova", {}),
     ("snapkv", {}),
     ("snapkv", {"window": 4}),

@@ -158,9 +158,12 @@ class Compose(TokenMethod):
         one = self.most(prefill).clamp(max=1)
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
-    def flops(self, state: UserState, history: int, heads: Sequence[int] | None = None) -> int:
+    def flops(self, state: UserState, history: int) -> int:
         """The sum over its steps."""
-        return sum(step.flops(state, history, heads) for step in self.steps)
+        return sum(step.flops(state, history) for step in self.steps)
+
+    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
+        return sum(step.work(state, history, heads) for step in self.steps)
 
 
 def _chains(step: Compressor) -> bool:

@@ -65,7 +65,8 @@ class FittedTokens(TokenMethod):
             index = self.index(prefill, layer, kept)
             implied = self.consecutive and old.positions is None
             length = prefill.state.length if prefill.uses_positions and not implied else None
-            slots = kept_slots(old, index, kept, length)
+            before = kept_slots(old, index, kept, length)
+            slots = replace(before, mass=None)
             fields = (
                 segment.fields
                 if len(segment.fields) > 1
@@ -76,18 +77,21 @@ class FittedTokens(TokenMethod):
             whole = (kept == old.count[:, 0])[:, None, None]
             values = torch.where(whole[..., None], chosen.fields["values"].dense(), values)
             if masses is not None:
-                slots = replace(slots, mass=torch.where(whole, 1.0, masses))
+                slots = replace(slots, mass=torch.where(whole, 1.0 if before.mass is None else before.mass, masses))
             elif not self.per_head:
                 slots = shared.setdefault(id(old), slots)  # the same in every layer
             layers.append((Segment({"keys": chosen.fields["keys"], "values": Dense(values)}, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def flops(self, state: UserState, history: int, heads: Sequence[int] | None = None) -> int:
+    def flops(self, state: UserState, history: int) -> int:
+        return self.work(state, history, [layer[0].fields["keys"].shape[1] for layer in state.layers])
+
+    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
         """Weights of the kept slots, two Gram matrices, the rounds, right sides and two triangular systems."""
         total = 0
         for layer, (segment, *_) in enumerate(state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
-            rows = self.probes * (h if heads is None else heads[layer])
+            rows = self.probes * heads[layer]
             total += 2 * rows * k * d + 2 * rows * k * k + 4 * rows * k * wide + 2 * h * k * k * wide
             weighed = segment.slots is not None and segment.slots.mass is not None
             if weighed:

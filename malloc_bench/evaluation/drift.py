@@ -1,0 +1,133 @@
+"""Drift: what a state that went on with its user has lost against compressing the whole history again."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.data.dataset import mixed
+from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.splits import Split
+from malloc_bench.data.tasks.trained import facts
+from malloc_bench.evaluation.evaluate import asked_of
+from malloc_bench.evaluation.requests import Asked
+from malloc_bench.evaluation.trial import Job, checked_bytes
+from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
+
+USERS = 256  # at most, whose hashes come first
+_CHUNK = 64  # users
+_UPDATES = 10  # at most: more events than that come in blocks of equal size
+
+
+@torch.no_grad()
+def drift(
+    backbone: Backbone, split: Split | Impressions, jobs: Sequence[Job], steps: Sequence[int], *, seed: int = 0
+) -> tuple[dict[str, dict[str, float | int]], dict[str, str]]:
+    """Columns `drift@N` and `drift_users@N` by job id, and the tracebacks of jobs that failed.
+
+    Of each N in steps: the history less its newest N events is compressed, these are appended, one at a time or in
+    blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
+    whole history keeps, less what the updated state keeps. Users with more than N events. Jobs that keep raw events, or
+    need what nobody can tell of a compressed state, have no such column.
+    """
+    found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
+    failed: dict[str, str] = {}
+    needs = Stats()
+    for job in jobs:
+        needs |= job.compressor.needs
+    items = facts(split, needs)
+    for n in steps:
+        lost: dict[str, list[np.ndarray]] = {job.id: [] for job in jobs}
+        silent: set[str] = set()
+        for rows in _chunks(backbone, split, n):
+            stream = _Stream(backbone, split, rows, n, needs, seed, items)
+            for job in jobs:
+                if job.id in failed or job.id in silent:
+                    continue
+                try:
+                    lost[job.id].append(stream.lost(job))
+                except MissingStatistic:
+                    silent.add(job.id)
+                except Exception:
+                    failed[job.id] = traceback.format_exc()
+        for each, values in lost.items():
+            if values and each not in failed and each not in silent:
+                mean = float(np.nanmean(np.concatenate(values)))
+                found[each] |= {f"drift@{n}": mean, f"drift_users@{n}": sum(map(len, values))}
+    return found, failed
+
+
+def _chunks(backbone: Backbone, split: Split | Impressions, n: int) -> list[np.ndarray]:
+    """Rows of split.test, of users with more than n events in their state: one request a user, by hash."""
+    test, data = split.test, split.dataset
+    length = np.minimum(test.at - data.offsets[test.users], backbone.max_length)
+    rows = np.flatnonzero(length > n + 1)  # in retrieval one more: the token that reads
+    _, first = np.unique(test.users[rows], return_index=True)
+    rows = rows[np.sort(first)]
+    rows = rows[np.argsort(mixed(data.user_ids[test.users[rows]].astype(np.uint64)), kind="stable")[:USERS]]
+    rows = rows[np.argsort(length[rows], kind="stable")]
+    return [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+
+
+class _Stream:
+    """Some users, whose newest n events come after all before them were compressed; what jobs share is made once."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        split: Split | Impressions,
+        rows: np.ndarray,
+        n: int,
+        needs: Stats,
+        seed: int,
+        items: Named | None,
+    ) -> None:
+        self.backbone, self.needs, self.seed, self.items = backbone, needs, seed, items
+        self.asked: Asked = asked_of(backbone, split, rows, True)
+        self.ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
+        history = self.asked.history
+        self.before = history.each(lambda x: x, history.count - n)
+        step = -(-n // _UPDATES)
+        self.blocks = [_part(history, left, min(step, left)) for left in range(n, 0, -step)]
+        full = backbone.prefill(self.before).state
+        self.sizes = [full.nbytes()]  # of the full state, before and after each block
+        for block in self.blocks:
+            full = backbone.append(full, block)
+            self.sizes.append(full.nbytes())
+        self.full = self.asked.read(backbone, backbone.prefill(history).state)
+        self.made: dict[tuple[Backbone, bool], Prefill] = {}
+
+    def _prefill(self, model: Backbone, whole: bool) -> Prefill:
+        if (model, whole) not in self.made:
+            events = self.asked.history if whole else self.before
+            made = model.prepare(events, self.ids, self.needs, self.seed, self.items)
+            self.made[model, whole] = replace(made, whole=self.sizes[-1 if whole else 0])
+        return replace(self.made[model, whole], memo={})
+
+    def lost(self, job: Job) -> np.ndarray:
+        """What each user lost, [B]. Raises MissingStatistic for a state of raw events, and whatever the method does."""
+        model, method = job.backbone or self.backbone, job.compressor
+        scratch = method.compress(self._prefill(model, True), job.budget, job.fitted)
+        if scratch.events is not None:
+            raise MissingStatistic("raw events go on by themselves")
+        prefill = self._prefill(model, False).given(job.fitted)
+        state = method.compress(prefill, job.budget, job.fitted)
+        for block, size in zip(self.blocks, self.sizes[1:]):
+            seen = replace(model.go_on(prefill, state, block, method.needs), whole=size, memo={})
+            state = method.update(seen, job.budget, job.fitted)
+            checked_bytes(job, seen, state)
+        outputs = torch.stack([self.asked.read(model, scratch), self.asked.read(model, state)])
+        _, again, went_on = self.asked.judge([(self.backbone, self.full[None]), (model, outputs)])
+        alike = "overlap" if "overlap" in again else "agreement"
+        return np.asarray(again[alike] - went_on[alike])
+
+
+def _part(history: Events, left: int, step: int) -> Events:
+    """Of each user's newest `left` events the first `step`."""
+    newest = history.last(torch.full_like(history.count, left))
+    return newest.each(lambda x: x[:, :step], torch.full_like(newest.count, step))
