@@ -141,7 +141,7 @@ def test_cost_is_exact(encoder, case, trained):
     for wrapper in ({"ada": {"inner": "knorm"}}, {"pyramid": {"inner": "knorm"}}):
         name, params = next(iter(wrapper.items()))
         if case.startswith("climber") and encoder is not None and "svd" in encoder:
-            continue  # rows of blocks without events have a rank of 0
+            continue  # not tried: test_compose holds no stacks against low rank either
         method = (
             get_compressor(name, **params) if encoder is None else get_compressor("compose", steps=(wrapper, encoder))
         )

@@ -50,7 +50,8 @@ def job(name, budget=None, **params):
 JOBS = [
     job("full"), job("none"), job("recent", 0.25), job("recent", 0.05), job("random", 0.5), job("knorm", 0.25),
     job("h2o", 0.25), job("tova", 0.25), job("snapkv", 0.25, window=4), job("kivi", bits=4), job("svd", 0.5),
-    job("merge_adjacent", 0.25), job("recompute"), job("truncate", {"slots": 3}),
+    job("merge_adjacent", 0.25), job("recompute"), job("truncate", {"slots": 3}), job("oracle_evict", 0.25),
+    job("pyramid", 0.25, inner="knorm"), job("ada", 0.25),
     job("compose", 0.2, steps=("merge_adjacent", "int8")),
 ]  # fmt: skip
 

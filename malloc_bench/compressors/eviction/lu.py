@@ -37,8 +37,8 @@ class LU(Divided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"lu: window must be at least 1, not {self.window}")
+        if self.window < 1 or self.inner.needs.reader:
+            raise ValueError(f"lu: window >= 1 and an inner method that scores training users are needed, not {self}")
 
     @property
     def needs(self) -> Stats:
