@@ -62,9 +62,8 @@ class LayerProbes(Probes):
 
 
 Note = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], None]
-Watch = Callable[
-    [Block, Tensor, dict[str, Tensor], Places], Note
-]  # of a layer, what is to be told of some tokens there
+# is told of a layer, and gives what is to be told of tokens there
+Watch = Callable[[Block, Tensor, dict[str, Tensor], Places], Note | None]
 
 
 @dataclass
