@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
 from malloc_bench.results import Row, read_rows, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
+from malloc_bench.run.manifest import joined
 
 JUDGED = (
     "status",
@@ -56,7 +56,7 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
                 if (owner[each] / name).exists():
                     atomic_write(folder / name, (owner[each] / name).read_bytes())
             write_row(folder / "rows", {key: value for key, value in row.items() if key != "digest"})
-        write_manifest(folder, _manifest([read_manifest(Path(run)) for run in runs]))
+        write_manifest(folder, joined([read_manifest(Path(run)) for run in runs]))
         write_report(folder)
     return folder
 
@@ -74,11 +74,3 @@ def _differs(one: Row, other: Row) -> str | None:
         if not same:
             return f"{name} is {a} and {b}"
     return None
-
-
-def _manifest(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One manifest of several: the first one's suite, everyone's data, checkpoints and sessions."""
-    whole: dict[str, Any] = {"suite": next((part["suite"] for part in parts if "suite" in part), None)}
-    for name in ("datasets", "ceilings", "checkpoints"):
-        whole[name] = {key: value for part in parts for key, value in part.get(name, {}).items()}
-    return {**whole, "sessions": [each for part in parts for each in part.get("sessions", [])]}

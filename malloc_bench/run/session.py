@@ -29,7 +29,8 @@ from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sea
 from malloc_bench.paths import home
 from malloc_bench.results import Row, to_parquet, write_per_user, write_row
 from malloc_bench.run.fits import Fits
-from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, write_manifest
+from malloc_bench.run.folder import Chunks, LockedError, locked
+from malloc_bench.run.manifest import add_session
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
@@ -319,26 +320,8 @@ class Session:
         """The derived table and the manifest, also after an interrupt."""
         if any((self.folder / "rows").glob("*.json")):
             to_parquet(self.folder)
-        before = read_manifest(self.folder)
-        sets = {
-            name: {"hash": data.hash, "card": self.suite.cards.get(name, name), "source": data.source,
-                   "has_time": data.has_time, "users": data.n_users, "items": data.n_items, "events": data.n_events,
-                   "notes": dict(data.notes)}
-            for name, data in self.datasets.items()
-        }  # fmt: skip
-        session = {
-            "seconds": round(self.result.seconds, 1),
-            **{name: getattr(self.result, name) for name in ("ok", "skipped", "failed", "reused")},
-            "environment": self.environment,
-        }
-        manifest = {
-            "suite": {"name": self.suite.name, "text": _text(self.suite.path)},
-            "datasets": {**before.get("datasets", {}), **sets},
-            "ceilings": {**before.get("ceilings", {}), **self.ceilings},
-            "checkpoints": {**before.get("checkpoints", {}), **self.fits},
-            "sessions": [*before.get("sessions", []), session],
-        }
-        write_manifest(self.folder, manifest)
+        known = {"ceilings": self.ceilings, "checkpoints": self.fits}
+        add_session(self.folder, self.suite, self.datasets, self.result, self.environment, known)
 
 
 def _part(each: Planned) -> Structural | None:
@@ -353,7 +336,3 @@ def _digest(fitted: Fitted | None) -> list[str]:
 
 def _last_line() -> str:
     return traceback.format_exc().strip().splitlines()[-1]
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None

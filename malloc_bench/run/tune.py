@@ -78,7 +78,7 @@ def _chosen(
             places[where, cell.budget_text if per_budget else None][place].append(rows[each.id])
     choices = []
     for (names, budget), by_trial in places.items():
-        where = dict(zip(("dataset", "task", "split", "backbone"), names))
+        at = dict(zip(("dataset", "task", "split", "backbone"), names))
         scores = {place: score for place in by_trial if (score := _score(by_trial[place], metric)) is not None}
         if not part.build().takes_budget:
             most = _size(by_trial[0])
@@ -88,7 +88,7 @@ def _chosen(
         best = max(sorted(scores), key=scores.__getitem__)
         score, default = (round(scores[place], 6) for place in (best, 0))
         about = {"compressor": part.label, "budget": budget, "use": {found[best].name: found[best].params}}
-        choices.append(Choice(**where, **about, score=score, default=default, trials=len(scores)))
+        choices.append(Choice(**at, **about, score=score, default=default, trials=len(scores)))
     return choices
 
 

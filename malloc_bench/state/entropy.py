@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,4 +119,5 @@ class CodedEvents(Events):
         read.refuse(length[:, None] > 8 * size.long(), "has more ids than bits")
         items, wrong = self.table.decode(code, size[:, 0], length)
         read.refuse(wrong[:, None], "has ids that were never coded")
-        return replace(super().load(read, length), items=items, code=code, size=size[:, 0])
+        events: Any = super().load(read, length)
+        return replace(events, items=items, code=code, size=size[:, 0])

@@ -200,7 +200,8 @@ class Cell:
     @property
     def split_text(self) -> str | None:
         """The `split` column of its row: validation targets are told from those of the test."""
-        return self.split and self.split.label + (", validation" if self.evaluate == "validation" else "")
+        late = ", validation" if self.evaluate == "validation" else ""
+        return None if self.split is None else self.split.label + late
 
     @property
     def plain(self) -> Cell:

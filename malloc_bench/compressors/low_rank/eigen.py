@@ -43,7 +43,7 @@ class Eigen(LatentMethod):
 
     def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
         assert isinstance(sample, Sample)
-        sums: dict[str, list[Tensor | int]] = {}
+        sums: dict[str, list[Any]] = {}
         for prefill in sample:
             for name, group in self._groups(prefill):
                 x = _wide(prefill, group)[:, 0][prefill.mask(group[0][0])[:, 0]]  # [slots, N]

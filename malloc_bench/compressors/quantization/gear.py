@@ -67,7 +67,8 @@ class GEAR(Encoder):
             real, axis = segment.real(x).unsqueeze(-1), 3 if name == "values" else 2
             count = real.expand_as(x).sum(axis, keepdim=True).clamp(min=1)
             mean = torch.where(real, x, 0.0).sum(axis, keepdim=True) / count
-            *apart[layer, name], odd = outliers(x, (x - mean).abs(), real.squeeze(-1), self.every)
+            place, what, odd = outliers(x, (x - mean).abs(), real.squeeze(-1), self.every)
+            apart[layer, name] = place, what
             return Dense(torch.where(odd, mean.to(x.dtype), x))
 
         def patched(layer: int, name: str, segment: Segment) -> Vectors:

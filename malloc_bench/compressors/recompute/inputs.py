@@ -17,9 +17,9 @@ def refusal(name: str, backbone: Backbone, smaller: bool = True) -> str | None:
     if not {"keys", "values"} <= set(backbone.fields):
         return f"{name} rebuilds keys and values, {backbone.name} stores {backbone.fields[0]}"
     maps = [getattr(block, "projection", lambda: None)() for block in getattr(backbone, "blocks", ())]
-    if not maps or None in maps:
+    if not maps or any(each is None for each in maps):
         return f"{name} rebuilds keys and values by a layer's map, and {backbone.name} tells of none"
-    for each in maps:
+    for each in filter(None, maps):
         (heads, wide, keys), values = each["keys"].shape, each["values"].shape[2]
         if smaller and heads * (keys + values) <= wide:
             return f"{name} keeps {wide} numbers an event, its keys and values are {heads * (keys + values)}"

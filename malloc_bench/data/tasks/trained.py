@@ -32,6 +32,8 @@ def ends(split: Split | Impressions) -> np.ndarray:
 
 def validating(split: Split | Impressions) -> Split | Impressions:
     """The same data asked for what validates, in place of the test."""
+    if isinstance(split, Split):
+        return replace(split, test=split.valid)
     return replace(split, test=split.valid)
 
 
