@@ -14,8 +14,8 @@ from malloc_bench.state import Prefill, Stats
 class TOVA(Eviction):
     """Keeps what the newest query attends to, mean over heads: token omission via attention (Oren et al., EMNLP 2024).
 
-    The newest slot stays. SiLU weights can be negative: absolute values are taken before the mean. Where attention is
-    diffuse, as on ML-100K, slots by lot keep the top 10 better: see `oracle_evict`.
+    The newest slot stays. SiLU weights can be negative: absolute values are taken before the mean. On ML-100K, at a
+    quarter of the bytes, slots by lot keep the top 10 better: see `oracle_evict`.
     """
 
     family = "eviction"

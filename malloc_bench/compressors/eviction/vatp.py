@@ -15,7 +15,7 @@ class VATP(Eviction):
     """Keeps slots by the attention they drew times the size of their values (value-aware token pruning).
 
     As in the paper's variant over H2O, half of the budget goes to the newest slots. Sums run over |weights|, which for
-    softmax are the weights. Where attention is diffuse, as on ML-100K, slots by lot do as well: see `oracle_evict`.
+    softmax are the weights. On ML-100K, at a quarter of the bytes, slots by lot do as well: see `oracle_evict`.
     """
 
     family = "eviction"
