@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Events:
         for column in self.stored().values():
             yield Ragged(column[:, None, :, None], length.unsqueeze(1))
 
-    def load(self, read: Reader, length: Tensor) -> Events:
+    def load(self, read: Reader, length: Tensor) -> Self:
         """The inverse of `parts`; self is of other users."""
         found = {name: read(x[:, None, :, None], length.unsqueeze(1)) for name, x in self.stored().items()}
         return replace(self, count=length, next_times=None, **{name: x[:, 0, :, 0] for name, x in found.items()})
