@@ -31,6 +31,8 @@ def test_a_method_makes_the_same_state(method, place):
         pytest.skip("needs a backbone")
     if world.backbone is not None and (why := compressor.supports(world.backbone)):
         pytest.skip(why)
+    if compressor.needs.projections or compressor.needs.probes or (world.backbone is None and compressor.needs.inputs):
+        pytest.skip("asks what is bound to the backbone's own weights, here on the CPU")
     if compressor.structural:
         world = World(place, compressor.structural.adapted(world.backbone).eval())
     budget = Budget(0.5) if compressor.takes_budget else None

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class Named(Mapping[str, Tensor]):
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
         return type(self), (dict(self.tensors),)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return (
+            self
+            if all(x.device == device for x in self.values())
+            else type(self)({name: x.to(device) for name, x in self.items()})
+        )
 
     @property
     def nbytes(self) -> int:

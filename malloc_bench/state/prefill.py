@@ -247,6 +247,7 @@ class Prefill:
         """The same with what a method has learned; what it remembers is apart for every fit."""
         if fitted is None or fitted is self.fitted:
             return self
+        fitted = fitted.to(self.users.device)
         return replace(self, fitted=fitted, memo=self.memo.setdefault(("fitted", fitted.digest), {}))
 
     def take(self, users: Tensor) -> Prefill:

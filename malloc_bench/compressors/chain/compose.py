@@ -128,13 +128,17 @@ class Compose(TokenMethod):
         return all(method.even for method in self._tokens())
 
     def most(self, prefill: Prefill, slots: int | None = None) -> Tensor:
-        return super().most(prefill, slots) if self.even else self._tokens()[0].most(prefill, slots)
+        return super().most(prefill, slots) if self.even else self._tokens()[0].most(self._first(prefill), slots)
 
     def pieces(self, prefill: Prefill) -> tuple[Layout, ...]:
-        return super().pieces(prefill) if self.even else self._tokens()[0].pieces(prefill)
+        return super().pieces(prefill) if self.even else self._tokens()[0].pieces(self._first(prefill))
 
     def spread(self, prefill: Prefill, k: Tensor) -> Sequence[Tensor]:
-        return super().spread(prefill, k) if self.even else self._tokens()[0].spread(prefill, k)
+        return super().spread(prefill, k) if self.even else self._tokens()[0].spread(self._first(prefill), k)
+
+    def _first(self, prefill: Prefill) -> Prefill:
+        """What the method that divides, the only one then, gets."""
+        return prefill.given(self._own(prefill, self._tokens()[0]))
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of n [B] slots, where all scales fit float16 and the encoder is not `measured`."""
