@@ -83,6 +83,8 @@ METHODS = [
     ("kvtc", {}),
     ("intactkv", {}),
     ("intactkv", {"score": "knorm", "inner": "pq"}),
+    *((name, {"top": 4}) for name in ("sim_soft", "sim_hard", "eta", "sdim")),
+    ("sdim", {"top": 4, "run": 2}),
     ("mean_heads", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
