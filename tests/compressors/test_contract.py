@@ -20,7 +20,10 @@ METHODS = [
     ("knorm", {}),
     ("h2o", {}),
     ("h2o", {"normalise": False}),
+    ("h2o", {"recent": 0.0}),
     ("h2o_stream", {}),
+    ("sampled", {}),
+    ("sampled", {"inner": "snapkv"}),
     ("tova", {}),
     ("snapkv", {}),
     ("snapkv", {"window": 4}),
@@ -97,6 +100,7 @@ METHODS = [
         for steps in (
             ("merge_adjacent", {"kivi": {"bits": 2}}),
             ("recent", "int8"),
+            ("sampled", {"kivi": {"bits": 4}}),
             ("recent", {"turboquant": {"bits": 2}}),
             ("h2o", {"by_age": {"bits": 4}}),
             ("h2o", "pq"),
