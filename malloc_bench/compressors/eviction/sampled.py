@@ -1,5 +1,6 @@
 """Slots by a lot that another method's score loads, each standing for those that might have been drawn instead."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +77,13 @@ class Sampled(TokenMethod):
         sure = (left * falling <= rest).int().argmax(-1, keepdim=True)  # so many are certain: all larger ones
         scale = left.gather(-1, sure) / rest.gather(-1, sure).clamp(min=1e-300)
         return (scale * scores).clamp(max=1)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Of the inner method."""
+        return self.inner.flops(state, history)
+
+    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
+        return self.inner.work(state, history, heads)
 
     def _sums(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, scores by falling size, and the sum of each with all smaller ones."""
