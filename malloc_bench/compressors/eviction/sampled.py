@@ -59,11 +59,11 @@ class Sampled(TokenMethod):
             kept = k[:, None].minimum(own.count)
             chance = self.chances(prefill, layer, kept)
             head = torch.arange(chance.shape[1], device=chance.device)[None, :, None]
-            turn = hashed(prefill, layer, head) + torch.arange(int(kept.max()) if len(k) else 0, device=chance.device)
-            index = torch.searchsorted(chance.cumsum(-1), turn.double(), right=True)
-            index = index.clamp(max=max(segment.width - 1, 0))
+            place = torch.arange(int(kept.max()) if len(k) else 0, device=chance.device)
+            turn = hashed(prefill, layer, head).double() + place
+            index = torch.searchsorted(chance.cumsum(-1), turn, right=True).clamp(max=max(segment.width - 1, 0))
             slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
-            mass = 1 / take(chance, index).clamp(min=1e-6)
+            mass = 1 / take(chance, index).clamp(min=1e-12)
             slots = replace(slots, mass=(mass if slots.mass is None else mass * slots.mass).float())
             layers.append((gather(segment, index, slots),))
         return UserState(tuple(layers), prefill.state.length)
