@@ -294,7 +294,7 @@ def _attend(
         rows = slice(start, min(start + step, m))
         part, at = q[:, :, rows], asked.rows(rows)
         seen = [_over_segment(block, part, s, at, p) for s, p in sources]
-        logits, masks, masses = ([each[i] for each in seen] for i in range(3))
+        logits, masks, masses = [x for x, *_ in seen], [x for _, x, *_ in seen], [x for _, _, x, _ in seen]
         if own_mask is None:
             among, mix_own = alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
             masks.append(torch.ones_like(among[:1, :1], dtype=torch.bool))
