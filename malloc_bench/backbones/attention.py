@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.folded import alone, looked_up, read_flops
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Drawn, Note, Seen, Watch, probe_flops, probed
@@ -66,11 +67,12 @@ class AttentionBackbone(ItemBackbone):
 
     def _places(self, events: Events, positions: Tensor) -> tuple[Places, Places]:
         """Of the events as slots, and of the events as queries (with the time at which they are asked)."""
+        place, items = positions[:, None], events.items[:, None]
         if not self.uses_times:
-            return Places(positions[:, None], None), Places(positions[:, None], None)
+            return Places(place, None), Places(place, None, items)
         if events.times is None or events.next_times is None:
             raise ValueError(f"this {self.name} was made for data with times: events need `times` and `next_times`")
-        return Places(positions[:, None], events.times[:, None]), Places(positions[:, None], events.next_times[:, None])
+        return Places(place, events.times[:, None]), Places(place, events.next_times[:, None], items)
 
     def forward(self, events: Events) -> Tensor:
         positions = torch.arange(events.items.shape[1], device=events.items.device)[None]
@@ -177,7 +179,7 @@ class AttentionBackbone(ItemBackbone):
                 rebuilt = {k: Dense(v.expand(-1, -1, raw, -1)) for k, v in own.items()}
                 total += block.attend_flops(tokens, Segment(rebuilt, Slots(torch.full((1, 1), raw))))
             if state is not None and state.layers:
-                total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
+                total += sum(read_flops(block, tokens, segment) for segment in state.layers[i])
         return total
 
     def _rebuild(self, state: UserState, tokens: Events) -> UserState:
@@ -286,14 +288,13 @@ def _attend(
         end = end - segment.slots.count
     b, h, m, _ = q.shape
     mine = m if own_mask is not None else 1
-    step = max(1, _CELLS // max(1, b * h * (mine + sum(s.width for s, _ in sources))))
+    step = max(1, _CELLS // max(1, b * h * (mine + sum(_row(s) for s, _ in sources))))
     out: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         part, at = q[:, :, rows], asked.rows(rows)
-        logits = [block.logits(part, s, at, p) for s, p in sources]
-        masks = [s.slots.mask(s.width).unsqueeze(2) for s, _ in sources if s.slots]
-        masses = [s.slots.mass for s, _ in sources if s.slots]
+        seen = [_over_segment(block, part, s, at, p) for s, p in sources]
+        logits, masks, masses = [x for x, *_ in seen], [x for _, x, *_ in seen], [x for _, _, x, _ in seen]
         if own_mask is None:
             among, mix_own = alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
             masks.append(torch.ones_like(among[:1, :1], dtype=torch.bool))
@@ -303,7 +304,7 @@ def _attend(
             masks.append(own_mask[:, :, rows])
         weights = block.weigh([*logits, among], masks, [*masses, None])
         mixed = mix_own(weights[-1])
-        parts = [block.mix(w, segment) for w, (segment, _) in zip(weights, sources)]
+        parts = [mix(w) for w, (*_, mix) in zip(weights, seen)]
         if note is not None:
             note(sum(parts, torch.zeros_like(mixed)), [*logits, among], masks, [*masses, None], weights)
         for part in parts:
@@ -312,22 +313,20 @@ def _attend(
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
-def alone(
-    block: Block, q: Tensor, own: dict[str, Tensor], asked: Places, places: Places
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Logits [B, H, M, 1] of tokens over themselves, and what mixes them: M products a head, not M x M."""
-    b, _, m, _ = q.shape
+def _over_segment(
+    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
+    assert segment.slots is not None
+    if segment.lookup is not None:
+        logits, found, mix = looked_up(block, q, segment, asked, slots)
+        return logits, found, None, mix
+    mask = segment.slots.mask(segment.width).unsqueeze(2)
+    return block.logits(q, segment, asked, slots), mask, segment.slots.mass, partial(block.mix, segment=segment)
 
-    def apart(x: Tensor) -> Tensor:  # [B, H, M, D] -> [B x M, H, 1, D]
-        return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
-    def joined(x: Tensor) -> Tensor:  # and back
-        return x.squeeze(2).unflatten(0, (b, m)).transpose(1, 2)
-
-    def at(x: Places) -> Places:
-        times = None if x.times is None else apart(x.times.unsqueeze(-1)).squeeze(-1)
-        return Places(apart(x.positions.unsqueeze(-1)).squeeze(-1), times)
-
-    itself = Segment({k: Dense(apart(v)) for k, v in own.items()}, None)
-    logits = joined(block.logits(apart(q), itself, at(asked), at(places)))
-    return logits, lambda weights: joined(block.mix(apart(weights), itself))
+def _row(segment: Segment) -> int:
+    """Numbers that one query of a head needs room for."""
+    if segment.lookup is None:
+        return segment.width
+    return segment.width + segment.lookup.top * sum(v.shape[3] for v in segment.fields.values())

@@ -17,13 +17,18 @@ BLOCK = 256  # queries at a time in the plain pass
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens or slots stand: positions [B, H or 1, S] and times [B, H or 1, S] (None without times)."""
+    """Where tokens or slots stand: positions [B, H or 1, S] and times [B, H or 1, S] (None without times).
+
+    items: of tokens, what they are, [B, 1, M]; for look-ups.
+    """
 
     positions: Tensor
     times: Tensor | None
+    items: Tensor | None = None
 
     def rows(self, part: slice) -> Places:
-        return Places(self.positions[..., part], None if self.times is None else self.times[..., part])
+        times, items = (None if x is None else x[..., part] for x in (self.times, self.items))
+        return Places(self.positions[..., part], times, items)
 
 
 class Block(nn.Module):

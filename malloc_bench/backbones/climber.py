@@ -13,6 +13,7 @@ from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.base import Backbone
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
+from malloc_bench.backbones.folded import read_flops
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.probing import Watch, probe_flops
@@ -309,5 +310,5 @@ class Climber(AttentionBackbone):
                 total += block.linear_flops(tokens) + pair * (tokens if step == "read" else tokens**2)
                 total += filling + pair * tokens * width if raw is not None else 0
                 if state is not None and state.layers:
-                    total += sum(block.attend_flops(tokens, segment) for segment in state.layers[i])
+                    total += sum(read_flops(block, tokens, segment) for segment in state.layers[i])
         return total

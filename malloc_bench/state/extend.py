@@ -51,6 +51,8 @@ def grow(old: Sequence[Layer], new: Sequence[dict[str, Tensor]], tail: Slots) ->
 def _plain(segment: Segment, tail: Slots) -> bool:
     """Events as they came, the same for all heads, that tell of their places as `tail` does."""
     slots = segment.slots
+    if segment.lookup is not None:  # new events are read whatever they are, as a short-term history
+        return False
     if slots is None or slots.mass is not None or slots.score is not None or slots.count.shape[1] != 1:
         return False
     if (slots.positions is None) != (tail.positions is None):

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar, final
 import torch
 from torch import Tensor
 
+from malloc_bench.state.lookup import Lookup
 from malloc_bench.state.packing import Reader, stored_bytes
 from malloc_bench.state.slots import Slots
 from malloc_bench.state.vectors import Ragged, Vectors
@@ -87,10 +88,20 @@ class Batch:
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
-    """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots."""
+    """Slots that are written down alike. fields: name -> Vectors (B, H, S, D); slots None: a memory without slots.
+
+    lookup: which few slots a token touches; None: all.
+    """
 
     fields: Mapping[str, Vectors]
     slots: Slots | None
+    lookup: Lookup | None = None
+
+    def held(self) -> Iterator[Vectors]:
+        """All that is stored over the slots: the fields, then the codes of the look-up."""
+        yield from self.fields.values()
+        if self.lookup is not None and self.lookup.codes is not None:
+            yield self.lookup.codes
 
     def __init_subclass__(cls) -> None:
         raise TypeError(f"{cls.__name__}: Segment is final; another way to write vectors down is a Vectors class")
@@ -170,14 +181,13 @@ class UserState:
                 found = vectors.over(tuple(new[id(part)] for part in vectors.shared()))
                 new[id(vectors)] = found.load(read, None if slots is None else new[id(slots)].count)
         read.finish()
-        layers = tuple(
-            tuple(
-                Segment({k: new[id(v)] for k, v in s.fields.items()}, None if s.slots is None else new[id(s.slots)])
-                for s in layer
-            )
-            for layer in self.layers
-        )
-        return UserState(layers, length, events)
+
+        def again(s: Segment) -> Segment:
+            slots = None if s.slots is None else new[id(s.slots)]
+            codes = None if s.lookup is None or s.lookup.codes is None else new[id(s.lookup.codes)]
+            return Segment({k: new[id(v)] for k, v in s.fields.items()}, slots, s.lookup and s.lookup.over(codes))
+
+        return UserState(tuple(tuple(map(again, layer)) for layer in self.layers), length, events)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> UserState:
         """The same state with every tensor replaced by fn(tensor); what was shared stays shared."""
@@ -197,7 +207,7 @@ class UserState:
             if segment.slots is not None and id(segment.slots) not in seen:
                 seen.add(id(segment.slots))
                 yield segment.slots, None
-            for field in segment.fields.values():
+            for field in segment.held():
                 for vectors in (*field.shared(), field):
                     if id(vectors) not in seen:
                         seen.add(id(vectors))

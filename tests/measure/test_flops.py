@@ -27,6 +27,8 @@ PARAMS = {  # beside the defaults
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
     "reformer": [{}],
+    **{name: [{}, {"top": 5}] for name in ("sim_soft", "sim_hard", "eta", "sdim")},
+    "sampled": [{}, {"inner": "expected_attention"}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.backbones.attention import AttentionBackbone, alone
+from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
+from malloc_bench.backbones.folded import alone
 from malloc_bench.compressors.base import Structural
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import refusal

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
-from malloc_bench.backbones.attention import alone
+from malloc_bench.backbones.folded import alone
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
 from malloc_bench.state import Dense, Segment

@@ -1,0 +1,68 @@
+"""Tokens folded into the batch, where each has slots of its own: itself, or those that a look-up finds for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from malloc_bench.backbones.block import Block, Places
+from malloc_bench.state import Dense, Segment, take
+
+
+def apart(x: Tensor) -> Tensor:
+    """[B, H, M, D] -> [B x M, H, 1, D]"""
+    return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+
+def back(x: Tensor, like: Tensor) -> Tensor:
+    """[B x M, H, 1, D] -> [B, H, M, D], B and M those of like [B, H, M, ...]"""
+    return x.squeeze(2).unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+def _apart(x: Places) -> Places:
+    times = None if x.times is None else apart(x.times.unsqueeze(-1)).squeeze(-1)
+    return Places(apart(x.positions.unsqueeze(-1)).squeeze(-1), times)
+
+
+def alone(
+    block: Block, q: Tensor, own: dict[str, Tensor], asked: Places, places: Places
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits [B, H, M, 1] of tokens over themselves, and what mixes them: M products a head, not M x M."""
+    itself = Segment({k: Dense(apart(v)) for k, v in own.items()}, None)
+    logits = back(block.logits(apart(q), itself, _apart(asked), _apart(places)), q)
+    return logits, lambda weights: back(block.mix(apart(weights), itself), q)
+
+
+def looked_up(
+    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Logits [B, H, M, K] of tokens over the slots that the segment's look-up finds for each, which of the K it has
+    found, and what mixes them; no other slot is touched."""
+    b, h = q.shape[:2]
+    assert segment.lookup is not None and segment.slots is not None and asked.items is not None
+    real = segment.slots.mask(segment.width)
+    index, found = segment.lookup.find(q, asked.items[:, 0], real, lambda: block.logits(q, segment, asked, slots))
+    index, found = index.expand(b, h, -1, -1), found.expand(b, h, -1, -1)
+
+    def rows(x: Tensor) -> Tensor:  # [B, H, S, ...] -> [B x M, H, K, ...]
+        picked = take(x, index.flatten(2)).unflatten(2, tuple(index.shape[2:]))
+        return picked.transpose(1, 2).flatten(0, 1)
+
+    def column(x: Tensor) -> Tensor:
+        return rows(x.expand(b, h, -1))
+
+    few = Segment({name: Dense(rows(v.dense())) for name, v in segment.fields.items()}, None)
+    where = Places(column(slots.positions), None if slots.times is None else column(slots.times))
+    logits = back(block.logits(apart(q), few, _apart(asked), where), q)
+    return logits, found, lambda weights: back(block.mix(apart(weights), few), q)
+
+
+def read_flops(block: Block, queries: int, segment: Segment) -> int:
+    """Of `logits` and `mix` over a segment as queries read it, per user."""
+    if segment.lookup is None:
+        return block.attend_flops(queries, segment)
+    _, heads, _, width = segment.fields["keys"].shape
+    few = Segment({k: Dense(v.dense()[:, :, : segment.lookup.top]) for k, v in segment.fields.items()}, None)
+    search = block.logit_flops(queries, segment) if segment.lookup.keys else 0
+    return search + segment.lookup.flops(queries, heads, width) + queries * block.attend_flops(1, few)
