@@ -22,7 +22,7 @@ class Places:
     positions: Tensor
     times: Tensor | None
 
-    def rows(self, part: slice) -> Places:
+    def rows(self, part: slice | Tensor) -> Places:
         return Places(self.positions[..., part], None if self.times is None else self.times[..., part])
 
 

@@ -9,7 +9,7 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.attention import alone
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
-from malloc_bench.state import Dense, Segment
+from malloc_bench.state import Dense, Segment, Stats
 from malloc_bench.testing import Check, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
 from malloc_bench.testing.worlds import LENGTHS, _lively
@@ -59,6 +59,19 @@ def test_noise_in_any_layer_and_field_moves_the_output(part, params, name, has_t
             broken = (Segment({**segment.fields, field: Dense(x + noise)}, segment.slots),)
             moved = made.read(tokens, replace(state, layers=(*state.layers[:at], broken, *state.layers[at + 1 :])))
             assert (moved - clean).norm() > 1e-3 * clean.norm(), f"layer {at}, {field}"
+
+
+@pytest.mark.parametrize("name, has_time", KINDS)
+@pytest.mark.parametrize("part, params", METHODS, ids=str)
+@torch.no_grad()
+def test_what_is_asked_for_beside_a_prefill_does_not_change_it(part, params, name, has_time):
+    made = adapted(part, params, name, has_time)
+    history, _ = histories(made, LENGTHS)
+    alone, observed = (made.prefill(history, stats=s).state for s in (Stats(), Stats(True, 4, inputs=True, alike=True)))
+    for got, want in zip(observed.segments(), alone.segments()):
+        for field, vectors in want.fields.items():
+            real = want.real(vectors.dense()).unsqueeze(-1)
+            assert torch.allclose(got.fields[field].dense() * real, vectors.dense() * real, atol=1e-4), field
 
 
 @pytest.mark.parametrize("part", sorted({part for part, _ in METHODS}))
