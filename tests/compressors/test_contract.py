@@ -90,6 +90,7 @@ METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
     ("linformer", {"slots": 3}),
     ("reformer", {"buckets": 4}),
+    ("beacon", {"chunk": 4}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -124,6 +125,7 @@ METHODS = [
             ("mqa", "snapkv", "merge_adjacent", {"kivi": {"bits": 2}}),
             ({"mla": {"latent": 6}}, "merge_adjacent"),
             ({"longformer": {"window": 9}}, "h2o", "int8"),
+            ({"beacon": {"chunk": 5}}, "h2o", "int8"),
             ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),

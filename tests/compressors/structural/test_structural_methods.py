@@ -9,6 +9,7 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.backbones.attention import alone
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
+from malloc_bench.measure import Workload, closed_form, count_flops
 from malloc_bench.state import Dense, Segment, Stats
 from malloc_bench.testing import Check, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
@@ -19,6 +20,8 @@ METHODS = [
     ("longformer", {"window": 3, "globals": 0}),
     ("linformer", {"slots": 3}),
     ("reformer", {"buckets": 4}),
+    ("beacon", {"chunk": 4}),
+    ("beacon", {"chunk": 7}),
 ]
 KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
 
@@ -178,3 +181,57 @@ def test_reformer_is_attention_within_buckets():
             shares.append(len(seen) / (t + 1))
     assert 0.2 < sum(shares) / len(shares) < 0.8
     assert torch.allclose(block.causal(q, own, *made._places(history, at)), want, atol=1e-12)
+
+
+# --- beacon
+
+
+@torch.no_grad()
+def test_beacons_stand_for_their_chunks():
+    """Two layers of SASRec in float64: events and beacons one by one, over what they may see."""
+    made = adapted("beacon", {"chunk": 3}, "sasrec").double()
+    history, _ = histories(made, (20,))
+    line, seen = [], []  # of each token: its input; whether it is a beacon, and its chunk
+    for i in range(20):
+        at = torch.tensor([[i]])
+        line.append(made._embed(history.take(at, torch.tensor([1])), at))
+        seen.append((False, i // 3))
+        if i % 3 == 2:
+            line.append(made.items.weight[0] * 4 + made.positions.weight[i] + made.beacon + 0 * line[-1])
+            seen.append((True, i // 3))
+    x = torch.cat(line, 1)
+    for block in made.blocks:
+        q, own, _ = block.project(x)
+        mixed = torch.zeros_like(q)
+        for t, (_, chunk) in enumerate(seen):
+            index = [j for j in range(t + 1) if seen[j][0] or seen[j][1] == chunk]
+            w = (q[:, :, t : t + 1] @ own["keys"][:, :, index].mT).softmax(-1)
+            mixed[:, :, t] = (w @ own["values"][:, :, index]).squeeze(2)
+        x = block.combine(x, mixed, None)
+    events = [t for t, (beacon, _) in enumerate(seen) if not beacon]
+    assert torch.allclose(made(history), made._output(x[:, events]), atol=1e-10)
+    stays = [t for t, (beacon, chunk) in enumerate(seen) if beacon or chunk == 6]
+    kept = made.prefill(history).state.layers[1][0]
+    assert torch.allclose(kept.fields["keys"].dense(), own["keys"][:, :, stays], atol=1e-10)
+    assert kept.slots.positions[0, 0].tolist() == [2, 5, 8, 11, 14, 17, 18, 19]
+
+
+@torch.no_grad()
+def test_a_state_of_beacons_has_as_many_slots_as_chunks():
+    made = adapted("beacon", {"chunk": 7}, "hstu", True)
+    state = made.prefill(histories(made, LENGTHS)[0]).state
+    kept = [n // 7 + n % 7 for n in LENGTHS]
+    want = [8 + k * (2 * 2 * 16 * 4 + 8) + 4 * k * (n > k) for k, n in zip(kept, LENGTHS)]
+    assert state.nbytes().tolist() == want and state.layers[0][0].slots is state.layers[1][0].slots
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+@torch.inference_mode()
+def test_appending_over_several_chunks_is_counted(chunk):
+    work, made = Workload(2, 40, 1, 20), adapted("beacon", {"chunk": chunk}, "hstu", True)
+    (_, tokens, new), full = work.events(60), work.prefill(made)
+    found = closed_form(made, get_compressor("full"), full.state, work)
+    assert 2 * found["append_flops"] == count_flops(lambda: made.append(full.state, new))
+    raw = get_compressor("recompute").compress(full)
+    found = closed_form(made, get_compressor("recompute"), raw, work)
+    assert 2 * found["read_flops"] == count_flops(lambda: made.read(tokens, raw))
