@@ -91,6 +91,7 @@ METHODS = [
     ("linformer", {"slots": 3}),
     ("reformer", {"buckets": 4}),
     ("beacon", {"chunk": 4}),
+    ("collectivekv", {"own": 3, "pool": 12}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -126,6 +127,7 @@ METHODS = [
             ({"mla": {"latent": 6}}, "merge_adjacent"),
             ({"longformer": {"window": 9}}, "h2o", "int8"),
             ({"beacon": {"chunk": 5}}, "h2o", "int8"),
+            ({"collectivekv": {"own": 3, "pool": 12}}, "recent"),
             ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),

@@ -27,6 +27,7 @@ PARAMS = {  # beside the defaults
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
     "reformer": [{}],
+    "collectivekv": [{"pool": 20}],
     "beacon": [{}, {"chunk": 3}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],

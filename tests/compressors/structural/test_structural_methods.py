@@ -10,7 +10,7 @@ from malloc_bench.backbones.attention import alone
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
 from malloc_bench.measure import Workload, closed_form, count_flops
-from malloc_bench.state import Dense, Segment, Stats
+from malloc_bench.state import Batch, Dense, Pooled, Segment, Stats
 from malloc_bench.testing import Check, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
 from malloc_bench.testing.worlds import LENGTHS, _lively
@@ -22,6 +22,7 @@ METHODS = [
     ("reformer", {"buckets": 4}),
     ("beacon", {"chunk": 4}),
     ("beacon", {"chunk": 7}),
+    ("collectivekv", {"own": 3, "pool": 12}),
 ]
 KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
 
@@ -235,3 +236,48 @@ def test_appending_over_several_chunks_is_counted(chunk):
     raw = get_compressor("recompute").compress(full)
     found = closed_form(made, get_compressor("recompute"), raw, work)
     assert 2 * found["read_flops"] == count_flops(lambda: made.read(tokens, raw))
+
+
+# --- collectivekv
+
+
+@torch.no_grad()
+def test_a_key_is_a_row_of_the_pool_and_a_few_numbers():
+    made = adapted("collectivekv", {"own": 3, "pool": 12}, "sasrec", layers=1)
+    history = histories(made, (30,))[0]
+    (block,), x = made.blocks, made._embed(history, torch.arange(30)[None])
+    mapped = block.qkv(block.norm_attention(x))[0]  # queries 16, keys 2 x 3, values 2 x 3, scores 12 and 12
+    assert mapped.shape[1] == 16 + 6 + 6 + 24
+    segment = made.prefill(history).state.layers[0][0]
+    for name, own, first in (("keys", 16, 28), ("values", 22, 40)):
+        vectors = segment.fields[name]
+        assert isinstance(vectors, Pooled) and vectors.codes.dtype == torch.int16
+        for i in range(30):
+            row = getattr(block, f"pool_{name}")[int(mapped[i, first : first + 12].argmax())]
+            for head in range(2):
+                want = torch.cat([row[head], mapped[i, own + 3 * head :][:3]])
+                assert torch.allclose(vectors.dense()[0, head, i], want, atol=1e-6)
+        assert len(set(vectors.codes.flatten().tolist())) > 3
+    state = made.prefill(histories(made, LENGTHS)[0]).state
+    assert state.nbytes().tolist() == [8 + n * 2 * (2 + 2 * 3 * 4) for n in LENGTHS]
+
+
+def test_routers_learn_and_are_held_to_use_the_pool():
+    made = adapted("collectivekv", {"own": 3, "pool": 12}, "hstu").train()
+    history, tokens = histories(made, LENGTHS)
+    batch = Batch(history, history.items.roll(-1, 1) * history.mask())
+    for loss in (made.loss, lambda _: made.for_ranking().ranking_loss(history, tokens, tokens.items % 2 == 0)):
+        made.zero_grad()
+        loss(batch).backward()
+        assert all(block.uvqk.weight.grad[-24:].abs().sum() > 0 for block in made.blocks)
+        assert all(block.uneven > 1 for block in made.blocks)
+
+
+def test_from_trained_weights_own_numbers_are_the_last_channels():
+    plain, part = build("sasrec"), get_compressor("collectivekv", own=3, pool=12)
+    made = part.adapted(plain)
+    part.begin(made, plain.state_dict())
+    got, had = made.blocks[1].qkv.weight, plain.blocks[1].qkv.weight
+    assert torch.equal(got[:16], had[:16])
+    assert torch.equal(got[16:22], had[16:32].unflatten(0, (2, 8))[:, -3:].flatten(0, 1))
+    assert torch.equal(got[22:28], had[32:].unflatten(0, (2, 8))[:, -3:].flatten(0, 1)) and got.shape == (52, 16)
