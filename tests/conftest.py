@@ -28,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 #: After 200 steps HSTU's upper layer hardly reads its keys yet: noise in them moves outputs by 0.3 to 2 %.
 STEPS = 600
 FEW = 250  # softmax attention and the delta rule read their state sooner, and these steps take longer
-SLOW = ("climber", "gated_delta", "rwkv")
+SLOW = ("climber", "gated_delta", "rwkv", "longformer", "linformer", "reformer")
 
 #: name -> (registered name, heads, times, and parameters beside the small sizes): what `trained` knows.
 #: `adapt` is no parameter: a structural compressor, by name and parameters, that adapts the backbone before training.
@@ -53,6 +53,10 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     "hstu-times-gqa": ("hstu", 4, True, {"adapt": ("gqa", {"n_kv_heads": 2})}),
     "hstu-mla": ("hstu", 2, False, {"adapt": ("mla", {"latent": 6})}),
     "lsrm-mqa": ("lsrm", 2, False, {"adapt": ("mqa", {})}),
+    "sasrec-longformer": ("sasrec", 2, False, {"adapt": ("longformer", {"window": 9})}),
+    "sasrec-linformer": ("sasrec", 2, False, {"adapt": ("linformer", {"slots": 4})}),
+    "sasrec-reformer": ("sasrec", 2, False, {"adapt": ("reformer", {"buckets": 4})}),
+    "hstu-times-beacon": ("hstu", 2, True, {"adapt": ("beacon", {"chunk": 4})}),
     "marm": ("marm", 1, False),
     "marm-2-heads": ("marm", 2, False),
     "gated_delta": ("gated_delta", 1, False),
@@ -91,7 +95,7 @@ def trained(synthetic: Split, tmp_path_factory: pytest.TempPathFactory) -> Calla
             with (folder / f"{name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not weights.exists():
-                    _train(backbone, synthetic, FEW if part in SLOW else STEPS)
+                    _train(backbone, synthetic, FEW if {part, adapt and adapt[0]} & {*SLOW} else STEPS)
                     save_file(backbone.state_dict(), weights)
             backbone.load_state_dict(load_file(weights))
         return backbone.eval().requires_grad_(False)

@@ -26,7 +26,7 @@ class Places:
     times: Tensor | None
     items: Tensor | None = None
 
-    def rows(self, part: slice) -> Places:
+    def rows(self, part: slice | Tensor) -> Places:
         times, items = (None if x is None else x[..., part] for x in (self.times, self.items))
         return Places(self.positions[..., part], times, items)
 

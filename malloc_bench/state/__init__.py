@@ -1,6 +1,6 @@
 """The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours."""
 
-from malloc_bench.state.codebook import Codebook, FromCodebook, closest
+from malloc_bench.state.codebook import Codebook, FromCodebook, Pool, Pooled, closest
 from malloc_bench.state.coded import Coded, Table, coded
 from malloc_bench.state.entropy import CodedEvents, ItemFrequencies
 from malloc_bench.state.extend import extend, grow, joined
@@ -24,12 +24,12 @@ from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserSta
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
 
 __all__ = [
-    "Ask", "Basis", "Batch", "ByHash", "ByLabel", "ByLogit", "Channels", "Codebook", "Coded", "CodedEvents", "Dense",
-    "Derived", "Embedded", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact", "ItemFrequencies",
-    "Layer", "Lookup", "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Outliers", "Over", "Prefill",
-    "Probes", "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded", "Sample", "Segment", "Sized", "Slots",
-    "Stats", "Streamed", "Sum", "Summed", "Table", "Turned", "UserState", "Vectors", "closest", "coded", "coding",
-    "extend", "factor", "frequencies", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks",
-    "map_tensors", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
-    "signs", "streamed", "take", "under", "unpack_bits",
+    "Ask", "Basis", "Batch", "ByHash", "ByLabel", "ByLogit", "Channels", "Codebook", "Coded", "CodedEvents",
+    "Dense", "Derived", "Embedded", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact",
+    "ItemFrequencies", "Layer", "Lookup", "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Outliers",
+    "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded",
+    "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned", "UserState",
+    "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow", "hash_flops", "intact",
+    "integers", "joined", "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits",
+    "principal", "quantize", "rounded", "side_by_side", "signs", "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

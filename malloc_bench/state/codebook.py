@@ -76,6 +76,41 @@ class FromCodebook(Vectors):
         return FromCodebook(pack_bits(book.nearest(x), book.bits), book)
 
 
+class Pool:
+    """rows [P, H, W]: what a model learned once for all users, its own parameter. A plain class: nobody has a part."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled(Vectors):
+    """[a row of a pool; own]: codes [B, 1, S, 1] int16 name the row of all heads, own is [B, H, S, D - W]."""
+
+    by_slot = True
+    codes: Tensor
+    own: Tensor
+    pool: Pool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, s, u = self.own.shape
+        return b, h, s, self.pool.rows.shape[2] + u
+
+    def dense(self) -> Tensor:
+        rows = self.pool.rows.to(self.own.device, self.own.dtype)
+        found = rows[self.codes[:, 0, :, 0].long().clamp(0, len(rows) - 1)]  # padding may hold any: [B, S, H, W]
+        return torch.cat([found.transpose(1, 2), self.own], -1)
+
+    def parts(self, count: Tensor | None) -> Iterator[Ragged]:
+        yield Ragged(self.codes, all_rows(self.codes) if count is None else count)
+        yield Ragged(self.own, all_rows(self.own) if count is None else count)
+
+    def load(self, read: Read, count: Tensor | None) -> Pooled:
+        count = all_rows(self.codes) if count is None else count
+        return replace(self, codes=read(self.codes, count), own=read(self.own, count))
+
+
 def closest(x: Tensor, entries: Tensor) -> Tensor:
     """Index [H, N] of the nearest of entries [H, K, w] to x [H, N, w]; blockwise. The first where two are as near."""
     half = entries.square().sum(-1).unsqueeze(1) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,9 +12,11 @@ from malloc_bench.state.slots import Slots
 from malloc_bench.state.user_state import Events, Layer, Segment, UserState
 from malloc_bench.state.vectors import Dense, Vectors
 
+New = Sequence[Mapping[str, Tensor | Vectors]]  # of each layer, field -> [B, H, M, D]
 
-def extend(state: UserState, new: Sequence[dict[str, Tensor]], events: Events, timestamps: bool) -> UserState:
-    """The state with the vectors of new events, a dict field -> [B, H, M, D] a layer; nothing stored is changed.
+
+def extend(state: UserState, new: New, events: Events, timestamps: bool) -> UserState:
+    """The state with the vectors of new events; nothing stored is changed.
 
     timestamps: the backbone reads the slots' times.
     """
@@ -23,17 +25,18 @@ def extend(state: UserState, new: Sequence[dict[str, Tensor]], events: Events, t
     return UserState(grow(state.layers, new, tail), state.length + events.count)
 
 
-def grow(old: Sequence[Layer], new: Sequence[dict[str, Tensor]], tail: Slots) -> tuple[Layer, ...]:
-    """Layers with new vectors, a dict field -> [B, H, M, D] a layer, over the slots `tail`, H' = 1.
+def grow(old: Sequence[Layer], new: New, tail: Slots) -> tuple[Layer, ...]:
+    """Layers with new vectors over the slots `tail`, H' = 1.
 
     Rows go to the end of a layer's last segment where that holds events as they came, else to a new segment.
     """
     grown: dict[int, Slots] = {}  # slots that layers share stay shared
     layers: list[Layer] = []
-    for layer, fields in zip(old, new):
+    for layer, made in zip(old, new):
+        own = {name: x if isinstance(x, Vectors) else Dense(x) for name, x in made.items()}
         last = layer[-1] if layer else None
-        if last is None or last.fields.keys() != fields.keys() or not _plain(last, tail):
-            layers.append((*layer, Segment({k: Dense(v) for k, v in fields.items()}, tail)))
+        if last is None or not _plain(last, own, tail):
+            layers.append((*layer, Segment(own, tail)))
             continue
         slots = last.slots
         assert slots is not None
@@ -43,13 +46,15 @@ def grow(old: Sequence[Layer], new: Sequence[dict[str, Tensor]], tail: Slots) ->
                 for a, b in ((slots.positions, tail.positions), (slots.timestamps, tail.timestamps))
             )
             grown[id(slots)] = replace(slots, count=slots.count + tail.count, positions=places, timestamps=times)
-        vectors = {k: Dense(_place(last.fields[k].dense(), v, slots, tail)) for k, v in fields.items()}
+        vectors = {k: last.fields[k].each(lambda x, y: _place(x, y, slots, tail), v) for k, v in own.items()}  # noqa: B023
         layers.append((*layer[:-1], Segment(vectors, grown[id(slots)])))
     return tuple(layers)
 
 
-def _plain(segment: Segment, tail: Slots) -> bool:
-    """Events as they came, the same for all heads, that tell of their places as `tail` does."""
+def _plain(segment: Segment, own: Mapping[str, Vectors], tail: Slots) -> bool:
+    """Events as they came, the same for all heads, written down as `own`, that tell of their places as `tail` does."""
+    if segment.fields.keys() != own.keys():
+        return False
     slots = segment.slots
     if segment.lookup is not None:  # new events are read whatever they are, as a short-term history
         return False
@@ -59,7 +64,7 @@ def _plain(segment: Segment, tail: Slots) -> bool:
         return False
     if slots.positions is not None and slots.positions.shape[1] != 1:  # each head kept events of its own
         return False
-    return all(isinstance(v, Dense) for v in segment.fields.values())
+    return all(type(v) is type(own[name]) and v.by_slot for name, v in segment.fields.items())
 
 
 def _place(old: Tensor, new: Tensor, slots: Slots, tail: Slots) -> Tensor:

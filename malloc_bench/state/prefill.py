@@ -29,7 +29,7 @@ OBSERVED = ("column_sum", "window", "queries", "inputs", "alike", "reader", "pro
 class Prefill:
     """The full state of B users, who they are, and what was observed while it was made.
 
-    state: one dense segment a layer.
+    state: one segment a layer, of vectors `by_slot`, dense but for what was trained to be stored otherwise.
     users: [B] int64 ids, stable between runs: what is random hashes them.
     column_sum: a layer each, [B, H, S]: sum over the history's queries of the |attention weight| on each slot
         (mean over the query heads that share a kv-head). Softmax weights are their own absolute values.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -45,7 +45,10 @@ class Vectors(ABC):
     What is a user's own goes through `parts` and `load`, nothing else survives: a state is judged by what is read from
     its bytes, unpacked beside other users. What all users share (a codebook) lies in an object that is no tensor,
     tuple, list, dict or dataclass, so that `take` leaves it whole, and `load` passes it on from the template.
+    by_slot: each of its tensors is [B, H or 1, S, ...], a row a slot, so that those of new events may be put behind.
     """
+
+    by_slot: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -85,6 +88,12 @@ class Vectors(ABC):
         """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
         return w @ self.dense().to(w.dtype)
 
+    def each(self, fn: Callable[..., Tensor], *others: Vectors) -> Self:
+        """The same, of `by_slot` vectors, with fn of every tensor, and of the one that `others` have in its place."""
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}  # type: ignore[arg-type]
+        made = {name: fn(x, *(getattr(other, name) for other in others)) for name, x in tensors.items()}
+        return replace(self, **made)  # type: ignore[type-var]
+
     def flops(self, queries: int) -> int:
         """FLOPs of one `dot` or one `mix` for `queries` queries over all S rows, per user (2 per multiply-add)."""
         _, heads, slots, width = self.shape
@@ -104,6 +113,7 @@ def all_rows(data: Tensor) -> Tensor:
 class Dense(Vectors):
     """Plain vectors: data [B, H, S, D] in any float dtype."""
 
+    by_slot = True
     data: Tensor
 
     @property

@@ -173,7 +173,7 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         if id(old) not in made:
             places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))
             made[id(old)] = Slots(old.count[rows, :1], places, times)
-        fields = {k: Dense(fit(v.dense(), 2, count)) for k, v in prefill.segment(layer).fields.items()}
+        fields = {k: v.each(lambda x: fit(x, 2, count)) for k, v in prefill.segment(layer).fields.items()}  # noqa: B023
         layers.append((Segment(fields, made[id(old)]),))
     events = prefill.events
     if events is not None:

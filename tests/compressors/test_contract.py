@@ -95,6 +95,8 @@ METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
     ("linformer", {"slots": 3}),
     ("reformer", {"buckets": 4}),
+    ("beacon", {"chunk": 4}),
+    ("collectivekv", {"own": 3, "pool": 12}),
     *(
         ("compose", {"steps": steps})
         for steps in (
@@ -130,6 +132,8 @@ METHODS = [
             ("mqa", "snapkv", "merge_adjacent", {"kivi": {"bits": 2}}),
             ({"mla": {"latent": 6}}, "merge_adjacent"),
             ({"longformer": {"window": 9}}, "h2o", "int8"),
+            ({"beacon": {"chunk": 5}}, "h2o", "int8"),
+            ({"collectivekv": {"own": 3, "pool": 12}}, "recent"),
             ({"mla": {"latent": 6}}, {"kivi": {"bits": 4, "tail": 8}}),
         )
     ),

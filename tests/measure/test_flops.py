@@ -29,6 +29,8 @@ PARAMS = {  # beside the defaults
     "reformer": [{}],
     **{name: [{}, {"top": 5}] for name in ("sim_soft", "sim_hard", "eta", "sdim")},
     "sampled": [{}, {"inner": "expected_attention"}],
+    "collectivekv": [{"pool": 20}],
+    "beacon": [{}, {"chunk": 3}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.block import Places
 from malloc_bench.compressors.base import Structural
 from malloc_bench.compressors.heads.shared import layers, swap
-from malloc_bench.compressors.trimmed import NEVER, Trimmed, refusal
+from malloc_bench.compressors.trimmed import NEVER, Banded, Trimmed, refusal
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Segment, Slots
+from malloc_bench.state import Segment
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
 
 
-class WindowBlock(Block):
+class WindowBlock(Banded):
     """Comes before a block's own class: slots beyond the window weigh nothing, and the plain pass skips them."""
 
     window: int
@@ -28,27 +28,12 @@ class WindowBlock(Block):
         far = (queries.positions.unsqueeze(-1) - places > self.window) & (places >= self.first)
         return super().logits(q, segment, queries, slots).masked_fill(far, NEVER)
 
-    def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
-        b, _, s, _ = q.shape
-        mixed = []
-        for rows, index in self._bands(s, q.device):
-            keys = Segment({k: Dense(v[:, :, index]) for k, v in own.items()}, Slots(torch.full((b, 1), len(index))))
-            times = None if places.times is None else places.times[..., index]
-            mask = (index <= torch.arange(rows.start, rows.stop, device=q.device)[:, None])[None, None]
-            logits = self.logits(q[:, :, rows], keys, asked.rows(rows), Places(places.positions[..., index], times))
-            mixed.append(self.mix(self.weigh([logits], [mask], [None])[0], keys))
-        return torch.cat(mixed, dim=2)
-
-    def causal_pairs(self, slots: int) -> int:
-        return sum((rows.stop - rows.start) * len(index) for rows, index in self._bands(slots))
-
-    def _bands(self, slots: int, device: torch.device | None = None) -> list[tuple[slice, Tensor]]:
-        """Queries, a window's length at a time, and which slots any of them may see."""
+    def bands(self, slots: int) -> list[tuple[slice, Tensor]]:
         step, found = max(self.window, 32), []
         for start in range(0, max(slots, 1), step):
             stop, oldest = min(start + step, slots), max(start - self.window, 0)
             index = torch.cat([torch.arange(min(self.first, oldest)), torch.arange(oldest, stop)])
-            found.append((slice(start, stop), index.to(device)))
+            found.append((slice(start, stop), index))
         return found
 
 
