@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Marked(Places):
     """beacon: [S] bool, which of the slots are one; `chunk` events come before each."""
 
@@ -32,7 +32,7 @@ class Marked(Places):
 
     def rows(self, part: slice | Tensor) -> Marked:
         plain = super().rows(part)
-        return Marked(plain.positions, plain.times, self.beacon[part], self.chunk)
+        return Marked(positions=plain.positions, times=plain.times, beacon=self.beacon[part], chunk=self.chunk)
 
 
 class BeaconBlock(Banded):
@@ -85,7 +85,10 @@ class BeaconBackbone(Trimmed):
     def forward(self, events: Events) -> Tensor:
         tokens, beacon, at = self.line(events)
         places, asked = self._places(tokens, at)
-        marked, x = Marked(places.positions, places.times, beacon, self.chunk), self._embed(tokens, at)
+        marked, x = (
+            Marked(positions=places.positions, times=places.times, beacon=beacon, chunk=self.chunk),
+            self._embed(tokens, at),
+        )
         for block in self.blocks:
             q, own, gate = block.project(x)
             x = block.combine(x, block.causal(q, own, marked, asked), gate)
@@ -96,7 +99,7 @@ class BeaconBackbone(Trimmed):
             raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
         tokens, beacon, at = self.line(events)
         places, asked = self._places(tokens, at)
-        marked = Marked(places.positions, places.times, beacon, self.chunk)
+        marked = Marked(positions=places.positions, times=places.times, beacon=beacon, chunk=self.chunk)
         slots = Slots(tokens.count[:, None], at.int()[:, None].expand(len(tokens.count), -1, -1), places.times)
         full, seen = fill(self.blocks, self._embed(tokens, at), marked, asked, slots, stats)
         of_slots = {name: seen.pop(name) for name in COLUMNS.keys() & seen.keys()}
