@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Self
@@ -20,7 +19,8 @@ from malloc_bench.state.vectors import Vectors
 class Lookup(ABC):
     """Every token and head attends to the `top` slots that it rates highest, and touches no other.
 
-    codes: what is stored of each slot to be rated by, [B, H or 1, S, W]; None: its key. keys: it asks for all logits.
+    codes: what is stored of each slot to be rated by, [B, H or 1, S, W]; None: its key. keys: it asks for the logits of
+    all slots, for which all keys are read.
     """
 
     top: int
@@ -29,13 +29,13 @@ class Lookup(ABC):
     keys: ClassVar[bool] = False
 
     @abstractmethod
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         """[B, H or 1, M, S], higher is found first, -inf never; beyond a user's count nothing is read.
 
-        q: [B, H, M, D]; items: the tokens' own, [B, M]; logits: () -> [B, H, M, S].
+        q: [B, H, M, D]; items: the tokens' own, [B, M]; logits: [B, H, M, S], where it asks for them.
         """
 
-    def find(self, q: Tensor, items: Tensor, mask: Tensor, logits: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def find(self, q: Tensor, items: Tensor, mask: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Slots [B, H or 1, M, K] of each token, and which of them are found; mask [B, H or 1, S]: the real ones."""
         rated = self.rate(q, items, logits).masked_fill(~mask.unsqueeze(2), -torch.inf)
         best = rated.topk(min(self.top, rated.shape[-1]), -1, sorted=False)
@@ -56,8 +56,9 @@ class ByLogit(Lookup):
 
     keys = True
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
-        return logits()
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
+        assert logits is not None
+        return logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class ByLabel(Lookup):
 
     labels: Named | None = None
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         assert self.codes is not None and self.labels is not None
         (table,) = self.labels.values()
         asked = table.to(items.device)[(items.long() - 1).clamp(min=0)]
@@ -86,7 +87,7 @@ class ByHash(Lookup):
     run: int = 1
     least: int = 0
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         assert self.codes is not None
         held = self.codes.dense()
         asked = signs(q, 8 * held.shape[-1])
