@@ -28,8 +28,8 @@ class Sampled(TokenMethod):
     that scores, a name or {name: {parameter: value}}; scores must not be negative, and what it forces is not.
     Top-k by the same scores keeps large weights alone, and small ones are many: see `oracle_evict`. But one lot is one
     lot: on ML-100K it keeps more of the full top 10 at a quarter of the bytes (overlap .835 / .795 on SASRec / HSTU,
-    `tova` .762 / .773, slots by lot .785 / .758), at a sixteenth few slots stand for many and NDCG@10 falls below that of
-    top-k (.071 / .077 to .083 / .092). To keep the newest slots for certain did not help.
+    `tova` .762 / .773, slots by lot .785 / .758); at a sixteenth few slots stand for many and NDCG@10 falls below that
+    of top-k (.071 / .077 to .083 / .092). To keep the newest slots for certain did not help.
     """
 
     inner: Any = "tova"
