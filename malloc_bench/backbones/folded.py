@@ -40,9 +40,10 @@ def looked_up(
     """Logits [B, H, M, K] of tokens over the slots that the segment's look-up finds for each, which of the K it has
     found, and what mixes them; no other slot is touched."""
     b, h = q.shape[:2]
-    assert segment.lookup is not None and segment.slots is not None and asked.items is not None
-    real = segment.slots.mask(segment.width)
-    index, found = segment.lookup.find(q, asked.items[:, 0], real, lambda: block.logits(q, segment, asked, slots))
+    lookup = segment.lookup
+    assert lookup is not None and segment.slots is not None and asked.items is not None
+    every = block.logits(q, segment, asked, slots) if lookup.keys else None
+    index, found = lookup.find(q, asked.items[:, 0], segment.slots.mask(segment.width), every)
     index, found = index.expand(b, h, -1, -1), found.expand(b, h, -1, -1)
 
     def rows(x: Tensor) -> Tensor:  # [B, H, S, ...] -> [B x M, H, K, ...]
@@ -52,7 +53,9 @@ def looked_up(
     def column(x: Tensor) -> Tensor:
         return rows(x.expand(b, h, -1))
 
-    few = Segment({name: Dense(rows(v.dense())) for name, v in segment.fields.items()}, None)
+    few = Segment({k: Dense(rows(v.dense())) for k, v in segment.fields.items() if every is None or k != "keys"}, None)
+    if every is not None:
+        return every.gather(-1, index), found, lambda weights: back(block.mix(apart(weights), few), q)
     where = Places(column(slots.positions), None if slots.times is None else column(slots.times))
     logits = back(block.logits(apart(q), few, _apart(asked), where), q)
     return logits, found, lambda weights: back(block.mix(apart(weights), few), q)
@@ -64,5 +67,7 @@ def read_flops(block: Block, queries: int, segment: Segment) -> int:
         return block.attend_flops(queries, segment)
     _, heads, _, width = segment.fields["keys"].shape
     few = Segment({k: Dense(v.dense()[:, :, : segment.lookup.top]) for k, v in segment.fields.items()}, None)
-    search = block.logit_flops(queries, segment) if segment.lookup.keys else 0
-    return search + segment.lookup.flops(queries, heads, width) + queries * block.attend_flops(1, few)
+    read = queries * block.attend_flops(1, few)
+    if segment.lookup.keys:  # their logits are those of the search
+        read += block.logit_flops(queries, segment) - queries * block.logit_flops(1, few)
+    return read + segment.lookup.flops(queries, heads, width)

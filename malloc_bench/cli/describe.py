@@ -121,6 +121,7 @@ def _compressor(cls: type[Compressor]) -> Lines:
         ("paper", cls.paper),
         ("formula", cls.formula),
         ("stores", cls.stores),
+        *([("note", cls.note)] if cls.note else []),
         ("size", _size(cls)),
         ("reads", _reads(cls)),
         ("work of compress", work),

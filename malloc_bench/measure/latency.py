@@ -210,6 +210,7 @@ def _make(part: Structural | None, state: UserState) -> tuple[Structural | None,
     found = hashlib.sha256()
     for layer in state.layers:
         found.update(repr([[type(v).__name__ for v in segment.fields.values()] for segment in layer]).encode())
+        found.update(repr([segment.lookup and segment.lookup.over(None) for segment in layer]).encode())  # reads part
     for user in range(len(state)):
         found.update(state.pack(user))
     return part, found.hexdigest()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from malloc_bench.state.named import Named
 from malloc_bench.state.quantized import pack_bits
@@ -20,7 +20,8 @@ from malloc_bench.state.vectors import Vectors
 class Lookup(ABC):
     """Every token and head attends to the `top` slots that it rates highest, and touches no other.
 
-    codes: what is stored of each slot to be rated by, [B, H or 1, S, W]; None: its key. keys: it asks for all logits.
+    codes: what is stored of each slot to be rated by, [B, H or 1, S, W]; None: its key. keys: it asks for the logits of
+    all slots, for which all keys are read.
     """
 
     top: int
@@ -29,17 +30,18 @@ class Lookup(ABC):
     keys: ClassVar[bool] = False
 
     @abstractmethod
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         """[B, H or 1, M, S], higher is found first, -inf never; beyond a user's count nothing is read.
 
-        q: [B, H, M, D]; items: the tokens' own, [B, M]; logits: () -> [B, H, M, S].
+        q: [B, H, M, D]; items: the tokens' own, [B, M]; logits: [B, H, M, S], where it asks for them.
         """
 
-    def find(self, q: Tensor, items: Tensor, mask: Tensor, logits: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def find(self, q: Tensor, items: Tensor, mask: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Slots [B, H or 1, M, K] of each token, and which of them are found; mask [B, H or 1, S]: the real ones."""
         rated = self.rate(q, items, logits).masked_fill(~mask.unsqueeze(2), -torch.inf)
-        best = rated.topk(min(self.top, rated.shape[-1]), -1, sorted=False)
-        return best.indices, best.values > -torch.inf
+        newest_first = rated.flip(-1)  # topk is slow where later ones are ever better
+        best = newest_first.topk(min(self.top, rated.shape[-1]), -1, sorted=False)
+        return rated.shape[-1] - 1 - best.indices, best.values > -torch.inf
 
     def flops(self, queries: int, heads: int, width: int) -> int:
         """Of `rate` beside the logits, per user; heads and width are those of queries."""
@@ -56,8 +58,9 @@ class ByLogit(Lookup):
 
     keys = True
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
-        return logits()
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
+        assert logits is not None
+        return logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class ByLabel(Lookup):
 
     labels: Named | None = None
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         assert self.codes is not None and self.labels is not None
         (table,) = self.labels.values()
         asked = table.to(items.device)[(items.long() - 1).clamp(min=0)]
@@ -86,16 +89,15 @@ class ByHash(Lookup):
     run: int = 1
     least: int = 0
 
-    def rate(self, q: Tensor, items: Tensor, logits: Callable[[], Tensor]) -> Tensor:
+    def rate(self, q: Tensor, items: Tensor, logits: Tensor | None) -> Tensor:
         assert self.codes is not None
         held = self.codes.dense()
-        asked = signs(q, 8 * held.shape[-1])
-        agreeing = _agreeing(self.run).to(q.device)
-        slots = held.shape[2]
-        runs = torch.zeros(*q.shape[:3], slots, device=q.device)
-        for byte in range(held.shape[-1]):  # few; all at once would be as many times the memory
-            runs += agreeing[(asked[..., byte].unsqueeze(-1) ^ held[..., byte].unsqueeze(-2)).int()]
-        rated = runs * slots + torch.arange(slots, device=q.device)  # exact in float32 up to 2^24
+        slots, bits = held.shape[2], 8 * held.shape[3]
+        asked, held = _words(signs(q, bits)), _words(held)
+        runs = torch.full((*q.shape[:3], slots), bits // self.run, dtype=torch.int32, device=q.device)
+        for word in range(held.shape[-1]):
+            runs -= _differing(asked[..., word].unsqueeze(-1) ^ held[..., word].unsqueeze(-2), self.run)
+        rated = (runs * slots + torch.arange(slots, dtype=torch.int32, device=q.device)).float()  # exact up to 2^24
         return rated.masked_fill(runs < self.least, -torch.inf)
 
     def flops(self, queries: int, heads: int, width: int) -> int:
@@ -119,8 +121,22 @@ def _planes(width: int, bits: int) -> Tensor:
     return torch.randn(width, bits, generator=torch.Generator().manual_seed(bits))
 
 
-@lru_cache(maxsize=8)
-def _agreeing(run: int) -> Tensor:
-    """[256]: in how many runs of `run` bits two bytes agree that differ by this one."""
-    differ = torch.arange(256)
-    return sum(((differ >> first) % 2**run == 0).float() for first in range(0, 8, run))  # type: ignore[return-value]
+def _words(codes: Tensor) -> Tensor:
+    """Bytes [..., W] as int32 [..., ceil(W / 4)]."""
+    return F.pad(codes, (0, -codes.shape[-1] % 4)).contiguous().view(torch.int32)
+
+
+def _differing(x: Tensor, run: int) -> Tensor:
+    """How many runs of `run` bits of int32 x are not 0; x is overwritten. Bits are added up side by side,
+    as torch has no count of them."""
+    for step in (1, 2, 4):
+        if step < run:
+            x |= x >> step
+    x &= {1: -1, 2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[run]  # the lowest of each run knows of all
+    if run == 1:
+        x -= (x >> 1) & 0x55555555
+    if run <= 2:
+        x = (x & 0x33333333).add_((x >> 2) & 0x33333333)
+    if run <= 4:
+        x = (x & 0x0F0F0F0F).add_((x >> 4) & 0x0F0F0F0F)
+    return (x * 0x01010101 >> 24) & 0xFF

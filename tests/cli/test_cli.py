@@ -292,6 +292,7 @@ def test_list(kind: str, capsys: Capture) -> None:
         ("snapkv", ["window: int = 16", "keys and values of k events"]),
         ("kivi", ["bit-packed codes", "one cell, no budget", "bits: int = 4", "none that is matmul-like"]),
         ("h2o", ["attention that each slot received"]),
+        ("keydiff", ["slots by lot .785", "nothing stands for what most keys share"]),
         ("svd", ["Gram matrix", "rank: int | None = None"]),
         ("compose", ["depends on its parameters", "steps: "]),
         ("hstu", ["Zhai et al.", "head: Literal['cosine', 'dot'] = 'cosine'", "keys, values of every event"]),

@@ -23,7 +23,7 @@ METHODS = [
     ("h2o", {"recent": 0.0}),
     ("h2o_stream", {}),
     ("sampled", {}),
-    ("sampled", {"inner": "snapkv"}),
+    ("sampled", {"inner": "h2o"}),
     ("tova", {}),
     ("snapkv", {}),
     ("snapkv", {"window": 4}),

@@ -26,6 +26,10 @@ class CapKV(Eviction):
     grid = {"tau": (1.0, 2.5, 5.0, 10.0), "window": (16, 64)}
     family = "eviction"
     paper = "CapKV, arXiv 2604.25975"
+    note = (
+        "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .730 / .694, slots by lot .785 / .758: "
+        "leverage favours what stands apart"
+    )
     formula = "score = w v'(I + sum_j w_j v_j v_j')^-1 v, w = exp(tau (cos(k, mean query) - the largest cos))"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")

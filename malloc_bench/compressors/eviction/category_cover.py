@@ -22,6 +22,7 @@ class CategoryCover(Eviction):
     family = "eviction"
     per_head = False
     paper = "none: greedy submodular cover"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .742 / .730, slots by lot .785 / .758: it looks at no weight"
     formula = "score = - how many newer events of the same category the user has"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 

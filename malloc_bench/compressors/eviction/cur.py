@@ -25,6 +25,7 @@ class CUR(Eviction):
     grid = {"window": (4, 8, 16, 32), "sinks": (0, 4)}
     family = "eviction"
     paper = "CurDKV, Sengupta et al., arXiv 2509.15038"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .761 / .736, slots by lot .785 / .758: it looks at no weight"
     formula = "score = |k_i|^2 |v_i|^2 / (sum of |k|^2 over i's window x sum of |v|^2 over it)"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")

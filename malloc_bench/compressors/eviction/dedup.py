@@ -31,6 +31,10 @@ class Dedup(Eviction):
     family = "eviction"
     per_head = False
     paper = "none: a cache of distinct items"
+    note = (
+        "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .696 / .673, slots by lot .785 / .758: "
+        "where no item comes back it is `recent`"
+    )
     formula = "score = - how many newer events of the same item the user has"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 

@@ -21,6 +21,10 @@ class InterestDecay(Eviction):
     family = "eviction"
     per_head = False
     paper = "none: interest with exponential forgetting"
+    note = (
+        "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .724 / .681, slots by lot .785 / .758: "
+        "it looks at no weight, and favours the newest"
+    )
     formula = "score = log2(the category's share of the user's events) - age in events / half_life"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 

@@ -17,6 +17,10 @@ class KeyDiff(Eviction):
 
     family = "eviction"
     paper = "KeyDiff, Park et al., NeurIPS 2025, arXiv 2504.15364"
+    note = (
+        "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .578 / .520, slots by lot .785 / .758: "
+        "it keeps what stands apart, and nothing stands for what most keys share"
+    )
     formula = "score = -cos(k_i, mean over j of k_j / |k_j|)"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)

@@ -19,6 +19,7 @@ class KNorm(Eviction):
 
     family = "eviction"
     paper = "Devoto et al., A Simple and Effective L2 Norm-Based Strategy, EMNLP 2024, arXiv 2406.11430"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .623 / .570, slots by lot .785 / .758: it looks at no weight"
     formula = "score = -|k|"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)

@@ -28,6 +28,7 @@ class LagKV(Eviction):
     grid = {"lag": (8, 16, 32, 64), "sinks": (0, 4)}
     family = "eviction"
     paper = "LagKV, Liang et al., arXiv 2504.04704"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .714 / .710, slots by lot .785 / .758: it looks at no weight"
     formula = "score = rank in the stretch of softmax(std over channels of (x - min') / (max' - min')), mean of K and V"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")

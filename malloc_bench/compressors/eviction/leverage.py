@@ -23,6 +23,7 @@ class Leverage(Eviction):
     grid = {"ridge": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
     family = "eviction"
     paper = "the leverage score of Compactor, arXiv 2507.08143, without its sketch"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .715 / .682, slots by lot .785 / .758: it looks at no weight"
     formula = "score = x_i' (X'X + ridge tr(X'X)/d I)^-1 x_i, X the keys less their mean"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)

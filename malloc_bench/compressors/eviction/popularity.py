@@ -17,6 +17,7 @@ class Popularity(Eviction):
     family = "eviction"
     per_head = False
     paper = "none: inverse document frequency, for histories"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .640 / .659, slots by lot .785 / .758: it looks at no weight"
     formula = "score = - training events of the item"
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 

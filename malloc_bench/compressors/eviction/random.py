@@ -26,6 +26,26 @@ def hashed(prefill: Prefill, layer: int, what: Tensor) -> Tensor:
     return (_hash(user + what) & 0xFFFFFF).to(torch.float32).clamp(min=0.5) / 2**24  # 24 bits: exact in float32
 
 
+def proportional(score: Tensor, k: Tensor) -> Tensor:
+    """Chances min(1, c score) of slots, c such that they come to k [B, H or 1]; score [B, H, S] >= 0 in float64, at
+    least k of them above 0."""
+    if not score.shape[-1]:
+        return score
+    falling = score.sort(-1, descending=True).values
+    rest = falling.flip(-1).cumsum(-1).flip(-1)  # each with all smaller ones
+    left = (k.unsqueeze(-1) - torch.arange(score.shape[-1], device=k.device)).clamp(min=0).expand_as(rest)
+    sure = (left * falling <= rest).int().argmax(-1, keepdim=True)  # so many are certain: all larger ones
+    scale = left.gather(-1, sure) / rest.gather(-1, sure).clamp(min=1e-300)
+    return (scale * score).clamp(max=1)
+
+
+def drawn(chance: Tensor, start: Tensor, k: int) -> Tensor:
+    """k slots [B, H, k] in order, each with its chance [B, H, S] in float64, by one number start [B, H, 1] from 0 to 1:
+    systematic sampling, evenly along the sum of chances."""
+    turn = start.double() + torch.arange(k, device=chance.device)
+    return torch.searchsorted(chance.cumsum(-1), turn, right=True).clamp(max=max(chance.shape[-1] - 1, 0))
+
+
 @register("random")
 @dataclass(frozen=True)
 class Random(Eviction):

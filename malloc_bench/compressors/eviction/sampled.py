@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor
-from malloc_bench.compressors.eviction.random import hashed
+from malloc_bench.compressors.eviction.random import drawn, hashed, proportional
 from malloc_bench.compressors.selection import Eviction, TokenMethod, gather, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.registry import register
@@ -26,12 +26,15 @@ class Sampled(TokenMethod):
     attention the mixture itself, of a softmax its numerator and denominator. Chances stop at 1; one number from (seed,
     user, layer, head) draws all of a head's slots, evenly along the history (systematic sampling). inner: the method
     that scores, a name or {name: {parameter: value}}; scores must not be negative, and what it forces is not.
-    Top-k by the same scores keeps large weights alone, and small ones are many: see `oracle_evict`.
+    Top-k by the same scores keeps large weights alone, and small ones are many: see `oracle_evict`. But one lot is one
+    lot: on ML-100K it keeps more of the full top 10 at a quarter of the bytes (overlap .835 / .795 on SASRec / HSTU,
+    `tova` .762 / .773, slots by lot .785 / .758); at a sixteenth few slots stand for many and NDCG@10 falls below that
+    of top-k (.071 / .077 to .083 / .092). To keep the newest slots for certain did not help.
     """
 
-    inner: Any = "h2o"
+    inner: Any = "tova"
 
-    grid = {"inner": ("h2o", "tova", "snapkv", "vatp")}
+    grid = {"inner": ("tova", "h2o", "snapkv", "vatp")}
     family = "eviction"
     paper = "Horvitz and Thompson, JASA 1952; for attention MagicPIG, Chen et al., ICLR 2025, arXiv 2410.16179"
     formula = "keep i with chance p_i = min(1, c s_i), sum of p = k, s the inner score; mass = 1 / p_i"
@@ -59,9 +62,7 @@ class Sampled(TokenMethod):
             kept = k[:, None].minimum(own.count)
             chance = self.chances(prefill, layer, kept)
             head = torch.arange(chance.shape[1], device=chance.device)[None, :, None]
-            place = torch.arange(int(kept.max()) if len(k) else 0, device=chance.device)
-            turn = hashed(prefill, layer, head).double() + place
-            index = torch.searchsorted(chance.cumsum(-1), turn, right=True).clamp(max=max(segment.width - 1, 0))
+            index = drawn(chance, hashed(prefill, layer, head), int(kept.max()) if len(k) else 0)
             slots = kept_slots(own, index, kept, prefill.state.length if prefill.uses_positions else None)
             mass = 1 / take(chance, index).clamp(min=1e-12)
             slots = replace(slots, mass=(mass if slots.mass is None else mass * slots.mass).float())
@@ -70,13 +71,7 @@ class Sampled(TokenMethod):
 
     def chances(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Of each slot to be kept, [B, H or 1, S] float64, k [B, H or 1] in all; 0 for padding."""
-        scores, falling, rest = prefill.remember(("sampled", self, layer), lambda: self._sums(prefill, layer))
-        if not scores.shape[-1]:
-            return scores
-        left = (k.unsqueeze(-1) - torch.arange(scores.shape[-1], device=k.device)).clamp(min=0).expand_as(rest)
-        sure = (left * falling <= rest).int().argmax(-1, keepdim=True)  # so many are certain: all larger ones
-        scale = left.gather(-1, sure) / rest.gather(-1, sure).clamp(min=1e-300)
-        return (scale * scores).clamp(max=1)
+        return proportional(prefill.remember(("sampled", self, layer), lambda: self._scores(prefill, layer)), k)
 
     def flops(self, state: UserState, history: int) -> int:
         """Of the inner method."""
@@ -85,14 +80,11 @@ class Sampled(TokenMethod):
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
         return self.inner.work(state, history, heads)
 
-    def _sums(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, scores by falling size, and the sum of each with all smaller ones."""
+    def _scores(self, prefill: Prefill, layer: int) -> Tensor:
         heads = next(iter(prefill.segment(layer).fields.values())).shape[1] if self.inner.per_head else 1
         scores, real = self.inner.scores(prefill, layer).double(), prefill.mask(layer)
         if bool((real & (scores < 0)).any()):
             raise ValueError(f"sampled: {self.inner.name} scores below 0, which is no chance")
         scores = torch.where(real, scores, 0.0).expand(-1, heads, -1)
         mean = scores.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
-        scores = torch.where(real, scores.maximum(_LEAST * mean).clamp(min=1e-30), 0.0)
-        falling = scores.sort(-1, descending=True).values
-        return scores, falling, falling.flip(-1).cumsum(-1).flip(-1)
+        return torch.where(real, scores.maximum(_LEAST * mean).clamp(min=1e-30), 0.0)

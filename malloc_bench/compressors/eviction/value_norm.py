@@ -16,6 +16,7 @@ class ValueNorm(Eviction):
 
     family = "eviction"
     paper = "the value factor of VATP, Guo et al., EMNLP 2024, arXiv 2406.12335, alone"
+    note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .707 / .646, slots by lot .785 / .758: it looks at no weight"
     formula = "score = |v|_2"
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("values",)

@@ -14,7 +14,8 @@ class ETA(Hashed):
 
     The paper hashes item embeddings of a model that is trained with the search; here a trained backbone's queries and
     keys are hashed, with planes that are the same for all. 32 bits add 1.6 % to float32
-    keys and values of 32 channels. `top` = 32 suits histories of 50 to 1,000.
+    keys and values of 32 channels. `top` = 32 suits histories of 50 to 1,000. FLOPs fall, but torch compares hashes by
+    element-wise work: on a CPU the read of 100 candidates over 4,000 slots takes two to four times the full state's.
     """
 
     top: int = 32

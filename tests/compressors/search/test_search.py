@@ -8,6 +8,7 @@ import torch
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import get_compressor
 from malloc_bench.measure import Workload, closed_form
+from malloc_bench.measure.latency import _make
 from malloc_bench.state import Dense, Segment, Slots, Stats, UserState
 from malloc_bench.state.lookup import _planes
 from malloc_bench.testing import World
@@ -82,12 +83,8 @@ def test_a_token_reads_the_slots_of_the_definition_and_no_other(name, world):
     found = wanted(name, world, prefill, tokens)
     own = segment.slots.places(segment.width, prefill.state.length[:, None])
     seen = replace(places, positions=own, times=segment.slots.timestamps)
-    index, there = segment.lookup.find(
-        q,
-        tokens.items,
-        segment.slots.mask(segment.width),
-        lambda: world.backbone.blocks[0].logits(q, segment, places, seen),
-    )
+    logits = world.backbone.blocks[0].logits(q, segment, places, seen)
+    index, there = segment.lookup.find(q, tokens.items, segment.slots.mask(segment.width), logits)
     index, there = (x.expand(-1, 2, -1, -1) for x in (index, there))
     assert index.shape[-1] == TOP
     for (user, head, m), want in found.items():
@@ -170,6 +167,14 @@ def test_new_events_are_read_whatever_they_are(world):
         first, second = grown.layers[0]
         assert first.lookup is state.layers[0][0].lookup and second.lookup is None
         assert second.slots.count.flatten().tolist() == [2] * len(LENGTHS)
+
+
+def test_their_latency_is_their_own(world):
+    """Bytes are those of the full state; what is read of them is not."""
+    prefill = world.prefill(Stats())
+    made = [get_compressor("sim_soft", top=top).compress(prefill) for top in (4, 8, 8)]
+    full, four, eight, again = (_make(None, state) for state in (prefill.state, *made))
+    assert len({full, four, eight}) == 3 and eight == again
 
 
 @pytest.mark.parametrize(
