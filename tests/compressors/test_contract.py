@@ -84,6 +84,7 @@ METHODS = [
     ("intactkv", {}),
     ("intactkv", {"score": "knorm", "inner": "pq"}),
     ("mean_heads", {}),
+    ("head_prune", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),
