@@ -167,8 +167,8 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
     for layer, count in zip(prefill.layers, counts):
         old = prefill.segment(layer).slots
         if old is None:
-            whole = {k: Dense(v.dense().index_select(0, rows)) for k, v in prefill.segment(layer).fields.items()}
-            layers.append((Segment(whole, None),))
+            memory = {k: Dense(v.dense().index_select(0, rows)) for k, v in prefill.segment(layer).fields.items()}
+            layers.append((Segment(memory, None),))
             continue
         if id(old) not in made:
             places, times = (None if x is None else fit(x, 2, count) for x in (old.positions, old.timestamps))

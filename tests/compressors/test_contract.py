@@ -89,6 +89,7 @@ METHODS = [
     *((name, {"top": 4}) for name in ("sim_soft", "sim_hard", "eta", "sdim")),
     ("sdim", {"top": 4, "run": 2}),
     ("mean_heads", {}),
+    ("head_prune", {}),
     ("mqa", {}),
     ("gqa", {"n_kv_heads": 1}),
     ("mla", {"latent": 6}),

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
 
 
+def refusal(what: str, backbone: "Backbone", heads: int) -> str | None:
+    """Why the heads of a backbone's states cannot become fewer by a multiple of `heads`, or None."""
+    if not backbone.has_slots or backbone.fields != ("keys", "values"):
+        return f"{what} heads of keys and values, {backbone.name} stores {backbone.fields[0]}"
+    blocks: Any = getattr(backbone, "blocks", ())
+    had = min((getattr(block, "stored_heads", 1) for block in blocks), default=1)
+    if had > heads and had % heads == 0:
+        return None
+    return f"{what.split()[0]} needs a larger multiple of {heads} heads, {backbone.name} has {had}"
+
+
 @register("mean_heads")
 @dataclass(frozen=True)
 class MeanHeads(Compressor):
@@ -40,13 +51,7 @@ class MeanHeads(Compressor):
         return False
 
     def supports(self, backbone: "Backbone") -> str | None:
-        if not backbone.has_slots or backbone.fields != ("keys", "values"):
-            return f"mean_heads pools heads of keys and values, {backbone.name} stores {backbone.fields[0]}"
-        blocks: Any = getattr(backbone, "blocks", ())
-        had = min((getattr(block, "stored_heads", 1) for block in blocks), default=1)
-        if had > self.heads and had % self.heads == 0:
-            return None
-        return f"mean_heads needs a larger multiple of {self.heads} heads, {backbone.name} has {had}"
+        return refusal("mean_heads pools", backbone, self.heads)
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         def pooled(name: str, segment: Segment) -> Vectors:
