@@ -173,7 +173,7 @@ def test_every_registered_compressor_is_here():
 
 
 @pytest.mark.parametrize("promise", COMPRESSOR_PROMISES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize(("method", "world"), matrix())
+@pytest.mark.parametrize(("method", "world"), list(matrix()))
 def test_promise(method, world, promise, trained):
     name, params = method
     if world == "tensors" and name in NOT_ON_TENSORS:
