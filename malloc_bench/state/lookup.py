@@ -123,7 +123,8 @@ def _planes(width: int, bits: int) -> Tensor:
 
 def _words(codes: Tensor) -> Tensor:
     """Bytes [..., W] as int32 [..., ceil(W / 4)]."""
-    return F.pad(codes, (0, -codes.shape[-1] % 4)).contiguous().view(torch.int32)
+    words = F.pad(codes, (0, -codes.shape[-1] % 4)).reshape(-1, 4).long() << torch.arange(0, 32, 8, device=codes.device)
+    return words.sum(-1).int().view(*codes.shape[:-1], -(-codes.shape[-1] // 4))
 
 
 def _differing(x: Tensor, run: int) -> Tensor:
