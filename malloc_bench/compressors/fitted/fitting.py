@@ -84,10 +84,11 @@ class FittedTokens(TokenMethod):
         return UserState(tuple(layers), prefill.state.length)
 
     def flops(self, state: UserState, history: int) -> int:
+        """Weights of the kept slots, two Gram matrices, the rounds, right sides and two triangular systems."""
         return self.work(state, history, [layer[0].fields["keys"].shape[1] for layer in state.layers])
 
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        """Weights of the kept slots, two Gram matrices, the rounds, right sides and two triangular systems."""
+        """As `flops`, of query heads that a state does not tell of."""
         total = 0
         for layer, (segment, *_) in enumerate(state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))

@@ -61,4 +61,5 @@ class Resets(KMeans):
         return chosen, kept.gather(2, chosen).bool()
 
     def flops(self, state: UserState, history: int) -> int:
+        """The clusters, and what the inner method costs."""
         return super().flops(state, history) + self.inner.flops(state, history)

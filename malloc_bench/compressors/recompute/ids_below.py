@@ -87,6 +87,7 @@ class IdsBelow(Compressor):
         return UserState(tuple(layers), prefill.state.length)
 
     def flops(self, state: UserState, history: int) -> int:
+        """What the inner method costs."""
         return self.inner.flops(state, history) if self.inner else 0
 
 
