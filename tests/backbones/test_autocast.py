@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, dict[str, Any]] | None]] = [
     ("climber", {"blocks": 2, "head": "dot"}, None),
     ("climber", {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"}, None),
     ("gated_delta", {}, None),
+    ("rwkv", {}, None),
 ]
 
 

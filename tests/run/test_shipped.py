@@ -62,6 +62,7 @@ def shrunk(suite: Suite) -> Suite:
     methods = dict.fromkeys([*suite.compressors[:1], *budgeted[:1], suite.compressors[-1]])
     return replace(
         suite,
+        datasets=suite.datasets[: 2 if len(suite.datasets) < 4 else 1],
         backbones=tuple(dict.fromkeys(map(less, suite.backbones))),
         compressors=tuple(methods),
         splits=tuple(
@@ -93,8 +94,9 @@ def test_a_shipped_suite_runs(name: str, out: Path) -> None:
     result = run_suite(suite, out, quiet=True)
     assert [each.id for each in result.plan] == [each.id for each in planned.plan]
     assert len({each.cell.backbone for each in result.plan}) == len(suite.backbones)
-    failed = {row["reason"] for row in read_rows(out / "rows") if row["status"] != "ok"}
-    assert not failed and result.ok + result.reused == len(result.plan)
+    failed = {row["reason"] for row in read_rows(out / "rows") if row["status"] == "failed"}
+    assert not failed and result.ok + result.skipped + result.reused == len(result.plan)
+    assert not result.skipped or name in ("full", "malloc")  # which cross everything with everything
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])

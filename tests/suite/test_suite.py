@@ -605,7 +605,8 @@ def test_shipped_suites_load(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     suite = load_suite(name)
     assert suite.name == name
     assert load_suite(f"suites/{name}.yaml") == suite == load_suite(f"{name}.yaml") == load_suite(suite.path)
-    assert not [str(cell) for cell in suite.cells() if cell.impossible]
+    if name not in ("full", "malloc"):  # which cross everything with everything
+        assert not [str(cell) for cell in suite.cells() if cell.impossible]
     first = suite.path.read_text().splitlines()[:3]
     assert all(line.startswith("# ") for line in first), "a header: what it is, the command, the cost"
     assert f"malloc-bench run {name}" in first[1]
