@@ -19,7 +19,7 @@ class Factor(Vectors):
     data: [B, H', S, R] float16 or float32, or codes of `bits` bits packed along the ranks, H' = 1 where all heads share
         it.
     rank: [B, H' or 1] int32, how many columns count, at most `most`.
-    scale: float32, as many as ranks: data lies within -1 and 1, so that float16 holds it.
+    scale: [B, H' or 1] float32: data lies within -1 and 1, so that float16 holds it.
     size: [B, H', 1, R] float16, what a column of codes, and the row of codes that it meets, is multiplied by.
     """
 
@@ -64,7 +64,7 @@ class Factor(Vectors):
     def load(self, read: Read, count: Tensor | None) -> Factor:
         rank = read.numbers(self.rank, self.most, f"has a rank below 0 or above {self.most}")
         one = torch.ones(1, 1, dtype=torch.long)
-        scale = read(self.scale[..., None, None], one).reshape(rank.shape)
+        scale = read(self.scale[..., None, None], one)[..., 0, 0]
         size = None if self.size is None else read(self.size, one, rank)
         data = read(self.data, all_rows(self.data) if count is None else count, self._stored(rank))
         return replace(self, data=data, rank=rank, scale=scale, size=size)

@@ -12,7 +12,12 @@ from malloc_bench.state import Stats
 from tests.conftest import BACKBONES
 
 ASKED = Stats(column_sum=True)
-WITH_TILES = [name for name in BACKBONES if not name.startswith(("climber", "gated_delta"))]
+OWN_PASS = ("longformer", "linformer", "reformer", "beacon")  # they hide slots, which tiles know nothing of
+WITH_TILES = [
+    name
+    for name in BACKBONES
+    if not name.startswith(("climber", "gated_delta", "rwkv")) and not name.endswith(OWN_PASS)
+]
 
 
 @pytest.mark.parametrize("cells", [1, 700, 1 << 18], ids=["a head", "some heads", "all"])

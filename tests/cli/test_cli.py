@@ -26,7 +26,7 @@ from malloc_bench.suite.plan import Planned, RunResult
 from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
-    ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["report"], ["reproduce"], ["check"], ["env"],
+    ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"], ["env"],
     ["data"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
@@ -136,7 +136,7 @@ def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> Non
     assert args == ("smoke", Path("there"))
     assert kwargs == {
         "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
-        "device": "cpu", "quiet": False, "tuned": None,
+        "device": "cpu", "quiet": False, "tuned": None, "shard": None,
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "synthetic · retrieval · sasrec" in shown

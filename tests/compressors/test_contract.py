@@ -145,7 +145,7 @@ WORLDS = (  # lsrm attends as sasrec does
 )  # fmt: skip
 
 MADE: dict[tuple[str, str], World] = {}
-NOT_ON_TENSORS = ("recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
+NOT_ON_TENSORS = ("squeeze", "rastp", "recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
 
 
 def label(method):

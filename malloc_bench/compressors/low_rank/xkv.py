@@ -24,4 +24,5 @@ class XKV(SVD):
     formula = "[K1 K2 ...] = U [W1 W2 ...] with rank r, [V1 V2 ...] likewise: q.K1' is read as (q W1') U'"
     stores = "an n x r factor for the keys of all layers and one for the values, an r x d one for each, in float16"
     version = 1
+    grid = {"dtype": ("float16", "int8", "int4")}
     shares: ClassVar[tuple[str, ...]] = ("field",)
