@@ -26,8 +26,8 @@ from malloc_bench.suite.plan import Planned, RunResult
 from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
-    ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"], ["env"],
-    ["data"],
+    ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"],
+    ["env"], ["data"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
