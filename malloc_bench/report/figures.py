@@ -30,6 +30,7 @@ COLOURS = {
     "search": "#BCBD22",
 }
 OTHER = "#555555"  # a family that is not in the taxonomy
+MOST_NAMED = 70  # methods in a legend
 MARKERS = "os^DvPX<>ph8"
 FLOOR = "#999999"
 FRONT = "#111111"
@@ -89,7 +90,7 @@ def pareto_figure(board: pl.DataFrame, title: str) -> Figure:
         _draw_references(axes, panel, board)
         _style(axes, panel, measured=bool(_points(board, panel)))
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    _legend(figure, board, methods, markers)
+    _legend(figure, board, methods, markers, _named(methods, shown))
     return figure
 
 
@@ -188,8 +189,23 @@ def _human(value: float, unit: int | None) -> str:
     return f"{value / step[0]:g} {step[unit]}".strip()
 
 
-def _legend(figure: Figure, board: pl.DataFrame, methods: pl.DataFrame, markers: dict[str, str]) -> None:
-    """What is always drawn, then every family with its methods below it, right of the panels."""
+def _named(methods: pl.DataFrame, shown: Sequence[Panel]) -> set[str]:
+    """The methods that a legend has room for: all, or of very many those on their family's front in some panel."""
+    if len(names := _names(methods)) <= MOST_NAMED:
+        return set(names)
+    found: set[str] = set()
+    for _, rows in methods.with_columns(_name()).group_by("family"):
+        for panel in shown:
+            best = set(front(_points(rows, panel)))
+            points = _measured(rows, panel).select("name", panel.x, panel.y).iter_rows()
+            found |= {name for name, x, y in points if (x, y) in best}
+    return found
+
+
+def _legend(
+    figure: Figure, board: pl.DataFrame, methods: pl.DataFrame, markers: dict[str, str], named: set[str]
+) -> None:
+    """What is always drawn, then every family with its `named` methods below it, right of the panels."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -205,7 +221,7 @@ def _legend(figure: Figure, board: pl.DataFrame, methods: pl.DataFrame, markers:
         colour = COLOURS.get(str(family), OTHER)
         families.append(len(handles))
         handles.append(Line2D([], [], color=colour, lw=1.8, label=str(family)))
-        for name in _names(rows):
+        for name in filter(named.__contains__, _names(rows)):
             handles.append(Line2D([], [], color=colour, marker=markers[name], ls="none", ms=7, mec="white", label=name))
     columns = 1 + len(handles) // 30
     legend = figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False, ncols=columns)
