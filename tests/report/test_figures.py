@@ -157,3 +157,19 @@ def test_write_report(suite, row, tmp_path):
 
 def test_no_results_no_figures(tmp_path):
     assert figures.write_figures(frame([]), tmp_path) == []
+
+
+def test_of_very_many_methods_a_legend_names_those_on_a_front(board, monkeypatch):
+    def named():
+        return {text.get_text() for text in figures.pareto_figure(board, "x").legends[0].get_texts()}
+
+    every = named()
+    monkeypatch.setattr(figures, "MOST_NAMED", 1)
+    few, gone = named(), every - named()
+    assert gone and few < every
+    methods = board.filter(~pl.col("method").is_in(["full", *figures.FLOORS]))
+    for name in gone:  # another of its family is as small and better, or as good and smaller
+        own = methods.with_columns(figures._name()).filter(pl.col("name") == name)
+        rest = methods.filter(pl.col("family") == own["family"][0])
+        for x, y in own.select("bytes_mean", "ndcg@10").iter_rows():
+            assert (x, y) not in figures.front(list(rest.select("bytes_mean", "ndcg@10").iter_rows()))
