@@ -58,19 +58,24 @@ class Suite:
         `impossible`.
         """
         backbones, compressors = map(_anew, (self.backbones, self.compressors))
-        methods = [(part, budget, _refusal(part, budget)) for part in compressors for budget in self._budgets(part)]
-        pairs = {pair: refused(*pair) for pair in product(backbones, compressors)}
-        cells: dict[str, Cell] = {}
-        grid = product(self.datasets, self.tasks, self.splits, backbones, self.seeds)
-        for dataset, task, split, backbone, seed in grid:
+        methods: dict[str, tuple[int, Part, Budget | None, str | None]] = {}
+        for i, part in enumerate(compressors):
+            for budget in self._budgets(part):
+                content = canonical_json([part.content, budget and budget.value()])
+                methods.setdefault(content, (i, part, budget, _refusal(part, budget)))
+        senseless = {id(backbone): [refused(backbone, part) for part in compressors] for backbone in backbones}
+        cells: dict[str, list[Cell]] = {}  # by what all methods share: texts of a few hundred groups, not of each cell
+        for dataset, task, split, backbone, seed in product(self.datasets, self.tasks, self.splits, backbones, self.seeds):
             training = replace(self.training, **backbone.training).content()
-            for part, budget, why in methods:
-                cell = Cell(
-                    self.name, dataset, task, split, backbone, part, budget, seed, training, self.filter_seen,
-                    why or pairs[backbone, part], evaluate=self.evaluate,
-                )  # fmt: skip
-                cells.setdefault(canonical_json(cell.payload()), cell)
-        return list(cells.values())
+            full = Cell(
+                self.name, dataset, task, split, backbone, Part("full"), None, seed, training, self.filter_seen,
+                evaluate=self.evaluate,
+            )  # fmt: skip
+            cells.setdefault(canonical_json(full.payload()), [
+                replace(full, compressor=part, budget=budget, impossible=why or senseless[id(backbone)][i])
+                for i, part, budget, why in methods.values()
+            ])  # fmt: skip
+        return [cell for group in cells.values() for cell in group]
 
     def _budgets(self, part: Part) -> Sequence[Budget | None]:
         return self.budgets if part.build().takes_budget else (None,)
