@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,6 +51,15 @@ def _sampling(fit: Callable[..., Fitted]) -> Callable[..., Fitted]:
         return fit(self, Sample.of(sample), None if budget is None else Budget.parse(budget))
 
     return parsed
+
+
+def methods_in(compressor: Compressor) -> Iterator[Compressor]:
+    """The method and all that its parameters name: the steps of a chain, an inner method, and theirs."""
+    yield compressor
+    for value in (getattr(compressor, each.name) for each in fields(compressor)):  # type: ignore[arg-type]
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, Compressor):
+                yield from methods_in(part)
 
 
 class MissingFit(ValueError):

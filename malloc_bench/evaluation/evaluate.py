@@ -16,6 +16,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor, get_compressor
+from malloc_bench.compressors.base import methods_in
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
@@ -256,8 +257,7 @@ def _noting(broken: dict[str, str], *jobs: Job) -> Iterator[None]:
 
 def _remembers(compressor: Compressor) -> Any:
     """Whose memory a method shares: ours all have one, which saves time; anybody else's spoils none but its own."""
-    parts = (compressor, *getattr(compressor, "steps", ()))
-    ours = all(type(part).__module__.startswith("malloc_bench.") for part in parts)
+    ours = all(type(part).__module__.startswith("malloc_bench.") for part in methods_in(compressor))
     return None if ours else (type(compressor), repr(compressor))
 
 

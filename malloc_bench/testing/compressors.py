@@ -11,7 +11,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, TokenMethod
-from malloc_bench.compressors.base import MissingFit
+from malloc_bench.compressors.base import MissingFit, methods_in
 from malloc_bench.state import MissingStatistic, map_tensors
 from malloc_bench.state.prefill import OBSERVED
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
@@ -101,8 +101,8 @@ def read_alone(compressor: Compressor) -> None:
 
     does not read from the bytes of their states what this one does. Some seconds.
     """
-    parts = (compressor, *getattr(compressor, "steps", ()))
-    if all(type(part).__module__.startswith("malloc_bench.") for part in parts) or not portable(compressor):
+    ours = all(type(part).__module__.startswith("malloc_bench.") for part in methods_in(compressor))
+    if ours or not portable(compressor):
         return
     for world in worlds():
         plain = world.backbone

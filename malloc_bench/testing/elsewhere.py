@@ -18,6 +18,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.compressors.base import methods_in
 from malloc_bench.registry import load_file
 from malloc_bench.state import Fitted
 from malloc_bench.testing.worlds import World, packed
@@ -64,12 +65,12 @@ def portable(compressor: Compressor) -> bool:
         pickle.dumps(compressor)
     except (pickle.PicklingError, AttributeError, TypeError):
         return False
-    return all(type(part).__module__ != "__main__" for part in _parts(compressor))
+    return all(type(part).__module__ != "__main__" for part in methods_in(compressor))
 
 
 def read_elsewhere(cases: Sequence[tuple[Case, list[bytes]]]) -> list[np.ndarray | str]:
     """What a fresh process reads of each case's bytes, or why it cannot, in one line."""
-    modules = [sys.modules[type(part).__module__] for case, _ in cases for part in _parts(case.compressor)]
+    modules = [sys.modules[type(part).__module__] for case, _ in cases for part in methods_in(case.compressor)]
     files = {module.__name__: getattr(module, "__file__", None) for module in modules}
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "asked"), Path(folder, "answer")
@@ -82,10 +83,6 @@ def read_elsewhere(cases: Sequence[tuple[Case, list[bytes]]]) -> list[np.ndarray
         if done.returncode or not answer.exists():
             raise AssertionError(f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         return pickle.loads(answer.read_bytes())
-
-
-def _parts(compressor: Compressor) -> tuple[Compressor, ...]:
-    return (compressor, *getattr(compressor, "steps", ()))
 
 
 def _main(asked: str, answer: str) -> None:

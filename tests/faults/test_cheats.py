@@ -187,7 +187,8 @@ class Poisons(Compressor):
 
 
 def test_what_one_method_remembers_no_other_reads(split: Split, backbone: Backbone, want: Evaluation) -> None:
-    for chain in (Poisons(), get_compressor("compose", steps=(Recalls(), "int8"))):
+    inside = get_compressor("compose", steps=(Recalls(), "int8")), get_compressor("chunkkv", inner=Recalls())
+    for chain in (Poisons(), *inside):
         bad = Job("bad", chain, None if isinstance(chain, Poisons) else Budget(0.5))
         result = evaluate(backbone, split, [bad, *SOUND])
         assert not result.failed
@@ -197,9 +198,10 @@ def test_what_one_method_remembers_no_other_reads(split: Split, backbone: Backbo
 
 @dataclass(frozen=True)
 class Recalls(Eviction):
-    """A link of a chain that spoils how many slots others keep."""
+    """A link of a chain, or an inner method, that spoils how many slots others keep."""
 
     name = "recalls"
+    steps: int = 3  # not those of a chain
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         map_tensors(lambda x: x.clamp_(max=1) if x.dtype == torch.long else x, tuple(prefill.memo.values()))
