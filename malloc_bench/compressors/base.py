@@ -22,6 +22,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.encoding import map_layers as map_layers
 from malloc_bench.compressors.encoding import map_vectors as map_vectors
+from malloc_bench.compressors.encoding import shortened as shortened
 from malloc_bench.compressors.encoding import together as together
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import find, suggest

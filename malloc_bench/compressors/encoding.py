@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from malloc_bench.state import Segment, UserState, Vectors
 
@@ -24,6 +25,13 @@ def map_layers(state: UserState, encode: Callable[[int, str, Segment], Vectors])
                     done[id(vectors)] = encode(number, name, segment)
             segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
         layers.append(tuple(segments))
+    return UserState(tuple(layers), state.length, state.events)
+
+
+def shortened(state: UserState) -> UserState:
+    """The state with positions and masses in two bytes each; slots that segments share stay shared."""
+    done = {id(segment.slots): segment.slots and segment.slots.shortened() for segment in state.segments()}
+    layers = (tuple(replace(segment, slots=done[id(segment.slots)]) for segment in layer) for layer in state.layers)
     return UserState(tuple(layers), state.length, state.events)
 
 

@@ -62,7 +62,8 @@ class Layout:
     counts: stored counts, one for each distinct set of slots. lists: how many lists of slots the method tells apart: 1,
     or one for each layer or head. positions, mass, times: how many lists of them are stored; positions and mass are
     not where every event has its own slot. vectors: (field, heads, width) of every layer. number: bytes of one number
-    of a dense vector. score: lists of numbers that are carried along for later updates.
+    of a dense vector. score: lists of numbers that are carried along for later updates. index: bytes of one position or
+    mass.
     """
 
     counts: int
@@ -73,10 +74,11 @@ class Layout:
     vectors: tuple[tuple[str, int, int], ...]
     number: int = 4
     score: int = 0
+    index: int = 4
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
-        index = 4 * (self.positions + self.mass)
+        index = self.index * (self.positions + self.mass)
         every = n * (8 * self.times + 4 * self.score)
         return COUNT_BYTES * (1 + self.counts) + every + torch.where(n < length, n * index, 0)
 

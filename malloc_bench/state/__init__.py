@@ -6,6 +6,7 @@ from malloc_bench.state.entropy import CodedEvents, ItemFrequencies
 from malloc_bench.state.extend import extend, grow, joined
 from malloc_bench.state.lookup import ByHash, ByLabel, ByLogit, Lookup, hash_flops, signs
 from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ranks, principal, side_by_side
+from malloc_bench.state.microscaled import MicroScaled, microscaled
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import newest_rows
 from malloc_bench.state.partial import Channels, Sized
@@ -26,10 +27,11 @@ from malloc_bench.state.vectors import Dense, Ragged, Vectors
 __all__ = [
     "Ask", "Basis", "Batch", "ByHash", "ByLabel", "ByLogit", "Channels", "Codebook", "Coded", "CodedEvents",
     "Dense", "Derived", "Embedded", "Events", "Factor", "Fitted", "Frequencies", "FromCodebook", "Intact",
-    "ItemFrequencies", "Layer", "Lookup", "LowRank", "Map", "MissingStatistic", "Named", "Normed", "Outliers",
-    "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt", "Rounded",
-    "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned", "UserState",
-    "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow", "hash_flops", "intact",
-    "integers", "joined", "low_rank", "low_ranks", "map_tensors", "newest_rows", "outliers", "pack_bits",
-    "principal", "quantize", "rounded", "side_by_side", "signs", "streamed", "take", "under", "unpack_bits",
+    "ItemFrequencies", "Layer", "Lookup", "LowRank", "Map", "MicroScaled", "MissingStatistic", "Named", "Normed",
+    "Outliers", "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt",
+    "Rounded", "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned",
+    "UserState", "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow", "hash_flops",
+    "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors", "microscaled", "newest_rows",
+    "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "signs", "streamed", "take",
+    "under", "unpack_bits",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from malloc_bench.state.packing import Reader
 from malloc_bench.state.vectors import Ragged
 
 _ONE = torch.ones(1, 1, dtype=torch.long)
+_LAST = torch.iinfo(torch.int16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Slots:
     timestamps: [B, H', S] int64 seconds; None where the backbone does not read times.
     mass: [B, H', S] float32, events folded into the slot; None: one each.
     score: [B, H', S] float32, what a method will want to know of the slot when the user goes on; no backbone reads it.
+    short: positions are stored as int16 and masses, which are rounded to it, as bfloat16, see `shortened`.
     """
 
     count: Tensor
@@ -32,12 +34,20 @@ class Slots:
     timestamps: Tensor | None = None
     mass: Tensor | None = None
     score: Tensor | None = None
+    short: bool = False
 
     def __init_subclass__(cls) -> None:
         if own := {"parts", "load"} & vars(cls).keys():
             raise TypeError(
                 f"{cls.__name__}: {', '.join(sorted(own))} of Slots are final, bytes are counted in one place"
             )
+
+    def shortened(self) -> Slots:
+        """The same in fewer bytes; raises ValueError for positions that int16 cannot hold."""
+        if self.positions is not None and self.positions.numel() and int(self.positions.max()) > _LAST:
+            raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(self.positions.max())}: histories too long")
+        mass = None if self.mass is None else self.mass.to(torch.bfloat16).float()
+        return replace(self, mass=mass, short=True)
 
     def mask(self, width: int) -> Tensor:
         """True where a slot is real: [B, H', width] bool."""
@@ -53,10 +63,18 @@ class Slots:
         """Stored arrays; length [B]. Where every event has its own slot, positions and mass need not be stored."""
         yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1))
         index = self.count * (self.count < length[:, None])
-        each = (self.positions, index), (self.mass, index), (self.timestamps, self.count), (self.score, self.count)
+        positions, mass = self._written()
+        each = (positions, index), (mass, index), (self.timestamps, self.count), (self.score, self.count)
         for tensor, rows in each:
             if tensor is not None:
                 yield Ragged(tensor.unsqueeze(-1), rows)
+
+    def _written(self) -> tuple[Tensor | None, Tensor | None]:
+        """Positions and masses as they are stored."""
+        if not self.short:
+            return self.positions, self.mass
+        places = None if self.positions is None else self.positions.clamp(max=_LAST).to(torch.int16)  # of padding any
+        return places, None if self.mass is None else self.mass.to(torch.bfloat16)
 
     def load(self, read: Reader, length: Tensor) -> Slots:
         """The inverse of `parts`; raises ValueError for more slots than events, or than bytes that could hold them."""
@@ -71,16 +89,17 @@ class Slots:
             x = read(tensor.unsqueeze(-1), stored).squeeze(-1)
             return F.pad(x, (0, width - x.shape[-1]))
 
-        positions, mass = rows(self.positions, count * ~whole), rows(self.mass, count * ~whole)
+        positions, mass = (rows(each, count * ~whole) for each in self._written())
         if positions is not None:
+            positions = positions.int()
             wrong = (positions < 0) | (positions >= length[:, None, None].clamp(min=1))
             read.refuse(wrong, "has a position outside its history")
             positions = torch.where(
                 whole[..., None], torch.arange(width, dtype=positions.dtype, device=count.device), positions
             )
         if mass is not None:
-            mass = torch.where(whole[..., None], 1.0, mass)
-        return Slots(count, positions, rows(self.timestamps, count), mass, rows(self.score, count))
+            mass = torch.where(whole[..., None], 1.0, mass.float())
+        return Slots(count, positions, rows(self.timestamps, count), mass, rows(self.score, count), self.short)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

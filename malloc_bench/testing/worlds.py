@@ -223,7 +223,8 @@ def _spoil(data: Tensor, rows: Tensor, cols: Tensor | None = None) -> None:
     real = (torch.arange(data.shape[2]) < rows.unsqueeze(-1)).unsqueeze(-1)
     if cols is not None:
         real = real & (torch.arange(data.shape[3]) < cols.unsqueeze(-1)).unsqueeze(-2)
-    data.masked_fill_(~real, 255 if data.dtype == torch.uint8 else POISON)
+    small = {torch.uint8: 255, torch.int8: 127}
+    data.masked_fill_(~real, small.get(data.dtype, POISON))
 
 
 def check_packs(

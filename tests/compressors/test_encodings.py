@@ -1,12 +1,13 @@
 """Merging, encodings and raw events against their definitions, spelled out in float64 on small inputs."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Slots, Stats, microscaled
 from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
@@ -251,6 +252,55 @@ def test_transact():
     want = code.sign() * (code.abs() / 127) ** (1 / 0.65) * size
     for user, n in enumerate(COUNTS):
         close(vectors.dense()[user, :, :n].double(), want[user, :, :n], f"user {user}", 1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_mxint_takes_the_best_of_five_scales(bits):
+    prefill = prefill_of()
+    for field, x in (("keys", prefill.keys(0)), ("values", prefill.values(0))):
+        vectors = get_compressor("mxint", bits=bits).compress(prefill).layers[0][0].fields[field]
+        half = (2**bits - 1) / 2
+        for user, n in enumerate(COUNTS):
+            for head in range(2):
+                rows = x[user, head, :n].double()
+                top = math.ceil(math.log2(float(rows.abs().max()) / half))
+                assert int(vectors.top[user, head]) == top
+                for row, got in zip(rows, vectors.dense()[user, head].double()):
+                    fits = math.floor((top - math.log2(float(row.abs().max()) / half)) * 8)
+                    tries = []
+                    for scale in range(fits, fits + 5):
+                        size = 2.0 ** (top - scale / 8)
+                        codes = (row / size + half).round().clamp(0, 2 * half)
+                        tries.append((float((size * (codes - half) - row).square().sum()), scale))
+                    assert float((got - row).square().sum()) == pytest.approx(min(tries)[0], rel=1e-4)
+
+
+def test_mxint_of_extreme_numbers():
+    x = torch.randn(1, 2, 6, 8) * torch.tensor([0.0, 1e-38, 1e-6, 1.0, 1e6, 1e36])[:, None]
+    for rows in (x, x[:, :, :1], x[:, :, 5:], x[:, :, 3:4]):
+        vectors = microscaled(rows, torch.ones(1, 1, rows.shape[2], dtype=torch.bool), 4)
+        got, most = vectors.dense(), rows.abs().amax(-1, keepdim=True)
+        assert bool(got.isfinite().all())
+        near = most >= rows.abs().amax((2, 3), keepdim=True) / 2**20  # others are next to nothing beside them
+        assert bool((((got - rows).abs() <= 0.11 * most) | ~near).all())
+        assert bool((got.abs() <= 1.1 * rows.abs().amax((2, 3), keepdim=True) + 1e-37).all())
+
+
+def test_mxint_writes_positions_and_masses_in_two_bytes():
+    state = get_compressor("compose", steps=("merge_adjacent", "mxint")).compress(prefill_of(), Budget(slots=5))
+    count = [min(n, 5) for n in COUNTS]
+    whole = [n <= 5 for n in COUNTS]  # neither is stored
+    want = [4 + 4 + 8 + sum(2 * 2 * 2 * k * (2 + 1) for k in [k]) + (0 if w else 4 * k) for k, w in zip(count, whole)]
+    assert state.nbytes().tolist() == want
+    assert [len(state.pack(u)) for u in range(4)] == want
+    back = state.unpack([state.pack(u) for u in range(4)])
+    for old, new in zip(state.segments(), back.segments()):
+        for name in ("positions", "mass"):
+            one, two = getattr(old.slots, name)[3], getattr(new.slots, name)[3]
+            assert one.dtype == two.dtype and one.tolist() == two.tolist()
+    far = Slots(torch.ones(1, 1, dtype=torch.int32), torch.full((1, 1, 1), 40_000, dtype=torch.int32))
+    with pytest.raises(ValueError, match="32767"):
+        far.shortened()
 
 
 def test_by_age_rounds_each_part_as_its_bits_say():
