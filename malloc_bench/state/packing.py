@@ -15,7 +15,10 @@ def stored_bytes(part: Ragged, user: int) -> bytes:
     data = part.data[user].detach().cpu()
     rows, cols = (None if x is None else x.expand(len(part.data), -1)[user].cpu() for x in (part.rows, part.cols))
     assert rows is not None
-    kept = data[_cells(rows, cols, data.shape)]
+    if cols is None and len(rows) == 1:  # of all heads the same: no mask
+        kept = data[:, : int(rows)].contiguous()
+    else:
+        kept = data[_cells(rows, cols, data.shape)]
     return kept.view(torch.uint8).numpy().tobytes() if kept.numel() else b""
 
 

@@ -117,10 +117,10 @@ def check_compressor(compressor: Compressor, *, backbones: Iterable[Backbone] | 
 
 
 def keeps_the_budget(compressor: Compressor, world: World) -> None:
-    prefill = world.prefill(compressor.needs)
+    prefill = world.full(compressor.needs)
     full, floor = prefill.state.nbytes(), compressor.floor(prefill)
     for budget in _budgets(compressor):
-        state = compressor.compress(prefill, budget)
+        state = world.made(compressor, budget)
         assert bool((state.length <= prefill.state.length).all()) and len(state) == len(prefill.state)
         if budget is not None and (target := budget.target(full)) is not None:
             over = state.nbytes() - target.maximum(floor)
@@ -141,7 +141,7 @@ def uses_the_budget(compressor: Compressor, world: World) -> None:
     """One slot more would not fit."""
     if not isinstance(compressor, TokenMethod):
         return
-    prefill = world.prefill(compressor.needs)
+    prefill = world.full(compressor.needs)
     most = compressor.most(prefill)
     for budget in _budgets(compressor):
         target = budget.target(prefill.state.nbytes()) if budget else None
@@ -153,22 +153,22 @@ def uses_the_budget(compressor: Compressor, world: World) -> None:
         larger = compressor.keep(prefill, (k + 1).minimum(most)).nbytes()
         fits = (k < most) & (larger <= target)
         assert not bool(fits.any()), f"{budget}: one slot more than {k.tolist()} takes {larger.tolist()} bytes"
-        made, kept = compressor.compress(prefill, budget).nbytes(), compressor.keep(prefill, k).nbytes()
+        made, kept = world.made(compressor, budget).nbytes(), compressor.keep(prefill, k).nbytes()
         assert bool((made == kept)[kept <= target].all()), f"{budget}: {made.tolist()} bytes where {kept.tolist()} fit"
 
 
 def returns_full_for_a_whole_budget(compressor: Compressor, world: World) -> None:
     if compressor.takes_budget:
-        prefill = world.prefill(compressor.needs)
+        prefill = world.full(compressor.needs)
         for fraction in (1.0, 1.5):
             assert packed(compressor.compress(prefill, Budget(fraction))) == packed(prefill.state)
 
 
 def ignores_the_batch(compressor: Compressor, world: World) -> None:
     """A user alone, without padding, comes to the same bytes and outputs as in a batch."""
-    prefill = world.prefill(compressor.needs)
+    prefill = world.full(compressor.needs)
     for budget in _budgets(compressor, some=True):
-        together = compressor.compress(prefill, budget)
+        together = world.made(compressor, budget)
         outputs = world.read(together)
         for user, length in enumerate(LENGTHS):
             alone = compressor.compress(resized(prefill, [user], length), budget)
@@ -178,10 +178,10 @@ def ignores_the_batch(compressor: Compressor, world: World) -> None:
 
 def ignores_padding(compressor: Compressor, world: World) -> None:
     """Garbage behind a user's count changes neither what is kept nor what is read."""
-    prefill = world.prefill(compressor.needs)
+    prefill = world.full(compressor.needs)
     wide = resized(prefill, range(len(LENGTHS)), max(LENGTHS) + 3, POISON)
     for budget in _budgets(compressor, some=True):
-        clean, state = compressor.compress(prefill, budget), compressor.compress(wide, budget)
+        clean, state = world.made(compressor, budget), compressor.compress(wide, budget)
         assert state.nbytes().tolist() == clean.nbytes().tolist()
         close(world.read(state), world.read(clean), f"poisoned full state at {budget}", 1e-4)
         close(world.read(poisoned(clean)), world.read(clean), f"poisoned compressed state at {budget}", 1e-6)
@@ -191,10 +191,9 @@ def candidates_are_read_alone(compressor: Compressor, world: World) -> None:
     """Ranking reads many candidates of a compressed state at once: each as if it were the only one."""
     if world.backbone is None:
         return
-    prefill = world.prefill(compressor.needs)
     _, tokens = histories(world.backbone, LENGTHS)
     for budget in _budgets(compressor, some=True):
-        state = compressor.compress(prefill, budget)
+        state = world.made(compressor, budget)
         together = world.backbone.read(tokens, state)
         for m in range(tokens.items.shape[1]):
             one = map_tensors(lambda x: x[:, m : m + 1] if x.dim() == 2 else torch.ones_like(x), tokens)  # noqa: B023
@@ -203,8 +202,8 @@ def candidates_are_read_alone(compressor: Compressor, world: World) -> None:
 
 def is_deterministic(compressor: Compressor, world: World) -> None:
     for budget in _budgets(compressor, some=True):
-        first, second = (compressor.compress(world.prefill(compressor.needs), budget) for _ in range(2))
-        assert packed(first) == packed(second)
+        again = compressor.compress(world.prefill(compressor.needs), budget)
+        assert packed(again) == packed(world.made(compressor, budget))
 
 
 def leaves_its_input(compressor: Compressor, world: World) -> None:
@@ -241,16 +240,15 @@ def survives_degenerate_histories(compressor: Compressor, world: World) -> None:
 def pickles(compressor: Compressor, world: World) -> None:
     copy = pickle.loads(pickle.dumps(compressor))
     budget = _budgets(compressor, some=True)[0]
-    prefill = world.prefill(compressor.needs)
-    forgetful = replace(prefill, memo={})
-    assert packed(copy.compress(forgetful, budget)) == packed(compressor.compress(prefill, budget))
+    forgetful = replace(world.full(compressor.needs), memo={})
+    assert packed(copy.compress(forgetful, budget)) == packed(world.made(compressor, budget))
 
 
 def packs(compressor: Compressor, world: World) -> None:
     """nbytes is the packed length; unpacking, beside other users, restores every user; other lengths are refused."""
-    prefill, others = (world.prefill(compressor.needs, lengths) for lengths in (LENGTHS, OTHERS))
+    others = world.prefill(compressor.needs, OTHERS)
     for budget in _budgets(compressor, some=True):
-        check_packs(compressor.compress(prefill, budget), world.read, compressor.compress(others, budget))
+        check_packs(world.made(compressor, budget), world.read, compressor.compress(others, budget))
 
 
 def is_read_from_its_bytes_alone(case: Case) -> None:
@@ -264,10 +262,10 @@ def is_read_from_its_bytes_alone(case: Case) -> None:
 def can_be_appended_to(compressor: Compressor, world: World) -> None:
     if world.backbone is None:
         return
-    prefill = world.prefill(compressor.needs)
+    prefill = world.full(compressor.needs)
     _, new = histories(world.backbone, LENGTHS)
     for budget in _budgets(compressor, some=True):
-        state = compressor.compress(prefill, budget)
+        state = world.made(compressor, budget)
         if state.events is not None:
             continue
         before = packed(state)
@@ -310,10 +308,10 @@ def stays_in_the_budget_as_users_go_on(compressor: Compressor, world: World) -> 
     backbone, needs = world.backbone, compressor.needs
     if backbone is None or not backbone.has_slots or not compressor.takes_budget:
         return
-    prefill = world.prefill(needs)
+    prefill = world.full(needs)
     _, new = histories(backbone, LENGTHS)
     for budget in _budgets(compressor, some=True):
-        state, full = compressor.compress(prefill, budget), prefill.state
+        state, full = world.made(compressor, budget), prefill.state
         if state.events is not None:
             continue
         for _ in range(2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +62,20 @@ class World:
     name: str
     backbone: Backbone | None = None
     fitted: Fitted | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what several promises look at
+
+    def full(self, stats: Stats) -> Prefill:
+        """`prefill(stats)`, made once: for promises that leave it as it is."""
+        if stats not in self.shared:
+            self.shared[stats] = self.prefill(stats)
+        return self.shared[stats]
+
+    def made(self, compressor: Compressor, budget: Budget | None) -> UserState:
+        """What the compressor makes of `full`, made once a budget."""
+        key = id(compressor), budget
+        if key not in self.shared:  # with the compressor, so that its id stays its own
+            self.shared[key] = compressor, compressor.compress(self.full(compressor.needs), budget)
+        return self.shared[key][1]
 
     def prefill(self, stats: Stats, lengths: Sequence[int] = LENGTHS, constant: bool = False, draw: int = 0) -> Prefill:
         """Full states of users with histories of these lengths; constant: the same event again and again."""
