@@ -77,8 +77,8 @@ def trimmed(
     same: Sequence[Hashable],
     seen: dict[str, Any] | None = None,
 ) -> tuple[UserState, dict[str, Any]]:
-    """A state, `joined`, without the slots that `stays` (layer, positions [B, H', S]) does not name, and what was
-    observed of those that stay.
+    """A state, `joined`, without the slots that `stays` (layer, positions [B, H', S]) does not name, the others in the
+    order of their positions, and what was observed of them.
 
     same: of each layer; those that shared their slots and are alike here share what is left.
     """
@@ -91,7 +91,8 @@ def trimmed(
         assert old is not None and old.positions is not None, "as `joined` leaves them"
         stay = stays(i, old.positions) & old.mask(segment.width)
         count = stay.sum(-1)
-        index = (~stay).byte().argsort(dim=-1, stable=True)[..., : int(count.max()) if count.numel() else 0]
+        order = old.positions.masked_fill(~stay, torch.iinfo(old.positions.dtype).max).argsort(dim=-1, stable=True)
+        index = order[..., : int(count.max()) if count.numel() else 0]
         key = id(old), same[i]
         if key not in done:
             told = ((name, getattr(old, name)) for name in ("positions", "timestamps", "mass"))

@@ -68,6 +68,8 @@ METHODS = [
     ("merge_adjacent", {}),
     *((name, {}) for name in ("kmeans", "kvmerger", "tome", "d2o")),
     ("d2o", {"inner": "knorm"}),
+    ("cam", {}),
+    ("cam", {"inner": "knorm", "merge": 2}),
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp")),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
     *((name, {}) for name in ("category_merge", "resets", "vql")),
@@ -98,8 +100,12 @@ METHODS = [
     ("mla", {"latent": 6}),
     ("longformer", {"window": 5, "globals": 2}),
     ("linformer", {"slots": 3}),
+    ("seeds", {"seeds": 3}),
     ("reformer", {"buckets": 4}),
     ("beacon", {"chunk": 4}),
+    ("rec2pm", {"memories": 2, "segment": 5}),
+    ("longer", {"merge": 3, "recent": 4}),
+    ("kuaiformer", {"large": 6, "small": 3, "middle": 1, "recent": 4}),
     ("collectivekv", {"own": 3, "pool": 12}),
     *(
         ("compose", {"steps": steps})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.state import Events, Named, Prefill
 from malloc_bench.testing.worlds import close
 
@@ -46,6 +47,34 @@ def check(prefill, method, k, define):
                 assert float(segment.slots.mass[user, head, at]) == len(weights)
                 mean = sum(weights) / len(weights)
                 assert abs(int(segment.slots.positions[user, head, at]) - mean) <= 0.5
+
+
+@pytest.mark.parametrize("k, merge", [(1, 4), (4, 2), (9, 3), (20, 1)])
+def test_cam(prefill, k, merge):
+    """Values alone change: by those of evicted slots, in equal shares, where the lot falls on them."""
+    inner = {"recent": 0.25}
+    state = get_compressor("cam", inner={"h2o": inner}, merge=merge).compress(prefill, Budget(slots=k))
+    plain, (segment,), lots = get_compressor("h2o", **inner).compress(prefill, Budget(slots=k)), state.layers[0], []
+    assert torch.equal(segment.fields["keys"].dense(), plain.layers[0][0].fields["keys"].dense())
+    assert state.nbytes().tolist() == plain.nbytes().tolist()
+    for user, n in enumerate(COUNTS):
+        for head in range(2):
+            values = prefill.values(0)[user, head, :n].double()
+            received = prefill.attention_received(0)[user, head, :n].double() / torch.arange(n, 0, -1)
+            kept = segment.slots.positions[user, head, : min(k, n)].tolist()
+            want = values[kept].clone()
+            for i in set(range(n)) - set(kept):
+                follow = [at for at, slot in enumerate(kept) if slot > i][:merge]
+                if not follow:
+                    continue
+                chance = float(received[i] / received[[kept[at] for at in follow]].mean())
+                lot = float(hashed(prefill, 0, torch.tensor([[[2 * i + head]]]))[user])
+                lots.append(lot < chance)
+                for at in follow:
+                    want[at] += lots[-1] * values[i] / len(follow)
+            got = segment.fields["values"].dense()[user, head, : min(k, n)].double()
+            close(got, want, f"values {user} {head}", 1e-5)
+    assert k in (1, 20) or 0 < sum(lots) < len(lots)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20])

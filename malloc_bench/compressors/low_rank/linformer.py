@@ -30,11 +30,15 @@ class ProjectedBlock(Block):
     map_values: nn.Parameter
     slot_bias: nn.Parameter
 
-    def weights_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What events at positions [B or 1, M] add to each slot: [B or 1, 1, slots, M] for keys and for values."""
+    def weights_at(self, positions: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What events at positions [B or 1, M] add to each slot: [B or 1, H or 1, slots, M] for keys and for values."""
         index = positions.clamp(max=self.map_keys.shape[1] - 1)
         e, f = (x[:, index].transpose(0, 1).unsqueeze(1) for x in (self.map_keys, self.map_values))
         return e, f
+
+    def begun(self, memory: Memory | None, maps: tuple[Tensor, Tensor] | None) -> tuple[Memory | None, Tensor | None]:
+        """The sums that tokens go on from, and what theirs are divided by, [B, H, M or 1, slots]; None: nothing."""
+        return memory, None
 
     def over(
         self, q: Tensor, own: dict[str, Tensor], memory: Memory | None, at: Tensor | None, places: Places, asked: Places
@@ -42,10 +46,11 @@ class ProjectedBlock(Block):
         """Tokens [B, H, M, D] over a memory, themselves, and where `at` has their positions those before them too."""
         asked, places = (Places(p.positions.expand(len(q), -1, -1), p.times) for p in (asked, places))
         own_logits, mix_own = alone(self, q, own, asked, places)
-        logits = self.slot_bias.to(q.dtype).expand(*q.shape[:3], -1)
-        if memory is not None:
-            logits = logits + memory["keys"].dot(q)
-        maps = None if at is None else self.weights_at(at)
+        maps = None if at is None else self.weights_at(at, own)
+        memory, total = self.begun(memory, maps)
+        logits = q.new_zeros(*q.shape[:3], len(self.slot_bias)) if memory is None else memory["keys"].dot(q)
+        total = torch.ones_like(logits[:1, :1, :1]) if total is None else total
+        total = total.expand(-1, -1, q.shape[2], -1)
         out: list[Tensor] = []
         for start in range(0, max(q.shape[2], 1), BLOCK):
             rows, seen = slice(start, start + BLOCK), slice(0, start + BLOCK)
@@ -54,7 +59,9 @@ class ProjectedBlock(Block):
                 pairs = (q[:, :, rows] @ own["keys"][:, :, seen].mT).tril(start - 1)
                 among = among + pairs @ maps[0][..., seen].mT
             every = torch.ones_like(among[:1, :1], dtype=torch.bool)
+            among = among / total[:, :, rows] + self.slot_bias.to(q.dtype)
             w, _ = weights = self.weigh([among, own_logits[:, :, rows]], [every, every[..., :1]], [None, None])
+            w = w / total[:, :, rows]
             mixed = torch.zeros_like(q[:, :, rows]) if memory is None else memory["values"].mix(w)
             if maps is not None:
                 mixed = mixed + (w @ maps[1][..., seen]).tril(start - 1) @ own["values"][:, :, seen]
@@ -65,10 +72,17 @@ class ProjectedBlock(Block):
     def causal(self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places) -> Tensor:
         return self.over(q, own, None, torch.arange(q.shape[2], device=q.device)[None], places, asked)
 
-    def written(self, own: dict[str, Tensor], at: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """What events, of which `real` [B, M] are there, add to a memory, [B, H, slots, D] a field."""
-        maps = dict(zip(("keys", "values"), self.weights_at(at)))
-        return {name: (maps[name] * real[:, None, None]) @ x for name, x in own.items()}
+    def written(self, own: dict[str, Tensor], at: Tensor, real: Tensor, memory: Memory | None) -> dict[str, Tensor]:
+        """A memory, [B, H, slots, D] a field, after events of which `real` [B, M] are there."""
+        maps = dict(zip(("keys", "values"), self.weights_at(at, own)))
+        new = {name: (maps[name] * real[:, None, None]) @ x for name, x in own.items()}
+        return new if memory is None else {name: memory[name].dense() + v for name, v in new.items()}
+
+    def memory_flops(self, step: str, tokens: int, memory: Memory | None) -> int:
+        """Of what `over` and `written` do with a memory, None of a history that begins."""
+        if memory is None:
+            return 0
+        return sum(v.flops(tokens) + (v.dense_flops() if step != "read" else 0) for v in memory.values())
 
 
 class ProjectedBackbone(AttentionBackbone):
@@ -107,9 +121,7 @@ class ProjectedBackbone(AttentionBackbone):
             q, own, gate = block.project(x)
             x = block.combine(x, block.over(q, own, memory, at if writes else None, places, asked), gate)
             if writes:
-                new = block.written(own, at, events.mask().to(x.dtype))
-                old = {} if memory is None else {name: v.dense() for name, v in memory.items()}
-                grown.append({name: old[name] + v if old else v for name, v in new.items()})
+                grown.append(block.written(own, at, events.mask().to(x.dtype), memory))
         return self._output(x), grown
 
     def flops(
@@ -126,14 +138,12 @@ class ProjectedBackbone(AttentionBackbone):
         for block, memory in zip(self.blocks, [None] * len(self.blocks) if state is None else _memories(state)):
             width = sum(block.parts[name] for name in ("keys", "values"))  # of all heads
             total += block.linear_flops(tokens) + 2 * tokens * width  # over themselves
-            if memory is not None:
-                total += sum(v.flops(tokens) for v in memory.values())
+            total += block.memory_flops(step, tokens, memory) if memory is not None or not raw else 0
             if raw:
                 total += 2 * tokens * block.slots * width
             if step != "read":
                 pairs = block_pairs(tokens)
                 total += 2 * pairs * (width + 2 * block.heads * block.slots) + 2 * tokens * block.slots * width
-                total += 0 if memory is None else sum(v.dense_flops() for v in memory.values())
         return total
 
 

@@ -19,9 +19,13 @@ METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
     ("longformer", {"window": 3, "globals": 0}),
     ("linformer", {"slots": 3}),
+    ("seeds", {"seeds": 3}),
     ("reformer", {"buckets": 4}),
     ("beacon", {"chunk": 4}),
     ("beacon", {"chunk": 7}),
+    ("rec2pm", {"memories": 2, "segment": 5}),
+    ("longer", {"merge": 3, "recent": 4}),
+    ("kuaiformer", {"large": 6, "small": 3, "middle": 1, "recent": 4}),
     ("collectivekv", {"own": 3, "pool": 12}),
 ]
 KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
@@ -158,6 +162,45 @@ def test_a_state_is_as_large_for_any_history():
     assert state.nbytes().tolist() == [4 + 2 * 2 * 3 * 16 * 4] * 3
 
 
+# --- seeds
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@torch.no_grad()
+def test_seeds_are_means_of_the_history_by_their_attention(name):
+    """One layer in float64, token by token: each seed's mean of keys and of values, then attention over seeds."""
+    made = adapted("seeds", {"seeds": 3}, name, layers=1).double()
+    history, at = histories(made, (40,))[0], torch.arange(40)[None]
+    (block,), x = made.blocks, made._embed(history, at)
+    block.recency.copy_(torch.tensor([0.0, 0.1, 1.0]))
+    q, own, _ = block.project(x)
+    places, asked = made._places(history, at)
+    mine = alone(block, q, own, asked, places)[0].squeeze(-1)
+    got, want = block.causal(q, own, places, asked), torch.zeros_like(q)
+    for head in range(2):
+        k, v = own["keys"][0, head], own["values"][0, head]
+        for t in range(40):
+            means = []
+            for seed in range(3):
+                liked = 15 * torch.tanh(k[:t] @ block.seed_asks[head, seed] / 15)
+                w = torch.cat([torch.zeros(1), liked + block.recency[seed] * 40 / 64 * torch.arange(t)]).softmax(0)
+                rows = ((block.seed_keys, k), (block.seed_values, v))
+                means.append([w @ torch.cat([first[head, seed][None], x[:t]]) for first, x in rows])
+            keys, values = (torch.stack(x) for x in zip(*means))
+            logits = torch.cat([keys @ q[0, head, t] + block.slot_bias, mine[0, head, t : t + 1]])
+            silu = torch.nn.functional.silu(logits) / 64
+            w = silu if isinstance(block, HSTUBlock) else logits.softmax(0)
+            want[0, head, t] = w @ torch.cat([values, v[t : t + 1]])
+    assert torch.allclose(got, want, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_state_of_seeds_is_as_large_for_any_history():
+    made = adapted("seeds", {"seeds": 3}, "hstu", True)
+    state = made.prefill(histories(made, (0, 1, 40))[0]).state
+    assert state.nbytes().tolist() == [4 + 2 * 3 * (2 * 16 + 2) * 4] * 3
+
+
 # --- reformer
 
 
@@ -230,6 +273,135 @@ def test_a_state_of_beacons_has_as_many_slots_as_chunks():
 @torch.inference_mode()
 def test_appending_over_several_chunks_is_counted(chunk):
     work, made = Workload(2, 40, 1, 20), adapted("beacon", {"chunk": chunk}, "hstu", True)
+    (_, tokens, new), full = work.events(60), work.prefill(made)
+    found = closed_form(made, get_compressor("full"), full.state, work)
+    assert 2 * found["append_flops"] == count_flops(lambda: made.append(full.state, new))
+    raw = get_compressor("recompute").compress(full)
+    found = closed_form(made, get_compressor("recompute"), raw, work)
+    assert 2 * found["read_flops"] == count_flops(lambda: made.read(tokens, raw))
+
+
+# --- rec2pm, longer, kuaiformer: users one by one
+
+
+class Walk:
+    """One user of a two-layer SASRec in float64: slots (place, kind, each layer's fields), a token at a time."""
+
+    def __init__(self, made):
+        self.made, self.slots = made, []
+
+    def see(self, x, slots, among=1):
+        """Inputs x [among, d] over slots and one another: what comes out, and what each layer stores."""
+        x, stored = x[None], []
+        for layer, block in enumerate(self.made.blocks):
+            q, own, _ = block.project(x)
+            keys, values = (torch.cat([*(slot[2][layer][f] for slot in slots), own[f]], 2) for f in ("keys", "values"))
+            x = block.combine(x, (q @ keys.mT).softmax(-1) @ values, None)
+            stored.append(own)
+        return x[0], [[{f: own[f][:, :, i : i + 1] for f in own} for own in stored] for i in range(among)]
+
+    def event(self, history, i):
+        at = torch.tensor([[i]])
+        out, (stored,) = self.see(self.made._embed(history.take(at, torch.tensor([1])), at)[0], self.slots)
+        self.slots.append((i, 0, stored))
+        return out
+
+    def same(self, state):
+        for layer, (segment,) in enumerate(state.layers):
+            assert segment.slots.positions[0, 0].tolist() == [place for place, _, _ in self.slots]
+            for f, v in segment.fields.items():
+                want = torch.cat([stored[layer][f] for _, _, stored in self.slots], 2)
+                assert torch.allclose(v.dense(), want, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_memory_is_overwritten_after_each_segment():
+    made = adapted("rec2pm", {"memories": 2, "segment": 5}, "sasrec").double()
+    history, walk, outs, old = histories(made, (18,))[0], Walk(made), [], None
+    for i in range(18):
+        outs.append(walk.event(history, i))
+        if i % 5 == 4:
+            x = made.memory + made.positions.weight[i]
+            if old is not None:
+                x = x + torch.stack([slot[1]["values"].flatten() for slot in old]) @ made.again.weight.T
+            _, old = walk.see(x, walk.slots, 2)
+            walk.slots = [(i, 1, slot) for slot in old]
+    assert torch.allclose(made(history)[0], made._output(torch.cat(outs)), atol=1e-10)
+    walk.same(made.prefill(history).state)
+
+
+@torch.no_grad()
+def test_states_of_memories_stay_as_small():
+    made = adapted("rec2pm", {"memories": 2, "segment": 5}, "hstu", True)
+    state = made.prefill(histories(made, LENGTHS)[0]).state
+    kept = [n % 5 + 2 * (n >= 5) for n in LENGTHS]
+    want = [8 + k * (2 * 2 * 16 * 4 + 8) + 4 * k * (n > k) for k, n in zip(kept, LENGTHS)]
+    assert state.nbytes().tolist() == want and state.layers[0][0].slots is state.layers[1][0].slots
+
+
+LADDERS = [
+    ("longer", {"merge": 3, "recent": 4}),
+    ("kuaiformer", {"large": 6, "small": 3, "middle": 1, "recent": 4}),
+    ("kuaiformer", {"large": 6, "small": 2, "middle": 2, "recent": 1}),
+]
+
+
+@pytest.mark.parametrize("part, params", LADDERS, ids=str)
+@torch.no_grad()
+def test_old_tokens_are_merged_before_the_stack(part, params):
+    made = adapted(part, params, "sasrec").double()
+    recent, middle = params["recent"], params.get("middle")
+    short = params.get("merge") or params["small"]
+    history, walk, outs = histories(made, (40,))[0], Walk(made), []
+
+    def of(kind):
+        return [slot for slot in walk.slots if slot[1] == kind]
+
+    def merge(kind, number):
+        run, rest = of(kind)[:number], of(kind)[number:]
+        rows = torch.stack([torch.cat([s[0]["keys"].flatten(), s[0]["values"].flatten()]) for _, _, s in run])
+        place, before = run[-1][0], [slot for slot in walk.slots if slot[0] < run[0][0]]
+        _, (stored,) = walk.see(made.mergers[kind](rows[None, None])[0] + made.positions.weight[place], before)
+        after = [slot for slot in walk.slots if slot[0] > place]
+        assert all(slot in after for slot in rest)
+        walk.slots = [*before, (place, kind + 1, stored), *after]
+
+    for i in range(40):
+        outs.append(walk.event(history, i))
+        if len(of(0)) == recent + short:
+            if middle and len(of(1)) == middle + params["large"] // short - 1:
+                merge(1, params["large"] // short)
+            merge(0, short)
+    assert torch.allclose(made(history)[0], made._output(torch.cat(outs)), atol=1e-10)
+    walk.same(made.prefill(history).state)
+    assert max(kind for _, kind, _ in walk.slots) == len(made.mergers)
+
+
+@torch.no_grad()
+def test_a_run_of_longer_is_a_linear_map_of_what_lies_side_by_side():
+    (merger,) = adapted("longer", {"merge": 3, "recent": 4}, "sasrec").double().mergers
+    x = torch.randn(2, 5, 3, 32, dtype=torch.float64)
+    weight = merger.linear.weight.unflatten(1, (3, 32))
+    assert torch.allclose(merger(x), torch.einsum("bnkw,dkw->bnd", x, weight) + merger.linear.bias, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_window_of_kuaiformer_is_the_mean_of_an_encoder_that_sees_it_alone():
+    merger = adapted("kuaiformer", {"large": 6, "small": 3}, "sasrec").double().mergers[0]
+    x = torch.randn(1, 2, 3, 32, dtype=torch.float64)
+    got = merger(x)
+    assert torch.allclose(got[0, :1], merger(x[:, :1])[0]) and torch.allclose(merger(x.flip(2)), got)
+    (run,) = merger.inward(x[0, :1])
+    q, k, v = merger.qkv(merger.norm_attention(run)).unflatten(1, (3, 2, 8)).permute(1, 2, 0, 3)
+    run = run + merger.out(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(0, 1).flatten(1))
+    run = run + merger.down(torch.relu(merger.up(merger.norm_ffn(run))))
+    assert torch.allclose(got[0, 0], run.mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("part, params", [("rec2pm", {"memories": 2, "segment": 5}), *LADDERS], ids=str)
+@torch.inference_mode()
+def test_appending_over_several_merges_is_counted(part, params):
+    work, made = Workload(2, 40, 1, 20), adapted(part, params, "hstu", True)
     (_, tokens, new), full = work.events(60), work.prefill(made)
     found = closed_form(made, get_compressor("full"), full.state, work)
     assert 2 * found["append_flops"] == count_flops(lambda: made.append(full.state, new))
