@@ -14,6 +14,7 @@ from malloc_bench.state import (
     Ask,
     Dense,
     Events,
+    Layer,
     MissingStatistic,
     Named,
     Probes,
@@ -79,6 +80,7 @@ class Seen:
     itself: list[Tensor] = field(default_factory=list)
     share: list[Tensor] = field(default_factory=list)
     total: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
     def note(
         self,
@@ -92,7 +94,12 @@ class Seen:
         self.got.append(got)
         self.itself.append(logits[-1])
         self.share.append(weights[-1])
-        if self.block.normalised:
+        self.weights.append(weights[0])
+        if not self.block.normalised:
+            return
+        if bool((weights[-1] > 1e-20).all()):  # the cheap way
+            self.total.append(logits[-1] - weights[-1].log())
+        else:
             known = [
                 x if m is None else x + self.block.each(m).clamp(min=1e-6).log().unsqueeze(2)
                 for x, m in zip(logits, masses)
@@ -100,13 +107,15 @@ class Seen:
             parts = [x.masked_fill(~self.block.each(mask), -torch.inf).logsumexp(-1) for x, mask in zip(known, masks)]
             self.total.append(torch.stack(parts).logsumexp(0).unsqueeze(-1))
 
-    def probes(self, length: Tensor) -> LayerProbes:
+    def probes(self, length: Tensor, layer: Layer) -> LayerProbes:
+        """layer: of the state that they passed over."""
         b, _, m, _ = self.q.shape
         times = None if self.asked.times is None else self.asked.times.expand(b, 1, m)
         total = torch.cat(self.total, 2) if self.total else None
+        over, weights = (layer[0], torch.cat(self.weights, 2)) if len(layer) == 1 else (None, None)
         return LayerProbes(
-            self.q, torch.cat(self.got, 2), torch.cat(self.share, 2), total, length, self.own, self.block,
-            torch.cat(self.itself, 2), self.asked.positions.expand(b, 1, m), times,
+            self.q, torch.cat(self.got, 2), torch.cat(self.share, 2), total, length, self.own, over, weights,
+            self.block, torch.cat(self.itself, 2), self.asked.positions.expand(b, 1, m), times,
         )  # fmt: skip
 
 
@@ -143,8 +152,8 @@ def probed(
     found: list[dict[Hashable, Probes]] = [{} for _ in state.layers]
     for ask in stats.asks:
         tokens, ahead = _tokens(ask, events, items, timed, ranking)
-        for layer, seen in zip(found, send(tokens, ahead)):
-            layer[ask.kind] = seen.probes(state.length)
+        for layer, seen, own in zip(found, send(tokens, ahead), state.layers):
+            layer[ask.kind] = seen.probes(state.length, own)
     return found
 
 

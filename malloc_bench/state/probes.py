@@ -59,6 +59,7 @@ class Probes:
     share: [B, Hq, M, 1], the weight that fell to the token itself; its own value counts so much.
     total: [B, Hq, M, 1], the logarithm of what its weights were divided by; None where they are not (`normalised`).
     length: [B], events in the history.
+    weights: [B, Hq, M, S], what the slots of `over`, all that the state had, weighed; None: to be worked out.
 
     As it stands: softmax of q.k, of plain tensors. Behind a backbone a subclass asks the layer (its bias, temperature,
     search and normaliser).
@@ -70,6 +71,8 @@ class Probes:
     total: Tensor | None
     length: Tensor
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    over: Segment | None = None
+    weights: Tensor | None = None
 
     def first(self, number: int) -> Self:
         """The first so many."""
@@ -80,7 +83,8 @@ class Probes:
 
     def _by_probe(self) -> dict[str, Tensor]:
         """Fields with a row for each probe, M third."""
-        known = {"queries": self.queries, "target": self.target, "share": self.share, "total": self.total}
+        names = ("queries", "target", "share", "total", "weights")
+        known = {name: getattr(self, name) for name in names}
         return {name: x for name, x in known.items() if x is not None}
 
     @property
@@ -110,6 +114,8 @@ class Probes:
         """What each of the segment's slots weighed, or would have, among all that the state had: [B, Hq, M, S], 0 where
         there is none."""
         assert segment.slots is not None
+        if segment is self.over and self.weights is not None:
+            return self.weights
         mask = _each(segment.slots.mask(segment.width), self.queries.shape[1]).unsqueeze(2)
         if self.total is None:
             return self.weigh(segment)[0]

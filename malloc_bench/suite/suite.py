@@ -65,7 +65,9 @@ class Suite:
                 methods.setdefault(content, (i, part, budget, _refusal(part, budget)))
         senseless = {id(backbone): [refused(backbone, part) for part in compressors] for backbone in backbones}
         cells: dict[str, list[Cell]] = {}  # by what all methods share: texts of a few hundred groups, not of each cell
-        for dataset, task, split, backbone, seed in product(self.datasets, self.tasks, self.splits, backbones, self.seeds):
+        for dataset, task, split, backbone, seed in product(
+            self.datasets, self.tasks, self.splits, backbones, self.seeds
+        ):
             training = replace(self.training, **backbone.training).content()
             full = Cell(
                 self.name, dataset, task, split, backbone, Part("full"), None, seed, training, self.filter_seen,

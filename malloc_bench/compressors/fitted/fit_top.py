@@ -35,6 +35,3 @@ class FitTop(FittedTokens):
             return ranked(weights.square().mean(2), count)
 
         return chosen(prefill.remember(("fit_top", self.ask, layer), order), count, k, 0, 0)
-
-    def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        return 2 * rows * history * width
