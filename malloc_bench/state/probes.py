@@ -11,12 +11,16 @@ from torch import Tensor
 
 from malloc_bench.state.user_state import Segment
 
+KINDS = ("drawn", "popular", "own", "top", "candidates")
+
 
 @dataclass(frozen=True)
 class Ask:
-    """Which probes a method needs: the first `number` of those `which` are "drawn" from training events, of the most
-    "popular" items, or of the items given by id. They stand, by turns, at the positions of the requests that `horizon`
-    names, 0 the next one: 1 is the one after that, when one more event has come."""
+    """Which probes a method needs, so many of them: `which` are "drawn" from training events, of the most "popular"
+    items, the user's "own" newest ones, those that the model ranks at the "top" for the user, the "candidates" that
+    will read (a ceiling: nobody has them when a state is made), or the items given by id. Where the user has fewer
+    they come again. They stand, by turns, at the positions of the requests that `horizon` names, 0 the next one: 1 is
+    the one after that, when one more event has come."""
 
     number: int
     which: str | tuple[int, ...] = "drawn"
@@ -24,9 +28,9 @@ class Ask:
 
     def __post_init__(self) -> None:
         given = isinstance(self.which, tuple) and len(self.which) >= self.number
-        if self.number < 1 or not (given or self.which in ("drawn", "popular")):
+        if self.number < 1 or not (given or self.which in KINDS):
             raise ValueError(
-                f"at least one probe, 'drawn', 'popular' or as many item ids, not {self.number} of {self.which!r}"
+                f"at least one probe, of {', '.join(KINDS)} or as many item ids, not {self.number} of {self.which!r}"
             )
         if not self.horizon or min(self.horizon) < 0:
             raise ValueError(f"a horizon is one offset from 0 or more, not {self.horizon!r}")

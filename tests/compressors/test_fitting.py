@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.compressors.fitted.fitting import held_out, masses, solve
+from malloc_bench.compressors.fitted.fitting import evened, held_out, masses, solve
 from malloc_bench.state import Dense, Prefill, Segment, Stats, take
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
@@ -205,7 +205,52 @@ def test_masked_slots_do_not_matter():
         assert torch.equal(one[0], other[0]) and torch.equal(one[1, :, :4], other[1, :, :4])
 
 
+@pytest.mark.parametrize(
+    "case", ["sasrec-2-heads", "hstu-2-heads", "marm-2-heads", "sasrec-gqa", "climber-times-2-heads"]
+)
+def test_a_constant_is_the_best_one(case, trained):
+    """No other vector, and with softmax no other logit, gives the probes less wrongly what they got."""
+    backbone = trained(case)
+    prefill = World(case, backbone).prefill(Stats(probes=12))
+    state = get_compressor("fit_constant", probes=12).compress(prefill)
+    for view, layers in ((prefill, state.layers),):
+        for layer in view.layers:
+            probes, (memory,) = view.probes(layer), layers[layer]
+            fields = {name: x.dense().double() for name, x in memory.fields.items()}
+            target, share, own = (x.double() for x in (probes.target, probes.share, probes.own_values()))
+            even = evened(probes).double()
+
+            def error(value, logit):
+                value = probes.block.each(value)  # noqa: B023
+                if logit is None:
+                    off = value - target  # noqa: B023
+                else:
+                    w = torch.sigmoid(probes.block.each(logit) - probes.itself)  # noqa: B023
+                    off = w * value + (1 - w) * own - target - share * own  # noqa: B023
+                return (off * even).square().sum((1, 2, 3))  # noqa: B023
+
+            best = error(fields["constant"], fields.get("weight"))
+            for seed in range(4):
+                other = fields["constant"] + 0.05 * noise(*fields["constant"].shape, seed=seed)
+                assert bool((best <= error(other, fields.get("weight")) + 1e-6)[1:].all())
+
+
+def test_a_constant_depends_on_no_query(trained):
+    """Beside the token itself, layer by layer."""
+    for case in ("sasrec-2-heads", "hstu-times-2-heads"):
+        backbone = trained(case)
+        prefill = World(case, backbone).prefill(Stats(probes=12))
+        state = get_compressor("fit_constant", probes=12).compress(prefill)
+        numbers = 2 * (backbone.config.dim // 2 + case.startswith("sasrec"))  # a vector a head, and its logit
+        assert state.nbytes().tolist() == [4 + 4 * len(state.layers) * numbers] * len(state)
+        probes = backbone.probe(state, prefill.events, Stats(probes=9), prefill.items)
+        for layer in probes:
+            (seen,) = layer.values()
+            beside = (seen.target if seen.total is None else seen.target / (1 - seen.share))[state.length > 0]
+            close(beside, beside[:, :, :1].expand_as(beside), "what is read", 1e-4)
+
+
 def test_bad_parameters():
-    for params in ({"probes": 0}, {"ridge": 0.0}, {"horizon": ()}, {"horizon": (-1,)}):
+    for params in ({"probes": 0}, {"ridge": 0.0}, {"horizon": ()}, {"horizon": (-1,)}, {"which": "rare"}):
         with pytest.raises(ValueError):
             get_compressor("fit_recent", **params)

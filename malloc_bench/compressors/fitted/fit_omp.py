@@ -1,6 +1,6 @@
 """The slots that explain what probes got, one after the other, fitted to stand for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class FitOMP(FittedTokens):
     probes: int = 64
     ridge: float = 1e-3
     horizon: tuple[int, ...] = (0,)
+    which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284; pursuit: Pati et al., Asilomar 1993"

@@ -1,6 +1,6 @@
 """The slots that probes look at most, fitted to stand for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class FitTop(FittedTokens):
     probes: int = 64
     ridge: float = 1e-3
     horizon: tuple[int, ...] = (0,)
+    which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284"

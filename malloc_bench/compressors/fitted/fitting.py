@@ -21,25 +21,27 @@ _GOLDEN = 0.6180339887498949
 class FittedTokens(TokenMethod):
     """Keeps k slots of a history where they stand and solves for what they weigh and hold; a subclass chooses them.
 
-    Fields of a subclass: probes, ridge, horizon. Where keys and values are one stored field, kept slots store two.
+    Fields of a subclass: probes, ridge, horizon, which. Where keys and values are one stored field, slots store two.
     A user who has no more than k slots keeps them as they are.
     """
 
     per_head: ClassVar[bool] = True
     consecutive: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     probes: int
     ridge: float
     horizon: tuple[int, ...]
+    which: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "horizon", tuple(self.horizon))  # a suite's list
         if not self.ridge > 0:
             raise ValueError(f"{self.name}: ridge must be above 0, not {self.ridge}")
-        Ask(self.probes, "drawn", self.horizon)
+        _ = self.ask
 
     @property
     def ask(self) -> Ask:
-        return Ask(self.probes, "drawn", self.horizon)
+        return Ask(self.probes, self.which, self.horizon)
 
     @property
     def needs(self) -> Stats:
@@ -105,6 +107,11 @@ class FittedTokens(TokenMethod):
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
         return 0
+
+
+def without_slots(backbone: Any) -> str | None:
+    """Why a backbone cannot read a memory beside its slots; None: it can."""
+    return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it attends to no slots"
 
 
 def _split(vectors: Sequence[tuple[str, int, int]]) -> list[tuple[tuple[str, int, int], ...]]:
@@ -227,8 +234,10 @@ def masses(weights: Tensor, total: Tensor) -> Tensor:
     step = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp(min=1e-20)
     sums = weights.sum(-1, keepdim=True)
     same = (sums * total).sum((-2, -1)) / sums.square().sum((-2, -1)).clamp(min=1e-20)
-    now = before = same.unsqueeze(-1) * size
+    now = before = (same.unsqueeze(-1) * size).view(-1, size.shape[-1], 1)
+    shift = (step * wanted).view(now.shape)  # a step in one product: many rounds of little work
+    move = torch.eye(size.shape[-1], device=size.device) - (step.unsqueeze(-1) * gram).flatten(0, -3)
     for turn in range(ROUNDS):
-        ahead = now + turn / (turn + 3) * (now - before)
-        before, now = now, (ahead - step * ((gram @ ahead.unsqueeze(-1)).squeeze(-1) - wanted)).clamp(min=0)
-    return (now / size).clamp(1e-6, 1e6)
+        ahead = torch.lerp(before, now, 1 + turn / (turn + 3))
+        before, now = now, torch.baddbmm(shift, move, ahead).clamp_(min=0)
+    return (now.view(size.shape) / size).clamp(1e-6, 1e6)
