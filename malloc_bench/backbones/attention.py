@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.folded import alone, looked_up, read_flops
+from malloc_bench.backbones.folded import alone, looked_up, read_flops, summed
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
-from malloc_bench.backbones.probing import Drawn, Note, Seen, Watch, probe_flops, probed
+from malloc_bench.backbones.probing import Asking, Drawn, Note, Seen, Watch, probe_flops, probed
 from malloc_bench.backbones.statistics import newcomers, newest, observed, over_group
 from malloc_bench.state import (
     Dense,
@@ -114,11 +114,22 @@ class AttentionBackbone(ItemBackbone):
         self._over(tokens, positions, state, None, watch)
         return [over_group(torch.stack(each.total).sum(0), each.own) for each in drawn]
 
-    def probe(self, state: UserState, events: Events, stats: Stats, items: Named) -> list[dict[Hashable, Probes]]:
+    def probe(
+        self, state: UserState, events: Events, stats: Stats, items: Named, tokens: Events | None = None
+    ) -> list[dict[Hashable, Probes]]:
         def send(tokens: Events, ahead: Tensor) -> list[Seen]:
             return self._seen(tokens, state.length.long()[:, None] + ahead, state, None)
 
-        return probed(send, state, events, stats, items, self.uses_times, self.scoring is not None)
+        ranking = self.scoring is not None
+        asking = Asking(events, items, tokens, partial(self._top, state), self.uses_times, ranking)
+        return probed(send, state, stats, asking)
+
+    def _top(self, state: UserState, asked: Events, m: int) -> Tensor:
+        """The m items [B, m] that are nearest to what tokens [B, 1] read."""
+        return (self.read(asked, state)[:, 0] @ self.catalogue().T).topk(min(m, self.n_items)).indices + 1
+
+    def _ranking_flops(self, stats: Stats) -> int:
+        return 2 * self.n_items * self.config.dim * sum(ask.which == "top" for ask in stats.asks)
 
     def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
         if not (stats.column_sum or stats.window or stats.queries):
@@ -163,6 +174,7 @@ class AttentionBackbone(ItemBackbone):
     ) -> int:
         raw = 0 if state is None or state.events is None else state.events.items.shape[1]  # rebuilt before a read
         total = self.flops("prefill", raw) if raw else 0
+        total += self._ranking_flops(stats) if step == "statistics" else 0
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
@@ -280,10 +292,12 @@ def _attend(
 
     note: takes, block by block, what comes from the segments alone, and logits, masks, masses and weights.
     """
-    sources: list[tuple[Segment, Places]] = []
+    sources: list[tuple[Segment, Places | None]] = []
     end = length[:, None]
     for segment in reversed(layer):
-        assert segment.slots is not None
+        if segment.slots is None:
+            sources.insert(0, (segment, None))
+            continue
         sources.insert(0, (segment, Places(segment.slots.places(segment.width, end), segment.slots.timestamps)))
         end = end - segment.slots.count
     b, h, m, _ = q.shape
@@ -314,10 +328,11 @@ def _attend(
 
 
 def _over_segment(
-    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places
+    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
-    assert segment.slots is not None
+    if segment.slots is None or slots is None:
+        return summed(block, q, segment, asked)
     if segment.lookup is not None:
         logits, found, mix = looked_up(block, q, segment, asked, slots)
         return logits, found, None, mix

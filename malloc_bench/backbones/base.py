@@ -61,11 +61,12 @@ class Backbone(nn.Module, ABC):
         """The full state of B histories, with the attention statistics asked for."""
 
     def probe(
-        self, state: UserState, events: Events, stats: Stats, items: Named
+        self, state: UserState, events: Events, stats: Stats, items: Named, tokens: Events | None = None
     ) -> Sequence[Mapping[Hashable, Probes]]:
         """What each layer of the state has seen of the probe tokens of `stats`, as `Prefill.probed` has it.
 
-        events: the newest of the history, with their times. Raises MissingStatistic where it cannot tell.
+        events: the newest of the history, with their times. tokens: those that will read, for ceilings. Raises
+        MissingStatistic where it cannot tell.
         """
         raise MissingStatistic(f"{self.name} sends no probes through its layers")
 
@@ -81,7 +82,7 @@ class Backbone(nn.Module, ABC):
         """All that methods with the needs `stats` get: `prefill`, what is known of items, the probes, and of the tokens
         that will read, which ceilings alone ask for."""
         made = self.prefill(events, users, stats, seed)
-        probed = self.probe(made.state, events, stats, items or Named({})) if stats.asks else None
+        probed = self.probe(made.state, events, stats, items or Named({}), tokens) if stats.asks else None
         reader = self.reading(tokens, made.state) if stats.reader and tokens is not None else None
         return replace(made, items=items, probed=probed, reader=reader)
 

@@ -16,7 +16,7 @@ from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIME
 from malloc_bench.backbones.folded import read_flops
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
 from malloc_bench.backbones.items import Sizes
-from malloc_bench.backbones.probing import Watch, probe_flops
+from malloc_bench.backbones.probing import Watch, probe_flops, sent
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Events, Layer, Prefill, Segment, Slots, Stats, UserState, grow, take
@@ -292,8 +292,9 @@ class Climber(AttentionBackbone):
             widths = [index.shape[1] for index, _ in self._groups(raw, positions)]
         elif state is not None and step in ("prefill", "statistics"):
             widths = [state.layers[part.start][0].width for part in self._stacks()]
-        probes = sum(ask.number for ask in stats.asks)  # they come out of the stacks as candidates do
-        total = self.fusion.flops({"prefill": 0, "statistics": probes}.get(step, tokens))
+        probes = {"prefill": 0, "statistics": sent(stats)}  # they come out of the stacks as candidates do
+        total = self.fusion.flops(probes.get(step, tokens))
+        total += self._ranking_flops(stats) if step == "statistics" else 0
         for i, block in enumerate(self.blocks):
             width = widths[i // self.config.layers]
             own = block.project(self.items.weight.new_zeros(1, 1, self.config.dim))[1]

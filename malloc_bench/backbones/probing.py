@@ -14,6 +14,7 @@ from malloc_bench.state import (
     Ask,
     Dense,
     Events,
+    Layer,
     MissingStatistic,
     Named,
     Probes,
@@ -79,6 +80,7 @@ class Seen:
     itself: list[Tensor] = field(default_factory=list)
     share: list[Tensor] = field(default_factory=list)
     total: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
     def note(
         self,
@@ -92,7 +94,12 @@ class Seen:
         self.got.append(got)
         self.itself.append(logits[-1])
         self.share.append(weights[-1])
-        if self.block.normalised:
+        self.weights.append(weights[0])
+        if not self.block.normalised:
+            return
+        if bool((weights[-1] > 1e-20).all()):  # the cheap way
+            self.total.append(logits[-1] - weights[-1].log())
+        else:
             known = [
                 x if m is None else x + self.block.each(m).clamp(min=1e-6).log().unsqueeze(2)
                 for x, m in zip(logits, masses)
@@ -100,13 +107,15 @@ class Seen:
             parts = [x.masked_fill(~self.block.each(mask), -torch.inf).logsumexp(-1) for x, mask in zip(known, masks)]
             self.total.append(torch.stack(parts).logsumexp(0).unsqueeze(-1))
 
-    def probes(self, length: Tensor) -> LayerProbes:
+    def probes(self, length: Tensor, layer: Layer) -> LayerProbes:
+        """layer: of the state that they passed over."""
         b, _, m, _ = self.q.shape
         times = None if self.asked.times is None else self.asked.times.expand(b, 1, m)
         total = torch.cat(self.total, 2) if self.total else None
+        over, weights = (layer[0], torch.cat(self.weights, 2)) if len(layer) == 1 else (None, None)
         return LayerProbes(
-            self.q, torch.cat(self.got, 2), torch.cat(self.share, 2), total, length, self.own, self.block,
-            torch.cat(self.itself, 2), self.asked.positions.expand(b, 1, m), times,
+            self.q, torch.cat(self.got, 2), torch.cat(self.share, 2), total, length, self.own, over, weights,
+            self.block, torch.cat(self.itself, 2), self.asked.positions.expand(b, 1, m), times,
         )  # fmt: skip
 
 
@@ -127,57 +136,100 @@ class Drawn:
         self.known = rows.stop
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What probes of a user may be made of. events: the newest of the history; items: facts; reader: the tokens that
+    will read, where they are known; top: the items [B, M] that the model ranks first for an event [B, 1] that asks."""
+
+    events: Events
+    items: Named
+    reader: Events | None
+    top: Callable[[Events, int], Tensor]
+    timed: bool
+    ranking: bool
+
+    def tokens(self, ask: Ask) -> tuple[Events, Tensor]:
+        """The probe items behind each history, and how many events ahead. Times follow the history's newest event by
+
+        gaps of training, never by the request's own. In retrieval a token is an event, and is asked after one gap more.
+        """
+        drawn = self._items(ask)
+        m = drawn.shape[1]
+        ahead = torch.tensor(ask.horizon, device=drawn.device).repeat(-(-m // len(ask.horizon)))[:m]
+        return self._at(drawn, ahead), ahead
+
+    def _at(self, drawn: Tensor, ahead: Tensor) -> Events:
+        """Tokens of items [B, M] so many events ahead, [M]."""
+        (b, m), times, following, events = drawn.shape, None, None, self.events
+        if self.timed:
+            gaps = self.items.get("gaps")
+            if gaps is None or events.times is None or len(gaps) < m:
+                raise MissingStatistic(f"this backbone reads times, and the gaps of {m} probes are not known")
+            gaps = gaps[:m].to(drawn.device)
+            last = (events.count.long() - 1).clamp(min=0)[:, None]
+            newest = events.times.gather(1, last) if events.times.shape[1] else events.count.long()[:, None]
+            times = newest + gaps * (ahead + 1)
+            following = times if self.ranking else times + gaps.roll(1)
+        count = torch.full((b,), m, dtype=torch.int32, device=drawn.device)
+        return Events(drawn.int(), count, times, following)
+
+    def _items(self, ask: Ask) -> Tensor:
+        """[B, M]"""
+        events, m = self.events, ask.number
+        device, b = events.items.device, len(events.count)
+        if ask.which == "top":
+            if self.ranking:
+                raise MissingStatistic("in ranking no item is known to be on top before it has been a candidate")
+            newest = _turns(events.items, events.count, 1, newest=True)
+            return self.top(self._at(newest, torch.zeros(1, dtype=torch.long, device=device)), m)
+        if ask.which == "own":
+            return _turns(events.items, events.count, m, newest=True)
+        if ask.which == "candidates":
+            if self.reader is None:
+                raise MissingStatistic("nobody knows the tokens that will read")
+            return _turns(self.reader.items, self.reader.count, m)
+        known = {"drawn": self.items.get("probes"), "popular": self.items.get("popular")}
+        drawn = known[ask.which] if isinstance(ask.which, str) else torch.tensor(ask.which)
+        if drawn is None:
+            raise MissingStatistic(f"nobody knows which items are {ask.which}: items need their popularity in training")
+        return drawn[:m].to(device).expand(b, -1)
+
+
+def _turns(items: Tensor, count: Tensor, m: int, newest: bool = False) -> Tensor:
+    """The first m of items [B, S], of which count [B] are real, or the newest of them, again and again; [B, M].
+
+    Item 1 where there is none.
+    """
+    place = torch.arange(m, device=items.device) % count.long().clamp(min=1)[:, None]
+    if newest:
+        place = (count.long() - 1)[:, None] - place
+    if not items.shape[1]:
+        return torch.ones_like(place)
+    return items.long().gather(1, place.clamp(min=0)).where((count > 0)[:, None], 1)
+
+
 def probed(
-    send: Callable[[Events, Tensor], list[Seen]],
-    state: UserState,
-    events: Events,
-    stats: Stats,
-    items: Named,
-    timed: bool,
-    ranking: bool,
+    send: Callable[[Events, Tensor], list[Seen]], state: UserState, stats: Stats, asking: Asking
 ) -> list[dict[Hashable, Probes]]:
-    """What each layer has seen of the probes of `stats`, by `Ask.kind`; events: the newest ones of the history.
+    """What each layer has seen of the probes of `stats`, by `Ask.kind`.
 
     send: tokens [B, M] and how many events they stand ahead of the next one, [M], through the stack over the state.
     """
     found: list[dict[Hashable, Probes]] = [{} for _ in state.layers]
     for ask in stats.asks:
-        tokens, ahead = _tokens(ask, events, items, timed, ranking)
-        for layer, seen in zip(found, send(tokens, ahead)):
-            layer[ask.kind] = seen.probes(state.length)
+        for layer, seen, own in zip(found, send(*asking.tokens(ask)), state.layers):
+            layer[ask.kind] = seen.probes(state.length, own)
     return found
 
 
-def _tokens(ask: Ask, events: Events, items: Named, timed: bool, ranking: bool) -> tuple[Events, Tensor]:
-    """The probe items behind each history, and how many events ahead. Times follow the history's newest event by gaps
-
-    of training, never by the request's own. In retrieval a token is an event, and is asked after one gap more.
-    """
-    device, b = events.items.device, len(events.count)
-    known = {"drawn": items.get("probes"), "popular": items.get("popular")}
-    drawn = known[ask.which] if isinstance(ask.which, str) else torch.tensor(ask.which)
-    if drawn is None:
-        raise MissingStatistic(f"nobody knows which items are {ask.which}: items need their popularity in training")
-    drawn = drawn[: ask.number].to(device)
-    m = len(drawn)
-    ahead = torch.tensor(ask.horizon, device=device).repeat(-(-m // len(ask.horizon)))[:m]
-    times = following = None
-    if timed:
-        gaps = items.get("gaps")
-        if gaps is None or events.times is None or len(gaps) < m:
-            raise MissingStatistic(f"this backbone reads times, and the gaps of {m} probes are not known")
-        gaps = gaps[:m].to(device)
-        last = (events.count.long() - 1).clamp(min=0)[:, None]
-        newest = events.times.gather(1, last) if events.times.shape[1] else events.count.long()[:, None]
-        times = newest + gaps * (ahead + 1)
-        following = times if ranking else times + gaps.roll(1)
-    count = torch.full((b,), m, dtype=torch.int32, device=device)
-    return Events(drawn.int().expand(b, m), count, times, following), ahead
+def sent(stats: Stats) -> int:
+    """Tokens that go through the stack for the probes of `stats`; one asks for those that come out on top."""
+    return sum(ask.number + (ask.which == "top") for ask in stats.asks)
 
 
 def probe_flops(block: Block, event: Segment, history: int, stats: Stats) -> int:
     """Of the probes of `stats` in one layer over the state of a history; event: what one token stores."""
-    m = sum(ask.number for ask in stats.asks)
+    m = sent(stats)
     if not m:
         return 0
     slots = Slots(torch.full((1, 1), history))

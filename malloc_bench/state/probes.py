@@ -11,12 +11,16 @@ from torch import Tensor
 
 from malloc_bench.state.user_state import Segment
 
+KINDS = ("drawn", "popular", "own", "top", "candidates")
+
 
 @dataclass(frozen=True)
 class Ask:
-    """Which probes a method needs: the first `number` of those `which` are "drawn" from training events, of the most
-    "popular" items, or of the items given by id. They stand, by turns, at the positions of the requests that `horizon`
-    names, 0 the next one: 1 is the one after that, when one more event has come."""
+    """Which probes a method needs, so many of them: `which` are "drawn" from training events, of the most "popular"
+    items, the user's "own" newest ones, those that the model ranks at the "top" for the user, the "candidates" that
+    will read (a ceiling: nobody has them when a state is made), or the items given by id. Where the user has fewer
+    they come again. They stand, by turns, at the positions of the requests that `horizon` names, 0 the next one: 1 is
+    the one after that, when one more event has come."""
 
     number: int
     which: str | tuple[int, ...] = "drawn"
@@ -24,9 +28,9 @@ class Ask:
 
     def __post_init__(self) -> None:
         given = isinstance(self.which, tuple) and len(self.which) >= self.number
-        if self.number < 1 or not (given or self.which in ("drawn", "popular")):
+        if self.number < 1 or not (given or self.which in KINDS):
             raise ValueError(
-                f"at least one probe, 'drawn', 'popular' or as many item ids, not {self.number} of {self.which!r}"
+                f"at least one probe, of {', '.join(KINDS)} or as many item ids, not {self.number} of {self.which!r}"
             )
         if not self.horizon or min(self.horizon) < 0:
             raise ValueError(f"a horizon is one offset from 0 or more, not {self.horizon!r}")
@@ -59,6 +63,7 @@ class Probes:
     share: [B, Hq, M, 1], the weight that fell to the token itself; its own value counts so much.
     total: [B, Hq, M, 1], the logarithm of what its weights were divided by; None where they are not (`normalised`).
     length: [B], events in the history.
+    weights: [B, Hq, M, S], what the slots of `over`, all that the state had, weighed; None: to be worked out.
 
     As it stands: softmax of q.k, of plain tensors. Behind a backbone a subclass asks the layer (its bias, temperature,
     search and normaliser).
@@ -70,6 +75,8 @@ class Probes:
     total: Tensor | None
     length: Tensor
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    over: Segment | None = None
+    weights: Tensor | None = None
 
     def first(self, number: int) -> Self:
         """The first so many."""
@@ -80,7 +87,8 @@ class Probes:
 
     def _by_probe(self) -> dict[str, Tensor]:
         """Fields with a row for each probe, M third."""
-        known = {"queries": self.queries, "target": self.target, "share": self.share, "total": self.total}
+        names = ("queries", "target", "share", "total", "weights")
+        known = {name: getattr(self, name) for name in names}
         return {name: x for name, x in known.items() if x is not None}
 
     @property
@@ -110,6 +118,8 @@ class Probes:
         """What each of the segment's slots weighed, or would have, among all that the state had: [B, Hq, M, S], 0 where
         there is none."""
         assert segment.slots is not None
+        if segment is self.over and self.weights is not None:
+            return self.weights
         mask = _each(segment.slots.mask(segment.width), self.queries.shape[1]).unsqueeze(2)
         if self.total is None:
             return self.weigh(segment)[0]

@@ -96,6 +96,49 @@ def test_where_probes_stand(trained):
     assert int(long.probes(0).positions.max()) == backbone.max_length
 
 
+@pytest.mark.parametrize("case", ["sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads", "marm-2-heads"])
+def test_which_items_are_sent(case, trained):
+    """Each kind gives what the same items, given by id, give."""
+    backbone = trained(case)
+    history, tokens = histories(backbone, LENGTHS)
+    newest = [x[: int(n)].flip(0).tolist() or [1] for x, n in zip(history.items, history.count)]
+    plain = World(case, backbone).prefill(Stats(probes=1))
+    last = torch.tensor([x[0] for x in newest])
+    asks = {
+        "own": [(x * 4)[:4] for x in newest],
+        "candidates": [(x * 4)[:4] for x in tokens.items.tolist()],
+        "top": [[int(i) for i in x] for x in best(backbone, plain, last, history)],
+    }
+    for which, want in asks.items():
+        prefill = World(case, backbone).prefill(Stats(probes=Ask(4, which)))
+        for user, items in enumerate(want):
+            given = World(case, backbone).prefill(Stats(probes=Ask(4, tuple(items)))) if user in (2, 5) else None
+            if given is not None:
+                for layer in prefill.layers:
+                    got, by_id = (x.probes(layer).target[user] for x in (prefill, given))
+                    close(got, by_id, f"{which} of user {user}", 1e-5)
+
+
+def best(backbone, prefill, items, history):
+    """The four items that are nearest to what the newest event reads when it comes again."""
+    b = len(items)
+    tokens = Events(items[:, None].int(), torch.ones(b, dtype=torch.int32))
+    if backbone.uses_times:
+        at = (history.count.long() - 1).clamp(min=0)[:, None]
+        times = history.times.gather(1, at) + prefill.items["gaps"][:1]
+        tokens = replace(tokens, times=times, next_times=times + prefill.items["gaps"][:1])
+    return (backbone.read(tokens, prefill.state)[:, 0] @ backbone.catalogue().T).topk(4).indices + 1
+
+
+def test_nobody_knows_candidates_or_what_is_on_top(trained):
+    backbone, _ = probed("sasrec-2-heads", trained, 4)
+    history, _ = histories(backbone, LENGTHS)
+    with pytest.raises(MissingStatistic, match="nobody knows the tokens"):
+        backbone.prepare(history, stats=Stats(probes=Ask(4, "candidates")))
+    with pytest.raises(MissingStatistic, match="in ranking"):
+        probed("sasrec-2-heads", trained, Ask(4, "top"), ranking=True)
+
+
 def test_asks_add_up(trained):
     both = Stats(probes=4, queries=1) | Stats(probes=Ask(9)) | Stats(probes=Ask(3, "popular"))
     assert sorted(both.asks, key=repr) == sorted((Ask(9), Ask(3, "popular")), key=repr)

@@ -10,7 +10,7 @@ from malloc_bench.backbones.block import Block
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload, closed_form, count_flops, some_facts
 from malloc_bench.registry import names
-from malloc_bench.state import Events, LowRank, Stats, Summed
+from malloc_bench.state import Ask, Events, LowRank, Stats, Summed
 
 ITEMS, DIM, HEADS, LAYERS = 60, 16, 2, 2
 PARAMS = {  # beside the defaults
@@ -23,7 +23,7 @@ PARAMS = {  # beside the defaults
     "gqa": [{"n_kv_heads": 1}],
     "eigen": [{}, {"rank": 3, "share": "layer"}],
     "ids_below": [{}, {"inner": "recent"}],
-    **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp")},
+    **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")},
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
@@ -46,6 +46,7 @@ PARAMS = {  # beside the defaults
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
+TOP = Stats(probes=Ask(4, "top"))
 BACKBONES = [*ATTENTION, ("gated_delta", False), ("rwkv", False)]
 
 
@@ -128,7 +129,7 @@ def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work
 @pytest.mark.parametrize("name, has_time", ATTENTION)
 @pytest.mark.parametrize("part", ["full", "mqa", "mla"])
 @pytest.mark.parametrize(
-    "stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8), Stats(probes=5)], ids=str
+    "stats", [Stats(True), Stats(window=1), Stats(window=16), Stats(True, 8), Stats(probes=5), TOP], ids=str
 )
 def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, part, name, has_time, history, monkeypatch):
     method = get_compressor(part)

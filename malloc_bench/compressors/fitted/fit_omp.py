@@ -1,6 +1,6 @@
 """The slots that explain what probes got, one after the other, fitted to stand for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from malloc_bench.compressors.fitted.fitting import FittedTokens, evened, rows_o
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
 
-_SPENT = 1e-3  # of the first gain: below it slots are taken by their weight
+_SPENT = 2e-3  # of the first gain: below it slots are taken by their weight
 
 
 @register("fit_omp")
@@ -23,6 +23,7 @@ class FitOMP(FittedTokens):
     probes: int = 64
     ridge: float = 1e-3
     horizon: tuple[int, ...] = (0,)
+    which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284; pursuit: Pati et al., Asilomar 1993"
@@ -40,34 +41,41 @@ class FitOMP(FittedTokens):
         """Slots as they are taken, [B, H, size]; after all of a user's any."""
         probes, segment = prefill.probes(layer, self.ask), prefill.segment(layer)
         heads, even = next(iter(segment.fields.values())).shape[1], evened(probes)
-        columns = rows_of(probes.columns(segment).float() * even, heads)  # [B, H, R, S]
-        target = rows_of(probes.target.float() * even, heads)
+        columns = rows_of(probes.columns(segment).float(), heads)  # [B, H, R, S]
+        rest = rows_of(probes.target.float() * even, heads)  # what is left of the target
         if probes.normalised:
-            scale = target.square().mean((2, 3), keepdim=True).sqrt()
-            target = torch.cat([target, (1 - rows_of(probes.share.float(), heads)) * scale], -1)
-        length = columns.square().sum(2).sqrt()
-        left, free = columns.mT @ target, prefill.mask(layer).expand(-1, heads, -1)  # [B, H, S, D]
-        basis = columns.new_zeros(*columns.shape[:3], size)
+            scale = rest.square().mean((2, 3), keepdim=True).sqrt()
+            rest = torch.cat([rest, (1 - rows_of(probes.share.float(), heads)) * scale], -1)
+        else:
+            columns = columns * rows_of(even.float(), heads)
+        free = prefill.mask(layer).expand(-1, heads, -1)
         taken: list[Tensor] = []
-        first = (left.norm(dim=-1) / length.clamp(min=1e-20)).amax(-1, keepdim=True) if size else length
+        if not size:
+            return free[..., :0].long()
+        length = columns.square().sum(2).sqrt()  # [B, H, S]
+        # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
+        squared, per = (columns.mT @ rest).square().sum(-1), 1 / length.square().clamp(min=1e-30)
+        spent = _SPENT**2 * (squared * per).amax(-1, keepdim=True)  # below it what is left is rounding
+        basis = columns.new_zeros(*columns.shape[:3], size)
         for turn in range(size):
-            gain = left.norm(dim=-1) / length.clamp(min=1e-20)
-            spent = gain.masked_fill(~free, 0.0).amax(-1, keepdim=True) <= _SPENT * first  # what is left is rounding
-            best = torch.where(spent, length, gain).masked_fill(~free, -1.0).argmax(-1, keepdim=True)
+            gain = (squared * per).masked_fill(~free, -1.0)
+            gain = torch.where(gain.amax(-1, keepdim=True) <= spent, length.masked_fill(~free, -1.0), gain)
+            best = gain.argmax(-1, keepdim=True)
             taken.append(best)
             free = free.scatter(2, best, False)
             new = columns.gather(3, best.unsqueeze(2).expand(-1, -1, columns.shape[2], -1))  # [B, H, R, 1]
             before = new.norm(dim=2, keepdim=True)
             for _ in range(2):  # once is not enough in float32
                 new = new - basis @ (basis.mT @ new)
-            rest = new.norm(dim=2, keepdim=True)
-            new = torch.where(rest > 1e-4 * before, new / rest.clamp(min=1e-30), 0.0)  # nothing new: no direction
+            beyond = new.norm(dim=2, keepdim=True)
+            new = torch.where(beyond > 1e-4 * before, new / beyond.clamp(min=1e-30), 0.0)  # nothing new: no direction
             basis[..., turn] = new[..., 0]
-            left = left - (columns.mT @ new) @ (new.mT @ target)
-        return torch.cat(taken, -1) if taken else free[..., :0].long()
+            told = new.mT @ rest  # [B, H, 1, D]
+            along, both = (torch.cat([new, rest @ told.mT], -1).mT @ columns).unbind(2)  # [B, H, S]
+            squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
+            rest = rest - new * told
+        return torch.cat(taken, -1)
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        """Weights over all slots; then for each turn what is new of a column, along all columns and the target."""
-        return (
-            2 * rows * history * (width + wide + k) + rows * (8 * k * k + 2 * k * wide) + 2 * heads * history * k * wide
-        )
+        """Gains of all slots; then for each turn what is new of a column, along all columns and the target."""
+        return 2 * rows * history * (wide + 2 * k) + rows * (8 * k * k + 4 * k * wide)

@@ -1,6 +1,6 @@
 """The newest events, fitted to stand for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ class FitRecent(FittedTokens):
     """Keeps the keys of the newest k events; their masses and values are solved for, so that probes get what the whole
     history gives them: the cheapest of its family.
 
-    probes: catalogue items, drawn by their training events, whose queries it is fitted to. ridge: of the regression,
-    towards the values as they were. horizon: positions of which later requests the probes stand at, 0 the next one.
+    probes: items whose queries it is fitted to. which: "drawn" by their training events, the most "popular", the user's
+    "own" newest, the model's own "top" for the user; the "candidates" that will read are a ceiling, not deployable.
+    ridge: of the regression, towards the values as they were. horizon: positions of which later requests the probes
+    stand at, 0 the next one.
     """
 
     probes: int = 64
     ridge: float = 1e-3
     horizon: tuple[int, ...] = (0,)
+    which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284, and Cartridges, arXiv 2506.06266"

@@ -1,6 +1,6 @@
 """The slots that probes look at most, fitted to stand for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class FitTop(FittedTokens):
     probes: int = 64
     ridge: float = 1e-3
     horizon: tuple[int, ...] = (0,)
+    which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284"
@@ -35,6 +36,3 @@ class FitTop(FittedTokens):
             return ranked(weights.square().mean(2), count)
 
         return chosen(prefill.remember(("fit_top", self.ask, layer), order), count, k, 0, 0)
-
-    def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        return 2 * rows * history * width

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,30 +15,33 @@ from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, take
 
 ROUNDS = 40  # of the non-negative least squares
+_GOLDEN = 0.6180339887498949
 
 
 class FittedTokens(TokenMethod):
     """Keeps k slots of a history where they stand and solves for what they weigh and hold; a subclass chooses them.
 
-    Fields of a subclass: probes, ridge, horizon. Where keys and values are one stored field, kept slots store two.
+    Fields of a subclass: probes, ridge, horizon, which. Where keys and values are one stored field, slots store two.
     A user who has no more than k slots keeps them as they are.
     """
 
     per_head: ClassVar[bool] = True
     consecutive: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     probes: int
     ridge: float
     horizon: tuple[int, ...]
+    which: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "horizon", tuple(self.horizon))  # a suite's list
         if not self.ridge > 0:
             raise ValueError(f"{self.name}: ridge must be above 0, not {self.ridge}")
-        Ask(self.probes, "drawn", self.horizon)
+        _ = self.ask
 
     @property
     def ask(self) -> Ask:
-        return Ask(self.probes, "drawn", self.horizon)
+        return Ask(self.probes, self.which, self.horizon)
 
     @property
     def needs(self) -> Stats:
@@ -73,7 +76,7 @@ class FittedTokens(TokenMethod):
                 else dict.fromkeys(("keys", "values"), *segment.fields.values())
             )
             chosen = Segment({name: Dense(take(v.dense(), index)) for name, v in fields.items()}, slots)
-            masses, values = solve(probes, chosen, self.ridge)
+            masses, values = solve(probes, chosen, self.ridge, before.mass)
             whole = (kept == old.count[:, 0])[:, None, None]
             values = torch.where(whole[..., None], chosen.fields["values"].dense(), values)
             if masses is not None:
@@ -84,7 +87,7 @@ class FittedTokens(TokenMethod):
         return UserState(tuple(layers), prefill.state.length)
 
     def flops(self, state: UserState, history: int) -> int:
-        """Weights of the kept slots, two Gram matrices, the rounds, right sides and two triangular systems."""
+        """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
         return self.work(state, history, [layer[0].fields["keys"].shape[1] for layer in state.layers])
 
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
@@ -93,16 +96,22 @@ class FittedTokens(TokenMethod):
         for layer, (segment, *_) in enumerate(state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
             rows = self.probes * heads[layer]
-            total += 2 * rows * k * d + 2 * rows * k * k + 4 * rows * k * wide + 2 * h * k * k * wide
             weighed = segment.slots is not None and segment.slots.mass is not None
+            total += 2 * rows * k * d + 4 * rows * k * k + 4 * h * k * k * wide
+            total += 2 * rows * k * wide * (7 if weighed else 6)  # SiLU: what was read is the same twice
             if weighed:
-                total += 2 * rows * k * k + 4 * rows * k + 2 * ROUNDS * h * k * k
+                total += 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
             total += self.choosing(h, rows, k, d, wide + weighed, history)
         return total
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
         return 0
+
+
+def without_slots(backbone: Any) -> str | None:
+    """Why a backbone cannot read a memory beside its slots; None: it can."""
+    return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it attends to no slots"
 
 
 def _split(vectors: Sequence[tuple[str, int, int]]) -> list[tuple[tuple[str, int, int], ...]]:
@@ -129,30 +138,76 @@ def evened(probes: Probes) -> Tensor:
     return (typical / spread.clamp(min=1e-3 * typical)).expand_as(probes.share)
 
 
-def solve(probes: Probes, chosen: Segment, ridge: float) -> tuple[Tensor | None, Tensor]:
+class Rows(NamedTuple):
+    """Probes of the query heads that share a stored head, stacked, and the slots that are to answer them.
+
+    weights: [B, H, R, K], what the slots weigh as they are. share [B, H, R, 1], own and target [B, H, R, D]: see
+    `Probes`. values: [B, H, K, D], as they are.
+    """
+
+    weights: Tensor
+    share: Tensor
+    own: Tensor
+    target: Tensor
+    values: Tensor
+
+    @staticmethod
+    def of(probes: Probes, chosen: Segment) -> Rows:
+        values = chosen.fields["values"].dense().float()
+        own = probes.own_values().expand(-1, probes.target.shape[1], -1, -1)
+        asked = (probes.columns(chosen), probes.share, own, probes.target)
+        return Rows(*(rows_of(x.float(), values.shape[1]) for x in asked), values)
+
+    def read(self, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights under masses [..., B, H, K] (None: not normalised), and what they are to make of the values."""
+        if mass is None:
+            return self.weights, self.target
+        total = (self.weights @ mass.unsqueeze(-1) + self.share).clamp(min=1e-30)
+        return self.weights * mass.unsqueeze(-2) / total, self.target + (self.share - self.share / total) * self.own
+
+    def fitted(self, normalised: bool, counted: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:
+        """Masses and values by `solve`'s rules; counted: how much each row counts, [..., B, H, R, 1]."""
+        mass = masses(self.weights * counted, (1 - self.share) * counted) if normalised else None
+        weights, target = self.read(mass)
+        gap, weights = (target - weights @ self.values) * counted, weights * counted
+        return mass, self.values + _ridge(weights.mT @ weights, weights.mT @ gap, ridge)
+
+    def error(self, mass: Tensor | None, values: Tensor, counted: Tensor) -> Tensor:
+        """What is wrong with all rows' answers in squares, [..., B, H]; as in `fitted`."""
+        weights, target = self.read(mass)
+        return ((target - weights @ values) * counted).square().sum((-2, -1))
+
+
+def solve(probes: Probes, chosen: Segment, ridge: float, before: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
     """Masses [B, H, K] (None where weights are not normalised) and values [B, H, K, D] for which the chosen slots give
 
-    the probes what the history gave them. Masses: non-negative least squares on the total weight of the history.
-    Values: ridge regression on the weights as they then are, of what was got and what the token's own value gained or
-    lost. ridge: of the mean diagonal of the Gram matrix, towards the values as they were.
+    the probes what the history gave them; before: masses that they had, None: 1. Masses: non-negative least squares on
+    the total weight of the history. Values: ridge regression on the weights as they then are, of what was got and what
+    the token's own value gained or lost. ridge: of the mean diagonal of the Gram matrix, towards the values as they
+    were. The slots of a head that so give probes held out less wrongly are solved for with all; the others stay.
+    Without a probe held out, of less than 4, all are fitted.
     """
-    values = chosen.fields["values"].dense().float()
-    heads, counted = values.shape[1], evened(probes)
-    if not values.shape[2]:
-        return values[..., 0] if probes.normalised else None, chosen.fields["values"].dense()
-    weights = rows_of(probes.columns(chosen).float(), heads)
-    share, target, even = (rows_of(x.float(), heads) for x in (probes.share, probes.target, counted))
-    mass: Tensor | None = None
-    if probes.normalised:
-        own = probes.own_values().expand(-1, probes.target.shape[1], -1, -1)
-        mass = masses(weights, 1 - share)
-        total = (weights @ mass.unsqueeze(-1) + share).clamp(min=1e-20)
-        weights = weights * mass.unsqueeze(2) / total
-        target = target + (share - share / total) * rows_of(own.float(), heads)
-    weights, target = weights * even, target * even
-    gram, wanted = weights.mT @ weights, weights.mT @ (target - weights @ values)
-    values = values + _ridge(gram, wanted, ridge)
-    return mass, values.to(chosen.fields["values"].dense().dtype)
+    kept, normalised, rows = chosen.fields["values"].dense(), probes.normalised, Rows.of(probes, chosen)
+    if not kept.shape[2]:
+        return rows.values[..., 0] if normalised else None, kept
+    plain = None
+    if normalised:
+        plain = torch.ones_like(rows.values[..., 0]) if before is None else before.float().expand(kept.shape[:3])
+    even, number = rows_of(evened(probes).float(), kept.shape[1]), probes.target.shape[2]
+    held = held_out(number, kept.device).repeat(even.shape[2] // number)[:, None].float()  # [R, 1]
+    both = torch.stack([even * (1 - held), even])  # two fits in one go
+    mass, values = rows.fitted(normalised, both, ridge)
+    tried = rows.error(mass, values, even * held)  # the second too: what is not finite never wins
+    won = (tried <= rows.error(plain, rows.values, even * held)).all(0)
+    chosen_values = torch.where(won[..., None, None], values[1], rows.values).to(kept.dtype)
+    if mass is None or plain is None:
+        return None, chosen_values
+    return torch.where(won.unsqueeze(-1), mass[1], plain), chosen_values
+
+
+def held_out(number: int, device: torch.device) -> Tensor:
+    """Which of so many probes a fit is tested on, [M] bool: one of five, at steps that are those of no horizon."""
+    return (torch.arange(number, device=device, dtype=torch.float64) * _GOLDEN) % 1 >= 0.8
 
 
 def _ridge(gram: Tensor, wanted: Tensor, ridge: float) -> Tensor:
@@ -169,18 +224,20 @@ def _ridge(gram: Tensor, wanted: Tensor, ridge: float) -> Tensor:
 
 
 def masses(weights: Tensor, total: Tensor) -> Tensor:
-    """m [B, H, K] > 0 with weights m ~ total in least squares, weights [B, H, R, K] >= 0, total [B, H, R, 1].
+    """m [..., K] > 0 with weights m ~ total in least squares, weights [..., R, K] >= 0, total [..., R, 1].
 
     Accelerated projected gradient on columns of length 1; begins with the same mass for all.
     """
-    size = weights.square().sum(2).sqrt().clamp(min=1e-20)  # [B, H, K]
+    size = weights.square().sum(-2).sqrt().clamp(min=1e-20)  # [..., K]
     gram = weights.mT @ weights / size.unsqueeze(-1) / size.unsqueeze(-2)
     wanted = (weights.mT @ total).squeeze(-1) / size
     step = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp(min=1e-20)
     sums = weights.sum(-1, keepdim=True)
-    same = (sums * total).sum((2, 3)) / sums.square().sum((2, 3)).clamp(min=1e-20)
-    now = before = same.unsqueeze(-1) * size
+    same = (sums * total).sum((-2, -1)) / sums.square().sum((-2, -1)).clamp(min=1e-20)
+    now = before = (same.unsqueeze(-1) * size).view(-1, size.shape[-1], 1)
+    shift = (step * wanted).view(now.shape)  # a step in one product: many rounds of little work
+    move = torch.eye(size.shape[-1], device=size.device) - (step.unsqueeze(-1) * gram).flatten(0, -3)
     for turn in range(ROUNDS):
-        ahead = now + turn / (turn + 3) * (now - before)
-        before, now = now, (ahead - step * ((gram @ ahead.unsqueeze(-1)).squeeze(-1) - wanted)).clamp(min=0)
-    return (now / size).clamp(1e-6, 1e6)
+        ahead = torch.lerp(before, now, 1 + turn / (turn + 3))
+        before, now = now, torch.baddbmm(shift, move, ahead).clamp_(min=0)
+    return (now.view(size.shape) / size).clamp(1e-6, 1e6)
