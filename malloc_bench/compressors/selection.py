@@ -32,6 +32,14 @@ class TokenMethod(Compressor):
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         """A state of k [B] slots (0 <= k <= `most`) in every layer and head; layers that have fewer keep all."""
 
+    def settled(self, prefill: Prefill, state: UserState, written: UserState) -> UserState:
+        """`state`, which `keep` made, given how an encoder behind it writes it; itself where that changes nothing."""
+        return state
+
+    def settling(self, state: UserState, heads: Sequence[int]) -> int:
+        """FLOPs of `settled`, as `work`."""
+        return 0
+
     @abstractmethod
     def layout(self, prefill: Prefill) -> Layout:
         """What the kept slots of a Prefill of one stack take beside their vectors."""

@@ -98,13 +98,18 @@ class Compose(TokenMethod):
         return state
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
-        length, view, tokens = prefill.state.length.long(), prefill, self._tokens()
+        length, view, own, tokens = prefill.state.length.long(), prefill, prefill, self._tokens()
         for link, method in enumerate(tokens, start=1):
             share = length.double() * (k.double() / length.clamp(min=1)) ** (link / len(tokens))
             own = view.given(self._own(prefill, method))
             view = view.over(method.keep(own, share.round().long().maximum(k) if link < len(tokens) else k))
         encoder = self._encoder()
-        return view.state if encoder is None else encoder.write(view.given(self._own(prefill, encoder)))
+        if encoder is None:
+            return view.state
+        view = view.given(self._own(prefill, encoder))
+        written = encoder.write(view)
+        state = tokens[-1].settled(own, view.state, written) if tokens else view.state
+        return written if state is view.state else encoder.write(view.over(state))
 
     def _own(self, prefill: Prefill, step: Compressor) -> Fitted | None:
         """The step's share of the chain's fit."""
@@ -167,7 +172,8 @@ class Compose(TokenMethod):
         return sum(step.flops(state, history) for step in self.steps)
 
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        return sum(step.work(state, history, heads) for step in self.steps)
+        total = sum(step.work(state, history, heads) for step in self.steps)
+        return total + self._tokens()[-1].settling(state, heads) if self._encoder() and self._tokens() else total
 
 
 def _chains(step: Compressor) -> bool:

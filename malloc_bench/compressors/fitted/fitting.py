@@ -86,23 +86,47 @@ class FittedTokens(TokenMethod):
             layers.append((Segment({"keys": chosen.fields["keys"], "values": Dense(values)}, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
+    def settled(self, prefill: Prefill, state: UserState, written: UserState) -> UserState:
+        """Masses and values for keys as an encoder writes them, which takes back most of what their rounding does."""
+        layers = []
+        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, written.layers)):
+            slots, keys, values = segment.slots, coded.fields.get("keys"), segment.fields["values"]
+            assert slots is not None
+            if not others and keys is not None:
+                chosen = Segment({"keys": Dense(keys.dense()), "values": values}, replace(slots, mass=None))
+                mass, found = solve(prefill.probes(layer, self.ask), chosen, self.ridge, slots.mass)
+                whole = (slots.count == prefill.slots(layer).count)[..., None]
+                values = Dense(torch.where(whole[..., None], values.dense(), found))
+                if mass is not None and slots.mass is not None:
+                    slots = replace(slots, mass=torch.where(whole, slots.mass, mass))
+            layers.append((Segment({"keys": segment.fields["keys"], "values": values}, slots),))
+        return UserState(tuple(layers), state.length)
+
     def flops(self, state: UserState, history: int) -> int:
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
         return self.work(state, history, [layer[0].fields["keys"].shape[1] for layer in state.layers])
+
+    def settling(self, state: UserState, heads: Sequence[int]) -> int:
+        return sum(self._solving(layer[0], heads[i]) for i, layer in enumerate(state.layers) if len(layer) == 1)
 
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
         """As `flops`, of query heads that a state does not tell of."""
         total = 0
         for layer, (segment, *_) in enumerate(state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
-            rows = self.probes * heads[layer]
             weighed = segment.slots is not None and segment.slots.mass is not None
-            total += 2 * rows * k * d + 4 * rows * k * k + 4 * h * k * k * wide
-            total += 2 * rows * k * wide * (7 if weighed else 6)  # SiLU: what was read is the same twice
-            if weighed:
-                total += 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
-            total += self.choosing(h, rows, k, d, wide + weighed, history)
+            total += self._solving(segment, heads[layer])
+            total += self.choosing(h, self.probes * heads[layer], k, d, wide + weighed, history)
         return total
+
+    def _solving(self, segment: Segment, heads: int) -> int:
+        """FLOPs of `solve` in one layer of so many query heads."""
+        (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
+        rows = self.probes * heads
+        total = 2 * rows * k * d + 4 * rows * k * k + 4 * h * k * k * wide
+        if segment.slots is None or segment.slots.mass is None:
+            return total + 12 * rows * k * wide  # SiLU: what was read is the same twice
+        return total + 14 * rows * k * wide + 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
