@@ -15,15 +15,19 @@ from tests.compressors.test_contract import METHODS, label
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = {world.name: world for world in worlds()} if torch.cuda.is_available() else {}
-HERE = ("tensors", "sasrec0", "hstu2", "gated_delta4") if PLACES else ()  # without a GPU not even 600 skipped tests
+CASES = [
+    pytest.param(method, place, id=f"{label(method)}-{place}")
+    for method in METHODS
+    for place in ("tensors", "sasrec0", "hstu2", "gated_delta4")
+    if place in PLACES  # without a GPU one skipped test, not hundreds
+]
 
 
 def on_cuda(x):
     return map_tensors(lambda tensor: tensor.to("cuda"), x)
 
 
-@pytest.mark.parametrize("place", HERE)
-@pytest.mark.parametrize("method", METHODS, ids=label)
+@pytest.mark.parametrize(("method", "place"), CASES)
 def test_a_method_makes_the_same_state(method, place):
     """As many bytes for every user; the same reads, but where a score of the GPU's rounding ordered slots otherwise."""
     name, params = method
