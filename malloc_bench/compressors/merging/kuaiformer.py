@@ -68,7 +68,7 @@ class KuaiFormer(Structural):
     recent: int = 16
 
     family = "merging"
-    paper = "KuaiFormer, Cao et al. 2024, arXiv 2411.10057"
+    paper = "KuaiFormer, Liu et al. 2024, arXiv 2411.10057"
     formula = (
         "x_a = mean(encoder([k_i; v_i of the first layer, i in window a])) + position; attention over x_0 ... x_a, "
     )
