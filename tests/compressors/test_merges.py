@@ -49,20 +49,22 @@ def check(prefill, method, k, define):
                 assert abs(int(segment.slots.positions[user, head, at]) - mean) <= 0.5
 
 
+@pytest.mark.parametrize("mass", [True, False])
 @pytest.mark.parametrize("k, merge", [(1, 4), (4, 2), (9, 3), (20, 1)])
-def test_cam(prefill, k, merge):
+def test_cam(prefill, k, merge, mass):
     """Values alone change: by those of evicted slots, in equal shares, where the lot falls on them."""
     inner = {"recent": 0.25}
-    state = get_compressor("cam", inner={"h2o": inner}, merge=merge).compress(prefill, Budget(slots=k))
+    state = get_compressor("cam", inner={"h2o": inner}, merge=merge, mass=mass).compress(prefill, Budget(slots=k))
     plain, (segment,), lots = get_compressor("h2o", **inner).compress(prefill, Budget(slots=k)), state.layers[0], []
     assert torch.equal(segment.fields["keys"].dense(), plain.layers[0][0].fields["keys"].dense())
-    assert state.nbytes().tolist() == plain.nbytes().tolist()
+    more = [4 * 2 * k * mass * (n > k) for n in COUNTS]
+    assert state.nbytes().tolist() == [n + m for n, m in zip(plain.nbytes().tolist(), more)]
     for user, n in enumerate(COUNTS):
         for head in range(2):
             values = prefill.values(0)[user, head, :n].double()
             received = prefill.attention_received(0)[user, head, :n].double() / torch.arange(n, 0, -1)
             kept = segment.slots.positions[user, head, : min(k, n)].tolist()
-            want = values[kept].clone()
+            want, counts = values[kept].clone(), torch.ones(len(kept), 1).double()
             for i in set(range(n)) - set(kept):
                 follow = [at for at, slot in enumerate(kept) if slot > i][:merge]
                 if not follow:
@@ -70,10 +72,12 @@ def test_cam(prefill, k, merge):
                 chance = float(received[i] / received[[kept[at] for at in follow]].mean())
                 lot = float(hashed(prefill, 0, torch.tensor([[[2 * i + head]]]))[user])
                 lots.append(lot < chance)
-                for at in follow:
-                    want[at] += lots[-1] * values[i] / len(follow)
-            got = segment.fields["values"].dense()[user, head, : min(k, n)].double()
-            close(got, want, f"values {user} {head}", 1e-5)
+                want[follow] += lots[-1] * values[i] / len(follow)
+                counts[follow] += lots[-1] / len(follow)
+            got = segment.fields["values"].dense()[user, head, : len(kept)].double()
+            close(got, want / counts if mass else want, f"values {user} {head}", 1e-5)
+            if mass:
+                close(segment.slots.mass[user, head, : len(kept)].double(), counts[:, 0], "mass", 1e-5)
     assert k in (1, 20) or 0 < sum(lots) < len(lots)
 
 

@@ -40,7 +40,8 @@ class Encoder(Merger):
         self.inward.weight.copy_(inverse)
         self.inward.bias.copy_(bias)
         for part in (self.out, self.down):
-            part.weight.normal_(std=0.02)
+            part.weight.normal_(std=0.005)  # an embedding is small beside what a norm gives
+            part.bias.zero_()
 
     def flops(self, runs: int) -> int:
         dim = self.out.in_features
@@ -67,7 +68,7 @@ class KuaiFormer(Structural):
     recent: int = 16
 
     family = "merging"
-    paper = "KuaiFormer, Cao et al. 2024, arXiv 2411.10057"
+    paper = "KuaiFormer, Liu et al. 2024, arXiv 2411.10057"
     formula = (
         "x_a = mean(encoder([k_i; v_i of the first layer, i in window a])) + position; attention over x_0 ... x_a, "
     )

@@ -16,7 +16,19 @@ from malloc_bench.backbones.block import Block, Places
 from malloc_bench.backbones.probing import probe_flops
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import trimmed
-from malloc_bench.state import Dense, Events, MissingStatistic, Prefill, Segment, Slots, Stats, UserState, joined, take
+from malloc_bench.state import (
+    Dense,
+    Events,
+    MissingStatistic,
+    Prefill,
+    Segment,
+    Slots,
+    Stats,
+    UserState,
+    joined,
+    map_tensors,
+    take,
+)
 from malloc_bench.state.extend import grow
 
 if TYPE_CHECKING:
@@ -72,16 +84,17 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may serve a training later
 def plan(rungs: Rungs, events: int) -> Plan:
     """Of a history of so many events."""
     rows: list[tuple[int, ...]] = []
     for number, span in enumerate(rungs.spans):
         for b in range(rungs.made(number, events)):
-            until, end = _EVER, (b + 1) * span
+            gone, end = _EVER, (b + 1) * span
             if number + 1 < len(rungs.spans):
                 wide = rungs.spans[number + 1]
-                until = (b * span // wide + 1) * wide + rungs.lags[number + 1]
-            rows.append((end + rungs.lags[number], number, end - 1, until, len(rows)))
+                gone = (b * span // wide + 1) * wide + rungs.lags[number + 1]
+            rows.append((end + rungs.lags[number], number, end - 1, gone, len(rows)))
     rows.sort(key=lambda row: (row[0], row[1] > 0, -row[1]))  # an event, then what its coming merges, longest first
     since, level, at, until, place = torch.tensor(rows, dtype=torch.long).view(-1, 5).unbind(1)
     asks = torch.where(level > 0, since, at)  # the length of the history that a token sees
@@ -107,7 +120,7 @@ class RungBlock(Block):
         assert isinstance(places, Line)
         mixed, where = [], Places(places.positions, places.times)
         for rows, index, seen in places.plan.bands:
-            index, mask = index.to(q.device), seen.to(q.device)[None, None]
+            mask = seen[None, None]
             keys = Segment({k: Dense(v[:, :, index]) for k, v in own.items()}, None)
             logits = self.logits(q[:, :, rows], keys, asked.rows(rows), where.rows(index))
             mixed.append(self.mix(self.weigh([logits], [mask], [None])[0], keys))
@@ -118,7 +131,7 @@ class Ladder(AttentionBackbone):
     """Comes before a backbone's own class. Training, prefill and append see the same slots at the same time."""
 
     rungs: Rungs
-    mergers: nn.ModuleList  # one for each level but the first
+    mergers: Any  # an nn.ModuleList of `Merger`s, one for each level but the first
 
     def forward(self, events: Events) -> Tensor:
         line, (x, places, asked) = self._line(events)
@@ -166,7 +179,7 @@ class Ladder(AttentionBackbone):
     def _line(self, events: Events) -> tuple[Plan, tuple[Tensor, Line, Places]]:
         """The plan of a history, its tokens' inputs [B, T, d], and where they stand."""
         line = plan(self.rungs, events.items.shape[1])
-        line = replace(line, **{k: v.to(events.items.device) for k, v in vars(line).items() if isinstance(v, Tensor)})
+        line = map_tensors(lambda x: x.to(events.items.device), line)
         every = [self._embed(events, torch.arange(events.items.shape[1], device=line.at.device)[None])]
         for level, merger in enumerate(self.mergers, 1):
             runs, span = self.rungs.made(level, events.items.shape[1]), self.rungs.spans[level]

@@ -1,5 +1,6 @@
 """Seeds: learned tokens that summarise the history by attention, as running means; the events go."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,12 +51,12 @@ class SeededBlock(ProjectedBlock):
 
     def written(self, own: dict[str, Tensor], at: Tensor, real: Tensor, memory: Memory | None) -> dict[str, Tensor]:
         weights = self.weights_at(at, own)[0] * real[:, None, None]
-        total, old = weights.sum(-1, keepdim=True), 0.0
+        total = weights.sum(-1, keepdim=True)
         sums = {name: weights @ x for name, x in own.items()}
         if memory is not None:
             old = memory["logs"].dense().clamp(max=_MOST).exp()
-            sums = {name: x + old * memory[name].dense() for name, x in sums.items()}
-        total = (total + old).clamp(min=torch.tensor(_LEAST).exp())
+            total, sums = total + old, {name: x + old * memory[name].dense() for name, x in sums.items()}
+        total = total.clamp(min=math.exp(_LEAST))
         return {**{name: x / total for name, x in sums.items()}, "logs": total.log()}
 
     def memory_flops(self, step: str, tokens: int, memory: Memory | None) -> int:
@@ -107,4 +108,4 @@ class Seeds(Structural):
             swap(block, SeededBlock)
         swap(backbone, ProjectedBackbone)
         backbone.has_slots = backbone.only_adds = False
-        backbone.fields = ("keys", "values", "logs")
+        vars(backbone).update(fields=("keys", "values", "logs"))

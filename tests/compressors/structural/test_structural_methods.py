@@ -1,5 +1,6 @@
 """Trained variants: an adapted backbone keeps what backbones promise, its state holds what it says, and no more."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -377,6 +378,14 @@ def test_old_tokens_are_merged_before_the_stack(part, params):
     assert max(kind for _, kind, _ in walk.slots) == len(made.mergers)
 
 
+def test_a_backbone_that_was_read_can_be_trained():
+    made = adapted("longer", {"merge": 3, "recent": 4}, "hstu")
+    history, _ = histories(made, (37,))
+    with torch.inference_mode():
+        made.prefill(history)
+    made.loss(Batch(history, history.items)).backward()
+
+
 @torch.no_grad()
 def test_a_run_of_longer_is_a_linear_map_of_what_lies_side_by_side():
     (merger,) = adapted("longer", {"merge": 3, "recent": 4}, "sasrec").double().mergers
@@ -408,6 +417,32 @@ def test_appending_over_several_merges_is_counted(part, params):
     raw = get_compressor("recompute").compress(full)
     found = closed_form(made, get_compressor("recompute"), raw, work)
     assert 2 * found["read_flops"] == count_flops(lambda: made.read(tokens, raw))
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("part, params", LADDERS[:2], ids=str)
+@torch.no_grad()
+def test_a_merged_token_begins_near_the_mean_of_its_events(part, params, name):
+    """Fresh, and from trained weights, which another inverse fits."""
+    torch.manual_seed(0)
+    plain, method = (
+        get_backbone(name, 60, layers=2, heads=2, dim=16, max_length=64, dropout=0.0),
+        get_compressor(part, **params),
+    )
+    fresh, trained = method.adapted(plain.eval()), copy.deepcopy(plain)
+    for block in trained.blocks:
+        getattr(block, block.fused).weight.mul_(-0.5)
+    begun = method.adapted(plain)
+    method.begin(begun, trained.state_dict())
+    assert torch.equal(begun.blocks[0].out.weight, trained.blocks[0].out.weight)
+    for made in (fresh, begun):
+        events, _ = histories(made, (12,))
+        x = made._embed(events, torch.arange(12)[None])
+        own = made.blocks[0].project(x)[1]
+        rows = torch.cat([own[f].transpose(1, 2).flatten(2) for f in ("keys", "values")], -1)
+        got = made.mergers[0](rows.unflatten(1, (4, 3)))[0]
+        mean = x[0].unflatten(0, (4, 3)).mean(1)
+        assert torch.cosine_similarity(got, mean).min() > 0.8
 
 
 # --- collectivekv
