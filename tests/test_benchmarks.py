@@ -75,3 +75,11 @@ def test_the_stream_tells_what_stale_entries_cost(script, synthetic, monkeypatch
     assert abs(hits["half of the entries lost"] - 50) < 2 and abs(hits["the log's last tenth not written"] - 90) < 2
     assert 0 < age["written every epoch"] < age["written never again"]
     assert 0 < error["half of the entries lost"] < error["written every epoch"] < error["written never again"]
+
+
+def test_what_fitted_slots_cost_is_told_of_two_backbones(script, capsys) -> None:
+    script("bench_fitted").report(lengths=[20], slots=2, probes=4, users=2, seconds=0.0)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in lines if line[0] in names("backbones")]
+    assert [row[:2] for row in rows] == [["sasrec", "20"], ["hstu", "20"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])

@@ -44,6 +44,14 @@ class LayerProbes(Probes):
         assert self.block is not None and self.positions is not None
         return self.block, Places(self.positions, self.times)
 
+    @property
+    def normaliser(self) -> float:
+        return float(getattr(self.block, "normaliser", 1.0))
+
+    def asking(self) -> Tensor:
+        block, asked = self._asked()
+        return block.asking(self.queries, asked)
+
     def logits(self, segment: Segment) -> Tensor:
         block, asked = self._asked()
         assert segment.slots is not None

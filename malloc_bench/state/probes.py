@@ -101,6 +101,15 @@ class Probes:
         """Whether a token's weights, its own among them, sum to 1."""
         return self.total is not None
 
+    @property
+    def normaliser(self) -> float:
+        """What SiLU weights are divided by, the same for all."""
+        return 1.0
+
+    def asking(self) -> Tensor:
+        """Queries such that q.k is the logit, a bias apart, [B, Hq, M, D]."""
+        return self.queries
+
     def logits(self, segment: Segment) -> Tensor:
         """[B, Hq, M, S] before masking."""
         return self.queries @ _each(segment.fields["keys"].dense(), self.queries.shape[1]).mT

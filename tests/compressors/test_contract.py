@@ -72,6 +72,7 @@ METHODS = [
     ("cam", {"inner": "knorm", "merge": 2, "mass": False}),
     ("cam", {"inner": "tova", "merge": 3}),
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")),
+    *((name, {"probes": 8, "rounds": 3}) for name in ("fit_keys", "cartridge")),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
     *(("fit_recent", {"probes": 5, "which": which}) for which in ("own", "top", "candidates")),
     *((name, {}) for name in ("category_merge", "resets", "vql")),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.compressors.fitted.fitting import evened, held_out, masses, solve
-from malloc_bench.state import Dense, Prefill, Segment, Stats, take
+from malloc_bench.compressors.fitted.descent import descended
+from malloc_bench.compressors.fitted.fitting import Rows, evened, held_out, masses, rows_of, solve
+from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, take
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
 
@@ -248,6 +249,56 @@ def test_a_constant_depends_on_no_query(trained):
             (seen,) = layer.values()
             beside = (seen.target if seen.total is None else seen.target / (1 - seen.share))[state.length > 0]
             close(beside, beside[:, :, :1].expand_as(beside), "what is read", 1e-3)
+
+
+@pytest.mark.parametrize(
+    "case", ["tensors", "sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads", "sasrec-gqa"]
+)
+def test_slots_move_down_the_gradient(case, trained):
+    """The first step of Adam is the sign of the slope: against differences of the error, in every key and value."""
+    place = World(case, None if case == "tensors" else trained(case))
+    prefill = place.prefill(Stats(probes=7), (9, 5))
+    probes, segment = prefill.probes(0), prefill.segment(0)
+    old = segment.slots
+    times = None if old.timestamps is None else old.timestamps[..., :3]
+    slots = Slots(old.count.clamp(max=3), torch.arange(3, dtype=torch.int32).expand(2, 1, 3), times)
+    chosen = Segment({n: Dense(v.dense()[:, :, :3]) for n, v in segment.fields.items()}, slots)
+    heads = chosen.fields["values"].shape[1]
+    even = rows_of(evened(probes).float(), heads)
+    mass = torch.full((2, heads, 3), 1.3) if probes.normalised else None
+    begin = chosen.fields["keys"].dense(), mass, chosen.fields["values"].dense()
+    moved = descended(probes, chosen, begin, even, 1, 1e-3, True)
+
+    def error(keys, mass, values):
+        rows = Rows.of(probes, Segment({"keys": Dense(keys), "values": Dense(values)}, chosen.slots))
+        return float(rows.error(mass, values, even).sum())
+
+    start = error(*begin)
+    assert error(*moved) < start
+    for part in (0, 2):
+        alone = [*begin]
+        alone[part] = moved[part]
+        assert error(*alone) < start
+        alone[part] = 2 * begin[part] - moved[part]
+        assert error(*alone) > start
+
+
+@pytest.mark.parametrize("case", ["tensors", "sasrec-2-heads", "hstu-times-2-heads"])
+def test_the_more_is_fitted_the_less_is_wrong(case, trained):
+    """On the probes of the fit, and by the guard no head is worse on those held out."""
+    prefill = World(case, None if case == "tensors" else trained(case)).prefill(Stats(probes=40))
+    errors = []
+    for name, params in (("fit_omp", {}), ("fit_keys", {}), ("cartridge", {"rounds": 40})):
+        state = get_compressor(name, probes=40, **params).compress(prefill, Budget(slots=2))
+        total = 0.0
+        for layer in prefill.layers:
+            probes, (segment,) = prefill.probes(layer), state.layers[layer]
+            weights, share = probes.weigh(segment)
+            off = probes.mix(weights, segment) + share * probes.own_values()
+            off = off - probes.target - probes.share * probes.own_values()
+            total += float((off * evened(probes)).square().sum())
+        errors.append(total)
+    assert max(errors[1:]) < 0.98 * errors[0], errors
 
 
 def test_bad_parameters():

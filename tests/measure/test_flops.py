@@ -24,6 +24,7 @@ PARAMS = {  # beside the defaults
     "eigen": [{}, {"rank": 3, "share": "layer"}],
     "ids_below": [{}, {"inner": "recent"}],
     **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")},
+    **{name: [{"probes": 8, "rounds": 3}] for name in ("fit_keys", "cartridge")},
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],

@@ -51,6 +51,10 @@ class FittedTokens(TokenMethod):
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Kept slots in time order, [B, H or 1, max k]; k [B] <= count."""
 
+    def fit_slots(self, probes: Probes, chosen: Segment, mass: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Keys, masses and values of the chosen slots, which had `mass` (None: 1); see `solve`."""
+        return chosen.fields["keys"].dense(), *solve(probes, chosen, self.ridge, mass)
+
     def layout(self, prefill: Prefill) -> Layout:
         mass = prefill.probes(0, self.ask).normalised
         own = "head" if self.per_head else "layer" if mass else "state"
@@ -76,14 +80,17 @@ class FittedTokens(TokenMethod):
                 else dict.fromkeys(("keys", "values"), *segment.fields.values())
             )
             chosen = Segment({name: Dense(take(v.dense(), index)) for name, v in fields.items()}, slots)
-            masses, values = solve(probes, chosen, self.ridge, before.mass)
+            keys, masses, values = self.fit_slots(probes, chosen, before.mass)
             whole = (kept == old.count[:, 0])[:, None, None]
-            values = torch.where(whole[..., None], chosen.fields["values"].dense(), values)
+            keys, values = (
+                torch.where(whole[..., None], chosen.fields[name].dense(), x)
+                for name, x in (("keys", keys), ("values", values))
+            )
             if masses is not None:
                 slots = replace(slots, mass=torch.where(whole, 1.0 if before.mass is None else before.mass, masses))
             elif not self.per_head:
                 slots = shared.setdefault(id(old), slots)  # the same in every layer
-            layers.append((Segment({"keys": chosen.fields["keys"], "values": Dense(values)}, slots),))
+            layers.append((Segment({"keys": Dense(keys), "values": Dense(values)}, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
     def settled(self, prefill: Prefill, state: UserState, written: UserState) -> UserState:
