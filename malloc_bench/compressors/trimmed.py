@@ -96,7 +96,9 @@ def trimmed(
         key = id(old), same[i]
         if key not in done:
             told = ((name, getattr(old, name)) for name in ("positions", "timestamps", "mass"))
-            columns = {name: None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for name, x in told}
+            columns: dict[str, Any] = {
+                name: None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for name, x in told
+            }
             done[key] = Slots(count.to(old.count.dtype), **columns)
         layers.append((Segment({k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}, done[key]),))
         for name, x in known.items():

@@ -87,7 +87,7 @@ class Probes:
         return self if number >= self.queries.shape[2] else self._some(slice(self.queries.shape[2] - number, None))
 
     def _some(self, rows: slice) -> Self:
-        cut = {name: x[:, :, rows] for name, x in self._by_probe().items()}
+        cut: dict[str, Any] = {name: x[:, :, rows] for name, x in self._by_probe().items()}
         return replace(self, own={name: x[:, :, rows] for name, x in self.own.items()}, **cut)
 
     def _by_probe(self) -> dict[str, Tensor]:

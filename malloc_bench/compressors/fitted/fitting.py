@@ -187,7 +187,8 @@ class Rows(NamedTuple):
         values = chosen.fields["values"].dense().float()
         own = probes.own_values().expand(-1, probes.target.shape[1], -1, -1)
         asked = (probes.columns(chosen), probes.share, own, probes.target)
-        return Rows(*(rows_of(x.float(), values.shape[1]) for x in asked), values)
+        weights, share, own, target = (rows_of(x.float(), values.shape[1]) for x in asked)
+        return Rows(weights, share, own, target, values)
 
     def read(self, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights under masses [..., B, H, K] (None: not normalised), and what they are to make of the values."""

@@ -1,4 +1,4 @@
-"""Few bits a number and one byte of scale a vector, for states of few slots."""
+"""Few bits a number and two bytes a vector beside them, for states of few slots."""
 
 from dataclasses import dataclass, replace
 
@@ -13,12 +13,13 @@ from malloc_bench.state import MicroScaled, Segment, UserState, microscaled
 @register("mxint")
 @dataclass(frozen=True)
 class MXInt(Encoder):
-    """Writes every vector in `bits` bits a number and one byte of scale, positions in 16 bits and masses in bfloat16.
+    """Writes every vector in `bits` bits a number, a byte of scale and one of zero point; positions in 16 bits and
+    masses in bfloat16.
 
-    Where a state keeps few slots, scales and what stands beside vectors cost as much as codes: `int4_token` pays 4
-    bytes a vector for a scale and a zero point, and 4 for each position and mass. The formats that this is named after
-    have blocks of 32 numbers and powers of two; here a block is a vector of a head and a scale has 8 steps an octave,
-    below an exponent that a head's vectors share, the best of five for each vector.
+    Where a state keeps few slots, what stands beside the codes weighs as much as they do: `int4_token` pays 4 bytes a
+    vector, and 4 for each position and mass. The formats that this is named after have blocks of 32 numbers, powers of
+    two and no zero point; here a block is a vector of a head, a scale has 8 steps an octave below an exponent that a
+    head's vectors share, and of four the best is taken for each vector.
 
     Raises ValueError for histories of more than 32,768 events.
     """
@@ -28,8 +29,8 @@ class MXInt(Encoder):
     grid = {"bits": (2, 3, 4, 8)}
     family = "quantization"
     paper = "Rouhani et al., OCP Microscaling Formats (MX), 2023, and arXiv 2310.10537; finer scales are ours"
-    formula = "x ~ s (code - (2^bits - 1) / 2), s = 2^(top - byte / 8) of the least squared error"
-    stores = "codes and a byte per vector, a byte per head and field; positions in int16, masses in bfloat16"
+    formula = "x ~ s (code - (2^bits - 1 - zero) / 2), s = 2^(top - byte / 8) of the least squared error"
+    stores = "codes and two bytes per vector, a byte per head and field; positions in int16, masses in bfloat16"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -43,6 +44,6 @@ class MXInt(Encoder):
         return shortened(map_vectors(state, vectors))
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
-        slot = sum(heads * (-(-width * self.bits // 8) + 1) for _, heads, width in layout.vectors)
+        slot = sum(heads * (-(-width * self.bits // 8) + 2) for _, heads, width in layout.vectors)
         tops = sum(heads for _, heads, _ in layout.vectors)
         return replace(layout, index=2).beside(n, length) + tops + n * slot
