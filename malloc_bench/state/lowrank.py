@@ -64,7 +64,7 @@ class Factor(Vectors):
     def load(self, read: Read, count: Tensor | None) -> Factor:
         rank = read.numbers(self.rank, self.most, f"has a rank below 0 or above {self.most}")
         one = torch.ones(1, 1, dtype=torch.long)
-        scale = read(self.scale[..., None, None], one).view(rank.shape)
+        scale = read(self.scale[..., None, None], one).view(len(rank), self.scale.shape[1])
         size = None if self.size is None else read(self.size, one, rank)
         data = read(self.data, all_rows(self.data) if count is None else count, self._stored(rank))
         return replace(self, data=data, rank=rank, scale=scale, size=size)
