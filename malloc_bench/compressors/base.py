@@ -141,10 +141,6 @@ class Compressor(ABC):
         """The parts of the method that are fitted, each by itself, by the name under which it finds its fit."""
         return {} if type(self).fit is Compressor.fit else {"": self}
 
-    def given(self, fitted: Fitted | None) -> Compressor:
-        """What the method comes to with a fit, of which `work` is counted: itself for most."""
-        return self
-
     @abstractmethod
     def compress(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
         """The smaller state; `prefill` is not changed. budget: None, or as `Budget.parse` takes it.

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
 from malloc_bench.measure.workload import Workload
-from malloc_bench.state import Fitted, Stats, UserState
+from malloc_bench.state import Stats, UserState
 
 
 def count_flops(fn: Callable[[], object]) -> int:
@@ -40,7 +40,7 @@ def count_flops(fn: Callable[[], object]) -> int:
 
 
 def closed_form(
-    backbone: Backbone, compressor: Compressor, state: UserState, workload: Workload, fitted: Fitted | None = None
+    backbone: Backbone, compressor: Compressor, state: UserState, workload: Workload
 ) -> dict[str, int | None]:
     """FLOPs per user of each step of a workload: prefill_flops, compress_flops, append_flops, read_flops.
 
@@ -55,7 +55,7 @@ def closed_form(
     heads = [block.heads for block in getattr(backbone, "blocks", ())]
     return {
         "prefill_flops": prefill,
-        "compress_flops": None if statistics is None else statistics + compressor.given(fitted).work(state, n, heads),
+        "compress_flops": None if statistics is None else statistics + compressor.work(state, n, heads),
         "append_flops": None if raw else backbone.flops("append", workload.appended, state),
         "read_flops": backbone.flops("read", workload.candidates, state),
     }

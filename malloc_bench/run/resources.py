@@ -128,7 +128,7 @@ def _costs(
 
         try:
             state, peak = measure.peak_memory(work, device)
-            found = measure.closed_form(own, job.compressor, state, workload, job.fitted)
+            found = measure.closed_form(own, job.compressor, state, workload)
         except (Exception, SystemExit):
             log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
             continue

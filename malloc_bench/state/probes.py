@@ -80,15 +80,10 @@ class Probes:
 
     def first(self, number: int) -> Self:
         """The first so many."""
-        return self if number >= self.queries.shape[2] else self._some(slice(number))
-
-    def last(self, number: int) -> Self:
-        """The last so many."""
-        return self if number >= self.queries.shape[2] else self._some(slice(self.queries.shape[2] - number, None))
-
-    def _some(self, rows: slice) -> Self:
-        cut: dict[str, Any] = {name: x[:, :, rows] for name, x in self._by_probe().items()}
-        return replace(self, own={name: x[:, :, rows] for name, x in self.own.items()}, **cut)
+        if number >= self.queries.shape[2]:
+            return self
+        cut: dict[str, Any] = {name: x[:, :, :number] for name, x in self._by_probe().items()}
+        return replace(self, own={name: x[:, :, :number] for name, x in self.own.items()}, **cut)
 
     def _by_probe(self) -> dict[str, Tensor]:
         """Fields with a row for each probe, M third."""
