@@ -84,9 +84,7 @@ class AttentionBackbone(ItemBackbone):
         return self._output(x)
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        b, s = events.items.shape
-        if s > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        b, s = len(events.items), self.admit(events)
         positions = torch.arange(s, device=events.items.device)[None]
         places, asked = self._places(events, positions)
         slots = Slots(events.count[:, None], None, places.times)
@@ -151,12 +149,8 @@ class AttentionBackbone(ItemBackbone):
         return seen
 
     def append(self, state: UserState, events: Events) -> UserState:
-        if state.events is not None:
-            raise ValueError("a state of raw events grows by its ids alone, not by append")
+        self.grown(state, events)
         m = events.items.shape[1]
-        total = int((state.length + events.count).max()) if len(state) else 0
-        if total > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, appending makes {total}")
         behind = torch.ones(m, m, dtype=torch.bool, device=events.items.device).tril()[None, None]
         positions = state.length.long()[:, None] + torch.arange(m, device=events.items.device)
         _, own = self._over(events, positions.clamp(max=self.max_length), state, behind)  # padding may stand beyond
@@ -332,7 +326,7 @@ def _over_segment(
 ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
     if segment.slots is None or slots is None:
-        return summed(block, q, segment, asked)
+        return summed(block, q, segment)
     if segment.lookup is not None:
         logits, found, mix = looked_up(block, q, segment, asked, slots)
         return logits, found, None, mix

@@ -114,6 +114,21 @@ class Backbone(nn.Module, ABC):
         """`Prefill.reader`: mean |weight| of the tokens on each slot of the full state, [B, H, S] a layer."""
         raise NotImplementedError(f"{self.name} does not attend to slots")
 
+    def admit(self, events: Events) -> int:
+        """How many events the histories have, padding too; raises ValueError beyond `max_length`."""
+        if (s := events.items.shape[1]) > self.max_length:
+            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        return s
+
+    def grown(self, state: UserState, events: Events) -> Tensor:
+        """Events of each user once new ones are appended, [B]; raises ValueError where they cannot be."""
+        if state.events is not None:
+            raise ValueError("a state of raw events grows by its ids alone, not by append")
+        length = state.length + events.count
+        if len(state) and (total := int(length.max())) > self.max_length:
+            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, appending makes {total}")
+        return length
+
     @abstractmethod
     def append(self, state: UserState, events: Events) -> UserState:
         """The state with new events added, as a prefill of all has it. Raises ValueError beyond `max_length`."""

@@ -224,9 +224,7 @@ class Climber(AttentionBackbone):
         return self._output(self.fusion(torch.stack(outputs, 2), asked))
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        b, s = events.items.shape
-        if s > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        b, s = len(events.items), self.admit(events)
         self._places(events, events.items)  # refuses events without the times that it reads
         layers: list[Layer] = []
         seen: dict[str, list[Tensor]] = {}

@@ -64,24 +64,16 @@ def looked_up(
     return logits, found, lambda weights: back(block.mix(apart(weights), few), q)
 
 
-def summed(
-    block: Block, q: Tensor, segment: Segment, asked: Places
-) -> tuple[Tensor, Tensor, None, Callable[[Tensor], Tensor]]:
+def summed(block: Block, q: Tensor, segment: Segment) -> tuple[Tensor, Tensor, None, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, 1] of tokens over a memory that answers as one slot, its mask, no mass, and what mixes it.
 
-    Fields, [B, H', rows, width] each: `constant`, the answer; `along` and `slopes`, r rows each: it grows by a slope
-    as the query does along its row. Where weights are normalised, `weight`: the logit; `keys`: by which it grows. Where
+    Fields: `constant` [B, H', 1, D], the answer; where weights are normalised, `weight` [B, H', 1, 1], its logit. Where
     they are not, the answer is what the mixture gains.
     """
     known = {name: block.each(vectors.dense()).to(q.dtype) for name, vectors in segment.fields.items()}
-    answer, asking = known["constant"], block.asking(q, asked)
-    logits = q.new_zeros(*q.shape[:3], 1)
+    answer, logits = known["constant"], q.new_zeros(*q.shape[:3], 1)
     if "weight" in known:
         logits = logits + known["weight"]
-    if "keys" in known:
-        logits = logits + asking @ known["keys"].mT
-    if "along" in known:
-        answer = answer + (asking @ known["along"].mT) @ known["slopes"]
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     if block.normalised:
         return logits, mask, None, lambda weights: weights * answer
@@ -91,8 +83,7 @@ def summed(
 def read_flops(block: Block, queries: int, segment: Segment) -> int:
     """Of `logits` and `mix` over a segment as queries read it, per user."""
     if segment.slots is None:
-        shapes = [v.shape for name, v in segment.fields.items() if name in ("keys", "along", "slopes")]
-        return sum(2 * queries * block.heads * rows * width for _, _, rows, width in shapes)
+        return 0  # nothing is asked of a constant
     if segment.lookup is None:
         return block.attend_flops(queries, segment)
     _, heads, _, width = segment.fields["keys"].shape

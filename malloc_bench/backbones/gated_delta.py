@@ -190,9 +190,7 @@ class GatedDelta(ItemBackbone):
         return self._follow(events, self._empty(events))[0]
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        s, most = events.items.shape[1], self.max_length
-        if s > most:
-            raise ValueError(f"{self.name} keeps at most max_length={most} events, the history has {s}")
+        self.admit(events)
         state = _state(self._follow(events, self._empty(events))[1], events.count)
         ids = torch.arange(len(state)) if users is None else users
         return Prefill(state, ids, events, seed=seed)
@@ -207,12 +205,7 @@ class GatedDelta(ItemBackbone):
         return self._output(x)
 
     def append(self, state: UserState, events: Events) -> UserState:
-        if state.events is not None:
-            raise ValueError("a state of raw events grows by its ids alone, not by append")
-        length = state.length + events.count
-        total, most = int(length.max()) if len(state) else 0, self.max_length
-        if total > most:
-            raise ValueError(f"{self.name} keeps at most max_length={most} events, appending makes {total}")
+        length = self.grown(state, events)
         held = [_memory(layer) for layer in state.layers]
         memories = [new if old is None else old.dense() for old, new in zip(held, self._empty(events))]
         return _state(self._follow(events, memories)[1], length)

@@ -6,18 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
-from malloc_bench.compressors.fitted.fitting import evened, rows_of, without_slots
+from malloc_bench.compressors.fitted.fitting import Asking, evened, rows_of, without_slots
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
-from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState
+from malloc_bench.state import Dense, Prefill, Probes, Segment, UserState
 
 _ROUNDS = 5  # of Gauss and Newton
 
 
 @register("fit_constant")
 @dataclass(frozen=True)
-class FitConstant(Compressor):
+class FitConstant(Asking):
     """One fitted vector a layer and head, the same for every query: the floor above which reading a history depends on
     who reads it. With softmax it has a fitted weight beside the token itself, as a slot with a key of zeros.
 
@@ -35,18 +34,6 @@ class FitConstant(Compressor):
         "token itself; SiLU: o = the mean of A V over probes"
     )
     stores = "one vector a layer and head and, with softmax, its logit; no slot, no position"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "horizon", tuple(self.horizon))
-        _ = self.ask
-
-    @property
-    def ask(self) -> Ask:
-        return Ask(self.probes, self.which, self.horizon)
-
-    @property
-    def needs(self) -> Stats:
-        return Stats(probes=self.ask)
 
     @property
     def takes_budget(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import Compressor
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, take
@@ -18,25 +19,15 @@ ROUNDS = 40  # of the non-negative least squares
 _GOLDEN = 0.6180339887498949
 
 
-class FittedTokens(TokenMethod):
-    """Keeps k slots of a history where they stand and solves for what they weigh and hold; a subclass chooses them.
+class Asking(Compressor):
+    """Looks at what probes ask and get; fields of a subclass: probes, which, horizon, see `Ask`."""
 
-    Fields of a subclass: probes, ridge, horizon, which. Where keys and values are one stored field, slots store two.
-    A user who has no more than k slots keeps them as they are.
-    """
-
-    per_head: ClassVar[bool] = True
-    consecutive: ClassVar[bool] = False
-    version: ClassVar[int] = 2
     probes: int
-    ridge: float
-    horizon: tuple[int, ...]
     which: str
+    horizon: tuple[int, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "horizon", tuple(self.horizon))  # a suite's list
-        if not self.ridge > 0:
-            raise ValueError(f"{self.name}: ridge must be above 0, not {self.ridge}")
         _ = self.ask
 
     @property
@@ -46,6 +37,24 @@ class FittedTokens(TokenMethod):
     @property
     def needs(self) -> Stats:
         return Stats(probes=self.ask)
+
+
+class FittedTokens(Asking, TokenMethod):
+    """Keeps k slots of a history where they stand and solves for what they weigh and hold; a subclass chooses them.
+
+    Fields of a subclass: probes, ridge, horizon, which. Where keys and values are one stored field, slots store two.
+    A user who has no more than k slots keeps them as they are.
+    """
+
+    per_head: ClassVar[bool] = True
+    consecutive: ClassVar[bool] = False
+    version: ClassVar[int] = 2
+    ridge: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ridge > 0:
+            raise ValueError(f"{self.name}: ridge must be above 0, not {self.ridge}")
 
     @abstractmethod
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:

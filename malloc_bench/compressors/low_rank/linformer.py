@@ -89,8 +89,7 @@ class ProjectedBackbone(AttentionBackbone):
     """Comes before a backbone's own class: of each layer one memory, which read and append see beside the tokens."""
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        if (s := events.items.shape[1]) > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        s = self.admit(events)
         at = torch.arange(s, device=events.items.device)[None]
         _, memories = self._follow(events, at, [None] * len(self.blocks), True)
         ids = torch.arange(len(events.count)) if users is None else users
@@ -103,11 +102,7 @@ class ProjectedBackbone(AttentionBackbone):
         return self._follow(tokens, at, _memories(state), False)[0]
 
     def append(self, state: UserState, events: Events) -> UserState:
-        if state.events is not None:
-            raise ValueError("a state of raw events grows by its ids alone, not by append")
-        length = state.length + events.count
-        if len(state) and (total := int(length.max())) > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, appending makes {total}")
+        length = self.grown(state, events)
         at = state.length.long()[:, None] + torch.arange(events.items.shape[1], device=events.items.device)
         return _state(self._follow(events, at.clamp(max=self.max_length), _memories(state), True)[1], length)
 

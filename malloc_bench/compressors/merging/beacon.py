@@ -95,8 +95,7 @@ class BeaconBackbone(Trimmed):
         return self._output(x[:, ~beacon])
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        if (s := events.items.shape[1]) > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        self.admit(events)
         tokens, beacon, at = self.line(events)
         places, asked = self._places(tokens, at)
         marked = Marked(positions=places.positions, times=places.times, beacon=beacon, chunk=self.chunk)

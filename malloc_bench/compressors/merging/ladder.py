@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
 _ROWS, _EVER = 64, 1 << 40  # queries at a time; longer than any history
 
 
-class Merger(nn.Module):
+class Merger(nn.Module, ABC):
     """Runs of tokens [B, N, K, width], each what the first layer stores of it, to one input of the stack, [B, N, d]."""
 
+    @abstractmethod
     def start(self, inverse: Tensor, bias: Tensor) -> None:
         """Begin as the mean of what came into the layer: inverse [d, width] and bias [d] take a row back to it."""
-        raise NotImplementedError
 
-    def flops(self, runs: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def flops(self, runs: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Ladder(AttentionBackbone):
         return self._output(x[:, ~line.merged])
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        if (s := events.items.shape[1]) > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        self.admit(events)
         line, (x, places, asked) = self._line(events)
         n = events.count[:, None]
         made, stays = line.since <= n, (line.since <= n) & (n < line.until)

@@ -34,19 +34,14 @@ class RecurrentBackbone(AttentionBackbone):
         return self._output(torch.cat(self._follow(self._nothing(events), replace(events, count=whole))[0], 1))
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
-        if (s := events.items.shape[1]) > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, the history has {s}")
+        self.admit(events)
         _, state = self._follow(self._nothing(events), events)
         ids = torch.arange(len(state)) if users is None else users
         maps = {name: x for name, x in self._known_maps(stats).items() if name != "tables"}  # a memory is no item
         return Prefill(state, ids, events, seed=seed, uses_positions=True, **maps)
 
     def append(self, state: UserState, events: Events) -> UserState:
-        if state.events is not None:
-            raise ValueError("a state of raw events grows by its ids alone, not by append")
-        total = int((state.length + events.count).max()) if len(state) else 0
-        if total > self.max_length:
-            raise ValueError(f"{self.name} keeps at most max_length={self.max_length} events, appending makes {total}")
+        self.grown(state, events)
         return self._follow(state, events)[1]
 
     def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
