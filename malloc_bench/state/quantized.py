@@ -100,10 +100,14 @@ def quantize(
     b, h, s, d = x.shape
     x = x.float() if x.element_size() < 4 else x
     real = mask.unsqueeze(-1)
-    blank = x.masked_fill(~real, torch.inf), x.masked_fill(~real, -torch.inf)
-    low, high = (_grouped(y, group, along, fill) for y, fill in zip(blank, (torch.inf, -torch.inf)))
-    low, high = (low.amin(3), high.amax(3)) if along == "slots" else (low.amin(4), high.amax(4))
-    low, high = (torch.where(low.isfinite(), y, 0.0) for y in (low, high))  # groups of padding only
+    if along == "slots":
+        blank = (torch.where(real, x, fill) for fill in (torch.inf, -torch.inf))
+        low, high = (_grouped(y, group, along, fill) for y, fill in zip(blank, (torch.inf, -torch.inf)))
+        low, high = low.amin(3), high.amax(3)
+        low, high = (torch.where(low.isfinite(), y, 0.0) for y in (low, high))  # groups of padding only
+    else:  # a padded slot has groups of its own
+        low, high = _grouped(x, group, along, torch.inf).amin(4), _grouped(x, group, along, -torch.inf).amax(4)
+        low, high = (torch.where(real, y, 0.0) for y in (low, high))
     levels = 2**bits - 1
     zero = None if symmetric else low
     scale = torch.maximum(high, -low) / (levels // 2) if symmetric else (high - low) / levels
@@ -115,7 +119,7 @@ def quantize(
     out = Quantized(x.new_empty(b, h, s, 0, dtype=torch.uint8), scale, zero, wide.byte(), bits, d, group, along)
     step = out._spread(torch.where(scale > 0, scale, 1.0))
     shifted = x / step + 2 ** (bits - 1) if zero is None else (x - out._spread(zero)) / step
-    codes = shifted.masked_fill(~real, 0).round().clamp(1 if symmetric else 0, levels).byte()
+    codes = torch.where(real, shifted, 0.0).round_().clamp_(1 if symmetric else 0, levels).byte()
     return replace(out, codes=pack_bits(codes, bits))
 
 

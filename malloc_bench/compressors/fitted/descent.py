@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.fitting import ROUNDS, Rows, evened, held_out, rows_of
+from malloc_bench.compressors.fitted.fitting import ROUNDS, Rows, evened, held_out, ridge_flops, rows_of
 from malloc_bench.state import Dense, Probes, Segment
 
 _LEAST = 1e-3
@@ -98,7 +98,7 @@ def refining_flops(rows: int, segment: Segment, steps: int, whole: bool) -> int:
     (_, heads, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
     weighed = segment.slots is not None and segment.slots.mass is not None
     step = 4 * rows * k * d + 2 * rows * k * wide * (3 if whole else 2)
-    again = 2 * rows * k * k + 4 * rows * k * wide + 2 * heads * k * k * wide
+    again = 2 * rows * k * wide + ridge_flops(rows, heads, k, wide, 1)
     if weighed:
         again += 2 * rows * k * k + 4 * rows * k + 2 * ROUNDS * heads * k * k + 4 * rows * k
     return steps * step + 2 * rows * k * d + again + 4 * rows * k * d + 4 * rows * k * wide

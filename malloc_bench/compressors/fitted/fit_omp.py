@@ -32,7 +32,10 @@ class FitOMP(FittedTokens):
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         size = int(k.max()) if len(k) else 0
-        order = prefill.remember(("fit_omp", self.ask, layer, size), lambda: self._order(prefill, layer, size))
+        made = prefill.remember(("fit_omp", self.ask, layer), dict)  # few slots are the first of many
+        if not made or made["order"].shape[-1] < size:
+            made["order"] = self._order(prefill, layer, size)
+        order = made["order"][..., :size]
         beyond = torch.arange(size, device=k.device) >= k.view(-1, 1, 1)
         last = (prefill.slots(layer).count.long() - 1).clamp(min=0).unsqueeze(-1)
         return order.masked_fill(beyond, prefill.segment(layer).width).sort(-1).values.minimum(last)
@@ -56,8 +59,9 @@ class FitOMP(FittedTokens):
         # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
         squared, per = (columns.mT @ rest).square().sum(-1), 1 / length.square().clamp(min=1e-30)
         spent = _SPENT**2 * (squared * per).amax(-1, keepdim=True)  # below it what is left is rounding
-        basis = columns.new_zeros(*columns.shape[:3], size)
-        for turn in range(size):
+        turns = min(size, columns.shape[2])  # then all directions are taken
+        basis = columns.new_zeros(*columns.shape[:2], turns, columns.shape[2])
+        for turn in range(turns):
             gain = (squared * per).masked_fill(~free, -1.0)
             gain = torch.where(gain.amax(-1, keepdim=True) <= spent, length.masked_fill(~free, -1.0), gain)
             best = gain.argmax(-1, keepdim=True)
@@ -65,17 +69,20 @@ class FitOMP(FittedTokens):
             free = free.scatter(2, best, False)
             new = columns.gather(3, best.unsqueeze(2).expand(-1, -1, columns.shape[2], -1))  # [B, H, R, 1]
             before = new.norm(dim=2, keepdim=True)
+            known = basis[..., :turn, :]
             for _ in range(2):  # once is not enough in float32
-                new = new - basis @ (basis.mT @ new)
+                new = new - known.mT @ (known @ new)
             beyond = new.norm(dim=2, keepdim=True)
             new = torch.where(beyond > 1e-4 * before, new / beyond.clamp(min=1e-30), 0.0)  # nothing new: no direction
-            basis[..., turn] = new[..., 0]
+            basis[..., turn, :] = new[..., 0]
             told = new.mT @ rest  # [B, H, 1, D]
             along, both = (torch.cat([new, rest @ told.mT], -1).mT @ columns).unbind(2)  # [B, H, S]
             squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
             rest = rest - new * told
-        return torch.cat(taken, -1)
+        by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        return torch.cat([*taken, by_weight[..., : size - turns]], -1)
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """Gains of all slots; then for each turn what is new of a column, along all columns and the target."""
-        return 2 * rows * history * (wide + 2 * k) + rows * (8 * k * k + 4 * k * wide)
+        turns = min(k, rows // heads)
+        return 2 * rows * history * (wide + 2 * turns) + 4 * rows * turns * (turns - 1 + wide)

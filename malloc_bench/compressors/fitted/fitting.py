@@ -139,10 +139,10 @@ class FittedTokens(Asking, TokenMethod):
         """FLOPs of `solve` in one layer of so many query heads."""
         (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
         rows = self.probes * heads
-        total = 2 * rows * k * d + 4 * rows * k * k + 4 * h * k * k * wide
+        total = 2 * rows * k * d + ridge_flops(rows, h, k, wide, 2)
         if segment.slots is None or segment.slots.mass is None:
-            return total + 12 * rows * k * wide  # SiLU: what was read is the same twice
-        return total + 14 * rows * k * wide + 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
+            return total + 8 * rows * k * wide  # SiLU: what was read is the same twice
+        return total + 10 * rows * k * wide + 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
@@ -211,7 +211,7 @@ class Rows(NamedTuple):
         mass = masses(self.weights * counted, (1 - self.share) * counted) if normalised else None
         weights, target = self.read(mass)
         gap, weights = (target - weights @ self.values) * counted, weights * counted
-        return mass, self.values + _ridge(weights.mT @ weights, weights.mT @ gap, ridge)
+        return mass, self.values + _ridge(weights, gap, ridge)
 
     def error(self, mass: Tensor | None, values: Tensor, counted: Tensor) -> Tensor:
         """What is wrong with all rows' answers in squares, [..., B, H]; as in `fitted`."""
@@ -251,15 +251,28 @@ def held_out(number: int, device: torch.device) -> Tensor:
     return (torch.arange(number, device=device, dtype=torch.float64) * _GOLDEN) % 1 >= 0.8
 
 
-def _ridge(gram: Tensor, wanted: Tensor, ridge: float) -> Tensor:
-    """(gram + ridge x its mean diagonal)^-1 wanted."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+def _ridge(weights: Tensor, gap: Tensor, ridge: float) -> Tensor:
+    """(W'W + r 1)^-1 W' gap = W'(W W' + r 1)^-1 gap, the smaller of both systems; r: ridge x the mean of diag W'W."""
+    diagonal = weights.square().sum(-2)
     some = (diagonal > 0).sum(-1, keepdim=True).clamp(min=1)
     damped = ridge * diagonal.sum(-1, keepdim=True) / some + 1e-30
-    scale = (diagonal + damped).rsqrt()  # a unit diagonal: slots that weigh little are no trouble to float32
+    if weights.shape[-1] > weights.shape[-2]:
+        return weights.mT @ _solved(weights @ weights.mT, damped, gap)
+    return _solved(weights.mT @ weights, damped, weights.mT @ gap)
+
+
+def ridge_flops(rows: int, heads: int, k: int, wide: int, fits: int) -> int:
+    """Of `_ridge`; rows: of all heads."""
+    side = min(k, rows // heads)
+    return fits * (2 * rows * k * side + 2 * heads * side * side * wide + 2 * rows * k * wide)
+
+
+def _solved(gram: Tensor, damped: Tensor, wanted: Tensor) -> Tensor:
+    """(gram + damped 1)^-1 wanted."""
+    scale = (gram.diagonal(dim1=-2, dim2=-1) + damped).rsqrt()  # a unit diagonal: rows that weigh little are no trouble
     unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(-2)
-    unit = unit + torch.diag_embed(1 - unit.diagonal(dim1=-2, dim2=-1))
-    lower = torch.linalg.cholesky_ex(unit + 1e-6 * torch.eye(unit.shape[-1], device=unit.device))[0]
+    unit.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-6)
+    lower = torch.linalg.cholesky_ex(unit)[0]
     half = torch.linalg.solve_triangular(lower, wanted * scale.unsqueeze(-1), upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True) * scale.unsqueeze(-1)
 

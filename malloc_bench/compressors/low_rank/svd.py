@@ -36,13 +36,13 @@ class SVD(Encoder):
 
     rank: int | None = None
     share: Share = "all"
-    dtype: Number = "float16"
+    dtype: Number = "int8"
 
     grid = {"share": ("all", "layer"), "dtype": ("float16", "int8", "int4")}
     family = "low-rank"
     paper = "Eckart and Young 1936; shared over layers as in xKV, arXiv 2503.18893; absorbed as in arXiv 2405.04434"
     formula = "[K1 V1 K2 V2 ...] = U [W1 W2 ...] with rank r: q.K1' is read as (q W1') U'"
-    stores = "one n x r factor for all layers, heads and fields, an r x d one for each, in float16"
+    stores = "one n x r factor for all layers, heads and fields, an r x d one for each; int8: a scale a rank of each"
     version = 2
     shares: ClassVar[tuple[str, ...]] = ("all", "layer", "none")
 

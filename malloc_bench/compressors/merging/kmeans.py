@@ -45,8 +45,8 @@ class KMeans(Clusters):
         own = torch.where(spare, size, torch.arange(size, device=x.device)).expand(b, h, -1)
         owner = own.new_zeros(b, h, s)
         for _ in range(self.rounds):
-            far = centres.square().sum(-1)[:, :, None] - 2 * x @ centres.mT  # less |x|^2, the same for all centres
-            owner = far.masked_fill((spare | alone)[:, :, None], torch.inf).argmin(-1)
+            far = torch.where(spare | alone, torch.inf, centres.square().sum(-1))[:, :, None]
+            owner = (far - 2 * x @ centres.mT).argmin(-1)  # less |x|^2, the same for all centres
             pinned = torch.full((b, h, s), size, device=x.device).scatter_reduce(2, seeds, own, "amin")
             owner = torch.where(pinned < size, pinned, owner)
             sums = x.new_zeros(b, h, size, d).scatter_add_(2, owner.unsqueeze(-1).expand_as(x), x)

@@ -37,9 +37,8 @@ class ToMe(Clusters):
             slot = torch.arange(n, device=x.device)
             real = slot < count[:, None]
             first = ((count[:, None] - 1 - slot) % 2 == 1) & real  # A; the newest is in B
-            cosine = unit(x) @ unit(x).mT  # [B, H, N, N]
-            fits = first[:, None, :, None] & (real & ~first)[:, None, None, :]
-            best, match = cosine.masked_fill(~fits, -torch.inf).max(-1)
+            others = torch.where(real & ~first, 0.0, -torch.inf)[:, None, None]
+            best, match = (unit(x) @ unit(x).mT + others).max(-1)  # of [B, H, N, N] cosines
             order = best.masked_fill(~first[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
             merged = torch.zeros(b, h, n, dtype=torch.bool, device=x.device)
             merged.scatter_(2, order, (slot < gone[:, None])[:, None].expand(b, h, n))
