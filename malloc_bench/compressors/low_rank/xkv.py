@@ -23,7 +23,7 @@ class XKV(SVD):
     paper = "xKV, Chang et al., 2025, arXiv 2503.18893"
     formula = "[K1 K2 ...] = U [W1 W2 ...] with rank r, [V1 V2 ...] likewise: q.K1' is read as (q W1') U'"
     stores = (
-        "an n x r factor for the keys of all layers and one for the values, an r x d one for each; int8: a scale a rank"
+        "an n x r factor for the keys of all layers, one for the values, an r x d one for each; int8: a scale a rank"
     )
     version = 1
     grid = {"dtype": ("float16", "int8", "int4")}
