@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
-from malloc_bench.report.judge import remark
+from malloc_bench.report.judge import CONSTANT
 from malloc_bench.report.leaderboard import aggregate, sections
 from malloc_bench.results import atomic_write
 
@@ -34,7 +34,8 @@ MOST_NAMED = 70  # methods in a legend
 MARKERS = "os^DvPX<>ph8"
 FLOOR = "#999999"
 FRONT = "#111111"
-FLOORS = {"none": (0, (5, 2)), "random": (0, (1.5, 1.5))}  # dash patterns
+LEVELS = {"none": (0, (5, 2)), CONSTANT: (0, (5, 1.5, 1, 1.5))}  # whatever the budget
+FLOORS = {**LEVELS, "random": (0, (1.5, 1.5))}  # dash patterns
 REBUILT = "recompute"  # the family that keeps ids and rebuilds the state: it would hide every other on the front
 STEPS_OF_1000 = ((1e9, "GB", "G"), (1e6, "MB", "M"), (1e3, "KB", "k"), (1.0, "B", ""))
 
@@ -130,10 +131,11 @@ def _subs(span: float) -> tuple[float, ...]:
 def _draw_references(axes: Axes, panel: Panel, board: pl.DataFrame) -> None:
     """The full state, the floors and the front.
 
-    `none` holds nothing, so its value is a level; `random` depends on the budget, so it is a curve.
+    `none` and `fit_constant` have no budget, so their value is a level; `random` has one, so it is a curve.
     """
-    for value in board.filter(pl.col("method") == "none")[panel.y].drop_nulls():
-        axes.axhline(value, color=FLOOR, ls=FLOORS["none"], lw=1.4, zorder=1, gid="none")
+    for name, dash in LEVELS.items():
+        for value in board.filter(pl.col("method") == name)[panel.y].drop_nulls():
+            axes.axhline(value, color=FLOOR, ls=dash, lw=1.4, zorder=1, gid=name)
     random = sorted(_points(board.filter(pl.col("method") == "random"), panel))
     axes.plot(*_xy(random), color=FLOOR, ls=FLOORS["random"], lw=1.8, zorder=1.2, gid="random")
     full = _points(board.filter(pl.col("method") == "full"), panel)
@@ -235,7 +237,8 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
 
     paths = []
     for head, board in sections(aggregate(frame)):
-        figure = pareto_figure(board, f"{head} · no headroom, judges nothing" if remark(board) else head)
+        blind = board["headroom"].eq(False).any()
+        figure = pareto_figure(board, f"{head} · no headroom, judges nothing" if blind else head)
         stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
         for suffix in formats:
             buffer = BytesIO()

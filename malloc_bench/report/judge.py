@@ -9,6 +9,7 @@ import polars as pl
 from malloc_bench.evaluation.metrics import holm, upper_tail
 
 LOSSLESS = -0.01  # the most that a lossless method may lose, relative: of NDCG@10, or of GAUC above guessing's 0.5
+CONSTANT = "fit_constant"  # the floor that reads without a query
 LEVEL = 0.025  # one-sided: that of a 95 % interval's lower end
 CORRECTED = {"p_value": "p_holm", "p_auc": "p_auc_holm", "p_noninferior": "p_lossless"}
 
@@ -89,37 +90,66 @@ def _several(p: str) -> pl.Expr:
 
 
 def judged(group: pl.DataFrame) -> pl.DataFrame:
-    """One table's rows with Holm's corrections, `headroom`, `lossless` and what of, `fidelity` and a `note` or null.
+    """One table's rows with Holm's corrections, `headroom`, `lossless` and what of, `fidelity`, `above_constant`, and a
+    `note` or null.
 
     headroom: the full state beats no history (the interval of their difference); null without a `none` row. Without
     headroom nothing is called lossless. fidelity: (overlap - none's) / (1 - none's), of agreement in ranking.
+    query_headroom, above_constant: the same over `fit_constant`, which gives all that reads the same: what is above it
+    depends on the query.
     """
-    none = group.filter(pl.col("method") == "none")
-    worst = none.select(delta("_hi")).to_series().max() if len(none) else None
-    headroom = None if worst is None else bool(worst < 0)  # type: ignore[operator]
+    none, constant = (group.filter(pl.col("method") == name) for name in ("none", CONSTANT))
+    headroom, query_headroom = _beaten(none), _beaten(constant)
     of = "GAUC" if group["gauc"].is_not_null().any() else "NDCG@10"
-    note = None if headroom is not False else _note(of, none)
-    alike = pl.coalesce("agreement", "overlap@10")
-    floor = none.select(alike).to_series().max() if len(none) else None
-    room = None if floor is None else 1.0 - float(floor)  # type: ignore[arg-type]
+    note = _note(of, none) if headroom is False else _constant_note(of, constant) if query_headroom is False else None
     return group.with_columns(
         *(pl.Series(new, holm(group[p]), nan_to_null=True) for p, new in CORRECTED.items()),
         pl.lit(headroom, pl.Boolean).alias("headroom"),
         pl.lit(note, pl.String).alias("note"),
-        (pl.lit(None, pl.Float64) if not room else 1 - (1 - alike) / room).alias("fidelity"),
+        pl.lit(query_headroom, pl.Boolean).alias("query_headroom"),
+        _fidelity(none).alias("fidelity"),
+        _fidelity(constant).alias("above_constant"),
     ).with_columns(
         pl.when(pl.lit(headroom is not False)).then(pl.col("p_lossless") < LEVEL).alias("lossless"),
         pl.lit(of).alias("lossless_of"),
     )
 
 
+def _beaten(floor: pl.DataFrame) -> bool | None:
+    """Whether the full state surely beats all rows of a floor; None without one."""
+    worst = floor.select(delta("_hi")).to_series().max()
+    return None if worst is None else bool(worst < 0)  # type: ignore[operator]
+
+
+def _fidelity(floor: pl.DataFrame) -> pl.Expr:
+    """What a row keeps of the full state's order, 0 at the floor's best row; null without one, or without room."""
+    alike = pl.coalesce("agreement", "overlap@10")
+    least = floor.select(alike).to_series().max()
+    room = None if least is None else 1.0 - float(least)  # type: ignore[arg-type]
+    return 1 - (1 - alike) / room if room else pl.lit(None, pl.Float64)
+
+
 def _note(of: str, none: pl.DataFrame) -> str:
-    here, gone = none.select(main(), delta()).row(0)
-    base = 0.5 if of == "GAUC" else 0.0
+    here, whole = _both(of, none)
     return (
-        f"No headroom: the full state's {of} ({base + here - gone:.4f}) is not significantly above that of no history "
-        f"({base + here:.4f}), so this table cannot judge methods."
+        f"No headroom: the full state's {of} ({whole}) is not significantly above that of no history ({here}), so this "
+        "table cannot judge methods."
     )
+
+
+def _constant_note(of: str, constant: pl.DataFrame) -> str:
+    here, whole = _both(of, constant)
+    return (
+        f"No query needed: the full state's {of} ({whole}) is not significantly above that of {CONSTANT} ({here}), one "
+        "vector a layer and head whatever reads, so only overlap tells methods apart."
+    )
+
+
+def _both(of: str, floor: pl.DataFrame) -> tuple[str, str]:
+    """A floor's metric, and the full state's."""
+    here, gone = floor.select(main(), delta()).row(0)
+    base = 0.5 if of == "GAUC" else 0.0
+    return f"{base + here:.4f}", f"{base + here - gone:.4f}"
 
 
 def remark(group: pl.DataFrame) -> str | None:

@@ -146,12 +146,12 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
 
 
 SHOWN = (
-    *GROUP, "n_users", "headroom", "note", "seeds", "seeds_total", "compressor", "family", "budget", "budget_unit",
-    "bytes_mean", "smaller_x", "smaller_f16_x", "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10",
+    *GROUP, "n_users", "headroom", "query_headroom", "note", "seeds", "seeds_total", "compressor", "family", "budget",
+    "budget_unit", "bytes_mean", "smaller_x", "smaller_f16_x", "share_at_floor", "hr@10", "ndcg@10", "delta_ndcg@10",
     "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc", "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss",
-    "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "logit_error",
-    "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling", "measured_history",
-    "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing",
+    "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "above_constant",
+    "logit_error", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
+    "measured_history", "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing",
     "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
@@ -227,6 +227,7 @@ COLUMNS_SHOWN = (
     number("of_window_ceiling", "HR@10 of a window's (%)", ".1f", rank=2, scale=100),
     number("agreement", "agreement", ".3f", rank=1),
     number("fidelity", "fidelity", ".3f", rank=3),
+    number("above_constant", "above a constant", ".3f", rank=6),
     significant("read_ms_p50", "read (ms, p50)", rank=4),
     number("read_ratio", "read (× full)", ".2f", rank=4),
     Column("timing", lambda row: "" if row["timing"] in (None, "ok") else row["timing"], rank=4),

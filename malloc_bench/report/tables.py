@@ -40,7 +40,7 @@ HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
 ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "users_one_class", "logloss"),
-    *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "fidelity", "logit_error"),
+    *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "fidelity", "above_constant", "logit_error"),
     *(f"delta_{name}{end}" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")),
     *("p_holm", "p_auc_holm", "p_lossless"),
 )

@@ -85,6 +85,15 @@ def test_tick_labels_do_not_overlap(board):
         assert axes.get_window_extent().x1 <= figure.legends[0].get_window_extent().x0
 
 
+def test_floors_without_a_budget_are_levels(row, board_of):
+    rows = [("full", 100.0, 0.2), ("none", 4.0, 0.1), ("fit_constant", 8.0, 0.17), ("h2o", 20.0, 0.15)]
+    board = aggregate(board_of([row(compressor=name, bytes_mean=x, **{"ndcg@10": y}) for name, x, y in rows]))
+    figure = figures.pareto_figure(board, "x")
+    level = {line.get_gid(): set(line.get_ydata()) for line in figure.axes[0].lines}
+    assert level["none"] == {0.1} and level["fit_constant"] == {0.17} and "method:fit_constant" not in level
+    assert "fit_constant (floor)" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_front_is_what_nothing_beats():
     points = [(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.3)]
     assert figures.front(points) == [(1, 0.5), (2, 0.7), (3, 0.9)]

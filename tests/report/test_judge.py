@@ -85,6 +85,21 @@ def test_fidelity_is_overlap_above_that_of_no_history(row, board_of):
     assert set(lb.leaderboard(board_of(rows[0], same))["fidelity"]) == {None}
 
 
+@pytest.mark.parametrize(("error", "needed"), [(0.02, False), (0.001, True)])
+def test_what_lies_above_a_constant_needs_the_query(row, board_of, error, needed):
+    constant = cell(row, "fit_constant", 0.19, error, family="fitted", ratio=0.01, **{"overlap@10": 0.7})
+    frame = board_of(
+        full(row), none(row, 0.1), constant, cell(row, "h2o", budget=0.25, p_noninferior=1e-6, **{"overlap@10": 0.85})
+    )
+    board = lb.leaderboard(frame)
+    found = dict(zip(board["compressor"], board["above_constant"]))
+    assert found == pytest.approx({"full": 1, "none": 1 - 0.8 / 0.3, "fit_constant": 0, "h2o": 0.5})
+    assert set(board["query_headroom"]) == {needed} and set(board["headroom"]) == {True}
+    said = "No query needed: the full state's NDCG@10 (0.2000) is not significantly above that of fit_constant (0.1900)"
+    assert (said in lb.to_markdown(frame)) == (said in printed(frame)) == (not needed)
+    assert board.filter(pl.col("compressor") == "h2o")["lossless"].item()  # that table judges: of what is lost at all
+
+
 def test_lossless_is_tested_with_holm_over_the_table(row, board_of):
     def lossless(*p):
         rows = [cell(row, f"m{i}", budget=0.25, p_noninferior=x, ratio=0.1 + i / 10) for i, x in enumerate(p)]

@@ -29,6 +29,7 @@ from malloc_bench.training.fit import Training
 
 SUITES = sorted(path.stem for path in shipped("suites").glob("*.yaml"))
 LENGTH = 16
+RUN_BEFORE = ("heads", "papers", "scaling")  # their committed rows are older than the second floor
 
 
 @cache
@@ -97,6 +98,15 @@ def test_a_shipped_suite_runs(name: str, out: Path) -> None:
     failed = {row["reason"] for row in read_rows(out / "rows") if row["status"] == "failed"}
     assert not failed and result.ok + result.skipped + result.reused == len(result.plan)
     assert not result.skipped or name in ("full", "malloc")  # which cross everything with everything
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_of_methods_has_both_floors(name: str) -> None:
+    suite = load_suite(name)
+    methods = {part.name for part in suite.compressors}
+    assert "none" in methods
+    if suite.budgets and name not in RUN_BEFORE:
+        assert "fit_constant" in methods
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
