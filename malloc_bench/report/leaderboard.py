@@ -151,8 +151,8 @@ SHOWN = (
     "delta_ndcg@10_lo", "delta_ndcg@10_hi", "gauc", "delta_gauc", "delta_gauc_lo", "delta_gauc_hi", "auc", "logloss",
     "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "above_constant",
     "logit_error", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
-    "measured_history", "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi", "timing",
-    "compress_ms_p50", "read_mflops",
+    "measured_history", "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi",
+    "timing", "compress_ms_p50", "read_mflops",
 )  # fmt: skip
 
 
