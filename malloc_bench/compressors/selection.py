@@ -32,8 +32,8 @@ class TokenMethod(Compressor):
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         """A state of k [B] slots (0 <= k <= `most`) in every layer and head; layers that have fewer keep all."""
 
-    def settled(self, prefill: Prefill, state: UserState, written: UserState) -> UserState:
-        """`state`, which `keep` made, given how an encoder behind it writes it; itself where that changes nothing."""
+    def settled(self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState]) -> UserState:
+        """`state`, which `keep` made, given the encoder that will `write` it; itself where that changes nothing."""
         return state
 
     def settling(self, state: UserState, heads: Sequence[int]) -> int:

@@ -83,7 +83,7 @@ METHODS = [
     ("kivi_tail", {}),
     *(("turboquant", {"bits": bits}) for bits in (4, 3, 1)),
     ("transact", {}),
-    *(("mxint", {"bits": bits}) for bits in (4, 3)),
+    *(("mxint", bits) for bits in ({}, {"bits": 3, "value_bits": 4})),
     ("by_age", {}),
     ("kvquant", {}),
     ("kvquant", {"bits": 3, "every": 32}),

@@ -9,7 +9,7 @@ import torch
 
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.fitted.descent import descended
-from malloc_bench.compressors.fitted.fitting import Rows, evened, held_out, masses, rows_of, solve
+from malloc_bench.compressors.fitted.solving import Rows, evened, held_out, masses, rows_of, solve
 from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, take
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
@@ -198,10 +198,10 @@ def test_masked_slots_do_not_matter():
     keys, values, probes = (noise(2, 1, 9, 4, seed=i) for i in range(3))
     prefill = Prefill.from_tensors([keys], [values], lengths=torch.tensor([9, 4]), probes=[probes])
     segment = prefill.segment(0)
-    clean = solve(prefill.probes(0), segment, 1e-3)
+    clean = solve(Rows.of(prefill.probes(0), segment), 1e-3)
     for vectors in segment.fields.values():
         vectors.dense()[1, :, 4:] = 1e4
-    spoilt = solve(prefill.probes(0), segment, 1e-3)
+    spoilt = solve(Rows.of(prefill.probes(0), segment), 1e-3)
     for one, other in zip(clean, spoilt):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1, :, :4], other[1, :, :4])
 
@@ -271,7 +271,8 @@ def test_slots_move_down_the_gradient(case, trained):
 
     def error(keys, mass, values):
         rows = Rows.of(probes, Segment({"keys": Dense(keys), "values": Dense(values)}, chosen.slots))
-        return float(rows.error(mass, values, even).sum())
+        weights, target = rows.read(mass)
+        return float(((target - weights @ values) * rows.even).square().sum())
 
     start = error(*begin)
     assert error(*moved) < start

@@ -68,6 +68,12 @@ class Compose(TokenMethod):
         return last if isinstance(last, Encoder) and not last.takes_budget else None
 
     @property
+    def settles(self) -> bool:
+        """Whether the last token method fits what it keeps to the encoder's rounding."""
+        tokens = self._tokens()
+        return bool(tokens) and self._encoder() is not None and type(tokens[-1]).settled is not TokenMethod.settled
+
+    @property
     def needs(self) -> Stats:
         return reduce(Stats.__or__, (step.needs for step in self.steps), Stats())
 
@@ -107,9 +113,13 @@ class Compose(TokenMethod):
         if encoder is None:
             return view.state
         view = view.given(self._own(prefill, encoder))
-        written = encoder.write(view)
-        state = tokens[-1].settled(own, view.state, written) if tokens else view.state
-        return written if state is view.state else encoder.write(view.over(state))
+        if not tokens:
+            return encoder.write(view)
+
+        def write(state: UserState) -> UserState:
+            return encoder.write(view.over(state))
+
+        return write(tokens[-1].settled(own, view.state, write))
 
     def _own(self, prefill: Prefill, step: Compressor) -> Fitted | None:
         """The step's share of the chain's fit."""

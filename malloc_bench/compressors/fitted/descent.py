@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.fitting import ROUNDS, Rows, evened, held_out, ridge_flops, rows_of
+from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, rows_of
 from malloc_bench.state import Dense, Probes, Segment
 
 _LEAST = 1e-3
@@ -21,15 +21,11 @@ def refined(probes: Probes, chosen: Segment, begin: Slot, ridge: float, steps: i
     chosen: the slots as they stand, whose keys `begin` has. rate: of a step, in deviations of what moves. whole: masses
     and values move too.
     """
-    heads, number = begin[2].shape[1], probes.target.shape[2]
-    even = rows_of(evened(probes).float(), heads)
-    held = held_out(number, even.device).repeat(even.shape[2] // number)[:, None].float()
-    keys, mass, values = descended(probes, chosen, begin, even * (1 - held), steps, rate, whole)
-    moved = replace(chosen, fields={"keys": Dense(keys), "values": Dense(values)})
-    rows = Rows.of(probes, moved)
-    mass, values = rows.fitted(probes.normalised, even, ridge)
-    before = Rows.of(probes, chosen).error(begin[1], begin[2].float(), even * held)
-    won = rows.error(mass, values, even * held) <= before
+    unmoved = Rows.of(probes, chosen)
+    keys, mass, values = descended(probes, chosen, begin, unmoved.even * (1 - unmoved.held), steps, rate, whole)
+    rows = Rows.of(probes, replace(chosen, fields={"keys": Dense(keys), "values": Dense(values)}))
+    mass, values = rows.fitted(rows.even, ridge)
+    won = rows.wrong(mass, values) <= unmoved.wrong(begin[1], begin[2].float())
     if mass is not None and begin[1] is not None:
         mass = torch.where(won[..., None], mass, begin[1])
     keys, values = (

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.fitting import Asking, evened, rows_of, without_slots
+from malloc_bench.compressors.fitted.fitting import Asking, without_slots
+from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Dense, Prefill, Probes, Segment, UserState

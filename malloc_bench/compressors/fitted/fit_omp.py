@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.fitting import FittedTokens, evened, rows_of
+from malloc_bench.compressors.fitted.fitting import FittedTokens
+from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
 
@@ -32,7 +33,9 @@ class FitOMP(FittedTokens):
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         size = int(k.max()) if len(k) else 0
-        made = prefill.remember(("fit_omp", self.ask, layer), dict)  # few slots are the first of many
+        made: dict[str, Tensor] = prefill.remember(
+            ("fit_omp", self.ask, layer), dict
+        )  # few slots are the first of many
         if not made or made["order"].shape[-1] < size:
             made["order"] = self._order(prefill, layer, size)
         order = made["order"][..., :size]

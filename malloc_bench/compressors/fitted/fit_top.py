@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.fitting import FittedTokens, evened, rows_of
+from malloc_bench.compressors.fitted.fitting import FittedTokens
+from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.compressors.selection import chosen, ranked
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill

@@ -1,6 +1,6 @@
 """Few bits a number and two bytes a vector beside them, for states of few slots."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,31 +19,37 @@ class MXInt(Encoder):
     Where a state keeps few slots, what stands beside the codes weighs as much as they do: `int4_token` pays 4 bytes a
     vector, and 4 for each position and mass. The formats that this is named after have blocks of 32 numbers, powers of
     two and no zero point; here a block is a vector of a head, a scale has 8 steps an octave below an exponent that a
-    head's vectors share, and of four the best is taken for each vector.
+    head's vectors share, and of four the best is taken for each vector. value_bits: of values, where they are not the
+    same as those of keys.
 
     Raises ValueError for histories of more than 32,768 events.
     """
 
     bits: int = 4
+    value_bits: int | None = field(default=None, metadata={"unsaid": None})
 
-    grid = {"bits": (2, 3, 4, 8)}
+    grid = {"bits": (2, 3, 4, 8), "value_bits": (None, 4)}
     family = "quantization"
     paper = "Rouhani et al., OCP Microscaling Formats (MX), 2023, and arXiv 2310.10537; finer scales are ours"
     formula = "x ~ s (code - (2^bits - 1 - zero) / 2), s = 2^(top - byte / 8) of the least squared error"
     stores = "codes and two bytes per vector, a byte per head and field; positions in int16, masses in bfloat16"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"mxint: 1 to 8 bits are needed, not {self.bits}")
+        for bits in (self.bits, self._bits("values")):
+            if not 1 <= bits <= 8:
+                raise ValueError(f"mxint: 1 to 8 bits are needed, not {bits}")
+
+    def _bits(self, name: str) -> int:
+        return self.bits if name != "values" or self.value_bits is None else self.value_bits
 
     def encode(self, state: UserState) -> UserState:
         def vectors(name: str, segment: Segment) -> MicroScaled:
             x = segment.fields[name].dense()
-            return microscaled(x, segment.real(x), self.bits)
+            return microscaled(x, segment.real(x), self._bits(name))
 
         return shortened(map_vectors(state, vectors))
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
-        slot = sum(heads * (-(-width * self.bits // 8) + 2) for _, heads, width in layout.vectors)
+        slot = sum(heads * (-(-width * self._bits(name) // 8) + 2) for name, heads, width in layout.vectors)
         tops = sum(heads for _, heads, _ in layout.vectors)
         return replace(layout, index=2).beside(n, length) + tops + n * slot
