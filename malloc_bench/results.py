@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 SCHEMA_VERSION = 2
+AFTER = (1, 5, 10, 20, 50, 100)  # appended events, drift is measured after
 STATUSES = ("ok", "skipped", "failed")
 STEPS = ("prefill", "compress", "append", "read")
 KNOWN = ("none", "full", "window")
@@ -60,8 +61,9 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("auc", "gauc", "logloss", "recall@5", "recall@10", "recall@50"), "real"),
     "users_one_class": "whole",  # have liked all or no candidates: not in the GAUC
     **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
-    # overlap or agreement that compressing from scratch keeps, less what updates after N new events do; and the users
-    **{f"{name}@{n}": "real" for n in (1, 10, 50, 100) for name in ("drift", "drift_users")},
+    # overlap or agreement that compressing from scratch keeps, less what updates after N new events do; what one keeps
+    # to which N events were appended and no more was done; and the users
+    **{f"{name}@{n}": "real" for n in AFTER for name in ("drift", "appended", "drift_users")},
     **{f"delta_{name}{end}": "real" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")},
     **dict.fromkeys(("p_value", "p_auc"), "real"),  # of delta_ndcg@10 or delta_gauc, and of delta_auc
     "p_noninferior": "real",  # one-sided, of a loss of 1 % or more of the full state's NDCG@10, or GAUC above 0.5

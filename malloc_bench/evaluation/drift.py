@@ -28,12 +28,13 @@ _UPDATES = 10  # at most: more events than that come in blocks of equal size
 def drift(
     backbone: Backbone, split: Split | Impressions, jobs: Sequence[Job], steps: Sequence[int], *, seed: int = 0
 ) -> tuple[dict[str, dict[str, float | int]], dict[str, str]]:
-    """Columns `drift@N` and `drift_users@N` by job id, and the tracebacks of jobs that failed.
+    """Columns `drift@N`, `appended@N` and `drift_users@N` by job id, and the tracebacks of jobs that failed.
 
     Of each N in steps: the history less its newest N events is compressed, these are appended, one at a time or in
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
-    whole history keeps, less what the updated state keeps. Users with more than N events. Jobs that keep raw events, or
-    need what nobody can tell of a compressed state, have no such column.
+    whole history keeps, less what the updated state keeps: the drift. appended: what a state keeps that is left as it
+    was made, the N events behind it as they come. Users with more than N events. Jobs that keep raw events, or need
+    what nobody can tell of a compressed state, have no such column.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, str] = {}
@@ -50,15 +51,16 @@ def drift(
                 if job.id in failed or job.id in silent:
                     continue
                 try:
-                    lost[job.id].append(stream.lost(job))
+                    lost[job.id].append(stream.kept(job))
                 except MissingStatistic:
                     silent.add(job.id)
                 except Exception:
                     failed[job.id] = traceback.format_exc()
         for each, values in lost.items():
             if values and each not in failed and each not in silent:
-                mean = float(np.nanmean(np.concatenate(values)))
-                found[each] |= {f"drift@{n}": mean, f"drift_users@{n}": sum(map(len, values))}
+                again, updated, left = np.concatenate(values, 1)
+                found[each] |= {f"drift@{n}": float(np.nanmean(again - updated))}
+                found[each] |= {f"appended@{n}": float(np.nanmean(left)), f"drift_users@{n}": len(left)}
     return found, failed
 
 
@@ -109,22 +111,26 @@ class _Stream:
             self.made[model, whole] = replace(made, whole=self.sizes[-1 if whole else 0])
         return replace(self.made[model, whole], memo={})
 
-    def lost(self, job: Job) -> np.ndarray:
-        """What each user lost, [B]. Raises MissingStatistic for a state of raw events, and whatever the method does."""
+    def kept(self, job: Job) -> np.ndarray:
+        """What each user keeps of the full state's order, [3, B]: compressed again, updated, and appended to only.
+
+        Raises MissingStatistic for a state of raw events, and whatever the method does.
+        """
         model, method = job.backbone or self.backbone, job.compressor
         scratch = method.compress(self._prefill(model, True), job.budget, job.fitted)
         if scratch.events is not None:
             raise MissingStatistic("raw events go on by themselves")
         prefill = self._prefill(model, False).given(job.fitted)
-        state = method.compress(prefill, job.budget, job.fitted)
+        state = left = method.compress(prefill, job.budget, job.fitted)
         for block, size in zip(self.blocks, self.sizes[1:]):
             seen = replace(model.go_on(prefill, state, block, method.needs), whole=size, memo={})
             state = method.update(seen, job.budget, job.fitted)
             checked_bytes(job, seen, state)
-        outputs = torch.stack([self.asked.read(model, scratch), self.asked.read(model, state)])
-        _, again, went_on = self.asked.judge([(self.backbone, self.full[None]), (model, outputs)])
-        alike = "overlap" if "overlap" in again else "agreement"
-        return np.asarray(again[alike] - went_on[alike])
+            left = model.append(left, block)
+        outputs = torch.stack([self.asked.read(model, each) for each in (scratch, state, left)])
+        _, *found = self.asked.judge([(self.backbone, self.full[None]), (model, outputs)])
+        alike = "overlap" if "overlap" in found[0] else "agreement"
+        return np.stack([each[alike] for each in found])
 
 
 def _part(history: Events, left: int, step: int) -> Events:

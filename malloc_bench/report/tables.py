@@ -34,7 +34,7 @@ from malloc_bench.report.render import (
     significant,
     words,
 )
-from malloc_bench.results import KNOWN, STEPS
+from malloc_bench.results import AFTER, KNOWN, STEPS
 
 HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
@@ -51,6 +51,7 @@ TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
 CPU_TIMES = tuple(f"{step}_cpu_ms_p50" for step in STEPS)
 LONG_TIMES = tuple(f"{step}_ms_p50_long" for step in STEPS)
 RATIOS = tuple(f"read_ratio{part}{long}" for long in ("", "_long") for part in ("", "_lo", "_hi"))
+DRIFT = tuple(f"{name}@{n}" for name in ("appended", "drift", "drift_users") for n in AFTER)
 SLICES = tuple(length_slices([]))
 SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10", "agreement")
 
@@ -123,6 +124,13 @@ def ceilings(frame: pl.DataFrame) -> pl.DataFrame:
     return known.select(*HEAD, *numbers, *shares)
 
 
+def drifts(frame: pl.DataFrame) -> pl.DataFrame:
+    """What states keep of the full state's order that go on with their users: N events appended and nothing more, or
+    updated after each and held against compressing all again."""
+    measured = [pl.col(name).is_not_null() for name in DRIFT]
+    return aggregate(frame).filter(pl.any_horizontal(measured)).select(*HEAD, "overlap@10", "agreement", *DRIFT)
+
+
 def _by_length(text: str | None) -> dict[str, float | None]:
     return {
         f"{value} {part}": values.get(value)
@@ -192,6 +200,17 @@ TABLES = {
                     number(f"{m} of full", "of the whole's (%)", ".1f", scale=100),
                 )
             ),
+        ),
+    ),
+    "drift": Table(
+        drifts,
+        (
+            *LABELS,
+            number("overlap@10", "overlap@10", ".3f"),
+            number("agreement", "agreement", ".3f"),
+            *(number(f"appended@{n}", f"{n} appended", ".3f") for n in AFTER),
+            *(number(f"drift@{n}", f"lost by {n} updates", "+.3f") for n in AFTER),
+            *(number(f"drift_users@{n}", f"users of {n}", ",.0f") for n in AFTER),
         ),
     ),
     "slices": Table(

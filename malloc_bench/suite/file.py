@@ -94,7 +94,7 @@ class MeasureKeys(_Strict):
     candidates: Whole = Measure.candidates
     seconds: Positive = Measure.seconds
     budgets: Entries | None = None
-    drift: Annotated[tuple[Literal[1, 10, 50, 100], ...], Field(strict=False)] = ()
+    drift: Annotated[tuple[Literal[1, 5, 10, 20, 50, 100], ...], Field(strict=False)] = ()
 
 
 class SuiteKeys(_Strict):

@@ -72,8 +72,12 @@ def test_columns(trained, synthetic):
     ]  # fmt: skip
     found, failed = drift(backbone, synthetic, jobs, (1, 10))
     assert not failed
-    assert found["full"] == {"drift@1": 0.0, "drift_users@1": 256, "drift@10": 0.0, "drift_users@10": 256}
+    assert found["full"] == {
+        f"{name}@{n}": value for n in (1, 10) for name, value in (("drift", 0), ("appended", 1), ("drift_users", 256))
+    }
     assert found["dedup"] == found["recompute"] == {}
     for name in ("h2o", "recent", "fit"):
         assert -1 <= found[name]["drift@10"] <= 1 and found[name]["drift_users@10"] == 256
+        # of 11 events or more ten are there as they are, behind what was kept of those before
+        assert found[name]["appended@10"] > found[name]["appended@1"] - 0.1 and 0 < found[name]["appended@1"] < 1
     assert found == drift(backbone, synthetic, jobs, (1, 10))[0]

@@ -10,7 +10,8 @@ from malloc_bench.results import frame, label
 @pytest.mark.parametrize("name", tables.TABLES)
 @pytest.mark.parametrize("format", render.FORMATS)
 def test_every_table_in_every_format(suite, name, format):
-    suite = suite.with_columns(pl.lit(0.9).alias("ceiling_full_hr@10"), pl.lit(0.0).alias("ceiling_none_hr@10"))
+    measured = {"ceiling_full_hr@10": 0.9, "ceiling_none_hr@10": 0.0, "appended@1": 0.5}
+    suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
     text = tables.render_table(suite, name, format)
     assert (
         "hstu" in text and "sasrec" in text and "null" not in text and "None" not in text and "nan" not in text.lower()
@@ -96,6 +97,16 @@ def test_three_digits(value, text):
 def test_markdown_escapes_pipes():
     text = render.markdown(pl.DataFrame({"a": ["x|y"]}), [render.words("a", "a")])
     assert text == "| a |\n| :-- |\n| x\\|y |\n"
+
+
+def test_drift_shows_what_was_measured_alone(row, board_of):
+    gone = {"appended@1": 0.9, "appended@50": 0.7, "drift@1": 0.02, "drift@50": -0.01, "drift_users@1": 256}
+    board = board_of(row(family="fitted", compressor="fit_omp", **gone), row(compressor="tova"))
+    assert tables.drifts(board)["compressor"].to_list() == ["fit_omp"]
+    text = tables.render_table(board, "drift")
+    assert "| 1 appended | 50 appended | lost by 1 updates | lost by 50 updates | users of 1 |" in text
+    assert "| 0.900 | 0.700 | +0.020 | -0.010 | 256 |" in text
+    assert tables.NOTHING in tables.render_table(board_of(row(compressor="tova")), "drift")
 
 
 def test_shares_of_ceilings(row, board_of):
