@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, UserState
 
 
 @register("keydiff")
@@ -26,6 +27,13 @@ class KeyDiff(Eviction):
     reads = ("keys",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        unit = normalize(prefill.keys(layer), dim=-1)
-        anchor = (unit * prefill.mask(layer).unsqueeze(-1)).sum(2, keepdim=True)
-        return -(unit * normalize(anchor, dim=-1)).sum(-1)
+        keys = prefill.keys(layer)
+        shrink = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()  # [B, H, S, 1]
+        real = torch.where(prefill.mask(layer).unsqueeze(-1), shrink, 0)
+        anchor = normalize(real.mT @ keys, dim=-1)  # of the sum of unit vectors, [B, H, 1, D]
+        return -(keys @ anchor.mT * shrink).squeeze(-1)
+
+    def flops(self, state: UserState, history: int) -> int:
+        """Each key into the mean and with it."""
+        keys = [layer[0].fields["keys"].shape for layer in state.layers]
+        return sum(2 * 2 * history * h * d for _, h, _, d in keys)
