@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, UserState
+from malloc_bench.state import Prefill, by_heads
 
 
 @register("keydiff")
@@ -28,12 +27,11 @@ class KeyDiff(Eviction):
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         keys = prefill.keys(layer)
-        shrink = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()  # [B, H, S, 1]
-        real = torch.where(prefill.mask(layer).unsqueeze(-1), shrink, 0)
-        anchor = normalize(real.mT @ keys, dim=-1)  # of the sum of unit vectors, [B, H, 1, D]
-        return -(keys @ anchor.mT * shrink).squeeze(-1)
+        return by_heads(apart, keys, prefill.mask(layer).expand(keys.shape[:3]))
 
-    def flops(self, state: UserState, history: int) -> int:
-        """Each key into the mean and with it."""
-        keys = [layer[0].fields["keys"].shape for layer in state.layers]
-        return sum(2 * 2 * history * h * d for _, h, _, d in keys)
+
+def apart(keys: Tensor, real: Tensor) -> Tensor:
+    """keys [n, S, D] and which are real [n, S] -> scores [n, S]."""
+    unit = normalize(keys, dim=-1)
+    anchor = (unit * real.unsqueeze(-1)).sum(1, keepdim=True)
+    return -unit.mul_(normalize(anchor, dim=-1)).sum(-1)
