@@ -1,6 +1,6 @@
 """What 48 and 96 cells cost, in plain evaluations of the same backbone. `make bench`, or by itself:
 
-    python benchmarks/bench_evaluation.py [sasrec|hstu] [ml-1m|long] [--shares]
+    python benchmarks/bench_evaluation.py [sasrec|hstu] [ml-1m|long] [--rounds 3] [--shares]
 
 The yardstick is the loop anybody writes first: forward, scores, seen items off, rank. Both run in turn, one process.
 Weights do not matter to time, so none are trained; `long` is 400 generated users of 2,000 events.
@@ -8,7 +8,7 @@ Weights do not matter to time, so none are trained; `long` is 400 generated user
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections import defaultdict
 
@@ -149,4 +149,9 @@ def report(name: str, data: str, **options) -> None:
 
 
 if __name__ == "__main__":
-    report(*(sys.argv[1:3] if len(sys.argv) > 2 else ("sasrec", "ml-1m")), shares="--shares" in sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", default="sasrec")
+    parser.add_argument("data", nargs="?", default="ml-1m")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shares", action="store_true", help="each method's cells alone too")
+    report(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
 """What H2O's column sums cost beside a plain prefill, in one process. `make bench`, or by itself:
 
-    python benchmarks/bench_sums.py [--users 4] [--lengths 200 1000 4096] [--seconds 20]
+    python benchmarks/bench_sums.py [--users 4] [--lengths 200 1000 4096] [--seconds 10]
 
 2 heads of width 64, one thread, fresh weights (they do not matter to time). `attention` is a layer's causal attention
 alone, with sums over without; `prefill` the whole of two layers: SASRec's, and HSTU's with times and without.
@@ -48,9 +48,10 @@ def row(name: str, has_time: bool, users: int, length: int, seconds: float) -> l
 
 
 @torch.inference_mode()
-def report(users: int = 4, lengths: Sequence[int] = (200, 1000, 4096), seconds: float = 20.0) -> None:
+def report(users: int = 4, lengths: Sequence[int] = (200, 1000, 4096), seconds: float = 10.0) -> None:
     tune_malloc()
-    print(f"\n{users} users, 2 heads x 64, one thread, load {load():.1f}\n")
+    print("# Column sums beside plain attention, by `python benchmarks/bench_sums.py`\n")
+    print(f"{users} users, 2 heads x 64, CPU time, one thread, load {load():.1f}; torch {torch.__version__}.\n")
     heads = ["backbone", "events", "attention, ms", "with sums", "prefill, ms", "with sums"]
     for cells in (heads, ["---", *["--:"] * 5]):
         print(f"| {' | '.join(cells)} |")
@@ -68,5 +69,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[200, 1000, 4096])
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
     report(**vars(parser.parse_args()))
