@@ -50,7 +50,7 @@ class SnapKV(Eviction):
     def _pool(self, x: Tensor) -> Tensor:
         """Mean of each `kernel` neighbours, zeros beyond the ends; a few sums take a tenth of avg_pool1d's time."""
         near = F.pad(x, (self.kernel // 2, self.kernel // 2))
-        return sum(near[..., i : i + x.shape[-1]] for i in range(self.kernel)) / self.kernel
+        return sum((near[..., i : i + x.shape[-1]] for i in range(self.kernel)), torch.zeros_like(x)) / self.kernel
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, (k // 2).clamp(max=self.window)
