@@ -113,7 +113,7 @@ def by_heads(make: Callable[..., Tensor], *given: Tensor) -> Tensor:
     b, h = given[0].shape[:2]
     flat, step = [x.flatten(0, 1) for x in given], max(1, b * h)
     if given[0].device.type == "cpu":
-        step = max(1, min(step, _CACHED // max(1, *(x[0].numel() for x in flat if len(x)))))
+        step = max(1, min(step, _CACHED // max([1, *(x[0].numel() for x in flat if len(x))])))
     made = [make(*(x[i : i + step] for x in flat)) for i in range(0, max(1, b * h), step)]
     return (made[0] if len(made) == 1 else torch.cat(made)).unflatten(0, (b, h))
 
