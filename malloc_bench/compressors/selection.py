@@ -158,12 +158,27 @@ def ranked(scores: Tensor, count: Tensor) -> Tensor:
     Nothing is added to a score: in float32 a large constant would erase it. Raises ValueError where the score of a
     real slot is not finite.
     """
-    width = scores.shape[-1]
-    real = torch.arange(width, device=scores.device) < count.unsqueeze(-1)
-    scores = scores.masked_fill(~real, -torch.inf)
-    if wrong := int((real & ~scores.isfinite()).sum()):
+    real = torch.arange(scores.shape[-1], device=scores.device) < count.unsqueeze(-1)
+    known = torch.where(real, scores, 0)
+    if known.numel() and not bool(known.abs().amax().isfinite()):
+        wrong = int((~known.isfinite()).sum())
         raise ValueError(f"scores of real slots are NaN or infinite: {wrong} of {int(real.expand_as(scores).sum())}")
-    return width - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    return ascending(torch.where(real, scores, -torch.inf)).flip(-1)
+
+
+def ascending(x: Tensor) -> Tensor:
+    """Indices that sort x [..., S] along its last dimension, the first of equal numbers first; int64.
+
+    On CPUs what 32 bits hold is sorted as one whole number with its index: nothing ties then, and numpy's sort of whole
+    numbers takes a fifth of the time of a stable sort of torch.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return x.argsort(dim=-1, stable=True)
+    bits = (x.detach().float() + 0.0).view(torch.int32)  # -0 + 0 is 0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the order of the floats
+    keys = (bits.long() << 32) | torch.arange(x.shape[-1])
+    keys.numpy().sort(axis=-1)
+    return keys & 0xFFFFFFFF
 
 
 def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest: Tensor | int) -> Tensor:
@@ -174,7 +189,13 @@ def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest
     if isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0:
         return filled(order, None, k)
     first, last = (beside_slots(x) if isinstance(x, Tensor) else x for x in (oldest, newest))
-    return filled(order, (order < first) | ((order >= count.unsqueeze(-1) - last) & (order < count.unsqueeze(-1))), k)
+    count = count.unsqueeze(-1)
+    forced = order >= count - last
+    if bool((count < order.shape[-1]).any()):  # padding
+        forced &= order < count
+    if not isinstance(oldest, int) or oldest:
+        forced |= order < first
+    return filled(order, forced, k)
 
 
 def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
@@ -190,9 +211,11 @@ def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
         free = ~forced
         wanted = forced | (free & (free.cumsum(-1) <= k - forced.sum(-1, keepdim=True)))
     kept = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, wanted.expand(b, h, s))
-    place = torch.where(kept, kept.cumsum(-1) - 1, size)
-    index = torch.zeros(b, h, size + 1, dtype=torch.long, device=order.device)
-    return index.scatter_(2, place, torch.arange(s, device=order.device).expand(b, h, s))[..., :size]
+    found = kept.view(-1).nonzero().view(-1) % max(s, 1)  # in time order, head after head
+    if len(found) == b * h * size:
+        return found.view(b, h, size)
+    index = torch.zeros(b, h, size, dtype=torch.long, device=order.device)
+    return index.masked_scatter_(torch.arange(size, device=order.device) < kept.sum(-1, keepdim=True), found)
 
 
 def beside_slots(k: Tensor) -> Tensor:

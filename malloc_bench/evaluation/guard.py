@@ -43,9 +43,14 @@ def _sums(x: Tensor) -> Iterator[int]:
         yield zlib.crc32(part.cpu().numpy().tobytes())
 
 
-def _set_environment(was: dict[str, str]) -> None:
+def _environment() -> dict[Any, Any]:
+    """As it is kept, which is not decoded name by name at every look."""
+    return dict(getattr(os.environ, "_data", os.environ))
+
+
+def _set_environment(was: dict[Any, Any]) -> None:
     os.environ.clear()
-    os.environ.update(was)
+    os.environ.update({os.fsdecode(name): os.fsdecode(value) for name, value in was.items()})
 
 
 #: Settings of the process, each with how it is read and put back.
@@ -55,7 +60,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "torch's choice of algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     "the working folder": (os.getcwd, os.chdir),
-    "the environment": (lambda: dict(os.environ), _set_environment),
+    "the environment": (_environment, _set_environment),
 }
 
 

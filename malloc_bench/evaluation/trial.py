@@ -74,7 +74,7 @@ def attempt(
         raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
     out = full if state is prefill.state else asked.read(model, state)  # before anything tells who will be packed
     size = checked_bytes(job, prefill, state)
-    blobs = [state.pack(user) for user in packed.rows.tolist()]
+    blobs = state.packed(packed.rows.tolist()) if len(packed.rows) else []
     for user, blob in zip(packed.rows.tolist(), blobs):
         if len(blob) != int(size[user]):
             raise OverBudget(f"user {user} packs to {len(blob)} bytes, nbytes() says {int(size[user])}")

@@ -8,7 +8,7 @@ from malloc_bench.state.lookup import ByHash, ByLabel, ByLogit, Lookup, hash_flo
 from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.microscaled import MicroScaled, microscaled
 from malloc_bench.state.named import Fitted, Named
-from malloc_bench.state.observed import newest_rows
+from malloc_bench.state.observed import absolute_sums, by_heads, newest_rows
 from malloc_bench.state.partial import Channels, Sized
 from malloc_bench.state.patched import Intact, Outliers, Over, Sum, intact, outliers, under
 from malloc_bench.state.prefill import Prefill
@@ -30,8 +30,8 @@ __all__ = [
     "ItemFrequencies", "Layer", "Lookup", "LowRank", "Map", "MicroScaled", "MissingStatistic", "Named", "Normed",
     "Outliers", "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt",
     "Rounded", "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned",
-    "UserState", "Vectors", "closest", "coded", "coding", "extend", "factor", "frequencies", "grow", "hash_flops",
-    "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors", "microscaled", "newest_rows",
-    "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side", "signs", "streamed", "take",
-    "under", "unpack_bits",
+    "UserState", "Vectors", "absolute_sums", "by_heads", "closest", "coded", "coding", "extend", "factor",
+    "frequencies", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors",
+    "microscaled", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
+    "signs", "streamed", "take", "under", "unpack_bits",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-_CELLS = 1 << 22  # weights at a time: 16 MB
+_CELLS = 1 << 23  # weights at a time: 32 MB
+_CACHED = 1 << 18  # weights that a core's cache holds
 
 #: (layer, first, last) -> weights of the queries first ... last - 1 over all slots, [B, Hq, last - first, S]
 Rows = Callable[[int, int, int], Tensor]
@@ -32,8 +33,8 @@ class Observed:
     def blocks(self, layer: int, first: int = 0) -> Iterator[tuple[Tensor, int, int]]:
         """(weights, first, last) from query `first` on, 0 where query or slot is padding."""
         real = torch.arange(self.slots, device=self.count.device) < self.count[:, None]  # [B, S]
-        last = int(self.count.max()) if len(self.count) else 0
-        step = 1
+        last, ragged = int(self.count.max()) if len(self.count) else 0, not bool(real.all())
+        step = max(1, _CELLS // max(1, self.heads[layer] * real.numel()))  # more query heads are not known of yet
         while first < last:
             stop = min(first + step, last)
             weights = self.rows(layer, first, stop)
@@ -43,15 +44,15 @@ class Observed:
                     f"attention({layer}, {first}, {stop}): expected {list(want)}, a multiple of {self.heads[layer]} "
                     f"heads, not {list(weights.shape)}"
                 )
-            both = real[:, None, first:stop, None] & real[:, None, None, :]
-            yield torch.where(both, weights, 0.0), first, stop
+            both = real[:, None, first:stop, None] & real[:, None, None, :] if ragged else None
+            yield weights if both is None else torch.where(both, weights, 0.0), first, stop
             first, step = stop, max(1, _CELLS // (weights[:, :, 0].numel() or 1))
 
     def received(self, layer: int) -> Tensor:
         """Total |weight| that each slot received, [B, H, S]."""
         total: Tensor | float = 0.0
         for weights, _, _ in self.blocks(layer):
-            total = total + weights.abs().sum(2)
+            total = total + absolute_sums(weights)
         if not isinstance(total, Tensor):
             return torch.zeros(len(self.count), self.heads[layer], self.slots, device=self.count.device)
         return total.unflatten(1, (self.heads[layer], -1)).mean(2)
@@ -59,14 +60,23 @@ class Observed:
     def newest(self, layer: int, window: int) -> Tensor:
         """Weights of each user's newest `window` queries, oldest first, [B, H, window, S]; 0 where there is none."""
         at = self.count.long()[:, None] - window + torch.arange(window, device=self.count.device)  # [B, W]
+        start, newest = (int(at[:, 0].min()), int(at[:, 0].max())) if at.numel() else (0, 0)
+        if at.numel() and start == newest >= 0:  # histories of one length: the blocks themselves
+            found = [self._stored(layer, weights) for weights, *_ in self.blocks(layer, start)]
+            whole = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+            return whole.to(torch.promote_types(whole.dtype, torch.float32))
         out = torch.zeros(len(at), self.heads[layer], window, self.slots, device=at.device)
-        for weights, first, last in self.blocks(layer, max(0, int(at.min())) if at.numel() else 0):
-            if weights.shape[1] != self.heads[layer]:
-                weights = weights.unflatten(1, (self.heads[layer], -1)).abs().mean(2)
+        for weights, first, last in self.blocks(layer, max(0, start)):
+            weights = self._stored(layer, weights)
             here = ((at >= first) & (at < last))[:, None, :, None]
             index = (at - first).clamp(0, last - first - 1)[:, None, :, None].expand(*out.shape[:3], self.slots)
             out = torch.where(here, weights.gather(2, index), out)
         return out
+
+    def _stored(self, layer: int, weights: Tensor) -> Tensor:
+        """[B, Hq, M, S] over the query heads that share a stored one -> [B, H, M, S]."""
+        heads = self.heads[layer]
+        return weights if weights.shape[1] == heads else weights.unflatten(1, (heads, -1)).abs().mean(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +107,29 @@ class Lazy(Sequence[Tensor]):
         return made[layer, window]
 
 
+def by_heads(make: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """make(*given), tensors [B, H, ...] on either side, but a few heads [n, ...] at a time, so that what it works with
+    stays in a core's cache."""
+    b, h = given[0].shape[:2]
+    flat, step = [x.flatten(0, 1) for x in given], max(1, b * h)
+    if given[0].device.type == "cpu":
+        step = max(1, min(step, _CACHED // max([1, *(x[0].numel() for x in flat if len(x))])))
+    made = [make(*(x[i : i + step] for x in flat)) for i in range(0, max(1, b * h), step)]
+    return (made[0] if len(made) == 1 else torch.cat(made)).unflatten(0, (b, h))
+
+
+def absolute_sums(weights: Tensor) -> Tensor:
+    """Sum over queries of |weights|, [B, H, M, S] -> [B, H, S]."""
+    return by_heads(lambda x: x.abs().sum(1), weights)
+
+
 def newest_rows(x: Tensor, count: Tensor, window: int) -> Tensor:
     """Of x [B, H, S, D] each user's newest `window` rows, oldest first, [B, H, window, D]; 0 where there is none."""
     b, h, s, d = x.shape
     if not s:
         return x.new_zeros(b, h, window, d)
+    if b and x.device.type == "cpu" and window <= int(count.min()) == int(count.max()):
+        return x[:, :, int(count[0]) - window : int(count[0])].clone()
     at = count.long()[:, None] - window + torch.arange(window, device=x.device)  # [B, W]
     found = x.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, h, -1, d))
     return found * (at >= 0)[:, None, :, None]
@@ -138,9 +166,11 @@ def softmax_rows(keys: Sequence[Tensor], queries: Sequence[Tensor]) -> Rows:
     def rows(layer: int, first: int, last: int) -> Tensor:
         k, q = keys[layer], queries[layer][:, :, first:last]
         k, q = (x.float() if x.element_size() < 4 else x for x in (k, q))
-        logits = q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT / k.shape[-1] ** 0.5  # [B, H, group, rows, S]
-        future = torch.arange(k.shape[2], device=k.device) > torch.arange(first, last, device=k.device)[:, None]
-        return logits.masked_fill(future, -torch.inf).softmax(-1).flatten(1, 2)
+        grouped = (q / k.shape[-1] ** 0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, group x rows, D]
+        logits = (grouped @ k.mT).unflatten(2, (-1, last - first))
+        at = torch.arange(first, k.shape[2], device=k.device)
+        logits[..., first:].masked_fill_(at > at[: last - first, None], -torch.inf)
+        return logits.softmax(-1).flatten(1, 2)
 
     return rows
 

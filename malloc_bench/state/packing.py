@@ -10,21 +10,32 @@ from torch import Tensor
 from malloc_bench.state.vectors import Ragged
 
 
-def stored_bytes(part: Ragged, user: int) -> bytes:
-    """The stored rows and columns of one user, head after head."""
-    data = part.data[user].detach().cpu()
-    rows, cols = (None if x is None else x.expand(len(part.data), -1)[user].cpu() for x in (part.rows, part.cols))
+def stored_bytes(part: Ragged, users: Sequence[int]) -> list[bytes]:
+    """The stored rows and columns of each of the given users, head after head."""
+    which, heads = torch.tensor(users, dtype=torch.long), part.data.shape[1]
+    data = part.data.detach().index_select(0, which.to(part.data.device)).cpu()
+    rows, cols = (
+        None if x is None else x.cpu().expand(len(part.data), heads).index_select(0, which)
+        for x in (part.rows, part.cols)
+    )
     assert rows is not None
-    if cols is None and len(rows) == 1:  # of all heads the same: no mask
-        kept = data[:, : int(rows)].contiguous()
+    if cols is None:  # whole rows: copied as such
+        kept, cells = data[_rows(rows, data.shape[2])], rows.long().sum(1) * data.shape[3]
     else:
-        kept = data[_cells(rows, cols, data.shape)]
-    return kept.view(torch.uint8).numpy().tobytes() if kept.numel() else b""
+        kept, cells = data[_cells(rows, cols, data.shape)], (rows.long() * cols.long()).sum(1)
+    flat = kept.reshape(-1).view(torch.uint8).numpy().tobytes() if kept.numel() else b""
+    ends = (cells * data.element_size()).cumsum(0).tolist()
+    return [flat[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def _rows(rows: Tensor, size: int) -> Tensor:
+    """True in the leading rows [..., H] of [..., H, size]."""
+    return torch.arange(size) < rows.unsqueeze(-1)
 
 
 def _cells(rows: Tensor, cols: Tensor | None, shape: Sequence[int]) -> Tensor:
     """True in the leading rows x cols [..., H] of shape [..., H, R, C]; row-major, as they are stored."""
-    real = (torch.arange(shape[-2]) < rows.unsqueeze(-1)).unsqueeze(-1)
+    real = _rows(rows, shape[-2]).unsqueeze(-1)
     if cols is not None:
         real = real & (torch.arange(shape[-1]) < cols.unsqueeze(-1)).unsqueeze(-2)
     return real.expand(tuple(shape))

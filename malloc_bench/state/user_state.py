@@ -158,7 +158,12 @@ class UserState:
 
     def pack(self, user: int) -> bytes:
         """One user's state as it would lie in a store; row `user` of the batch."""
-        return b"".join(stored_bytes(part, user) for part in self._parts())
+        return self.packed([user])[0]
+
+    def packed(self, users: Sequence[int]) -> list[bytes]:
+        """What `pack` gives for each of the users; of many at once it is faster."""
+        parts = [stored_bytes(part, users) for part in self._parts()]
+        return [b"".join(own) for own in zip(*parts)]
 
     def unpack(self, blobs: Sequence[bytes]) -> UserState:
         """States of len(blobs) users from what `pack` wrote; self, the template, is a state of the same make of any

@@ -264,7 +264,7 @@ def check_packs(
 
 
 def packed(state: UserState) -> list[bytes]:
-    return [state.pack(user) for user in range(len(state))]
+    return state.packed(range(len(state)))
 
 
 def close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:

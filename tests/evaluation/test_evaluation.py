@@ -333,8 +333,13 @@ def test_32_users_a_cell_are_packed_over_all_chunks(sasrec, split, monkeypatch, 
     monkeypatch.setattr(evaluation, "_USERS", size)
     some = replace(split, test=Targets(split.test.users[:users], split.test.at[:users]))
     packed = []
-    inner = UserState.pack
-    monkeypatch.setattr(UserState, "pack", lambda self, user: packed.append((id(self), user)) or inner(self, user))
+    inner = UserState.packed
+
+    def noting(self, users):
+        packed.extend((id(self), user) for user in users)
+        return inner(self, users)
+
+    monkeypatch.setattr(UserState, "packed", noting)
     held = []  # states must live for ids to differ
     monkeypatch.setattr(trial, "checked_bytes", _holding(trial.checked_bytes, held))
     evaluate(sasrec, some, [job("recent", 0.25)])

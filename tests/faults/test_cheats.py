@@ -349,7 +349,7 @@ def test_bytes_are_counted_in_one_place() -> None:
         type("Lying", (Slots,), {"parts": lambda self, length: iter(())})
     state = get_compressor("full").compress(Prefill.from_tensors([torch.zeros(1, 1, 2, 2)], [torch.ones(1, 1, 2, 2)]))
     for thing in (state, state.layers[0][0]):
-        for name in ("nbytes", "pack", "secret"):
+        for name in ("nbytes", "pack", "packed", "secret"):
             with pytest.raises((AttributeError, TypeError)):
                 object.__setattr__(thing, name, lambda: 10)
 

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named_in_one_line(message):
 
 def test_a_function_of_the_wrong_shape_is_named():
     prefill = Prefill.from_tensors([K], [K], attention=lambda layer, first, last: K[:, :, first:last])
-    with pytest.raises(ValueError, match=r"attention\(0, 0, 1\): expected \[3, 2, 1, 40\]"):
+    with pytest.raises(ValueError, match=r"attention\(0, 0, 40\): expected \[3, 2, 40, 40\]"):
         prefill.attention_received(0)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Prefill, Stats, UserState, by_heads
 
 
 @register("expected_attention")
@@ -42,14 +42,20 @@ class ExpectedAttention(Eviction):
         queries = queries.float()
         count = there.sum(-1).clamp(min=1)[..., None, None]  # [B, 1, 1, 1]
         mean = queries.sum(2, keepdim=True) / count  # [B, Hq, 1, D]
-        spread = (queries - mean) * there.unsqueeze(-1)
+        spread = (queries - mean) * (there.unsqueeze(-1) * (2 * count).rsqrt())
         group = queries.shape[1] // keys.shape[1]
-        k = keys.repeat_interleave(group, 1)
-        logits = (k @ mean.mT).squeeze(-1) + (k @ spread.mT).square().sum(-1) / (2 * count.squeeze(-1))
-        weights = logits.masked_fill(~real, -1e30).softmax(-1).unflatten(1, (-1, group)).mean(2)
+        half, mean = (x.unflatten(1, (-1, group)) for x in (spread.mT @ spread, mean))
+        logits = by_heads(gaussian, keys, half, mean)  # [B, H, group, S]
+        weights = logits.masked_fill(~real.unsqueeze(2), -1e30).softmax(-1).mean(2)
         return weights * prefill.values(layer).norm(dim=-1)
 
     def flops(self, state: UserState, history: int) -> int:
-        """Each key with the mean and with each query, where no stored head is shared."""
+        """The covariance of the queries, and each key with it, where no stored head is shared."""
         keys = [layer[0].fields["keys"].shape for layer in state.layers]
-        return sum(2 * history * (1 + self.window) * h * d for _, h, _, d in keys)
+        return sum(2 * (history + self.window) * h * d * d for _, h, _, d in keys)
+
+
+def gaussian(keys: Tensor, half: Tensor, mean: Tensor) -> Tensor:
+    """mu.k + k'Ck / 2; keys [n, S, D], half a C [n, group, D, D] and mu [n, group, 1, D] -> [n, group, S]."""
+    k = keys.unsqueeze(1)
+    return (k @ half).add_(mean).mul_(k).sum(-1)

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, by_heads
 
 
 @register("keydiff")
@@ -26,6 +26,12 @@ class KeyDiff(Eviction):
     reads = ("keys",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        unit = normalize(prefill.keys(layer), dim=-1)
-        anchor = (unit * prefill.mask(layer).unsqueeze(-1)).sum(2, keepdim=True)
-        return -(unit * normalize(anchor, dim=-1)).sum(-1)
+        keys = prefill.keys(layer)
+        return by_heads(apart, keys, prefill.mask(layer).expand(keys.shape[:3]))
+
+
+def apart(keys: Tensor, real: Tensor) -> Tensor:
+    """keys [n, S, D] and which are real [n, S] -> scores [n, S]."""
+    unit = normalize(keys, dim=-1)
+    anchor = (unit * real.unsqueeze(-1)).sum(1, keepdim=True)
+    return -unit.mul_(normalize(anchor, dim=-1)).sum(-1)

@@ -1,14 +1,15 @@
 """What stands out against the events right behind it stays."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.selection import Eviction
+from malloc_bench.compressors.selection import Eviction, ascending
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, by_heads
 
 
 @register("lagkv")
@@ -44,20 +45,25 @@ class LagKV(Eviction):
         score = torch.ones(keys.shape[:3], dtype=keys.dtype, device=keys.device)
         if stretches < 2:
             return score
-        told = (self._varying(keys, stretches) + self._varying(values, stretches)) / 2  # [B, H, C - 1, lag]
-        rank = told.argsort(dim=-1, stable=True).argsort(dim=-1) / self.lag
+        told = torch.stack([by_heads(partial(self._varying, stretches), x) for x in (keys, values)]).mean(
+            0
+        )  # [B, H, C - 1, lag]
+        order, place = ascending(told), torch.arange(self.lag, device=told.device)
+        rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order)) / self.lag
         known = (torch.arange(stretches - 1, device=count.device) + 2) * self.lag + self.sinks <= count[..., None]
         rank = torch.where(known[..., None], rank, 1.0).flatten(2).to(score.dtype)
         score[:, :, self.sinks : self.sinks + rank.shape[2]] = rank
         return score
 
-    def _varying(self, x: Tensor, stretches: int) -> Tensor:
-        x = x[:, :, self.sinks : self.sinks + stretches * self.lag].unflatten(2, (stretches, self.lag))
-        own, after = x[:, :, :-1], x[:, :, 1:]
-        low, high = after.amin(3, keepdim=True), after.amax(3, keepdim=True)
+    def _varying(self, stretches: int, x: Tensor) -> Tensor:
+        """x [n, S, D] -> [n, stretches - 1, lag]."""
+        x = x[:, self.sinks : self.sinks + stretches * self.lag].unflatten(1, (stretches, self.lag))
+        own, after = x[:, :-1], x[:, 1:]
+        low, high = after.amin(2, keepdim=True), after.amax(2, keepdim=True)
         span = high - low
-        scaled = torch.where(span > 0, (own - low) / torch.where(span > 0, span, 1.0), 0.0)
-        return F.softmax(scaled.std(-1, correction=0 if x.shape[-1] == 1 else 1), dim=-1)
+        scaled = (own - low).mul_(torch.where(span > 0, span.reciprocal(), 0.0))
+        spread = scaled.sub_(scaled.mean(-1, keepdim=True)).norm(dim=-1) / max(1, x.shape[-1] - 1) ** 0.5
+        return F.softmax(spread, dim=-1)
 
     def forced(self, k: Tensor) -> tuple[Tensor, int]:
         return (k // 2).clamp(max=self.sinks), 0
