@@ -175,16 +175,16 @@ def test_a_dry_run_prints_the_plan(fake: Any, smoke: Any, tmp_path: Path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"done  {plan[0].id[:12]}  {plan[0].cell}"
     assert lines[1].startswith("run   ")
-    assert lines[-1] == "9 cells: 1 done, 8 to run: very roughly 2 minutes on 2 cores"
+    assert lines[-1] == "10 cells: 1 done, 9 to run: very roughly 2 minutes on 2 cores"
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_failed_cells_are_listed_and_the_code_is_1(fake: Any, smoke: Any, capsys: Capture) -> None:
     folder, plan = smoke
-    path = folder / "rows" / f"{plan[3].id}.json"
+    path = folder / "rows" / f"{plan[4].id}.json"
     row = json.loads(path.read_text())
     results.write_row(folder / "rows", {**row, "status": "failed", "reason": "ValueError: too small"})
-    fake("run_suite", RunResult(folder, plan, ok=8, failed=1))
+    fake("run_suite", RunResult(folder, plan, ok=9, failed=1))
     assert cli.main(["run", "smoke"]) == 1
     assert "failed: synthetic, retrieval, sasrec, snapkv(window=8) at 25 %, seed 0: ValueError: too small" in (
         capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_an_interrupt_is_130(fake: Any, capsys: Capture) -> None:
 
 def test_compare_shows_what_it_ran(fake: Any, smoke: Any, capsys: Capture) -> None:
     folder, plan = smoke
-    calls = fake("compare", RunResult(folder, plan[2:4], ok=2))
+    calls = fake("compare", RunResult(folder, plan[3:5], ok=2))
     assert cli.main(["compare", "mine.py:Mine", "--suite", "smoke", "--against", "snapkv,recent"]) == 0
     assert calls == [(("mine.py:Mine", "smoke", ["snapkv", "recent"], None), {})]
     shown = capsys.readouterr().out
@@ -389,20 +389,20 @@ def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.Monk
     suite["training"]["epochs"], suite["measure"] = 1, {"latency": False}
     Path("mine.yaml").write_text(yaml.safe_dump(suite))
     assert cli.main(["run", "mine.yaml", "--dry-run"]) == 0
-    assert "9 cells: 0 done, 9 to run" in capsys.readouterr().out
+    assert "10 cells: 0 done, 10 to run" in capsys.readouterr().out
     assert not Path("runs").exists()
 
     started = time.monotonic()
     assert cli.main(["run", "mine.yaml"]) == 0
     assert time.monotonic() - started < 60
     shown = capsys.readouterr().out
-    assert "9 ok, 0 skipped, 0 failed, 0 done before" in shown
+    assert "10 ok, 0 skipped, 0 failed, 0 done before" in shown
     assert {path.name for path in Path("runs/smoke").iterdir()} >= {"leaderboard.md", "results.parquet", "figures"}
     assert "merge_adjacent + kivi(bits=2)" in shown
     before = {path: path.read_bytes() for path in Path("runs/smoke/rows").iterdir()}
 
     assert cli.main(["run", "mine.yaml"]) == 0
-    assert "0 ok, 0 skipped, 0 failed, 9 done before" in capsys.readouterr().out
+    assert "0 ok, 0 skipped, 0 failed, 10 done before" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in Path("runs/smoke/rows").iterdir()} == before
 
     cell = min(path.stem for path in before)

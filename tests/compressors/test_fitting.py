@@ -82,7 +82,7 @@ def refitted(a, v, target, mass):
     b = a * mass
     b = b / b.sum(1, keepdim=True)
     gram = b.T @ b
-    damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(mass)).double()
+    damped = gram + (1e-3 + 1e-6) * gram.diagonal().mean() * torch.eye(len(mass)).double()
     return v + torch.linalg.solve(damped, b.T @ (target - b @ v))
 
 

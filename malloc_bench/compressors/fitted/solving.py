@@ -106,10 +106,10 @@ def held_out(number: int, device: torch.device) -> Tensor:
 
 
 def damping(weights: Tensor, ridge: float) -> Tensor:
-    """ridge x the mean of diag W'W over slots that weigh anything, [..., 1]."""
+    """ridge x the mean of diag W'W over slots that weigh anything, [..., 1]; never less than float32 can do with."""
     diagonal = weights.square().sum(-2)
     some = (diagonal > 0).sum(-1, keepdim=True).clamp(min=1)
-    return ridge * diagonal.sum(-1, keepdim=True) / some + 1e-30
+    return (ridge + 1e-6) * diagonal.sum(-1, keepdim=True) / some + 1e-30
 
 
 def ridge_values(weights: Tensor, gap: Tensor, damped: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _solved(gram: Tensor, damped: Tensor, wanted: Tensor) -> Tensor:
     """(gram + damped 1)^-1 wanted."""
     scale = (gram.diagonal(dim1=-2, dim2=-1) + damped).rsqrt()  # a unit diagonal: rows that weigh little are no trouble
     unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(-2)
-    unit.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-6)
+    unit.diagonal(dim1=-2, dim2=-1).fill_(1)
     lower = torch.linalg.cholesky_ex(unit)[0]
     half = torch.linalg.solve_triangular(lower, wanted * scale.unsqueeze(-1), upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True) * scale.unsqueeze(-1)
