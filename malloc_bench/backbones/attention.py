@@ -118,9 +118,13 @@ class AttentionBackbone(ItemBackbone):
         def send(tokens: Events, ahead: Tensor) -> list[Seen]:
             return self._seen(tokens, state.length.long()[:, None] + ahead, state, None)
 
+        def reach(tokens: Events, ahead: Tensor, state: UserState) -> Tensor:
+            positions = (state.length.long()[:, None] + ahead).clamp(max=self.max_length)
+            return self._output(self._over(tokens, positions, state, None)[0])
+
         ranking = self.scoring is not None
         asking = Asking(events, items, tokens, partial(self._top, state), self.uses_times, ranking)
-        return probed(send, state, stats, asking)
+        return probed(send, reach, state, stats, asking)
 
     def _top(self, state: UserState, asked: Events, m: int) -> Tensor:
         """The m items [B, m] that are nearest to what tokens [B, 1] read."""

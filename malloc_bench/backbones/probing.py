@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,15 +26,32 @@ from malloc_bench.state import (
 
 
 @dataclass(frozen=True, eq=False)
+class Reach:
+    """Tokens that stand so many events `ahead`, no user's own, and what sends them through the stack over a state."""
+
+    send: Callable[[Events, Tensor, UserState], Tensor]
+    tokens: Events
+    ahead: tuple[int, ...]
+
+    def __call__(self, state: UserState) -> Tensor:
+        return self.send(self.tokens, torch.tensor(self.ahead, device=self.tokens.items.device), state)
+
+    def some(self, rows: slice) -> Reach:
+        tokens = self.tokens.each(lambda x: x[:, rows], torch.full_like(self.tokens.count, len(self.ahead[rows])))
+        return Reach(self.send, tokens, self.ahead[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class LayerProbes(Probes):
     """Probes that ask a backbone's layer; itself: [B, Hq, M, 1], the logit of a token over itself; positions, times:
 
-    [B, 1, M], where they stand and when they are asked for."""
+    [B, 1, M], where they stand and when they are asked for; reach: how they come out."""
 
     block: Block | None = None
     itself: Tensor | None = None
     positions: Tensor | None = None
     times: Tensor | None = None
+    reach: Reach | None = None
 
     def _by_probe(self) -> dict[str, Tensor]:
         places = {"itself": self.itself, "positions": self.positions, "times": self.times}
@@ -68,6 +85,12 @@ class LayerProbes(Probes):
 
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         return self._asked()[0].mix(weights, segment)
+
+    def _some(self, rows: slice) -> Self:
+        return replace(super()._some(rows), reach=self.reach and self.reach.some(rows))
+
+    def outputs(self, state: UserState) -> Tensor | None:
+        return None if self.reach is None else self.reach(state)
 
 
 Note = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], None]
@@ -217,16 +240,22 @@ def _turns(items: Tensor, count: Tensor, m: int, newest: bool = False) -> Tensor
 
 
 def probed(
-    send: Callable[[Events, Tensor], list[Seen]], state: UserState, stats: Stats, asking: Asking
+    send: Callable[[Events, Tensor], list[Seen]],
+    reach: Callable[[Events, Tensor, UserState], Tensor],
+    state: UserState,
+    stats: Stats,
+    asking: Asking,
 ) -> list[dict[Hashable, Probes]]:
     """What each layer has seen of the probes of `stats`, by `Ask.kind`.
 
     send: tokens [B, M] and how many events they stand ahead of the next one, [M], through the stack over the state.
+    reach: what they come out with over another one.
     """
     found: list[dict[Hashable, Probes]] = [{} for _ in state.layers]
     for ask in stats.asks:
-        for layer, seen, own in zip(found, send(*asking.tokens(ask)), state.layers):
-            layer[ask.kind] = seen.probes(state.length, own)
+        tokens, ahead = asking.tokens(ask)
+        for layer, seen, own in zip(found, send(tokens, ahead), state.layers):
+            layer[ask.kind] = replace(seen.probes(state.length, own), reach=Reach(reach, tokens, tuple(ahead.tolist())))
     return found
 
 

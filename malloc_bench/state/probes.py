@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from malloc_bench.state.user_state import Segment
+from malloc_bench.state.user_state import Segment, UserState
 
 KINDS = ("drawn", "popular", "own", "top", "candidates")
 
@@ -80,10 +80,15 @@ class Probes:
 
     def first(self, number: int) -> Self:
         """The first so many."""
-        if number >= self.queries.shape[2]:
-            return self
-        cut: dict[str, Any] = {name: x[:, :, :number] for name, x in self._by_probe().items()}
-        return replace(self, own={name: x[:, :, :number] for name, x in self.own.items()}, **cut)
+        return self if number >= self.queries.shape[2] else self._some(slice(number))
+
+    def last(self, number: int) -> Self:
+        """The last so many."""
+        return self if number >= self.queries.shape[2] else self._some(slice(self.queries.shape[2] - number, None))
+
+    def _some(self, rows: slice) -> Self:
+        cut: dict[str, Any] = {name: x[:, :, rows] for name, x in self._by_probe().items()}
+        return replace(self, own={name: x[:, :, rows] for name, x in self.own.items()}, **cut)
 
     def _by_probe(self) -> dict[str, Tensor]:
         """Fields with a row for each probe, M third."""
@@ -136,6 +141,11 @@ class Probes:
         if segment.slots.mass is not None:
             logits = logits + _each(segment.slots.mass.clamp(min=1e-6).log(), logits.shape[1]).unsqueeze(2)
         return logits.clamp(max=_MOST).masked_fill(~mask, -torch.inf).exp()
+
+    def outputs(self, state: UserState) -> Tensor | None:
+        """What the probes come out of the whole stack with, read from another state of the users, [B, M, d]; None on
+        plain tensors, which have no stack."""
+        return None
 
     def own_values(self) -> Tensor:
         """The token's own value by query head, [B, Hq, M, D']; zeros on plain tensors."""

@@ -74,6 +74,7 @@ METHODS = [
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")),
     *((name, {"probes": 8, "rounds": 3}) for name in ("fit_keys", "cartridge")),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
+    ("auto", {"candidates": (("recent", "mxint"),), "tests": 2}),
     *(("fit_recent", {"probes": 5, "which": which}) for which in ("own", "top", "candidates")),
     *((name, {}) for name in ("category_merge", "resets", "vql")),
     *((name, {}) for name in ("pq", "rvq")),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from malloc_bench.state import Ask, Events, MissingStatistic, Prefill, Segment, Stats
-from malloc_bench.testing import World
+from malloc_bench.testing import World, worlds
 from malloc_bench.testing.worlds import LENGTHS, close, histories
 
 CASES = [
@@ -179,3 +179,15 @@ def test_plain_tensors():
     assert isinstance(prefill.segment(0), Segment) and not bool(probes.share.any())
     with pytest.raises(ValueError, match="probes"):
         Prefill.from_tensors([k], [v], probes=[q[..., :3]])
+
+
+def test_probes_come_out_of_the_stack_as_tokens_do():
+    """Over any state, the last of them, and of some users only."""
+    backbone = next(w.backbone for w in worlds() if w.name == "hstu3")
+    prefill = World("hstu", backbone).prefill(Stats(probes=6), (5, 23))
+    with torch.no_grad():
+        probes = prefill.probes(1).last(2)
+        tokens = Events(prefill.items["probes"][4:6].int().expand(2, 2), torch.full((2,), 2, dtype=torch.int32))
+        close(probes.outputs(prefill.state), backbone.read(tokens, prefill.state), "outputs", 1e-6)
+        some = prefill.take(torch.tensor([1]))
+        close(some.probes(0).last(2).outputs(some.state), probes.outputs(prefill.state)[1:], "of one user", 1e-5)

@@ -1,0 +1,116 @@
+"""Bytes over layers: against all ways to divide them, and that what is planned is what is stored."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from malloc_bench.backbones import get_backbone
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.compressors.fitted.allocation import Curves
+from malloc_bench.compressors.fitted.auto import GRID
+from malloc_bench.state import Fitted, UserState
+from malloc_bench.testing.worlds import LENGTHS, World, check_packs
+
+CHAINS = tuple(({"fit_omp": {"probes": 8}}, {"mxint": {"bits": bits}}) for bits in (2, 5))
+
+
+def auto(candidates=CHAINS):
+    return get_compressor("auto", candidates=candidates, tests=4)
+
+
+@pytest.fixture(scope="module")
+def world():
+    torch.manual_seed(0)
+    backbone = get_backbone("hstu", 60, True, layers=2, heads=2, dim=16, max_length=64).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.normal_(std=0.3)
+    return World("hstu", backbone)
+
+
+@pytest.fixture(scope="module")
+def fitted(world):
+    with torch.no_grad():
+        return auto().fit(world.sample(auto()))
+
+
+def falls(spent, lost, at):
+    """The largest fall between neighbours on the lower convex hull from the last one at or before `at` on."""
+    hull = [
+        j
+        for j in range(len(spent))
+        if all(
+            lost[j] * (spent[k] - spent[i]) <= lost[i] * (spent[k] - spent[j]) + lost[k] * (spent[j] - spent[i])
+            for i, k in product(range(j), range(j + 1, len(spent)))
+        )
+    ]
+    first = max(n for n, j in enumerate(hull) if j <= at)
+    return max(0.0, *-np.diff(lost[hull[first:]]), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_way_to_divide_is_better_by_more_than_a_step_of_the_hulls(seed):
+    rng = np.random.default_rng(seed)
+    spent = np.arange(1, 13) / 40
+    lost = np.stack([(a / spent) ** p for a, p in zip(rng.uniform(0.1, 2, 3), rng.uniform(0.5, 2, 3))])
+    lost += rng.uniform(0, 0.2, lost.shape)
+    curves = Curves(lost, np.zeros(lost.shape, int), spent)
+    for budget in (0.1, 0.3, 0.6):
+        shares = [share for _, share in curves.divided(budget)]
+        assert sum(shares) == pytest.approx(1)
+        at = [int(np.flatnonzero(spent <= share * budget + 1e-9).max()) for share in shares]  # what is left is no loss
+        got = sum(lost[i, : j + 1].min() for i, j in enumerate(at))
+        ways = [p for p in product(range(12), repeat=3) if spent[list(p)].sum() <= budget + 1e-9]
+        best = min(sum(lost[i, j] for i, j in enumerate(way)) for way in ways)
+        step = max(falls(spent, lost[i], j) for i, j in enumerate(at))
+        assert best <= got <= best + step + 1e-9
+
+
+def test_curves_are_of_the_best_candidate_and_fall():
+    spent = torch.tensor([[[0.1, 0.2, 0.4], [0.2, 0.2, 0.4]]])  # the second has its floor at 0.2
+    lost = torch.tensor([[[8.0, 4.0, 5.0], [3.0, 3.0, 1.0]]])
+    curves = Curves.of(lost, spent)
+    for place, size in enumerate(curves.spent):
+        first = np.interp(np.log(size), np.log([0.1, 0.2]), np.log([8, 4]))
+        second = np.interp(np.log(size), np.log([0.2, 0.4]), np.log([3, 1])) if size >= 0.2 * (1 - 1e-9) else np.inf
+        assert curves.lost[0, place] == pytest.approx(np.exp(min(first, second)))
+        assert curves.choice[0, place] == int(second < first)
+
+
+def test_a_layer_that_counts_for_more_gets_more_and_the_budget_is_used(world, fitted):
+    method, prefill = auto(), world.prefill(auto().needs)
+    more = Fitted({**fitted, "lost": fitted["lost"] * torch.tensor([1.0, 50.0])[:, None, None]})
+    plain, tilted = (dict(enumerate(method.planned(fit, 0.1))) for fit in (fitted, more))
+    assert tilted[1][1] > plain[1][1] and sum(share for _, share in tilted.values()) == pytest.approx(1)
+    slot = 2 * (10 + 4 + 2)  # the largest of one head, twice: one for each layer may be too much
+    for budget in (Budget(0.1), Budget(bytes=500)):
+        state, target = method.compress(prefill, budget, more), budget.target(prefill.full_bytes())
+        sizes = check_packs(state, world.read).nbytes()
+        assert bool((sizes <= target.maximum(method.floor(prefill))).all())
+        long = torch.tensor(LENGTHS) > 20
+        assert bool((sizes >= target - 4 * slot)[long].all())
+
+
+def test_what_is_measured_is_the_gap_of_the_output(world, fitted):
+    method = auto()
+    with torch.no_grad():
+        prefill = world.sample(method)
+        probes = prefill.probes(0, method._ask).last(4)
+        want, layers = probes.outputs(prefill.state).double(), prefill.state.layers
+        alone = replace(prefill.only(range(1, 2)), whole=prefill.full_bytes())
+        state = method.candidates[1].compress(alone, GRID[0] / 2)
+        got = probes.outputs(UserState((layers[0], *state.layers), prefill.state.length)).double()
+    assert float(fitted["lost"][1, 1, 0]) == pytest.approx(float((got - want).square().mean()), rel=1e-4)
+    assert float(fitted["spent"][1, 1, 0]) == pytest.approx(
+        float((state.nbytes() - 4).sum() / prefill.full_bytes().sum())
+    )
+    assert float(fitted["full"]) == pytest.approx(float(prefill.full_bytes().double().mean()))
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(ValueError, match="candidates that take a budget"):
+        get_compressor("auto", candidates=("int8",))
+    assert "bytes" in auto().accepts(Budget(slots=3))
