@@ -28,6 +28,7 @@ COLOURS = {
     "heads": "#56B4E9",
     "recurrent": "#8C564B",
     "search": "#BCBD22",
+    "fitted": "#C2185B",
 }
 OTHER = "#555555"  # a family that is not in the taxonomy
 MOST_NAMED = 70  # methods in a legend
