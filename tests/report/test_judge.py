@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from malloc_bench.report import judge, tables
 from malloc_bench.report import leaderboard as lb
+from malloc_bench.report import tables
 from malloc_bench.results import load_results
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("results/*/results.parquet"))
