@@ -67,7 +67,9 @@ def row(name: str, history: int, slots: int, probes: int, users: int, seconds: f
 def report(
     lengths: Sequence[int] = (200, 2000), slots: int = 8, probes: int = 64, users: int = 16, seconds: float = SECONDS
 ) -> None:
-    print(f"\n{users} users, {slots} slots a layer and head, {probes} probes; load {load():.1f}\n")
+    print("# What fitted slots cost to make, in prefills, by `python benchmarks/bench_fitted.py`\n")
+    about = f"{users} users, {slots} slots a layer and head, {probes} probes"
+    print(f"{about}; CPU time, one thread, load {load():.1f}\n")
     for cells in (["backbone", "events", "prefill, ms", "probes", *METHODS], ["---", *["--:"] * (3 + len(METHODS))]):
         print(f"| {' | '.join(cells)} |")
     with threads(1):

@@ -45,9 +45,8 @@ class LagKV(Eviction):
         score = torch.ones(keys.shape[:3], dtype=keys.dtype, device=keys.device)
         if stretches < 2:
             return score
-        told = torch.stack([by_heads(partial(self._varying, stretches), x) for x in (keys, values)]).mean(
-            0
-        )  # [B, H, C - 1, lag]
+        both = [by_heads(partial(self._varying, stretches), x) for x in (keys, values)]
+        told = torch.stack(both).mean(0)  # [B, H, C - 1, lag]
         order, place = ascending(told), torch.arange(self.lag, device=told.device)
         rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order)) / self.lag
         known = (torch.arange(stretches - 1, device=count.device) + 2) * self.lag + self.sinks <= count[..., None]
