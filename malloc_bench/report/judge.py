@@ -140,8 +140,8 @@ def _note(of: str, none: pl.DataFrame) -> str:
 def _constant_note(of: str, constant: pl.DataFrame) -> str:
     here, whole = _both(of, constant)
     return (
-        f"No query needed: the full state's {of} ({whole}) is not significantly above that of {CONSTANT} ({here}), one "
-        "vector a layer and head whatever reads, so only overlap tells methods apart."
+        f"No headroom above a constant: the full state's {of} ({whole}) is not significantly above that of {CONSTANT} "
+        f"({here}), one vector a layer and head whatever reads: judge by {'agreement' if of == 'GAUC' else 'overlap'}."
     )
 
 

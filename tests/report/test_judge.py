@@ -95,7 +95,10 @@ def test_what_lies_above_a_constant_needs_the_query(row, board_of, error, needed
     found = dict(zip(board["compressor"], board["above_constant"]))
     assert found == pytest.approx({"full": 1, "none": 1 - 0.8 / 0.3, "fit_constant": 0, "h2o": 0.5})
     assert set(board["query_headroom"]) == {needed} and set(board["headroom"]) == {True}
-    said = "No query needed: the full state's NDCG@10 (0.2000) is not significantly above that of fit_constant (0.1900)"
+    said = (
+        "No headroom above a constant: the full state's NDCG@10 (0.2000) is not significantly above that of fit_constant "
+        "(0.1900)"
+    )
     assert (said in lb.to_markdown(frame)) == (said in printed(frame)) == (not needed)
     assert board.filter(pl.col("compressor") == "h2o")["lossless"].item()  # that table judges: of what is lost at all
 
@@ -186,4 +189,4 @@ def test_shipped_results_are_still_read(path):
     if path.parent.name == "ranking":
         assert not board["headroom"].all() and "cannot judge" in lb.to_markdown(frame)
     notes = board.filter(pl.col("headroom").fill_null(True))["note"].drop_nulls().to_list()
-    assert all(note.startswith("No query needed") for note in notes)
+    assert all(note.startswith("No headroom above a constant") for note in notes)

@@ -30,8 +30,8 @@ class Auto(Compressor):
     a row of sizes, `fit` compresses that layer alone of training users and measures what probes held out then come out
     of the whole stack with: the squared gap to what they do over the full state. Taking it that errors of layers add
     up, bytes go where the next ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
-    One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first candidate's kind,
-    behind those that it is fitted to.
+    One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
+    candidate's kind, behind those that it is fitted to.
     On plain tensors, which have no stack, each layer's relative gap counts. The defaults' probes, those that the model
     ranks at the top for the user, are not known in ranking. Where layers are alike, equal shares do as well.
     """
