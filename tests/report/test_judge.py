@@ -96,8 +96,8 @@ def test_what_lies_above_a_constant_needs_the_query(row, board_of, error, needed
     assert found == pytest.approx({"full": 1, "none": 1 - 0.8 / 0.3, "fit_constant": 0, "h2o": 0.5})
     assert set(board["query_headroom"]) == {needed} and set(board["headroom"]) == {True}
     said = (
-        "No headroom above a constant: the full state's NDCG@10 (0.2000) is not significantly above that of fit_constant "
-        "(0.1900)"
+        "No headroom above a constant: the full state's NDCG@10 (0.2000) is not significantly above that of "
+        "fit_constant (0.1900)"
     )
     assert (said in lb.to_markdown(frame)) == (said in printed(frame)) == (not needed)
     assert board.filter(pl.col("compressor") == "h2o")["lossless"].item()  # that table judges: of what is lost at all
