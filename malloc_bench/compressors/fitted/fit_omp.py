@@ -10,6 +10,7 @@ from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
 
+_LEFT = 1e-2  # of a column's squared length, the least that counts: below it what slots taken leave of it is rounding
 _SPENT = 2e-3  # of the first gain: below it slots are taken by their weight
 
 
@@ -17,8 +18,9 @@ _SPENT = 2e-3  # of the first gain: below it slots are taken by their weight
 @dataclass(frozen=True)
 class FitOMP(FittedTokens):
     """Keeps k slots of each head by orthogonal matching pursuit: each next one is the column of A, the weights of
-    probes over slots, that points most along what is left of the target A V (softmax: of the total weight too, on the
-    scale of the target). Masses and values are solved for as in `fit_recent`, where the parameters are told.
+    probes over slots, that leaves least of the target A V (softmax: of the total weight too, on the scale of the
+    target) once it stands beside those taken: what they explain of it does not count. Masses and values are solved for
+    as in `fit_recent`, where the parameters are told.
     """
 
     probes: int = 64
@@ -27,8 +29,15 @@ class FitOMP(FittedTokens):
     which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"
-    paper = "ours; for language models Attention Matching, arXiv 2602.16284; pursuit: Pati et al., Asilomar 1993"
-    formula = "next slot = argmax |a_j' R| / |a_j|, R what is left of [A V, A 1]; masses and values as in fit_recent"
+    paper = (
+        "ours; for language models Attention Matching, arXiv 2602.16284; pursuit as in Rebollo-Neira and Lowe, "
+        "IEEE SPL 2002"
+    )
+    formula = (
+        "next slot = argmax |b_j' R| / |b_j|, b_j what slots taken leave of a_j, R of [A V, A 1]; masses and values as "
+        "in fit_recent"
+    )
+    version = 4
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
@@ -60,12 +69,15 @@ class FitOMP(FittedTokens):
             return free[..., :0].long()
         length = columns.square().sum(2).sqrt()  # [B, H, S]
         # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
-        squared, per = (columns.mT @ rest).square().sum(-1), 1 / length.square().clamp(min=1e-30)
-        spent = _SPENT**2 * (squared * per).amax(-1, keepdim=True)  # below it what is left is rounding
+        squared, left = (columns.mT @ rest).square().sum(-1), length.square()
+        least = (_LEFT * left).clamp(min=1e-30)
+        spent = _SPENT**2 * (squared / left.clamp(min=1e-30)).amax(
+            -1, keepdim=True
+        )  # below it what is left is rounding
         turns = min(size, columns.shape[2])  # then all directions are taken
         basis = columns.new_zeros(*columns.shape[:2], turns, columns.shape[2])
         for turn in range(turns):
-            gain = (squared * per).masked_fill(~free, -1.0)
+            gain = (squared / left.maximum(least)).masked_fill(~free, -1.0)
             gain = torch.where(gain.amax(-1, keepdim=True) <= spent, length.masked_fill(~free, -1.0), gain)
             best = gain.argmax(-1, keepdim=True)
             taken.append(best)
@@ -81,6 +93,7 @@ class FitOMP(FittedTokens):
             told = new.mT @ rest  # [B, H, 1, D]
             along, both = (torch.cat([new, rest @ told.mT], -1).mT @ columns).unbind(2)  # [B, H, S]
             squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
+            left = left - along.square()
             rest = rest - new * told
         by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
         return torch.cat([*taken, by_weight[..., : size - turns]], -1)
