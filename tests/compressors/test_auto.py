@@ -82,8 +82,11 @@ def test_curves_are_of_the_best_candidate_and_fall():
 
 def test_a_layer_that_counts_for_more_gets_more_and_the_budget_is_used(world, fitted):
     method, prefill = auto(), world.prefill(auto().needs)
-    more = Fitted({**fitted, "lost": fitted["lost"] * torch.tensor([1.0, 1e4])[:, None, None]})
-    plain, tilted = (dict(enumerate(method.planned(fit, 0.1))) for fit in (fitted, more))
+    first, more = (
+        Fitted({**fitted, "lost": fitted["lost"] * torch.tensor(counts)[:, None, None]})
+        for counts in ([1e4, 1], [1, 1e4])
+    )
+    plain, tilted = (dict(enumerate(method.planned(fit, 0.1))) for fit in (first, more))
     assert tilted[1][1] > plain[1][1] and sum(share for _, share in tilted.values()) == pytest.approx(1)
     slot = 2 * (10 + 4 + 2)  # the largest of one head, twice: one for each layer may be too much
     for budget in (Budget(0.1), Budget(bytes=500)):
