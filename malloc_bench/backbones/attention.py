@@ -330,7 +330,7 @@ def _over_segment(
 ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
     if segment.slots is None or slots is None:
-        return summed(block, q, segment)
+        return summed(block, q, segment, asked)
     if segment.lookup is not None:
         logits, found, mix = looked_up(block, q, segment, asked, slots)
         return logits, found, None, mix

@@ -64,16 +64,25 @@ def looked_up(
     return logits, found, lambda weights: back(block.mix(apart(weights), few), q)
 
 
-def summed(block: Block, q: Tensor, segment: Segment) -> tuple[Tensor, Tensor, None, Callable[[Tensor], Tensor]]:
+def summed(
+    block: Block, q: Tensor, segment: Segment, asked: Places
+) -> tuple[Tensor, Tensor, None, Callable[[Tensor], Tensor]]:
     """Logits [B, H, M, 1] of tokens over a memory that answers as one slot, its mask, no mass, and what mixes it.
 
-    Fields: `constant` [B, H', 1, D], the answer; where weights are normalised, `weight` [B, H', 1, 1], its logit. Where
-    they are not, the answer is what the mixture gains.
+    Fields: `constant` [B, H', 1, D'], the answer, to which a query adds its products with `asks` [B, H', R, D] times
+    `answers` [B, H', R, D'], if there are any. Where weights are normalised, `weight` [B, H', 1, 1], its logit, to
+    which the product with `key` [B, H', 1, D] is added, if there is one; where not, the answer is what the mixture
+    gains.
     """
     known = {name: block.each(vectors.dense()).to(q.dtype) for name, vectors in segment.fields.items()}
     answer, logits = known["constant"], q.new_zeros(*q.shape[:3], 1)
+    query = block.asking(q, asked) if known.keys() & {"key", "asks"} else q
+    if "asks" in known:
+        answer = answer + query @ known["asks"].mT @ known["answers"]
     if "weight" in known:
         logits = logits + known["weight"]
+    if "key" in known:
+        logits = logits + query @ known["key"].mT
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     if block.normalised:
         return logits, mask, None, lambda weights: weights * answer
@@ -83,7 +92,7 @@ def summed(block: Block, q: Tensor, segment: Segment) -> tuple[Tensor, Tensor, N
 def read_flops(block: Block, queries: int, segment: Segment) -> int:
     """Of `logits` and `mix` over a segment as queries read it, per user."""
     if segment.slots is None:
-        return 0  # nothing is asked of a constant
+        return sum(segment.fields[name].flops(queries) for name in ("key", "asks", "answers") if name in segment.fields)
     if segment.lookup is None:
         return block.attend_flops(queries, segment)
     _, heads, _, width = segment.fields["keys"].shape

@@ -53,7 +53,7 @@ def newcomers(seen: Sequence[Seen], grown: UserState, new: Tensor, stats: Stats)
     has it. seen: the new events as they passed, layer by layer. Of queries no more are known than events are new.
     """
     found: dict[str, list[Tensor]] = {}
-    for layer, (segment,) in zip(seen, grown.layers):
+    for layer, (segment, *_) in zip(seen, grown.layers):  # a memory beside the slots is not asked
         slots, block, turn = segment.slots, layer.block, torch.arange(layer.q.shape[2], device=new.device)
         assert slots is not None
         if stats.queries:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.encoding import beside_memories as beside_memories
 from malloc_bench.compressors.encoding import map_layers as map_layers
 from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.compressors.encoding import shortened as shortened

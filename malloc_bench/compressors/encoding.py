@@ -35,6 +35,16 @@ def shortened(state: UserState) -> UserState:
     return UserState(tuple(layers), state.length, state.events)
 
 
+def beside_memories(write: Callable[[UserState], UserState], state: UserState) -> UserState:
+    """What `write` makes of the segments with slots, and the memories that stand beside them as they are."""
+    memories = [tuple(s for s in layer if s.slots is None) if len(layer) > 1 else () for layer in state.layers]
+    if not any(memories):
+        return write(state)
+    slotted = tuple(tuple(s for s in layer if s.slots is not None) for layer in state.layers)
+    made = write(replace(state, layers=slotted))
+    return replace(made, layers=tuple((*layer, *own) for layer, own in zip(made.layers, memories)))
+
+
 def together(state: UserState) -> UserState:
     """The state, of one segment a layer; raises ValueError where an encoder has split them."""
     if any(len(layer) != 1 for layer in state.layers):

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class TokenMethod(Compressor):
     """Keeps or makes k slots of each user, the most that fit the budget.
 
-    even: every layer and head gets the same k; else k is the total, see division.py.
+    even: every layer and head gets the same k; else k is the total, see division.py. remembers: it leaves a memory
+    beside its slots.
     """
 
     even: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False
 
     def supports(self, backbone: Backbone) -> str | None:
         return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it has no slots"

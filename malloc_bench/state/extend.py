@@ -78,22 +78,26 @@ def _place(old: Tensor, new: Tensor, slots: Slots, tail: Slots) -> Tensor:
 def joined(state: UserState) -> UserState:
     """The same with one dense segment a layer: what an earlier compression kept, then what was appended to it.
 
-    Slots that layers share stay shared. Memories, and raw events, are as they were.
+    Slots that layers share stay shared. Memories, behind the slots, and raw events are as they were.
     """
     done: dict[tuple[int, ...], Slots] = {}
     layers: list[Layer] = []
     for layer in state.layers:
-        owns = [segment.slots for segment in layer if segment.slots is not None]
-        if len(owns) < len(layer) or not owns:
+        slotted = [segment for segment in layer if segment.slots is not None]
+        owns = [segment.slots for segment in slotted if segment.slots is not None]
+        memories = tuple(segment for segment in layer if segment.slots is None)
+        if not owns:
             layers.append(layer)
             continue
         heads = max(slots.count.shape[1] for slots in owns)
         counts = [slots.count.expand(-1, heads) for slots in owns]
         key = tuple(map(id, owns))
         if key not in done:
-            done[key] = _one_after_the_other(owns, counts, [segment.width for segment in layer], state.length)
-        fields = {name: Dense(_behind([_field(s, name).dense() for s in layer], counts)) for name in layer[0].fields}
-        layers.append((Segment(fields, done[key]),))
+            done[key] = _one_after_the_other(owns, counts, [segment.width for segment in slotted], state.length)
+        fields = {
+            name: Dense(_behind([_field(s, name).dense() for s in slotted], counts)) for name in slotted[0].fields
+        }
+        layers.append((Segment(fields, done[key]), *memories))
     return UserState(tuple(layers), state.length, state.events)
 
 

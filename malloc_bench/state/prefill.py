@@ -109,8 +109,9 @@ class Prefill:
         return {name: x for name, x in known.items() if x is not None}
 
     def segment(self, layer: int) -> Segment:
-        """The only segment of a layer."""
-        (segment,) = self.state.layers[layer]
+        """The segment of a layer that has slots, if any has; beside it may be a memory that a method has left."""
+        own = self.state.layers[layer]
+        (segment,) = [each for each in own if each.slots is not None] or own
         return segment
 
     def slots(self, layer: int) -> Slots:

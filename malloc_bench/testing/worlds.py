@@ -292,13 +292,23 @@ def _lively(backbone: Backbone) -> Backbone:
 
 def _softmax_read(queries: Tensor, layer: Layer) -> Tensor:
     """Softmax attention [B, H, M, D] over a layer and one slot of zeros, so that nothing is no problem."""
-    sources = [(segment, segment.slots) for segment in layer if segment.slots is not None]
-    logits = [queries.new_zeros(*queries.shape[:3], 1)]
-    for segment, slots in sources:
-        x = segment.fields["keys"].dot(queries) / queries.shape[-1] ** 0.5
-        if slots.mass is not None:
-            x = x + slots.mass.clamp(min=1e-6).log().unsqueeze(2)
-        logits.append(x.masked_fill(~slots.mask(segment.width).unsqueeze(2), -torch.inf))
+    asked = queries / queries.shape[-1] ** 0.5
+    logits, mixes = [queries.new_zeros(*queries.shape[:3], 1)], []
+    for segment in layer:
+        if segment.slots is None:  # as `folded.summed` has it
+            known = {name: vectors.dense() for name, vectors in segment.fields.items()}
+            answer = known["constant"]
+            if "asks" in known:
+                answer = answer + asked @ known["asks"].mT @ known["answers"]
+            logits.append(
+                known["weight"] + (asked @ known["key"].mT if "key" in known else torch.zeros_like(logits[0]))
+            )
+            mixes.append(lambda w, answer=answer: w * answer)
+            continue
+        x = segment.fields["keys"].dot(asked)
+        if segment.slots.mass is not None:
+            x = x + segment.slots.mass.clamp(min=1e-6).log().unsqueeze(2)
+        logits.append(x.masked_fill(~segment.slots.mask(segment.width).unsqueeze(2), -torch.inf))
+        mixes.append(segment.fields["values"].mix)
     _, *weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
-    mixed = [segment.fields["values"].mix(w) for w, (segment, _) in zip(weights, sources)]
-    return sum(mixed, torch.zeros_like(queries))
+    return sum((mix(w) for mix, w in zip(mixes, weights)), torch.zeros_like(queries))

@@ -73,6 +73,8 @@ METHODS = [
     ("cam", {"inner": "tova", "merge": 3}),
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")),
     *((name, {"probes": 8, "rounds": 3}) for name in ("fit_keys", "cartridge")),
+    ("moments", {"probes": 8}),
+    ("moments", {"probes": 8, "about": "zero", "rank": 0, "inner": "knorm"}),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
     ("auto", {"candidates": (("recent", "mxint"),), "tests": 2}),
     *(("fit_recent", {"probes": 5, "which": which}) for which in ("own", "top", "candidates")),

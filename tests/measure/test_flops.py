@@ -27,6 +27,7 @@ PARAMS = {  # beside the defaults
     "ids_below": [{}, {"inner": "recent"}],
     **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")},
     **{name: [{"probes": 8, "rounds": 3}] for name in ("fit_keys", "cartridge")},
+    "moments": [{"probes": 8}, {"probes": 8, "about": "zero", "inner": "snapkv"}],
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],
@@ -97,6 +98,8 @@ def eigen(state):
     if any(isinstance(v, Summed) for v in fields):  # of channels, always
         held = [v.first if isinstance(v, Summed) else v for v in fields]
         return sum(9 * v.shape[1] * v.shape[3] ** 3 for v in {id(v): v for v in held}.values())
+    if asked := [s.fields["asks"] for s in state.segments() if "asks" in s.fields]:  # of products of keys
+        return sum(9 * v.shape[1] * v.shape[3] ** 3 for v in asked)
     lefts = {id(v.left): v.left for f in fields for v in (f, *f.shared()) if isinstance(v, LowRank)}
     return sum(9 * x.shape[1] * min(x.shape[2], x.most) ** 3 for x in lefts.values())
 

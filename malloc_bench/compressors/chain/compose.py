@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, Structural, as_compressor
+from malloc_bench.compressors.base import Compressor, Encoder, Structural, as_compressor, beside_memories
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Budget, Layout, slots_within
 from malloc_bench.registry import register
@@ -45,6 +45,8 @@ class Compose(TokenMethod):
             )
         if len(tokens) > 1 and (uneven := next((method for method in tokens if not method.even), None)):
             raise ValueError(f"compose: {uneven.name} divides the whole budget: no other token method stands beside it")
+        if early := next((method for method in tokens[:-1] if method.remembers), None):
+            raise ValueError(f"compose: {early.name} leaves a memory beside its slots: no token method comes after it")
         for later in tokens[1:]:
             if later.needs != Stats():
                 raise ValueError(f"compose: {later.name} needs statistics or events, so it must come first")
@@ -117,7 +119,7 @@ class Compose(TokenMethod):
             return encoder.write(view)
 
         def write(state: UserState) -> UserState:
-            return encoder.write(view.over(state))
+            return beside_memories(lambda slotted: encoder.write(view.over(slotted)), state)
 
         return write(tokens[-1].settled(own, view.state, write))
 
