@@ -104,6 +104,11 @@ class Compressor(ABC):
         return Stats()
 
     @property
+    def fit_needs(self) -> Stats:
+        """What `fit` reads of training users' prefills."""
+        return self.needs
+
+    @property
     def files(self) -> Sequence[str | Path]:
         """Files that the method reads, such as a codebook: their content is a part of what a row depends on."""
         return ()
@@ -133,7 +138,7 @@ class Compressor(ABC):
     def fit(self, sample: Any, budget: Any = None) -> Fitted:
         """What the method learns of training users, named tensors; most learn nothing and do not have this.
 
-        sample: a Prefill of theirs, with `needs`, or several (a `Sample`, which an implementation always gets). The
+        sample: a Prefill of theirs, with `fit_needs`, or several (a `Sample`, which an implementation always gets). The
         same sample comes to the same fit: what is random is seeded. Its bytes are fixed bytes of the method.
         """
         raise TypeError(f"{type(self).__name__} learns nothing")

@@ -78,7 +78,7 @@ class Fits:
         started = time.perf_counter()
         with undisturbed():
             torch.manual_seed(self.seed)
-            fitted = compressor.fit(Sample(lambda: self._prefills(compressor.needs, budget)), budget)
+            fitted = compressor.fit(Sample(lambda: self._prefills(compressor.fit_needs, budget)), budget)
         seconds = time.perf_counter() - started
         if type(fitted) is not Fitted or not all(bool(x.isfinite().all()) for x in fitted.values()):
             raise TypeError(f"{compressor.name}: fit gave no Fitted of finite tensors but {type(fitted).__name__}")

@@ -106,7 +106,7 @@ class World:
 
     def sample(self, compressor: Compressor, draw: int = 1) -> Prefill:
         """Training users, other ones for every draw."""
-        return self.prefill(compressor.needs, FITTED, draw=draw)
+        return self.prefill(compressor.fit_needs, FITTED, draw=draw)
 
     def fit(self, compressor: Compressor, budget: Budget | None = None) -> World:
         """This place once the compressor has learned what it learns."""
@@ -293,7 +293,7 @@ def _lively(backbone: Backbone) -> Backbone:
 def _softmax_read(queries: Tensor, layer: Layer) -> Tensor:
     """Softmax attention [B, H, M, D] over a layer and one slot of zeros, so that nothing is no problem."""
     asked = queries / queries.shape[-1] ** 0.5
-    logits, mixes = [queries.new_zeros(*queries.shape[:3], 1)], []
+    logits, mixes = [queries.new_zeros(*queries.shape[:3], 1)], list[Callable[[Tensor], Tensor]]()
     for segment in layer:
         if segment.slots is None:  # as `folded.summed` has it
             known = {name: vectors.dense() for name, vectors in segment.fields.items()}
@@ -303,7 +303,7 @@ def _softmax_read(queries: Tensor, layer: Layer) -> Tensor:
             logits.append(
                 known["weight"] + (asked @ known["key"].mT if "key" in known else torch.zeros_like(logits[0]))
             )
-            mixes.append(lambda w, answer=answer: w * answer)
+            mixes.append(answer.mul)
             continue
         x = segment.fields["keys"].dot(asked)
         if segment.slots.mass is not None:

@@ -74,6 +74,7 @@ METHODS = [
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")),
     *((name, {"probes": 8, "rounds": 3}) for name in ("fit_keys", "cartridge")),
     ("moments", {"probes": 8}),
+    ("still", {"probes": 8, "bank": 5, "rounds": 2}),
     ("moments", {"probes": 8, "about": "zero", "rank": 0, "inner": "knorm"}),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
     ("auto", {"candidates": (("recent", "mxint"),), "tests": 2}),

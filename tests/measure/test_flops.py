@@ -28,6 +28,7 @@ PARAMS = {  # beside the defaults
     **{name: [{"probes": 8}] for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")},
     **{name: [{"probes": 8, "rounds": 3}] for name in ("fit_keys", "cartridge")},
     "moments": [{"probes": 8}, {"probes": 8, "about": "zero", "inner": "snapkv"}],
+    "still": [{"bank": 4, "rounds": 1}],
     "mla": [{"latent": 6}],
     "longformer": [{}, {"window": 5, "globals": 1}],
     "linformer": [{}, {"slots": 3}],

@@ -79,6 +79,10 @@ class Compose(TokenMethod):
     def needs(self) -> Stats:
         return reduce(Stats.__or__, (step.needs for step in self.steps), Stats())
 
+    @property
+    def fit_needs(self) -> Stats:
+        return reduce(Stats.__or__, (part.fit_needs for part in self.fit_parts().values()), Stats())
+
     def supports(self, backbone: "Backbone") -> str | None:
         for step in self.steps:
             if why := step.supports(backbone):
