@@ -15,7 +15,7 @@ from malloc_bench.compressors.fitted.rounding import Rounding, rounded, rounded_
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
-from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, take
+from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, Vectors, take
 
 
 class Asking(Compressor):
@@ -67,7 +67,7 @@ class FittedTokens(Asking, TokenMethod):
         mass = prefill.probes(0, self.ask).normalised
         own = "head" if self.per_head else "layer" if mass else "state"
         plain = dense_layout(prefill, own, consecutive=self.consecutive)  # type: ignore[arg-type]
-        stored = _split(plain.vectors)
+        stored = split(plain.vectors)
         heads = sum(pair[0][1] for pair in stored)
         return replace(plain, mass=heads * mass, vectors=tuple(vectors for pair in stored for vectors in pair))
 
@@ -82,11 +82,7 @@ class FittedTokens(Asking, TokenMethod):
             length = prefill.state.length if prefill.uses_positions and not implied else None
             before = kept_slots(old, index, kept, length)
             slots = replace(before, mass=None)
-            fields = (
-                segment.fields
-                if len(segment.fields) > 1
-                else dict.fromkeys(("keys", "values"), *segment.fields.values())
-            )
+            fields = dict(zip(("keys", "values"), pair(segment)))
             chosen = Segment({name: Dense(take(v.dense(), index)) for name, v in fields.items()}, slots)
             keys, masses, values = self.fit_slots(probes, chosen, before.mass)
             whole = (kept == old.count[:, 0])[:, None, None]
@@ -159,7 +155,13 @@ def without_slots(backbone: Any) -> str | None:
     return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it attends to no slots"
 
 
-def _split(vectors: Sequence[tuple[str, int, int]]) -> list[tuple[tuple[str, int, int], ...]]:
+def pair(segment: Segment) -> tuple[Vectors, Vectors]:
+    """Keys and values; one field is both."""
+    only = next(iter(segment.fields.values()))
+    return segment.fields.get("keys", only), segment.fields.get("values", only)
+
+
+def split(vectors: Sequence[tuple[str, int, int]]) -> list[tuple[tuple[str, int, int], ...]]:
     """A layout's vectors layer by layer, one field as the two that are stored of kept slots."""
     if vectors and vectors[0][0] in ("keys", "values"):
         return [tuple(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor
-from malloc_bench.compressors.fitted.fitting import Asking
+from malloc_bench.compressors.fitted.fitting import Asking, pair, split, without_slots
 from malloc_bench.compressors.fitted.solving import rows_of
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Layout
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 About = Literal["query", "zero"]
 _NOTHING = -1e4  # a logit
+_LEAST = 1e-9  # of all weight: of less a difference of sums says nothing, and nothing is read
 _SCALE = 2  # bytes of a vector, beside one a head and field
 
 
@@ -76,17 +77,16 @@ class Moments(Asking, TokenMethod):
         return super().needs | self.inner.needs
 
     def supports(self, backbone: "Backbone") -> str | None:
-        two = backbone.has_slots and set(backbone.fields) == {"keys", "values"}
-        why = None if two else f"moments are of keys and values, {backbone.name} has no slots of both"
-        return why or self.inner.supports(backbone)
+        if getattr(backbone.config, "search", "none") != "none":
+            return f"moments are of all that is not kept, {backbone.name} reads what it has searched for"
+        return self.inner.supports(backbone) or without_slots(backbone)
 
     def layout(self, prefill: Prefill) -> Layout:
         plain, weighs = self.inner.layout(prefill), prefill.probes(0, self.ask).normalised
         fixed = 0
-        for name, heads, width in plain.vectors:
-            own = 1 if name == "values" else weighs  # vectors beside those of the matrix
-            fixed += heads * ((own + self.rank) * (width + _SCALE) + own + (self.rank > 0))
-            fixed += heads * 4 * (name == "keys" and weighs)
+        for (_, heads, depth), (_, _, wide) in split(plain.vectors):
+            fixed += heads * ((weighs + self.rank) * (depth + _SCALE) + (1 + self.rank) * (wide + _SCALE))
+            fixed += heads * (5 * weighs + 1 + 2 * (self.rank > 0))
         return replace(plain, fixed=fixed)
 
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
@@ -97,7 +97,7 @@ class Moments(Asking, TokenMethod):
     def _memory(self, prefill: Prefill, layer: int, kept: Segment) -> Segment:
         """Of a layer's slots that are not among the kept ones, and of what an earlier memory stands for."""
         probes, whole = prefill.probes(layer, self.ask), prefill.segment(layer)
-        heads = prefill.keys(layer).shape[1]
+        heads = pair(whole)[0].shape[1]
         before = next((segment.fields for segment in prefill.state.layers[layer] if segment.slots is None), None)
         asking = rows_of(probes.asking().double(), heads).mean(2, keepdim=True)  # [B, H, 1, D]
         centre = asking if self.about == "query" else torch.zeros_like(asking)
@@ -106,6 +106,7 @@ class Moments(Asking, TokenMethod):
         parts = [self._part(probes, segment, asking - centre) for segment in (whole, kept)]
         if probes.normalised:
             answer, matrix, fields = _tilted(parts, centre, before)
+            some = some & (fields["part"] > _LEAST)
         else:
             (answer, matrix), fields = _bent(parts, centre, before, probes.normaliser), {}
         made: dict[str, Vectors] = {}
@@ -121,7 +122,7 @@ class Moments(Asking, TokenMethod):
     def _part(self, probes: Probes, segment: Segment, off: Tensor) -> Part:
         """off: [B, H, 1, D], from where it is expanded to the probes' mean query."""
         assert segment.slots is not None
-        keys, values = (segment.fields[name].dense().double() for name in ("keys", "values"))
+        keys, values = (x.dense().double() for x in pair(segment))
         logits = rows_of(probes.logits(segment).double(), keys.shape[1]).mean(2, keepdim=True) - off @ keys.mT
         counts = segment.slots.mask(segment.width).double()
         if segment.slots.mass is not None:
@@ -132,7 +133,7 @@ class Moments(Asking, TokenMethod):
         """Logits of probes over all slots and kept ones, the sums of both, and the factors."""
         total = self.inner.work(state, history, heads)
         for number, (kept, memory) in enumerate(state.layers):
-            (_, h, k, d), (_, _, _, wide) = (kept.fields[name].shape for name in ("keys", "values"))
+            (_, h, k, d), (_, _, _, wide) = (x.shape for x in pair(kept))
             slots, softmax = history + k, "weight" in memory.fields
             total += 2 * self.probes * heads[number] * slots * d + 2 * h * slots * (d * wide + wide + d * softmax)
             total += 2 * h * slots * d * (self.about == "zero") + 2 * h * d * wide * softmax
@@ -146,7 +147,8 @@ def _tilted(
     parts: Sequence[Part], centre: Tensor, before: Mapping[str, Vectors] | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Of slots that are in the first part and not in the second, of softmax: the mean of values [B, H, 1, D'], that of
-    value x key' about both means [B, H, D', D], `key`, the mean of keys, and `logit`, that of all at the centre.
+    value x key' about both means [B, H, D', D], `key`, the mean of keys, `logit`, that of all at the centre, and
+    `part`, theirs of the weight of all slots.
 
     before: a memory that counts too. Sums are of all less those of the kept.
     """
@@ -165,9 +167,9 @@ def _tilted(
         known, told, matrix = (earlier - most).exp(), *_first_order(before, centre)
         total, keys, values = total + known, keys + known * key, values + known * told
         both = both + known * (matrix + told.mT @ key)
-    total = total.clamp(min=1e-30)
+    part, total = total / sums[0][0].clamp(min=1e-300), total.clamp(min=1e-300)
     key, value = keys / total, values / total
-    return value, both / total - value.mT @ key, {"key": key, "logit": most + total.log()}
+    return value, both / total - value.mT @ key, {"key": key, "logit": most + total.log(), "part": part}
 
 
 def _bent(
