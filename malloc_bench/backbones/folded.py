@@ -92,7 +92,8 @@ def summed(
 def read_flops(block: Block, queries: int, segment: Segment) -> int:
     """Of `logits` and `mix` over a segment as queries read it, per user."""
     if segment.slots is None:
-        return sum(segment.fields[name].flops(queries) for name in ("key", "asks", "answers") if name in segment.fields)
+        asked = [segment.fields[name] for name in ("key", "asks", "answers") if name in segment.fields]
+        return sum(block.heads // v.shape[1] * v.flops(queries) for v in asked)  # of each query head
     if segment.lookup is None:
         return block.attend_flops(queries, segment)
     _, heads, _, width = segment.fields["keys"].shape

@@ -160,7 +160,7 @@ WORLDS = (  # lsrm attends as sasrec does
     "tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads", "marm-2-heads", "climber-times-2-heads",
     "gated_delta-2-heads",
 )  # fmt: skip
-FEW = ("sasrec-2-heads", "hstu-times")  # where variants and chains are always tried; elsewhere by `make test-slow`
+FEW = ("sasrec-2-heads", "hstu-times")  # every method, and each variant and chain in one of them; `make test-slow`: all
 FAR = ("hstu-2-heads", "marm-2-heads", "climber-times-2-heads")  # each method always in one of them, drawn by its name
 
 NOT_ON_TENSORS = ("squeeze", "rastp", "recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
@@ -173,16 +173,17 @@ def label(method):
 
 
 def matrix():
-    """Every method in every world; what has been there with other parameters, and chains, at first in a few."""
+    """Every method in every world; what has been there with other parameters, and chains, at first in one."""
     known = set()
     for method in METHODS:
         first = method[0] not in known and method[0] != "compose"
         known.add(method[0])
-        drawn = FAR[crc32(method[0].encode()) % len(FAR)]
+        lot = crc32(label(method).encode())
+        drawn, one = FAR[lot % len(FAR)], FEW[lot // len(FAR) % len(FEW)]
         for world in WORLDS:
             if world == "tensors" and method[0] in NOT_ON_TENSORS:
                 continue  # rebuilds from raw events or a backbone's maps, which plain tensors do not have
-            quick = world in FEW or (first and (world not in FAR or world == drawn))
+            quick = world in (FEW if first else (one,)) or (first and (world not in FAR or world == drawn))
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(method, world, marks=marks, id=f"{label(method)}-{world}")
 

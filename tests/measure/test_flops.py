@@ -116,8 +116,8 @@ def per_user(fn, users):
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work):
     backbone = adapted(method, build(name, has_time, work.max_length))
     events, tokens, new = work.events(ITEMS)
-    with torch.inference_mode():
-        full = learned(method, replace(filled(backbone, work, method.needs), memo={}))
+    with torch.no_grad():
+        full = learned(method, replace(filled(backbone, work, method.needs | method.fit_needs), memo={}))
         state = method.compress(full, budget(method))
         found = closed_form(backbone, method, state, work)
 
@@ -157,8 +157,8 @@ def test_padded_widths_count(method, name, has_time):
     backbone, work = adapted(method, build(name, has_time, 41)), Workload(4, 40)
     events, tokens, _ = work.events(ITEMS)
     ragged = Events(events.items, torch.tensor([40, 7, 1, 0], dtype=torch.int32), events.times, events.next_times)
-    with torch.inference_mode():
-        full = backbone.prepare(ragged, stats=method.needs, items=some_facts(ITEMS), tokens=tokens)
+    with torch.no_grad():
+        full = backbone.prepare(ragged, stats=method.needs | method.fit_needs, items=some_facts(ITEMS), tokens=tokens)
         state = method.compress(learned(method, full), budget(method))
         assert closed_form(backbone, method, state, work)["read_flops"] == per_user(
             lambda: backbone.read(tokens, state), 4

@@ -103,7 +103,7 @@ class Moments(Asking, TokenMethod):
         centre = asking if self.about == "query" else torch.zeros_like(asking)
         assert whole.slots is not None and kept.slots is not None
         some = (whole.slots.count > kept.slots.count).expand(-1, heads)[..., None, None] | (before is not None)
-        parts = [self._part(probes, segment, asking - centre) for segment in (whole, kept)]
+        parts = [self._part(probes, segment, asking) for segment in (whole, kept)]
         if probes.normalised:
             answer, matrix, fields = _tilted(parts, centre, before)
             some = some & (fields["part"] > _LEAST)
@@ -119,11 +119,13 @@ class Moments(Asking, TokenMethod):
             made["weight"] = Dense(torch.where(some, logit, _NOTHING).float())
         return Segment({"constant": _coded(torch.where(some, answer, 0.0)), **made}, None)
 
-    def _part(self, probes: Probes, segment: Segment, off: Tensor) -> Part:
-        """off: [B, H, 1, D], from where it is expanded to the probes' mean query."""
+    def _part(self, probes: Probes, segment: Segment, asking: Tensor) -> Part:
+        """asking: [B, H, 1, D], the probes' mean query."""
         assert segment.slots is not None
         keys, values = (x.dense().double() for x in pair(segment))
-        logits = rows_of(probes.logits(segment).double(), keys.shape[1]).mean(2, keepdim=True) - off @ keys.mT
+        logits = rows_of(probes.logits(segment).double(), keys.shape[1]).mean(2, keepdim=True)
+        if self.about == "zero":
+            logits = logits - asking @ keys.mT  # a bias is left
         counts = segment.slots.mask(segment.width).double()
         if segment.slots.mass is not None:
             counts = counts * segment.slots.mass

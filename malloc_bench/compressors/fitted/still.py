@@ -117,9 +117,14 @@ class Still(Asking, TokenMethod):
             slower.step()
 
     def flops(self, state: UserState, history: int) -> int:
-        """Learned queries times keys, and what they read."""
-        pairs = [tuple(layer[0].fields[name].shape for name in ("keys", "values")) for layer in state.layers]
-        return sum(2 * h * history * k * (2 * d + wide) for (_, h, k, d), (*_, wide) in pairs)
+        """Learned queries times keys; what they read of keys, values, positions and times."""
+        total = 0
+        for ((_, h, k, d), (*_, wide)), slots in (
+            ([s.fields[name].shape for name in ("keys", "values")], s.slots) for s in state.segments()
+        ):
+            timed = slots is not None and slots.timestamps is not None
+            total += 2 * h * history * k * (2 * d + wide + 1 + timed)
+        return total
 
 
 def made(
