@@ -55,3 +55,7 @@ def test_why_asks_for_what_is_not_trained(why, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["why.py", "smoke"])
     with pytest.raises(SystemExit, match="is not trained yet: malloc-bench run smoke --only seed=0"):
         why.main()
+
+
+def test_the_page_on_fitted_states_is_what_the_rows_say():
+    subprocess.run([sys.executable, EXAMPLES.parent / "docs" / "fitted.py", "--check"], check=True)
