@@ -113,7 +113,7 @@ def rows() -> pl.DataFrame:
 
 
 def overlap(found: pl.DataFrame, method: str, budget: float) -> dict[str, float]:
-    """By backbone, where the smallest state is no larger; a row may stand for several budgets that come to one state."""
+    """By backbone, where the smallest state is no larger; a row may stand for budgets that come to one state."""
     listed = pl.col("budget").str.strip_suffix(" %").str.split(", ")
     some = found.filter((pl.col("compressor") == method) & listed.list.contains(f"{100 * budget:.6g}"))
     some = some.filter(pl.col("smaller_x") * budget > 0.9)
