@@ -13,6 +13,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, TokenMethod
 from malloc_bench.compressors.base import MissingFit, methods_in
 from malloc_bench.compressors.chain.compose import Compose
+from malloc_bench.compressors.fitted.fit_keys import FitKeys
 from malloc_bench.state import MissingStatistic, map_tensors
 from malloc_bench.state.prefill import OBSERVED
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
@@ -167,8 +168,10 @@ def returns_full_for_a_whole_budget(compressor: Compressor, world: World) -> Non
 
 def _apart(compressor: Compressor) -> float:
     """How far outputs may lie apart where sums were added in another order: rounding that makes up for rounding turns
-    a last digit into another code."""
-    return 0.1 if isinstance(compressor, Compose) and compressor.settles else 1e-4
+    a last digit into another code, and a descent goes on from where it is."""
+    if isinstance(compressor, Compose) and compressor.settles:
+        return 0.1
+    return 2e-3 if isinstance(compressor, FitKeys) else 1e-4
 
 
 def ignores_the_batch(compressor: Compressor, world: World) -> None:

@@ -27,7 +27,7 @@ class FitKeys(FitOMP):
     paper = "ours; for language models Cartridges, arXiv 2506.06266, and Attention Matching, arXiv 2602.16284"
     formula = "keys: down dL/dk by Adam, L = |A V of the slots - A V|^2 over probes; masses and values as in fit_recent"
     stores = "k fitted keys, values and, with softmax, masses a layer and head; positions where the backbone reads them"
-    version = 2
+    version = 3
     whole: ClassVar[bool] = False  # masses and values move too
 
     def __post_init__(self) -> None:

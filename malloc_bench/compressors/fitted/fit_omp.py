@@ -10,7 +10,7 @@ from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
 
-_LEFT = 1e-2  # of a column's squared length, the least that counts: below it what slots taken leave of it is rounding
+_RIDGE = 1e-2  # of a column's squared length: in the last direction that is left all columns would gain alike
 _SPENT = 2e-3  # of the first gain: below it slots are taken by their weight
 
 
@@ -37,7 +37,7 @@ class FitOMP(FittedTokens):
         "next slot = argmax |b_j' R| / |b_j|, b_j what slots taken leave of a_j, R of [A V, A 1]; masses and values as "
         "in fit_recent"
     )
-    version = 4
+    version = 5
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
@@ -53,16 +53,19 @@ class FitOMP(FittedTokens):
         return order.masked_fill(beyond, prefill.segment(layer).width).sort(-1).values.minimum(last)
 
     def _order(self, prefill: Prefill, layer: int, size: int) -> Tensor:
-        """Slots as they are taken, [B, H, size]; after all of a user's any."""
+        """Slots as they are taken, [B, H, size]; after all of a user's any.
+
+        In float64: gains are kept up by differences, and in float32 which of two comes first would hang on rounding.
+        """
         probes, segment = prefill.probes(layer, self.ask), prefill.segment(layer)
-        heads, even = next(iter(segment.fields.values())).shape[1], evened(probes)
-        columns = rows_of(probes.columns(segment).float(), heads)  # [B, H, R, S]
-        rest = rows_of(probes.target.float() * even, heads)  # what is left of the target
+        heads, even = next(iter(segment.fields.values())).shape[1], evened(probes).double()
+        columns = rows_of(probes.columns(segment).double(), heads)  # [B, H, R, S]
+        rest = rows_of(probes.target * even, heads)  # what is left of the target
         if probes.normalised:
             scale = rest.square().mean((2, 3), keepdim=True).sqrt()
-            rest = torch.cat([rest, (1 - rows_of(probes.share.float(), heads)) * scale], -1)
+            rest = torch.cat([rest, (1 - rows_of(probes.share, heads)) * scale], -1)
         else:
-            columns = columns * rows_of(even.float(), heads)
+            columns = columns * rows_of(even, heads)
         free = prefill.mask(layer).expand(-1, heads, -1)
         taken: list[Tensor] = []
         if not size:
@@ -70,14 +73,13 @@ class FitOMP(FittedTokens):
         length = columns.square().sum(2).sqrt()  # [B, H, S]
         # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
         squared, left = (columns.mT @ rest).square().sum(-1), length.square()
-        least = (_LEFT * left).clamp(min=1e-30)
-        spent = _SPENT**2 * (squared / left.clamp(min=1e-30)).amax(
-            -1, keepdim=True
-        )  # below it what is left is rounding
+        ridge = (_RIDGE * left).clamp(min=1e-30)
+        first = (squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
+        spent = _SPENT**2 * first  # below it what is left is rounding
         turns = min(size, columns.shape[2])  # then all directions are taken
         basis = columns.new_zeros(*columns.shape[:2], turns, columns.shape[2])
         for turn in range(turns):
-            gain = (squared / left.maximum(least)).masked_fill(~free, -1.0)
+            gain = (squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
             gain = torch.where(gain.amax(-1, keepdim=True) <= spent, length.masked_fill(~free, -1.0), gain)
             best = gain.argmax(-1, keepdim=True)
             taken.append(best)
@@ -85,7 +87,7 @@ class FitOMP(FittedTokens):
             new = columns.gather(3, best.unsqueeze(2).expand(-1, -1, columns.shape[2], -1))  # [B, H, R, 1]
             before = new.norm(dim=2, keepdim=True)
             known = basis[..., :turn, :]
-            for _ in range(2):  # once is not enough in float32
+            for _ in range(2):  # once is not enough where little is left
                 new = new - known.mT @ (known @ new)
             beyond = new.norm(dim=2, keepdim=True)
             new = torch.where(beyond > 1e-4 * before, new / beyond.clamp(min=1e-30), 0.0)  # nothing new: no direction

@@ -174,10 +174,10 @@ def made(
 
     times = old.timestamps
     if times is not None:
-        first = times.double().amin() if times.numel() else 0.0  # seconds since then: products stay exact
-        mean = first + (share.double() @ (times.expand(-1, h, -1).double() - first).unsqueeze(-1))[..., 0]
+        newest = times.amax(-1, keepdim=True) if s else times  # seconds before it: shares do not come to 1 exactly
+        mean = newest + (share.double() @ (times - newest).expand(-1, h, -1).double().unsqueeze(-1))[..., 0]
         times = filled(mean.detach().round().long(), times)
-    stand = stands.detach().gather(2, order).round().to(torch.int32)
+    stand = (stands.detach().gather(2, order) + 0.501).floor().to(torch.int32)  # halves are common, and all go up
     slots = Slots(
         k.int()[:, None],
         filled(stand, places.to(torch.int32)) if prefill.uses_positions else None,
