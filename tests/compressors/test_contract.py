@@ -136,6 +136,8 @@ METHODS = [
             ("pyramid", "int4_token"),
             ("mqa", "pyramid"),
             ("lu", "int4_token"),
+            ({"still": {"probes": 8, "bank": 5, "rounds": 2}}, "int4_token"),
+            ({"moments": {"probes": 8}}, "int4_token"),
             ("merge_adjacent", {"svd": {"rank": 4}}),
             ("h2o", {"svd": {"rank": 3, "dtype": "int8"}}),
             ("h2o", {"kivi": {"bits": 4, "tail": 8}}),

@@ -86,6 +86,14 @@ def test_behind_a_backbone_it_goes_on_too():
         assert torch.allclose(world.read(again, lengths=(12, 9)), world.read(state, lengths=(12, 9)), atol=1e-5)
 
 
+def test_a_rank_beyond_the_width_is_the_width(prefill):
+    method = get_compressor("moments", inner="recent", rank=9, probes=4)
+    state = method.compress(prefill, {"slots": 2})
+    assert state.layers[0][-1].fields["asks"].shape[2] == 6
+    sizes = method.sizes(prefill)(torch.full((3,), 2))
+    assert sizes.tolist() == state.nbytes().tolist() == [len(blob) for blob in state.packed([0, 1, 2])]
+
+
 def test_what_it_refuses():
     for params in ({"inner": "kmeans"}, {"inner": "pyramid"}, {"rank": -1}, {"about": "mean"}, {"inner": "int8"}):
         with pytest.raises(ValueError, match="moments: an inner method that keeps slots as they are"):

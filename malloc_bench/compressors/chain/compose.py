@@ -149,7 +149,9 @@ class Compose(TokenMethod):
         return all(method.even for method in self._tokens())
 
     def most(self, prefill: Prefill, slots: int | None = None) -> Tensor:
-        return super().most(prefill, slots) if self.even else self._tokens()[0].most(self._first(prefill), slots)
+        if not self.even:
+            return self._tokens()[0].most(self._first(prefill), slots)
+        return reduce(Tensor.minimum, (m.most(prefill, slots) for m in self._tokens()), super().most(prefill, slots))
 
     def pieces(self, prefill: Prefill) -> tuple[Layout, ...]:
         return super().pieces(prefill) if self.even else self._tokens()[0].pieces(self._first(prefill))

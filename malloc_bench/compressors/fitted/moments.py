@@ -85,7 +85,8 @@ class Moments(Asking, TokenMethod):
         plain, weighs = self.inner.layout(prefill), prefill.probes(0, self.ask).normalised
         fixed = 0
         for (_, heads, depth), (_, _, wide) in split(plain.vectors):
-            fixed += heads * ((weighs + self.rank) * (depth + _SCALE) + (1 + self.rank) * (wide + _SCALE))
+            rank = min(self.rank, depth)
+            fixed += heads * ((weighs + rank) * (depth + _SCALE) + (1 + rank) * (wide + _SCALE))
             fixed += heads * (5 * weighs + 1 + 2 * (self.rank > 0))
         return replace(plain, fixed=fixed)
 
@@ -140,7 +141,7 @@ class Moments(Asking, TokenMethod):
             total += 2 * self.probes * heads[number] * slots * d + 2 * h * slots * (d * wide + wide + d * softmax)
             total += 2 * h * slots * d * (self.about == "zero") + 2 * h * d * wide * softmax
             if self.rank:
-                total += h * (2 * wide * d * d + 9 * d**3 + 2 * wide * d * self.rank + 2 * self.rank * (d + wide))
+                total += h * (2 * wide * d * d + 9 * d**3 + 2 * min(self.rank, d) * (wide * d + d + wide))
             total += 2 * h * d * softmax
         return total
 

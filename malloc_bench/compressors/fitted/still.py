@@ -130,47 +130,45 @@ class Still(Asking, TokenMethod):
 def made(
     own: Mapping[str, Tensor], prefill: Prefill, layer: int, k: Tensor, weighs: bool, whole: bool = True
 ) -> Segment:
-    """k [B] slots of every head, in time order; whole: the slots as they are where k is no less than there are."""
+    """k [B] slots of every head, no more than are known, in time order; whole: where k is all there are, these as they
+    are."""
     old, keys, values = prefill.slots(layer), prefill.keys(layer), prefill.values(layer)
     b, h, s, _ = keys.shape
-    bank, real = own["seek"].shape[1], prefill.mask(layer).expand(-1, h, -1)
+    real = prefill.mask(layer).expand(-1, h, -1)
     count = old.count.amin(1).long()
     all_of_it = (k >= count) & whole
-    k = torch.where(all_of_it, count, k.minimum(count).clamp(max=bank))
+    k = k.minimum(count)
     size = int(k.max()) if b else 0
-    few = min(size, bank)
     places = old.places(s, prefill.state.length[:, None]).expand(-1, h, -1)
     age = (prefill.state.length[:, None, None] - places).clamp(min=1).float().log()
-    logits = own["seek"][:, :few] @ keys.float().mT + own["age"][:, :few] * age.unsqueeze(2)
+    logits = own["seek"][:, :size] @ keys.float().mT + own["age"][:, :size] * age.unsqueeze(2)
     if old.mass is not None:
         logits = logits + old.mass.clamp(min=1e-6).log().unsqueeze(2)
     logits = logits.masked_fill(~real.unsqueeze(2), -1e30)
     share = (logits - logits.amax(-1, keepdim=True)).exp() * real.unsqueeze(2) if s else logits
-    share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)  # [B, H, few, S]
-    some = torch.arange(few, device=k.device) < k[:, None]  # [B, few]
-    stands = (share.double() @ places.double().unsqueeze(-1))[..., 0]  # [B, H, few]
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)  # [B, H, size, S]
+    some = torch.arange(size, device=k.device) < k[:, None]  # [B, size]
+    stands = (share.double() @ places.double().unsqueeze(-1))[..., 0]  # [B, H, size]
     order = stands.detach().masked_fill(~some[:, None], torch.inf).argsort(dim=-1, stable=True)
     share = share.gather(2, order.unsqueeze(-1).expand_as(share))
 
     def row(name: str) -> Tensor:
-        """[B, H, few, ...], in the order of the slots."""
-        x = own[name][:, :few].expand(b, -1, -1, -1)
+        """[B, H, size, ...], in the order of the slots."""
+        x = own[name][:, :size].expand(b, -1, -1, -1)
         return x.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
 
     weights = row("mass")[..., 0].masked_fill(~some[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     events = real.sum(-1) if old.mass is None else (old.mass * real).sum(-1)
-    mass = weights * events.unsqueeze(-1)  # [B, H, few]
+    mass = weights * events.unsqueeze(-1)  # [B, H, size]
     new_keys = share @ keys.float() * row("gain") + row("key")
     new_values = share @ values.float() * row("worth") + row("value")
     if not weighs:
         new_values = new_values * mass.unsqueeze(-1)
-    kept = all_of_it[:, None, None]
 
     def filled(x: Tensor, plain: Tensor) -> Tensor:
-        """x [B, H, few, ...] as wide as the slots are, of whole histories what they have."""
-        out = plain[:, :, :size].expand(b, h, size, *plain.shape[3:]).clone()
-        made_here = torch.where(kept.view(b, 1, 1, *[1] * (x.dim() - 3)), out[:, :, :few], x.to(out.dtype))
-        return torch.cat([made_here, out[:, :, few:]], 2)
+        """x [B, H, size, ...], of whole histories what they have."""
+        first = plain[:, :, :size].expand(x.shape)
+        return torch.where(all_of_it.view(b, *[1] * (x.dim() - 1)), first, x.to(plain.dtype))
 
     times = old.timestamps
     if times is not None:
