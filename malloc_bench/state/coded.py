@@ -68,7 +68,7 @@ class Coded(Vectors):
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         count = all_rows(self.codes) if count is None else count
         yield Ragged(self.codes, count)
-        yield Ragged(self.size, count)
+        yield Ragged(self.size, count, None, "scales")
 
     def load(self, read: Read, count: Tensor | None) -> Coded:
         count = all_rows(self.codes) if count is None else count

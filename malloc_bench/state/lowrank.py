@@ -55,10 +55,10 @@ class Factor(Vectors):
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         one = torch.ones(len(self.rank), 1, dtype=torch.long, device=self.rank.device)
-        yield Ragged(self.rank[..., None, None], one)
-        yield Ragged(self.scale[..., None, None], one)
+        yield Ragged(self.rank[..., None, None], one, None, "scales")
+        yield Ragged(self.scale[..., None, None], one, None, "scales")
         if self.size is not None:
-            yield Ragged(self.size, one, self.rank)
+            yield Ragged(self.size, one, self.rank, "scales")
         yield Ragged(self.data, all_rows(self.data) if count is None else count, self._stored(self.rank))
 
     def load(self, read: Read, count: Tensor | None) -> Factor:

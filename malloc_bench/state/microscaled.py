@@ -43,9 +43,10 @@ class MicroScaled(Vectors):
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         count = all_rows(self.codes) if count is None else count
-        yield Ragged(self.top, torch.ones(1, 1, dtype=torch.long, device=self.top.device))
-        for each in (self.codes, self.scale, self.zero):
-            yield Ragged(each, count)
+        yield Ragged(self.top, torch.ones(1, 1, dtype=torch.long, device=self.top.device), None, "scales")
+        yield Ragged(self.codes, count)
+        for each in (self.scale, self.zero):
+            yield Ragged(each, count, None, "scales")
 
     def load(self, read: Read, count: Tensor | None) -> MicroScaled:
         count = all_rows(self.codes) if count is None else count

@@ -59,13 +59,13 @@ class Quantized(Vectors):
         count = all_rows(self.codes) if count is None else count
         groups = self.groups(count).expand(len(self.codes), heads)
         wide = self.wide[..., 0, 0].long()
-        yield Ragged(self.wide, one)
+        yield Ragged(self.wide, one, None, "scales")
         yield Ragged(self.codes, count)
         for numbers in (self.scale, self.zero):
             if numbers is not None:
                 narrow = numbers.clamp(-_HALF.max, _HALF.max).half()  # only rows that fit are stored from it
-                yield Ragged(narrow, groups * (1 - wide))
-                yield Ragged(numbers, groups * wide)
+                yield Ragged(narrow, groups * (1 - wide), None, "scales")
+                yield Ragged(numbers, groups * wide, None, "scales")
 
     def load(self, read: Read, count: Tensor | None) -> Quantized:
         flag = read.numbers(self.wide[..., 0, 0], 1, "has a flag of wide scales that is neither 0 nor 1").long()

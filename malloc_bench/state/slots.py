@@ -61,13 +61,18 @@ class Slots:
 
     def parts(self, length: Tensor) -> Iterator[Ragged]:
         """Stored arrays; length [B]. Where every event has its own slot, positions and mass need not be stored."""
-        yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1))
+        yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1), None, "counts")
         index = self.count * (self.count < length[:, None])
         positions, mass = self._written()
-        each = (positions, index), (mass, index), (self.timestamps, self.count), (self.score, self.count)
-        for tensor, rows in each:
+        each = {
+            "positions": (positions, index),
+            "masses": (mass, index),
+            "timestamps": (self.timestamps, self.count),
+            "scores": (self.score, self.count),
+        }
+        for what, (tensor, rows) in each.items():
             if tensor is not None:
-                yield Ragged(tensor.unsqueeze(-1), rows)
+                yield Ragged(tensor.unsqueeze(-1), rows, None, what)
 
     def _written(self) -> tuple[Tensor | None, Tensor | None]:
         """Positions and masses as they are stored."""

@@ -46,7 +46,7 @@ class Events:
     def parts(self, length: Tensor) -> Iterator[Ragged]:
         """The stored arrays; length [B] events."""
         for column in self.stored().values():
-            yield Ragged(column[:, None, :, None], length.unsqueeze(1))
+            yield Ragged(column[:, None, :, None], length.unsqueeze(1), None, "events")
 
     def load(self, read: Reader, length: Tensor) -> Self:
         """The inverse of `parts`; self is of other users."""
@@ -97,11 +97,11 @@ class Segment:
     slots: Slots | None
     lookup: Lookup | None = None
 
-    def held(self) -> Iterator[Vectors]:
-        """All that is stored over the slots: the fields, then the codes of the look-up."""
-        yield from self.fields.values()
+    def held(self) -> Iterator[tuple[str, Vectors]]:
+        """All that is stored over the slots, by name: the fields, then the codes of the look-up."""
+        yield from self.fields.items()
         if self.lookup is not None and self.lookup.codes is not None:
-            yield self.lookup.codes
+            yield "look-up", self.lookup.codes
 
     def __init_subclass__(cls) -> None:
         raise TypeError(f"{cls.__name__}: Segment is final; another way to write vectors down is a Vectors class")
@@ -156,6 +156,13 @@ class UserState:
             total += Ragged(*part).nbytes()  # of a Ragged of somebody's own, the arrays count and nothing else
         return total
 
+    def nbytes_by_part(self) -> dict[str, Tensor]:
+        """`nbytes` by what they hold, each [B] int64: "keys", "keys scales", "positions", "masses", "counts", ..."""
+        found: dict[str, Tensor] = {}
+        for part in self._parts():
+            found[part.what] = found.get(part.what, 0) + Ragged(*part).nbytes()
+        return found
+
     def pack(self, user: int) -> bytes:
         """One user's state as it would lie in a store; row `user` of the batch."""
         return self.packed([user])[0]
@@ -178,7 +185,7 @@ class UserState:
             events = events.load(read, length)
             read.refuse((events.items < 1) & events.mask(), "has events without an item")
         new: dict[int, Any] = {}
-        for slots, vectors in self._stored():
+        for slots, vectors, _ in self._stored():
             if vectors is None:
                 assert slots is not None
                 new[id(slots)] = Slots.load(slots, read, length)
@@ -205,27 +212,29 @@ class UserState:
     def to(self, device: str | torch.device) -> UserState:
         return self.map(lambda x: x.to(device))
 
-    def _stored(self) -> Iterator[tuple[Slots | None, Vectors | None]]:
-        """Every distinct object once, slots (as (slots, None)) before the vectors over them, shared ones first."""
+    def _stored(self) -> Iterator[tuple[Slots | None, Vectors | None, str]]:
+        """Every distinct object once, slots (as (slots, None, "")) before the vectors over them, shared ones first; the
+        name is that of the first field that holds them."""
         seen: set[int] = set()
         for segment in self.segments():
             if segment.slots is not None and id(segment.slots) not in seen:
                 seen.add(id(segment.slots))
-                yield segment.slots, None
-            for field in segment.held():
+                yield segment.slots, None, ""
+            for name, field in segment.held():
                 for vectors in (*field.shared(), field):
                     if id(vectors) not in seen:
                         seen.add(id(vectors))
-                        yield segment.slots, vectors
+                        yield segment.slots, vectors, name
 
     def _parts(self) -> Iterator[Ragged]:
         one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)
-        yield Ragged(self.length.view(-1, 1, 1, 1), one)
+        yield Ragged(self.length.view(-1, 1, 1, 1), one, None, "length")
         if self.events is not None:
             yield from self.events.parts(self.length)
-        for slots, vectors in self._stored():
+        for slots, vectors, name in self._stored():
             if vectors is not None:
-                yield from vectors.parts(None if slots is None else slots.count)
+                for part in vectors.parts(None if slots is None else slots.count):
+                    yield part._replace(what=f"{name} {part.what}".rstrip())
             elif slots is not None:
                 yield from Slots.parts(slots, self.length)
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 
 class Ragged(NamedTuple):
-    """An array as it must be stored: of `data` only the leading rows x cols of each user and head."""
+    """An array as it must be stored: of `data` only the leading rows x cols of each user and head. what: its name where
+    bytes are told apart; none for a field's own numbers."""
 
     data: Tensor  # [B, H, R, C]
     rows: Tensor  # [B or 1, H or 1], integers
     cols: Tensor | None = None  # [B or 1, H or 1]; None = all of C
+    what: str = ""
 
     def nbytes(self) -> Tensor:
         """Stored bytes of each user, [B] int64."""

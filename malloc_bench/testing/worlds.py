@@ -215,7 +215,7 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
 def poisoned(state: UserState) -> UserState:
     """A copy with garbage in every cell that `pack` does not write, so that whoever reads padding is seen."""
     copy = state.map(torch.clone)
-    for slots, vectors in copy._stored():
+    for slots, vectors, _ in copy._stored():
         if isinstance(vectors, Quantized):  # its scales are stored in one of two precisions: parts() shows copies
             if slots is not None:  # a memory has no row to spare
                 _spoil(vectors.codes, slots.count)
@@ -250,6 +250,7 @@ def check_packs(
     """
     blobs = packed(state)
     assert [len(blob) for blob in blobs] == state.nbytes().tolist()
+    assert torch.equal(torch.stack([*state.nbytes_by_part().values()]).sum(0), state.nbytes())
     back = (template or state).unpack(blobs)
     assert packed(back) == blobs and back.nbytes().tolist() == state.nbytes().tolist()
     if read is not None:

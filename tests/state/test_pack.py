@@ -134,6 +134,15 @@ def test_bytes_by_hand():
     assert state.nbytes().tolist() == [length + count + index + 2 * 2 * 3 * 2 * 5 * 4]
 
 
+def test_bytes_by_what_they_hold():
+    """Two heads of 3 slots of 5 numbers, 4 bits; groups of 4 have a scale and a zero, of the first head in float32."""
+    state = state_of("4 bits width plain", counts=(3,), heads=2, positions=True, mass=True, layers=1)
+    found = {name: each.tolist() for name, each in state.nbytes_by_part().items()}
+    codes, scales = [2 * 3 * 3], [2 + 3 * 2 * 2 * (4 + 2)]
+    rest = {"length": [4], "counts": [4], "positions": [12], "masses": [12]}
+    assert found == {"keys": codes, "keys scales": scales, "values": codes, "values scales": scales, **rest}
+
+
 def test_complete_lists_of_positions_are_not_stored():
     state = state_of("float32", counts=(3, 5), positions=True, mass=True)
     whole = UserState(state.layers, torch.tensor([3, 9], dtype=torch.int32))
