@@ -22,8 +22,9 @@ from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import ends, facts
 from malloc_bench.results import label, read_rows
+from malloc_bench.run.folder import read_manifest
 from malloc_bench.state import Stats
-from malloc_bench.suite import load_suite
+from malloc_bench.suite.cells import Cell
 
 GROUPS, PROBES = ("history", "reader", "target"), 128
 
@@ -78,12 +79,12 @@ def main() -> None:
     if all(row["budget"] is None for _, row in some):
         raise SystemExit(f"{asked.run}: no row of seed {asked.seed} at {asked.budget}: see `malloc-bench report`")
     row = some[0][1]
-    cell = next(c for c in load_suite(row["suite"]).cells() if c.dataset == row["dataset"])
-    data = get_dataset(cell.dataset)
-    cell = cell.settled(data)
-    assert cell.split is not None, "settled"
-    split = cell.task.cut(data, cell.split)
-    assert isinstance(split, Split), "of retrieval"
+    cell = Cell.of_row(row)
+    assert cell.split is not None, "a row has it"
+    card = read_manifest(asked.run).get("datasets", {}).get(cell.dataset, {}).get("card", cell.dataset)
+    split = cell.task.cut(get_dataset(card), cell.split)
+    if not isinstance(split, Split):
+        raise SystemExit(f"{asked.run}: rows of {row['task']}; overlap is kept of retrieval")
     known = users(split)
     print("| backbone | method | all | history | reader | target | probe / none | below .7 |")
     print("|---|---|" + "--:|" * 6)

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
+from malloc_bench.results import read_rows
+from malloc_bench.run.runner import run_suite
 from malloc_bench.testing.worlds import World
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,12 +28,16 @@ def test_fitted():
         assert wrong["fit_omp + mxint", budget] == least < 20 < wrong["recent", budget]
 
 
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 @pytest.fixture
 def why():
-    spec = importlib.util.spec_from_file_location("why", EXAMPLES / "why.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("why")
 
 
 def test_why_says_how_much_depends_on_who_reads(why):
@@ -55,6 +63,46 @@ def test_why_asks_for_what_is_not_trained(why, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["why.py", "smoke"])
     with pytest.raises(SystemExit, match="is not trained yet: malloc-bench run smoke --only seed=0"):
         why.main()
+
+
+TINY = """
+name: tiny
+datasets: [synthetic]
+tasks: [retrieval]
+split: leave_one_out
+backbones:
+  - sasrec: {layers: 1, dim: 8, max_length: 20}
+compressors: [full, none, recent]
+budgets: [0.25]
+seeds: [0]
+training: {epochs: 1, batch_size: 64}
+measure: {latency: false, flops: false}
+"""
+
+
+def test_where_says_for_whom_by_hand(synthetic, tmp_path, monkeypatch, capsys):
+    where = module("where")
+    data, targets = synthetic.dataset, synthetic.test
+    trained = [x for u in range(data.n_users) for x in data.items[data.offsets[u] : synthetic.train_end[u]].tolist()]
+    known = where.users(synthetic).to_dicts()
+    for name, items in (("reader", data.items[targets.at - 1]), ("target", data.items[targets.at])):
+        seen = [trained.count(item) for item in items.tolist()]
+        low, high = np.quantile(seen, [1 / 3, 2 / 3])
+        assert [row[name] for row in known] == [0 if x <= low else 1 if x <= high else 2 for x in seen]
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    run_suite(tmp_path / "tiny.yaml", tmp_path / "run", quiet=True)
+    monkeypatch.setattr(sys, "argv", ["where.py", str(tmp_path / "run"), "--budget", "1/4"])
+    where.main()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in table[2:]] == ["none", "recent"]
+    row = next(row for row in read_rows(tmp_path / "run" / "rows") if row["compressor"] == "recent")
+    kept = dict(pl.read_parquet(tmp_path / "run" / row["per_user"], columns=["user", "overlap"]).iter_rows())
+    means = [np.mean([kept[each["user"]] for each in known if each["reader"] == third]) for third in range(3)]
+    assert table[3][2] == f"{row['overlap@10']:.3f}" and table[3][4] == " / ".join(f"{x:.3f}" for x in means)
+    monkeypatch.setattr(sys, "argv", ["where.py", str(tmp_path / "run"), "--budget", "1/3"])
+    with pytest.raises(SystemExit, match="no row of seed 0 at 1/3"):
+        where.main()
 
 
 def test_the_page_on_fitted_states_is_what_the_rows_say():
