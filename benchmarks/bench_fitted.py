@@ -6,7 +6,8 @@ SASRec (2 layers, width 64) and HSTU (4 layers, 2 heads, width 50, with times), 
 medians of calls in turns (the machine may be busy). Made: a method's column is probes + compress over prefill. Goals at
 8 slots and 64 probes: fit_omp 1.5 at 200 events and 0.4 at 2,000, fit_recent 1. Read: what reading fitted slots costs
 beyond reading an empty state, as a share of what reading the full state costs beyond it. Goals: .25 at 200 events, .05
-at 2,000. About three minutes.
+at 2,000. FLOPs: of reading fit_omp's slots, of those of rebuilding the state from raw ids and reading it; goal 1/20 for
+one token from 1,000 events on. About three minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
-from malloc_bench.measure import Workload, load, some_facts, threads
+from malloc_bench.measure import Workload, closed_form, load, some_facts, threads
 from malloc_bench.state import Stats
 
 ITEMS = 3706
@@ -83,15 +84,23 @@ def reads(name: str, history: int, slots: int, probes: int, users: int, seconds:
         work = Workload(users, history, candidates=candidates)
         backbone = get_backbone(name, ITEMS, name == "hstu", max_length=work.max_length, **SIZES[name]).eval()
         full, tokens = work.prefill(backbone, Stats(probes=probes)), work.events(ITEMS)[1]
-        states = {"full": full.state, "none": get_compressor("none").compress(full)}
-        for label, names in READ.items():
-            method = chain(names, probes)
-            states[label] = method.compress(full, Budget(slots=slots) if method.takes_budget else None)
+        methods = {"full": get_compressor("full"), "none": get_compressor("none")}
+        methods |= {label: chain(names, probes) for label, names in READ.items()}
+        states = {
+            label: method.compress(full, Budget(slots=slots) if method.takes_budget else None)
+            for label, method in methods.items()
+        }
+        ids = get_compressor("recompute")
+        rebuilt = closed_form(backbone, ids, ids.compress(work.prefill(backbone, ids.needs)), work)["read_flops"]
+        fitted = closed_form(backbone, methods["fit_omp"], states["fit_omp"], work)["read_flops"]
+        assert rebuilt and fitted
         found = medians({label: partial(backbone.read, tokens, state) for label, state in states.items()}, seconds)
         rest, whole = found["none"], found["full"]
-        yield [name, f"{history}", f"{candidates}", f"{whole:.2f}", f"{rest:.2f}"] + [
-            f"{(found[label] - rest) / (whole - rest):.2f}" for label in READ
-        ]
+        yield (
+            [name, f"{history}", f"{candidates}", f"{whole:.2f}", f"{rest:.2f}"]
+            + [f"{(found[label] - rest) / (whole - rest):.2f}" for label in READ]
+            + [f"1/{rebuilt / fitted:.0f}"]
+        )
 
 
 @torch.inference_mode()
@@ -136,7 +145,7 @@ def report(
         table(["backbone", "events", "prefill, ms", "probes", *METHODS], made)
         print("## To read, beyond an empty state, as a share of the full state's\n")
         found = (cells for one in each for cells in reads(*one, slots, probes, users, seconds))
-        table(["backbone", "events", "candidates", "full, ms", "none, ms", *READ], found)
+        table(["backbone", "events", "candidates", "full, ms", "none, ms", *READ, "FLOPs"], found)
         print("## Bytes of a user that fit_omp + mxint keeps, by what they hold\n")
         sizes = (cells for one in each for cells in parts(*one, probes, users))
         table(

@@ -70,9 +70,9 @@ class FitOMP(FittedTokens):
         taken: list[Tensor] = []
         if not size:
             return free[..., :0].long()
-        length = columns.square().sum(2).sqrt()  # [B, H, S]
+        length = columns.norm(dim=2)  # [B, H, S]
         # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
-        squared, left = (columns.mT @ rest).square().sum(-1), length.square()
+        squared, left = (columns.mT @ rest).norm(dim=-1).square(), length.square()
         ridge = (_RIDGE * left).clamp(min=1e-30)
         first = (squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
         spent = _SPENT**2 * first  # below it what is left is rounding
@@ -97,8 +97,10 @@ class FitOMP(FittedTokens):
             squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
             left = left - along.square()
             rest = rest - new * told
-        by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
-        return torch.cat([*taken, by_weight[..., : size - turns]], -1)
+        if size > turns:
+            by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
+            taken.append(by_weight[..., : size - turns])
+        return torch.cat(taken, -1)
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """Gains of all slots; then for each turn what is new of a column, along all columns and the target."""
