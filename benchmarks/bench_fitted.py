@@ -113,7 +113,7 @@ def parts(name: str, history: int, probes: int, users: int) -> Iterator[list[str
         found = chain(READ["fit_omp + mxint"], probes).compress(full, Budget(fraction)).nbytes_by_part()
         held = {what: int(each.sum()) // users for what, each in found.items()}
         scales = held.get("keys scales", 0) + held.get("values scales", 0)
-        named = [held["keys"], held["values"], scales, held.get("masses", 0), held.get("positions", 0)]
+        named = [held["keys"], held["values"], scales, *(held.get(x, 0) for x in ("masses", "positions", "timestamps"))]
         yield [
             name,
             f"{history}",
@@ -149,7 +149,20 @@ def report(
         print("## Bytes of a user that fit_omp + mxint keeps, by what they hold\n")
         sizes = (cells for one in each for cells in parts(*one, probes, users))
         table(
-            ["backbone", "events", "share", "bytes", "keys", "values", "scales", "masses", "positions", "counts"], sizes
+            [
+                "backbone",
+                "events",
+                "share",
+                "bytes",
+                "keys",
+                "values",
+                "scales",
+                "masses",
+                "positions",
+                "times",
+                "counts",
+            ],
+            sizes,
         )
 
 

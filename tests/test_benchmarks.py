@@ -81,5 +81,12 @@ def test_what_fitted_slots_cost_is_told_of_two_backbones(script, capsys) -> None
     script("bench_fitted").report(lengths=[20], slots=2, probes=4, users=2, seconds=0.0)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     rows = [line for line in lines if line[0] in names("backbones")]
-    assert [row[:2] for row in rows] == [["sasrec", "20"], ["hstu", "20"]]
-    assert all(float(cell) > 0 for row in rows for cell in row[2:])
+    made, read, held = rows[:2], rows[2:6], rows[6:]
+    assert [row[:2] for row in made] == [["sasrec", "20"], ["hstu", "20"]]
+    assert all(float(cell) > 0 for row in made for cell in row[2:])
+    assert [row[:3] for row in read] == [[name, "20", str(m)] for name in ("sasrec", "hstu") for m in (1, 100)]
+    assert all(row[-1].startswith("1/") for row in read)
+    assert [row[:3] for row in held] == [
+        [n, "20", share] for n in ("sasrec", "hstu") for share in ("1/32", "1/64", "1/256")
+    ]
+    assert all(int(row[3]) == sum(map(int, row[4:])) for row in held)

@@ -6,6 +6,7 @@ As GPTQ rounds weights (Frantar et al., ICLR 2023, arXiv 2210.17323), with probe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -59,19 +60,22 @@ def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write) -
     begun = _values(state)
     if not any(layers):
         return state
-    plain = _values(write(state))
+    plain = _values(write(alone(state, "values", begun)))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
         wanted = [
             x if job is None else job.after(turn, x.float(), y.float()).to(x.dtype)
             for job, x, y in zip(layers, wanted, written)
         ]
-        written = _values(write(_given(state, wanted)))
+        written = _values(write(alone(state, "values", wanted)))
     best = [
         x if job is None else torch.where((job.wrong(y.float()) <= job.wrong(old.float()))[..., None, None], x, before)
         for job, x, y, before, old in zip(layers, wanted, written, begun, plain)
     ]
-    return _given(state, best)
+    made = (
+        (replace(segment, fields={**segment.fields, "values": Dense(x)}),) for (segment,), x in zip(state.layers, best)
+    )
+    return UserState(tuple(made), state.length)
 
 
 def rounded_flops(rows: int, segment: Segment) -> int:
@@ -87,8 +91,7 @@ def _values(state: UserState) -> list[Tensor]:
     return [layer[0].fields["values"].dense() for layer in state.layers]
 
 
-def _given(state: UserState, values: Sequence[Tensor]) -> UserState:
-    layers = (
-        (Segment({**segment.fields, "values": Dense(x)}, segment.slots),) for (segment,), x in zip(state.layers, values)
-    )
+def alone(state: UserState, name: str, vectors: Sequence[Tensor]) -> UserState:
+    """The state (of one segment a layer) with one field, of these vectors: encoders write each field by itself."""
+    layers = ((Segment({name: Dense(x)}, segment.slots),) for (segment,), x in zip(state.layers, vectors))
     return UserState(tuple(layers), state.length)
