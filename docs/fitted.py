@@ -131,7 +131,8 @@ data, of five backbones {headroom} reading by query to be seen in NDCG@10 above 
   later requests too: `horizon`; `suites/horizon.yaml` asks what that is worth.
 - Items that come to the catalogue later were no probes. Readers that were none are answered as well (above), but all
   of them were in training.
-- Fitting costs up to two prefills for 200 events, under half of one for 2,000. A state that is read once is not worth it.
+- Fitting costs up to two prefills for 200 events, under half of one for 2,000. A state that is read once is not
+  worth it.
 - 943 users of one data set and one seed are few. Compare `fit_constant` in your own table before you believe
   any of it.
 
