@@ -31,6 +31,7 @@ SIZES = {"sasrec": {"layers": 2, "dim": 64}, "hstu": {"layers": 4, "heads": 2, "
 METHODS = ("fit_constant", "fit_recent", "fit_top", "fit_omp")
 READ = {"fit_omp": ("fit_omp",), "fit_omp + mxint": ("fit_omp", "mxint"), "fit_constant": ("fit_constant",)}
 CANDIDATES = (1, 100)
+HELD = ("keys", "values", "scales", "masses", "positions", "times", "counts")
 FRACTIONS = {"1/32": 1 / 32, "1/64": 1 / 64, "1/256": 1 / 256}
 SECONDS = 4.0  # of all calls of a row
 
@@ -114,14 +115,8 @@ def parts(name: str, history: int, probes: int, users: int) -> Iterator[list[str
         held = {what: int(each.sum()) // users for what, each in found.items()}
         scales = held.get("keys scales", 0) + held.get("values scales", 0)
         named = [held["keys"], held["values"], scales, *(held.get(x, 0) for x in ("masses", "positions", "timestamps"))]
-        yield [
-            name,
-            f"{history}",
-            share,
-            f"{sum(held.values())}",
-            *map(str, named),
-            str(held["counts"] + held["length"]),
-        ]
+        rest = str(held["counts"] + held["length"])
+        yield [name, f"{history}", share, f"{sum(held.values())}", *map(str, named), rest]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
@@ -148,22 +143,7 @@ def report(
         table(["backbone", "events", "candidates", "full, ms", "none, ms", *READ, "FLOPs"], found)
         print("## Bytes of a user that fit_omp + mxint keeps, by what they hold\n")
         sizes = (cells for one in each for cells in parts(*one, probes, users))
-        table(
-            [
-                "backbone",
-                "events",
-                "share",
-                "bytes",
-                "keys",
-                "values",
-                "scales",
-                "masses",
-                "positions",
-                "times",
-                "counts",
-            ],
-            sizes,
-        )
+        table(["backbone", "events", "share", "bytes", *HELD], sizes)
 
 
 def test_fitted(benchmark) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import Compressor
-from malloc_bench.compressors.fitted.rounding import Rounding, alone, rounded, rounded_flops
+from malloc_bench.compressors.fitted.rounding import Rounding, rounded, rounded_flops
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -102,8 +102,7 @@ class FittedTokens(Asking, TokenMethod):
         values are `rounded`."""
         layers: list[tuple[Segment, ...]] = []
         roundings: list[Rounding | None] = []
-        written = write(alone(state, "keys", [segment.fields["keys"].dense() for (segment,) in state.layers]))
-        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, written.layers)):
+        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, write(state).layers)):
             slots, keys, kept = segment.slots, coded.fields.get("keys"), segment.fields["values"].dense()
             assert slots is not None
             roundings.append(None)

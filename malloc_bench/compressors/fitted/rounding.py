@@ -6,7 +6,6 @@ As GPTQ rounds weights (Frantar et al., ICLR 2023, arXiv 2210.17323), with probe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,22 +59,19 @@ def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write) -
     begun = _values(state)
     if not any(layers):
         return state
-    plain = _values(write(alone(state, "values", begun)))
+    plain = _values(write(state))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
         wanted = [
             x if job is None else job.after(turn, x.float(), y.float()).to(x.dtype)
             for job, x, y in zip(layers, wanted, written)
         ]
-        written = _values(write(alone(state, "values", wanted)))
+        written = _values(write(_given(state, wanted)))
     best = [
         x if job is None else torch.where((job.wrong(y.float()) <= job.wrong(old.float()))[..., None, None], x, before)
         for job, x, y, before, old in zip(layers, wanted, written, begun, plain)
     ]
-    made = (
-        (replace(segment, fields={**segment.fields, "values": Dense(x)}),) for (segment,), x in zip(state.layers, best)
-    )
-    return UserState(tuple(made), state.length)
+    return _given(state, best)
 
 
 def rounded_flops(rows: int, segment: Segment) -> int:
@@ -91,7 +87,8 @@ def _values(state: UserState) -> list[Tensor]:
     return [layer[0].fields["values"].dense() for layer in state.layers]
 
 
-def alone(state: UserState, name: str, vectors: Sequence[Tensor]) -> UserState:
-    """The state (of one segment a layer) with one field, of these vectors: encoders write each field by itself."""
-    layers = ((Segment({name: Dense(x)}, segment.slots),) for (segment,), x in zip(state.layers, vectors))
+def _given(state: UserState, values: Sequence[Tensor]) -> UserState:
+    layers = (
+        (Segment({**segment.fields, "values": Dense(x)}, segment.slots),) for (segment,), x in zip(state.layers, values)
+    )
     return UserState(tuple(layers), state.length)
