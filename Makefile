@@ -1,16 +1,22 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # two threads on two busy cores were measured 20 times slower: every test worker gets one
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 POLARS_MAX_THREADS=1
 export MALLOC_BENCH_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup run test test-slow lint bench clean
+.PHONY: setup services run test test-slow lint bench clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
+
+# what the tests of stores and of the page start: a Redis server and a browser; without them those tests are skipped
+services:
+	$(SUDO) apt-get update -qq
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server chromium
 
 run: setup
 	$(BIN)/malloc-bench run suites/quick.yaml
