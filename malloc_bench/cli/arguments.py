@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 
-def _run_folder(name: str) -> Path:
+def run_folder(name: str) -> Path:
     """A run's folder by its path, or runs/NAME where that is one and the path is not."""
     path, usual = Path(name), Path("runs") / name
     return usual if not path.exists() and usual.is_dir() else path
@@ -17,7 +17,7 @@ def _run_folder(name: str) -> Path:
 
 SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
 RunArg = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=_run_folder)
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=run_folder)
 ]
 MethodArg = Annotated[
     str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")

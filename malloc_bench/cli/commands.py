@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs
+from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
 from malloc_bench.cli.reports import reports
@@ -20,6 +20,8 @@ from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, sh
 from malloc_bench.paths import home
 
 if TYPE_CHECKING:
+    from polars import DataFrame
+
     from malloc_bench.suite.plan import RunResult
 
 app = typer.Typer(
@@ -109,16 +111,40 @@ def tune(
 
 @app.command()
 def compare(
-    method: MethodArg,
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD|RUN", help="A class: file.py:Class or module:Class; or a run.")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A second run to hold beside the first.")
+    ] = None,
     suite: Annotated[str, typer.Option(help="The suite to measure it on.")] = "quick",
-    against: Annotated[str, typer.Option(help="Compressors of the suite beside it: a,b.")] = "",
+    against: Annotated[str, typer.Option(help="Compressors beside it: a,b.")] = "recent,random",
     out: Out = None,
+    only: Only = None,
+    dry_run: DryRun = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that are done.")] = False,
+    device: Device = "auto",
 ) -> int:
-    """Measure your own compressor next to a suite's; earlier results and checkpoints are reused."""
+    """Your own compressor against named baselines: a verdict, paired over users; or one run against another."""
+    from malloc_bench.report import verdict
+
+    if other is not None:
+        found = verdict.two_runs(run_folder(method), run_folder(str(other)), pairs(only or []))
+        verdict.print_two_runs(found, console())
+        return 0
+    from malloc_bench.registry import load_part
     from malloc_bench.run import runner
 
-    result = runner.compare(method, suite, [name.strip() for name in against.split(",") if name.strip()], out)
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    result = runner.compare(
+        method, suite, names, out, only=pairs(only or []), dry_run=dry_run, fresh=fresh, device=device
+    )
+    if dry_run:
+        _plan(result, quiet=False)
+        return 0
     _finish(result, quiet=False)
+    found = verdict.verdict(_asked(result), result.folder, load_part(method), ["none", *names])
+    verdict.print_verdict(found, console())
     return result.exit_code
 
 
@@ -140,12 +166,18 @@ def show(name: NameArg) -> None:
 
 
 @app.command()
-def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start of a cell's id.")]) -> int:
+def reproduce(
+    run: RunArg,
+    cell: Annotated[str, typer.Argument(help="The start of a cell's id, or compressor=snapkv,budget=0.25.")],
+) -> int:
     """Run one cell of a run again and say what differs."""
     from malloc_bench.run import runner
+    from malloc_bench.suite.cells import Cell
 
-    differing = runner.reproduce(run, cell)
-    say("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
+    row = runner.one_row(run, pairs([cell]) if "=" in cell else cell)
+    differing = runner.reproduce(run, row["cell_id"])
+    say(f"{row['cell_id'][:12]}: {Cell.of_row(row)}")
+    say("\n".join(f"differs: {line}" for line in differing) or "reproduced: bytes and every measure of accuracy agree")
     return 1 if differing else 0
 
 
@@ -254,12 +286,17 @@ def _plan(result: RunResult, quiet: bool) -> None:
 def _finish(result: RunResult, quiet: bool) -> None:
     """The leaderboard of the cells that were asked for, what became of them, and where the files are."""
     if not quiet:
-        import polars as pl
-
         from malloc_bench.report.leaderboard import print_leaderboard
-        from malloc_bench.results import load_results
 
-        asked = pl.col("cell_id").is_in([each.id for each in result.plan])
-        print_leaderboard(load_results(result.folder).filter(asked), console(), result.folder)
+        print_leaderboard(_asked(result), console(), result.folder)
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
     say(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
+
+
+def _asked(result: RunResult) -> DataFrame:
+    """The rows of the cells that were asked for."""
+    import polars as pl
+
+    from malloc_bench.results import load_results
+
+    return load_results(result.folder).filter(pl.col("cell_id").is_in([each.id for each in result.plan]))

@@ -73,7 +73,9 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
         (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
         *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
         (pl.col("read_flops") / 1e6).alias("read_mflops"),
-        *(pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")),
+    )
+    board = board.with_columns(
+        pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")
     )
     groups = [judged(group) for _, group in groups_of(board)]
     return _sorted(pl.concat(groups)) if groups else judged(board)

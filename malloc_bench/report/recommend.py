@@ -130,7 +130,7 @@ def _against(best: dict | None, rows: pl.DataFrame, users: Users) -> list[float 
 
 
 def _front(rows: pl.DataFrame, cost: str) -> list[bool]:
-    """Whether no other row keeps more in as few bytes and as cheap a read, or as much in less; 5 % of a cost is noise."""
+    """Whether no other row keeps more as small and cheap to read (5 % of a cost is noise), or as much for less."""
     inf = float("inf")
     points = [
         (a, inf if b is None else b, inf if c is None else c)

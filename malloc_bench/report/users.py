@@ -77,13 +77,16 @@ class Users:
         judged = by_user(both) if both is not None else _gauc(frame, numbered)
         return {"user": names, "alike": alike, "main": judged, "length": by_user(frame["length"])}
 
-    def both(self, cells: Sequence[str], others: Sequence[str], what: str = "alike") -> Both | None:
+    def both(
+        self, cells: Sequence[str], others: Sequence[str], what: str = "alike", run: Users | None = None
+    ) -> Both | None:
         """Two methods' values (ids of their cells, one a seed), averaged over the seeds that both have.
 
-        what: `alike` or `main`. None where some values are missing.
+        what: `alike` or `main`. run: that of the others, this one by default. None where some values are missing.
         """
-        mine, theirs = self._by_seed(cells), self._by_seed(others)
-        pairs = [(self.of(mine[seed]), self.of(theirs[seed])) for seed in sorted(mine.keys() & theirs.keys())]
+        there = run or self
+        mine, theirs = self._by_seed(cells), there._by_seed(others)
+        pairs = [(self.of(mine[seed]), there.of(theirs[seed])) for seed in sorted(mine.keys() & theirs.keys())]
         found = [_joined(one, two, what) for one, two in pairs if one is not None and two is not None]
         if not found or len(found) < len(pairs):
             return None
