@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
-from malloc_bench import registry, results
+from malloc_bench import load_run, registry, results
 from malloc_bench.cli import commands as cli
 from malloc_bench.cli.reports import reports
 from malloc_bench.data import DataError
@@ -302,7 +303,7 @@ def test_recommend(smoke: Any, capsys: Capture) -> None:
     for wrong, said in (
         (["--bytes", "5XB"], "'5XB' is no size"),
         (["--budget", "2"], "'2' is no share"),
-        (["--read-ms", "-1"], "-1"),
+        (["--read-ms", "-1"], "greater than or equal to 0"),
         (["--only", "family=evction"], "Did you mean 'eviction'"),
     ):
         assert cli.main(["recommend", "runs/smoke", *wrong]) == 2
@@ -476,6 +477,19 @@ def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.Monk
     assert cli.main(["reproduce", "runs/smoke", cell[:12]]) == 0
     assert cli.main(["tables", "runs/smoke", "--table", "accuracy"]) == 0
     assert "snapkv(window=8)" in capsys.readouterr().out
+
+    loaded = load_run("smoke")
+    assert len(loaded.rows) == 10
+    found = loaded.states({"compressor": "snapkv", "budget": "0.25"}, users=8)
+    row = results.load_results("runs/smoke").filter(pl.col("compressor") == "snapkv").row(0, named=True)
+    kept = dict(pl.read_parquet(Path("runs/smoke") / row["per_user"], columns=["user", "bytes"]).iter_rows())
+    ids = loaded.split(loaded.cell(row["cell_id"])).dataset
+    sizes = {int(each): int(size) for each, size in zip(found.prefill.users, found.state.nbytes())}
+    rows = {int(each): i for i, each in enumerate(ids.user_ids)}
+    assert {ids.original_user([rows[each]])[0]: size for each, size in sizes.items()}.items() <= kept.items()
+    assert found.backbone.read(found.tokens, found.state).shape[0] == 8 and len(repr(found)) < 1000
+    with pytest.raises(ValueError, match="rows have backbone=sasrec; give what is unique"):
+        loaded.backbone({"backbone": "sasrec"})
 
     Path("mine.py").write_text(METHOD)
     assert cli.main(["compare", "mine.py:Newest", "--suite", "mine.yaml", "--against", "snapkv"]) == 0
