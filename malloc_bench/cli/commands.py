@@ -301,7 +301,7 @@ def _plan(result: RunResult, quiet: bool) -> None:
         how = f"very roughly {duration(result.estimate)} on 2 cores"
     else:
         train, judge, timing = (
-            duration(sum(getattr(c, k) for c in result.costs)) for k in ("train", "evaluate", "measure")
+            duration(sum(getattr(c, k) for c in result.costs.values())) for k in ("train", "evaluate", "measure")
         )
         parts = f"training at most {train}, evaluation {judge}, measuring {timing}"
         how = f"about {duration(result.estimate)} here ({parts}; probed for {duration(result.probe)})"

@@ -1,0 +1,51 @@
+"""What a dry run says of this machine: costs of every group, by some steps and users of it, and nothing left behind."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from malloc_bench import load_suite, run_suite
+from malloc_bench.cli import main
+from malloc_bench.run import estimate
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_short_plan_is_not_probed():
+    result = run_suite("smoke", dry_run=True)
+    assert result.probe is None and len(result.costs) == 1 and result.estimate > 0
+
+
+def test_a_probe_puts_measured_costs_in_place_of_rough_ones(monkeypatch, capsys):
+    suite = dataclasses.replace(load_suite("smoke"), seeds=(0, 1))
+    rough = run_suite(suite, dry_run=True)
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)
+    monkeypatch.setattr(estimate, "PROBE", 0.1)
+    result = run_suite(suite, dry_run=True)
+    assert result.probe is not None and 0 < result.probe < 60
+    first, second = result.costs.values()
+    assert first == second != next(iter(rough.costs.values()))  # one probe serves all seeds
+    assert first.train > 0 and first.evaluate > 0 and first.measure == next(iter(rough.costs.values())).measure
+    left = [each.name for each in Path("home").rglob("*") if "checkpoints" in each.parts or each.name == "fits"]
+    assert not left and not Path("runs").exists()
+    assert main(["run", "smoke", "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        said.startswith("10 cells: 0 done, 10 to run: about ") and "training at most" in said and "probed for" in said
+    )
+
+
+def test_what_cannot_be_timed_leaves_the_rough_costs(monkeypatch):
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)
+
+    def broken(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(estimate, "_epoch", broken)
+    result = run_suite("smoke", dry_run=True)
+    assert result.probe is None and result.estimate > 0
