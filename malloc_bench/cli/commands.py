@@ -280,7 +280,7 @@ def _end_as_by_ctrl_c(ended: list[int]) -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether the message says all that the user needs: SuiteError, DataError, UnknownName, a bad argument ..."""
-    ours = {"DataError", "ResultsError", "LockedError"}  # by name: their modules take seconds to import
+    ours = {"DataError", "ResultsError", "LockedError", "StoreError"}  # by name: their modules take seconds to import
     names = {cls.__name__ for cls in type(error).__mro__}
     return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
 

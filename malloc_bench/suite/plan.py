@@ -62,6 +62,9 @@ def make_plan(
         result.estimate += epochs * data.n_events / 20_000  # targets a second
         timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
         result.estimate += 2 + len(group) * data.n_users * 2e-4 + timed * 2 * suite.measure.seconds
+        result.estimate += (
+            timed * (4 * suite.measure.seconds + 1) * len(suite.measure.candidates) * bool(suite.measure.store)
+        )
     return result
 
 
@@ -85,9 +88,13 @@ def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
     measure = suite.measure
     wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
+    wanted += ["request_ms_p50"] * (measure.store is not None)
     if row["status"] != "ok" or not wanted or not measure.covers(cell.budget):
         return row["status"] == "ok"
-    same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates
+    same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates[0]
+    if measure.store is not None:
+        asked = {str(c) for c in measure.candidates}
+        same = same and row.get("store") == measure.store and (row.get("requests") or {}).keys() >= asked
     same = same and row.get("measured_history") is not None and measure.history in (None, row["measured_history"])
     return same and all(row.get(name) is not None for name in wanted)
 
