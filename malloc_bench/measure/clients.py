@@ -25,26 +25,24 @@ def rate(request: Request, clients: int, seconds: float) -> float:
     hangs; none outlives the call.
     """
     fork: Any = multiprocessing.get_context("fork")  # what is read, weights and templates, is there without a copy
-    pipes = [fork.Pipe() for _ in range(clients)]
-    processes = [
-        fork.Process(target=_serve, args=(pipes[i][1], request, i, clients, seconds), daemon=True)
-        for i in range(clients)
-    ]
+    started: list[tuple[Any, Connection]] = []
     try:
-        for process in processes:
+        for first in range(clients):
+            ours, theirs = fork.Pipe()
+            process = fork.Process(target=_serve, args=(theirs, request, first, clients, seconds), daemon=True)
+            started.append((process, ours))
             process.start()
-        ours = [pipe for pipe, _ in pipes]
-        for pipe in ours:
+            theirs.close()  # so that its end is the pipe's
+        for _, pipe in started:
             _said(pipe, PATIENCE)
-        for pipe in ours:
+        for _, pipe in started:
             pipe.send(None)
-        return sum(n / spent for n, spent in (_said(pipe, PATIENCE + seconds) for pipe in ours))
+        return sum(n / spent for n, spent in (_said(pipe, PATIENCE + seconds) for _, pipe in started))
     finally:
-        for process in processes:
+        for process, pipe in started:
             if process.pid is not None:
                 process.kill()
                 process.join()
-        for pipe in (end for both in pipes for end in both):
             pipe.close()
 
 

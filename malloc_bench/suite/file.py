@@ -98,7 +98,9 @@ class MeasureKeys(_Strict):
     flops: bool = Measure.flops
     history: Whole | None = Measure.history
     users: Whole = Measure.users
-    candidates: Annotated[list[Whole], BeforeValidator(_listed), Field(min_length=1)] = list(Measure.candidates)
+    candidates: Annotated[tuple[Whole, ...], BeforeValidator(_listed), Field(strict=False, min_length=1)] = (
+        Measure.candidates
+    )
     store: Literal["lmdb", "redis", "dict"] | None = None
     seconds: Positive = Measure.seconds
     budgets: Entries | None = None

@@ -148,7 +148,6 @@ def _measure(keys: suite_file.MeasureKeys) -> Measure:
     suite_file.no_twins("measure.candidates", keys.candidates)
     if keys.store is None and len(keys.candidates) > 1:
         raise suite_file.Fault("measure.candidates", "several are for requests: name a store, such as store: lmdb")
-    given["candidates"] = tuple(keys.candidates)
     return Measure(**given)
 
 
