@@ -167,7 +167,7 @@ def show(name: NameArg) -> None:
 @app.command()
 def tables(
     run: RunArg,
-    table: Annotated[str | None, typer.Option(help="accuracy, resources, taxonomy or slices; else all.")] = None,
+    table: Annotated[str | None, typer.Option(help="accuracy, resources, requests, taxonomy ...; else all.")] = None,
     format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
 ) -> None:
     """The tables of a run, as text."""
