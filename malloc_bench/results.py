@@ -75,6 +75,7 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
     **dict.fromkeys(("measured_users", "measured_candidates"), "whole"),  # at once, and tokens that read each history
     "measured_history": "whole",  # events of each history that was timed: the median of those evaluated
+    "measured_bytes": "real",  # of the states of these histories, the mean
     **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},
     **{f"{step}_cpu_ms_p50": "real" for step in STEPS},
     **dict.fromkeys(("read_ratio", "read_ratio_lo", "read_ratio_hi"), "real"),  # to the full state's, round by round
@@ -92,6 +93,7 @@ COLUMNS: dict[str, str] = {
     **{f"{step}_flops": "real" for step in STEPS},
     "peak_bytes": "real",
     "measured_history_long": "whole",  # the longest history evaluated, and what it costs
+    "measured_bytes_long": "real",
     **{f"{step}_ms_p50_long": "real" for step in STEPS},
     **dict.fromkeys(("read_ratio_long", "read_ratio_lo_long", "read_ratio_hi_long"), "real"),
     **{f"{step}_flops_long": "real" for step in STEPS},

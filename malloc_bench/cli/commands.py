@@ -15,6 +15,7 @@ import typer
 from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, shown
 from malloc_bench.paths import home
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(reports)
+app.add_typer(plans)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,7 +22,8 @@ METHOD = ("family", "compressor", "compressor_params", "budget")
 MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
 
 _MOST = (
-    "n_users", "n_targets", "users_one_class", "measured_history", "measured_history_long", "measured_candidates",
+    "n_users", "n_targets", "users_one_class", "measured_users", "measured_candidates", "measured_history",
+    "measured_history_long",
 )  # fmt: skip
 _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 

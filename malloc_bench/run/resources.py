@@ -131,7 +131,7 @@ def _measured(
 def _costs(
     models: measure.Models, jobs: Sequence[Job], workload: measure.Workload
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates.
+    """By job id: FLOPs per user by formula, bytes of a state, the peak of what making and reading a batch allocates.
 
     A job that raises is logged and left out.
     """
@@ -153,4 +153,4 @@ def _costs(
         except (Exception, SystemExit):
             log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
             continue
-        yield job.id, {**found, "peak_bytes": peak}
+        yield job.id, {**found, "peak_bytes": peak, "measured_bytes": float(state.nbytes().double().mean())}
