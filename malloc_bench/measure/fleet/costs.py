@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +47,16 @@ def costs(row: Row, events: float) -> Costs | None:
         return None
     size, growth = kept
     raw = row.get("append_cpu_ms_p50") is None
+    before = _bytes(row, row["measured_history"])
+    moved = size / before[0] if before and before[0] else 1.0
+    reads, appends = (_times(row, step, events, None if raw else moved) for step in ("read", "append"))
     build = 0.0 if raw else _grown(row, "prefill", events) + _grown(row, "compress", events)
     rebuild = 0.0 if row.get("method", row["compressor"]) in KEPT_WHOLE else build
-    read, append = _grown(row, "read", events), _grown(row, "append", events)
+    read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
     if by_request := row.get("request_ms_p50") is not None:  # one user at a time, as measured; it grows as bytes do
-        before = _bytes(row, row["measured_history"])
-        moved = size / before[0] if before and before[0] else 1.0
         load, unpack, one, add, pack, write = (row[f"request_{step}_ms_p50"] for step in REQUEST_STEPS)
-        read = (load + unpack) * moved + one * _times(row, "read", events)
-        append = (load + unpack + pack + write) * moved + add * (1.0 if raw else _times(row, "append", events))
+        read = (load + unpack) * moved + one * reads
+        append = (load + unpack + pack + write) * moved + add * (1.0 if raw else appends)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
 
 
@@ -119,16 +121,19 @@ def _grown(row: Row, step: str, events: float) -> float:
     return (row.get(f"{step}_cpu_ms_p50") or 0.0) * _times(row, step, events)
 
 
-def _times(row: Row, step: str, events: float) -> float:
-    """How many times longer than at the measured history a step takes: by its wall time there and at the longest."""
+def _times(row: Row, step: str, events: float, moved: float | None = None) -> float:
+    """How many times longer than at the measured history a step takes: by its wall time there and at the longest.
+
+    moved: how many times more bytes it works on, of a kept state, between which and 1 noise is held.
+    """
     n, most = row["measured_history"], row.get("measured_history_long")
     one, long = row.get(f"{step}_ms_p50"), row.get(f"{step}_ms_p50_long")
-    if not one or not long or most is None or most <= n:
-        return events / n
-    slope = max(0.0, long / one - 1) / (most - n)  # noise shrinks no time
-    if step in ("read", "append") and row.get("append_cpu_ms_p50") is not None:
-        slope = min(slope, 1 / n)  # nor does a kept state cost more than in proportion to its slots
-    return max(0.0, 1 + slope * (events - n))
+    if one and long and most is not None and most > n:
+        found = 1 + max(0.0, long / one - 1) / (most - n) * (events - n)  # noise shrinks no time
+    else:
+        found = events / n
+    low, high = (0.0, math.inf) if moved is None else sorted((1.0, moved))
+    return min(max(found, low), high)
 
 
 def _name(row: Row) -> str:
