@@ -125,10 +125,22 @@ def drifts(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def requests(frame: pl.DataFrame) -> pl.DataFrame:
-    """What a request costs that loads a state from a store and writes it back; rows that were measured so."""
+    """What a request costs that loads a state from a store and writes it back, by how many candidates it has."""
     about = ("store", "measured_history", "measured_candidates", "bytes_mean")
-    known = aggregate(frame).filter(pl.col("request_ms_p50").is_not_null())
-    return known.select(*HEAD, *about, *REQUESTS, *REQUEST_RATIO, "request_timing", *RATES)
+    numbers = (*REQUESTS, *REQUEST_RATIO, *RATES)
+    found = [json.loads(text or "{}") for text in frame["requests"]]
+    many = sorted({int(c) for each in found for c in each})
+    parts = []
+    for c in many:
+        own = [each.get(str(c), {}) for each in found]
+        rows = frame.with_columns(
+            *(pl.Series(name, [each.get(name) for each in own], pl.Float64) for name in numbers),
+            pl.Series("request_timing", [each.get("request_timing") for each in own], pl.String),
+            pl.lit(c, pl.Int64).alias("measured_candidates"),
+        )
+        parts.append(aggregate(rows).filter(pl.col("request_ms_p50").is_not_null()))
+    whole = pl.concat(parts) if parts else aggregate(frame).clear()
+    return whole.select(*HEAD, *about, *REQUESTS, *REQUEST_RATIO, "request_timing", *RATES)
 
 
 def _by_length(text: str | None) -> dict[str, float | None]:
