@@ -57,13 +57,16 @@ def resources(
     for work in works:
         for each, columns in _measured(settings, jobs, models, work, taken):
             rows[each] = _both(rows[each], {"measured_history": work.history, **columns})
-    served = _requests(settings, jobs, models, works[0]) if settings.store else {}
+    raw: dict[str, dict[str, Any]] = {}
+    for each, columns in (_requests(settings, jobs, models, works[0], raw) if settings.store else {}).items():
+        rows[each] |= columns
     for each, samples in taken.items():
+        requests = {"requests": raw[each]} if each in raw else {}
         if samples:
             longest = samples[1] if len(samples) > 1 else None
-            keep(each, {**samples[0], "longest": longest})
-    for each, columns in served.items():
-        rows[each] |= columns
+            keep(each, {**samples[0], "longest": longest, **requests})
+        elif requests:
+            keep(each, requests)
     weights = {
         "measured_weights": "trained" if trained else "fresh",
         "measured_users": settings.users,
@@ -90,9 +93,13 @@ def _both(median: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _requests(
-    settings: Measure, jobs: Sequence[Job], models: measure.Models, workload: measure.Workload
+    settings: Measure,
+    jobs: Sequence[Job],
+    models: measure.Models,
+    workload: measure.Workload,
+    raw: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Columns by job id; of a job that could not be served, why."""
+    """Columns by job id, of a job that could not be served why; seconds of each step are put into `raw`."""
     assert settings.store is not None
     methods: dict[str, measure.Method] = {job.id: (job.compressor, job.budget, job.fitted) for job in jobs}
     found, failed = measure.requests(
@@ -102,6 +109,7 @@ def _requests(
     for each, served in found.items():
         columns = {c: one.columns() for c, one in served.items()}
         rows[each] = {**columns[settings.candidates[0]], "requests": columns}
+        raw[each] = {str(c): {"steps": one.taken, "full": one.full} for c, one in served.items()}
     rows |= {each: {"request_timing": f"failed: {reason}"} for each, reason in failed.items()}
     return {each: {"store": settings.store, **columns} for each, columns in rows.items()}
 

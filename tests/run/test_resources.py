@@ -128,7 +128,10 @@ def test_requests_have_columns_of_their_own(models, caplog):
 
     settings = Measure(latency=False, flops=False, seconds=0.01, users=2, store="dict", candidates=(3, 1))
     jobs = [*JOBS, Job("broken", Broken(), Budget(0.5))]
-    rows = resources(settings, jobs, models, never, LENGTHS, unkept, lambda n: None)
+    kept = {}
+    rows = resources(settings, jobs, models, never, LENGTHS, kept.__setitem__, lambda n: None)
+    assert kept.keys() == {"full", "mine", "raw", "narrow"}
+    assert kept["raw"]["requests"]["3"]["steps"].shape == kept["raw"]["requests"]["3"]["full"].shape
     for name, found in rows.items():
         assert found.keys() <= COLUMNS.keys() and found["store"] == "dict" and found["measured_candidates"] == 3
         if name == "broken":
