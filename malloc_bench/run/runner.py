@@ -18,6 +18,7 @@ from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
 from malloc_bench.results import Row, differing, read_rows
+from malloc_bench.run.estimate import probed
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
@@ -92,7 +93,10 @@ def _run(
     for reason, n in Counter(each.impossible for each in cells if each.data is None).items():
         log.warning("%d cells are skipped: %s", n, reason)
     if dry_run:
-        return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
+        rows = [] if fresh else read_rows(folder / "rows", quarantine=False)
+        result = make_plan(cells, datasets, folder, rows, suite)
+        result.probe = probed(result, datasets, on)
+        return result
     if suite.measure.store is not None:
         STORES[suite.measure.store].check()  # before hours of training
     started = time.perf_counter()

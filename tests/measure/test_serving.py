@@ -144,7 +144,7 @@ def test_a_server_that_dies_in_the_middle_is_one_line_of_every_cell(installed, m
     assert found == {} and failed.keys() == {"full", "recent", "recompute"}
     assert all(reason.startswith("redis: ") and "\n" not in reason for reason in failed.values())
     assert time.monotonic() - began < 20 and len(caplog.records) <= 2
-    assert not Path(opened[0].server.folder.name).exists()
+    assert not Path(opened[0].server.folder).exists()
 
 
 def test_a_store_that_does_not_start_is_one_line_of_every_cell(monkeypatch):

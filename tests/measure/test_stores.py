@@ -129,7 +129,7 @@ def test_a_full_disk_or_no_permission_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_server_ends_with_its_store(server):
-    pid, folder = server.pid, Path(server.server.folder.name)
+    pid, folder = server.pid, Path(server.server.folder)
     assert alive(pid) and folder.is_dir()
     assert server.connection.config_get("save") == {"save": ""}
     assert server.connection.config_get("bind") == {"bind": "127.0.0.1"}
@@ -145,15 +145,19 @@ def test_a_server_ends_with_its_process_however_that_ends(how, installed):
         import time
         from malloc_bench.measure import STORES
         with STORES["redis"]() as store:
-            print(store.pid, flush=True)
+            print(store.pid, store.server.folder, flush=True)
             time.sleep(60)
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
-        pid = int(process.stdout.readline())
+        pid, folder = process.stdout.readline().decode().split()
         process.send_signal(how)
-    assert gone(pid)
+    assert gone(int(pid))
+    until = time.monotonic() + 10
+    while Path(folder).exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(folder).exists()
 
 
 def test_a_server_that_dies_is_one_line(server):

@@ -18,16 +18,17 @@ SECONDS = 10.0  # that an answer may take
 _TRIES = 5  # ports: another process may take one first
 _AT_ONCE = 1 << 24  # bytes on their way
 
-#: ends the server when our end of its stdin closes, however we end; ends with the server
+#: ends the server when our end of its stdin closes, however we end; ends with the server, and removes its folder
 _KEEPER = """
-import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+import os, shutil, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
 def wait():
     sys.stdin.buffer.read()
     server.kill()
 threading.Thread(target=wait, daemon=True).start()
-code = server.wait()
-os._exit(code if code >= 0 else 1)
+server.wait()
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+os._exit(0)
 """
 
 
@@ -104,11 +105,11 @@ class _Server:
     """A redis-server and its keeper; nothing it has survives `end`."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.folder = port, tempfile.TemporaryDirectory(prefix="malloc-bench-redis-")
-        given = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self.folder.name}
+        self.port, self.folder = port, tempfile.mkdtemp(prefix="malloc-bench-redis-")
+        given = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self.folder}
         options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", _KEEPER, "redis-server", *options],
+            [sys.executable, "-S", "-c", _KEEPER, self.folder, "redis-server", *options],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
@@ -117,7 +118,7 @@ class _Server:
         connection, until = _connected(self.port), time.monotonic() + SECONDS
         while time.monotonic() < until and self.process.poll() is None:
             with suppress(StoreError), _told():
-                return bool(connection.config_get("dir").get("dir") == self.folder.name)
+                return bool(connection.config_get("dir").get("dir") == self.folder)
             time.sleep(0.02)
         return False
 
@@ -129,7 +130,7 @@ class _Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.folder.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _started() -> _Server:
