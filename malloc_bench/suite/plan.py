@@ -82,11 +82,13 @@ def make_plan(
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
         epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
-        timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
+        timed = sum(suite.measure.covers(member.cell.budget) for member in group)
         train = epochs * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
         served = (4 * suite.measure.seconds + 1) * len(suite.measure.candidates) if suite.measure.store else 0.0
-        result.costs.append(Cost(train, judge, timed * (2 * suite.measure.seconds + served), epochs))
+        result.costs.append(
+            Cost(train, judge, timed * (2 * suite.measure.seconds * suite.measure.latency + served), epochs)
+        )
     return result
 
 
