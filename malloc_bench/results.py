@@ -41,6 +41,8 @@ SCHEMA_VERSION = 2
 AFTER = (1, 5, 10, 20, 50, 100)  # appended events, drift is measured after
 STATUSES = ("ok", "skipped", "failed")
 STEPS = ("prefill", "compress", "append", "read")
+REQUEST_STEPS = ("load", "unpack", "read", "append", "pack", "write")
+CLIENTS = (1, 2)  # processes that ask a store at once
 KNOWN = ("none", "full", "window")
 
 #: column -> kind (text, whole, real, flag, or json: a nested value, kept as JSON text in the parquet), in their order.
@@ -73,13 +75,25 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
     **dict.fromkeys(("measured_users", "measured_candidates"), "whole"),  # at once, and tokens that read each history
     "measured_history": "whole",  # events of each history that was timed: the median of those evaluated
+    "measured_bytes": "real",  # of the states of these histories, the mean
     **{f"{step}_ms_p{p}": "real" for step in STEPS for p in (50, 95, 99)},
     **{f"{step}_cpu_ms_p50": "real" for step in STEPS},
     **dict.fromkeys(("read_ratio", "read_ratio_lo", "read_ratio_hi"), "real"),  # to the full state's, round by round
     "timing": "text",  # ok, noisy (the ratio's interval is wide), busy (other work on the machine), or both
+    # a request of one user that loads the state from a store and writes it back, at the median history, with
+    # `measured_candidates`: of one process, step by step, over the full state's in the same rounds, and as many a
+    # second as 1 and 2 client processes get served, which share the cores with one another and with a store's server
+    "store": "text",  # lmdb, redis or dict
+    **{f"request_ms_p{p}": "real" for p in (50, 95, 99)},
+    **{f"request_{step}_ms_p{p}": "real" for step in REQUEST_STEPS for p in (50, 95, 99)},
+    **dict.fromkeys(("request_ratio", "request_ratio_lo", "request_ratio_hi"), "real"),
+    **{f"requests_per_s_{n}": "real" for n in CLIENTS},
+    "request_timing": "text",  # as `timing`, or "failed: ..." with the reason
+    "requests": "json",  # candidates -> all of these columns, of every number of candidates that was asked for
     **{f"{step}_flops": "real" for step in STEPS},
     "peak_bytes": "real",
     "measured_history_long": "whole",  # the longest history evaluated, and what it costs
+    "measured_bytes_long": "real",
     **{f"{step}_ms_p50_long": "real" for step in STEPS},
     **dict.fromkeys(("read_ratio_long", "read_ratio_lo_long", "read_ratio_hi_long"), "real"),
     **{f"{step}_flops_long": "real" for step in STEPS},

@@ -90,3 +90,23 @@ def test_what_fitted_slots_cost_is_told_of_two_backbones(script, capsys) -> None
         [n, "20", share] for n in ("sasrec", "hstu") for share in ("1/32", "1/64", "1/256")
     ]
     assert all(int(row[3]) == sum(map(int, row[4:])) for row in held)
+
+
+def test_stores_tell_what_is_theirs(script, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path))
+    stores = script("bench_stores")
+    stores.report(3e6, ["lmdb", "dict"], own=8, first=20)
+    text = capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    filled, slopes, own = ([x for x in lines if len(x) == n and x[0] in ("lmdb", "dict")] for n in (8, 5, 3))
+    assert {(x[0], x[1]) for x in filled} == {(s, m) for s in ("lmdb", "dict") for m in stores.METHODS}
+    assert all(float(x[6]) >= 1 and float(x[7].replace(",", "")) >= 0 for x in filled)
+    assert len(slopes) == 6 and all(1 <= float(x[2]) < 4 for x in slopes) and len(own) == 2
+    assert not list((tmp_path / "stores").iterdir())
+
+
+def test_least_squares_and_its_standard_errors_by_hand(script) -> None:
+    """y = 1 + 2 x and residuals of +-1: the slope's error is sqrt(s^2 / sum of (x - mean)^2), s^2 = 4 / 2."""
+    found = script("bench_stores").fitted([2.0, 2.0, 4.0, 8.0], [0.0, 1.0, 2.0, 3.0], [1.0] * 4)
+    (slope, error), (start, _) = found
+    assert (slope, start) == pytest.approx((2.0, 1.0)) and error == pytest.approx((2 / 5) ** 0.5)

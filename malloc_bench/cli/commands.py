@@ -15,6 +15,7 @@ import typer
 from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, shown
 from malloc_bench.paths import home
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(reports)
+app.add_typer(plans)
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
@@ -269,7 +271,7 @@ def _end_as_by_ctrl_c(ended: list[int]) -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether the message says all that the user needs: SuiteError, DataError, UnknownName, a bad argument ..."""
-    ours = {"DataError", "ResultsError", "LockedError"}  # by name: their modules take seconds to import
+    ours = {"DataError", "ResultsError", "LockedError", "StoreError"}  # by name: their modules take seconds to import
     names = {cls.__name__ for cls in type(error).__mro__}
     return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
 

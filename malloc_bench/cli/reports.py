@@ -54,7 +54,7 @@ def leaderboard(
 @reports.command()
 def tables(
     run: RunArg,
-    table: Annotated[str | None, typer.Option(help="accuracy, resources, taxonomy or slices; else all.")] = None,
+    table: Annotated[str | None, typer.Option(help="accuracy, resources, requests, taxonomy ...; else all.")] = None,
     format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
 ) -> None:
     """The tables of a run, as text."""

@@ -21,7 +21,10 @@ GROUP = ("dataset", "task", "split", "backbone")
 METHOD = ("family", "compressor", "compressor_params", "budget")
 MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
 
-_MOST = ("n_users", "n_targets", "users_one_class", "measured_history", "measured_history_long")
+_MOST = (
+    "n_users", "n_targets", "users_one_class", "measured_users", "measured_candidates", "measured_history",
+    "measured_history_long",
+)  # fmt: skip
 _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 
 
@@ -53,14 +56,14 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             pl.len().cast(pl.Int64).alias("seeds_total"),
             *(pl.col(name).filter(ok).max() for name in _MOST),
             pl.col("structural").filter(ok).any(),
-            *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights")),
+            *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights", "store")),
             pl.col("values_digest")
             .filter(ok)
             .sort_by(pl.col("seed").filter(ok))
             .str.join(" ", ignore_nulls=False)
             .alias("digests"),
             pl.col("cell_id").filter(ok).sort_by(pl.col("seed").filter(ok)).str.join(" ").alias("cell_ids"),
-            _worst(pl.col("timing").filter(ok)),
+            *(_worst(pl.col(name).filter(ok)).alias(name) for name in ("timing", "request_timing")),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )
         .filter(pl.col("seeds") > 0)
@@ -85,7 +88,7 @@ def _worst(timing: pl.Expr) -> pl.Expr:
     """`ok`, or all that is wrong with the times of some seed."""
     wrong = [pl.when(timing.str.contains(word).any()).then(pl.lit(word)) for word in ("noisy", "busy")]
     said = pl.concat_str(*wrong, separator=", ", ignore_nulls=True)
-    return pl.when(timing.is_not_null().any()).then(said.replace("", "ok")).alias("timing")
+    return pl.when(timing.is_not_null().any()).then(said.replace("", "ok"))
 
 
 def share_of(known: str, metric: str = "hr@10") -> pl.Expr:

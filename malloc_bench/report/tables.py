@@ -24,7 +24,7 @@ from malloc_bench.report.render import (
     significant,
     words,
 )
-from malloc_bench.results import AFTER, KNOWN, STEPS
+from malloc_bench.results import AFTER, CLIENTS, KNOWN, REQUEST_STEPS, STEPS
 
 HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
@@ -42,6 +42,9 @@ CPU_TIMES = tuple(f"{step}_cpu_ms_p50" for step in STEPS)
 LONG_TIMES = tuple(f"{step}_ms_p50_long" for step in STEPS)
 RATIOS = tuple(f"read_ratio{part}{long}" for long in ("", "_long") for part in ("", "_lo", "_hi"))
 DRIFT = tuple(f"{name}@{n}" for name in ("appended", "drift", "drift_users") for n in AFTER)
+REQUESTS = tuple(f"request_{step}ms_p{p}" for step in ("", *(f"{s}_" for s in REQUEST_STEPS)) for p in (50, 95, 99))
+REQUEST_RATIO = ("request_ratio", "request_ratio_lo", "request_ratio_hi")
+RATES = tuple(f"requests_per_s_{n}" for n in CLIENTS)
 SLICES = tuple(length_slices([]))
 SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10", "agreement")
 
@@ -119,6 +122,25 @@ def drifts(frame: pl.DataFrame) -> pl.DataFrame:
     updated after each and held against compressing all again."""
     measured = [pl.col(name).is_not_null() for name in DRIFT]
     return aggregate(frame).filter(pl.any_horizontal(measured)).select(*HEAD, "overlap@10", "agreement", *DRIFT)
+
+
+def requests(frame: pl.DataFrame) -> pl.DataFrame:
+    """What a request costs that loads a state from a store and writes it back, by how many candidates it has."""
+    about = ("store", "measured_history", "measured_candidates", "bytes_mean")
+    numbers = (*REQUESTS, *REQUEST_RATIO, *RATES)
+    found = [json.loads(text or "{}") for text in frame["requests"]]
+    many = sorted({int(c) for each in found for c in each})
+    parts = []
+    for c in many:
+        own = [each.get(str(c), {}) for each in found]
+        rows = frame.with_columns(
+            *(pl.Series(name, [each.get(name) for each in own], pl.Float64) for name in numbers),
+            pl.Series("request_timing", [each.get("request_timing") for each in own], pl.String),
+            pl.lit(c, pl.Int64).alias("measured_candidates"),
+        )
+        parts.append(aggregate(rows).filter(pl.col("request_ms_p50").is_not_null()))
+    whole = pl.concat(parts) if parts else aggregate(frame).clear()
+    return whole.select(*HEAD, *about, *REQUESTS, *REQUEST_RATIO, "request_timing", *RATES)
 
 
 def _by_length(text: str | None) -> dict[str, float | None]:
@@ -201,6 +223,20 @@ TABLES = {
             *(number(f"appended@{n}", f"{n} appended", ".3f") for n in AFTER),
             *(number(f"drift@{n}", f"lost by {n} updates", "+.3f") for n in AFTER),
             *(number(f"drift_users@{n}", f"users of {n}", ",.0f") for n in AFTER),
+        ),
+    ),
+    "requests": Table(
+        requests,
+        (
+            *LABELS,
+            words("store", "store"),
+            number("measured_history", "events", ",.0f"),
+            number("measured_candidates", "candidates", ",.0f"),
+            significant("bytes_mean", "state (KB)", scale=1e-3),
+            *(significant(name, name.replace("_ms_", " ").replace("_", " ") + " (ms)") for name in REQUESTS),
+            *(number(name, f"request (× full){end}", ".2f") for name, end in zip(REQUEST_RATIO, ("", " from", " to"))),
+            words("request_timing", "timing"),
+            *(number(name, f"a second, {n} client{'s' * (n > 1)}", ",.0f") for name, n in zip(RATES, CLIENTS)),
         ),
     ),
     "slices": Table(

@@ -31,19 +31,20 @@ def resources(
 ) -> dict[str, dict[str, Any]]:
     """Latency, FLOPs and peak memory of every job, row columns by job id, on generated histories of two lengths:
 
-    the median and the longest of those evaluated, `lengths` [N] events in a state, or one that the suite names.
+    the median and the longest of those evaluated, `lengths` [N] events in a state, or one that the suite names; where
+    it names a store, also requests, at the first of these.
 
     models: the trained backbone under None, and as structural parts have adapted it. They serve unless the suite's
     length is beyond them: then fresh(max_length) makes one that keeps so many events. keep(job id, raw samples) is
     called with what was timed, report(cells) before anything is measured.
     """
-    if not jobs or not (settings.latency or settings.flops):
+    if not jobs or not (settings.latency or settings.flops or settings.store):
         return {}
     report(len(jobs))
     parts = {job.compressor.structural for job in jobs} | {None}
     models = {part: models[part] for part in models if part in parts}
     works = [
-        measure.Workload(settings.users, n, settings.candidates) for n in histories(settings, lengths, models[None])
+        measure.Workload(settings.users, n, settings.candidates[0]) for n in histories(settings, lengths, models[None])
     ]
     trained = works[-1].max_length <= models[None].max_length
     if not trained:
@@ -56,14 +57,20 @@ def resources(
     for work in works:
         for each, columns in _measured(settings, jobs, models, work, taken):
             rows[each] = _both(rows[each], {"measured_history": work.history, **columns})
+    raw: dict[str, dict[str, Any]] = {}
+    for each, columns in (_requests(settings, jobs, models, works[0], raw) if settings.store else {}).items():
+        rows[each] |= columns
     for each, samples in taken.items():
+        requests = {"requests": raw[each]} if each in raw else {}
         if samples:
             longest = samples[1] if len(samples) > 1 else None
-            keep(each, {**samples[0], "longest": longest})
+            keep(each, {**samples[0], "longest": longest, **requests})
+        elif requests:
+            keep(each, requests)
     weights = {
         "measured_weights": "trained" if trained else "fresh",
         "measured_users": settings.users,
-        "measured_candidates": settings.candidates,
+        "measured_candidates": settings.candidates[0],
     }
     return {each: (_both(row, row) if len(works) == 1 else row) | weights for each, row in rows.items() if row}
 
@@ -83,6 +90,28 @@ def histories(settings: Measure, lengths: np.ndarray, backbone: Backbone) -> lis
 def _both(median: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
     """The columns of the median length, or with those of the longest beside them."""
     return {**median, **{f"{k}_long": v for k, v in columns.items() if f"{k}_long" in COLUMNS}} if median else columns
+
+
+def _requests(
+    settings: Measure,
+    jobs: Sequence[Job],
+    models: measure.Models,
+    workload: measure.Workload,
+    raw: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Columns by job id, of a job that could not be served why; seconds of each step are put into `raw`."""
+    assert settings.store is not None
+    methods: dict[str, measure.Method] = {job.id: (job.compressor, job.budget, job.fitted) for job in jobs}
+    found, failed = measure.requests(
+        models, methods, workload, settings.candidates, settings.store, seconds=settings.seconds
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for each, served in found.items():
+        columns = {c: one.columns() for c, one in served.items()}
+        rows[each] = {**columns[settings.candidates[0]], "requests": columns}
+        raw[each] = {str(c): {"steps": one.taken, "full": one.full} for c, one in served.items()}
+    rows |= {each: {"request_timing": f"failed: {reason}"} for each, reason in failed.items()}
+    return {each: {"store": settings.store, **columns} for each, columns in rows.items()}
 
 
 def _measured(
@@ -110,7 +139,7 @@ def _measured(
 def _costs(
     models: measure.Models, jobs: Sequence[Job], workload: measure.Workload
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By job id: FLOPs per user by formula, and the peak of what compressing and reading a batch allocates.
+    """By job id: FLOPs per user by formula, bytes of a state, the peak of what making and reading a batch allocates.
 
     A job that raises is logged and left out.
     """
@@ -132,4 +161,4 @@ def _costs(
         except (Exception, SystemExit):
             log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
             continue
-        yield job.id, {**found, "peak_bytes": peak}
+        yield job.id, {**found, "peak_bytes": peak, "measured_bytes": float(state.nbytes().double().mean())}

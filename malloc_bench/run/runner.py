@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from malloc_bench.data import DataError, Dataset, get_dataset
+from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
 from malloc_bench.results import Row, differing, read_rows
@@ -53,7 +54,7 @@ def run_suite(
     skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
     `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only
     the i-th of n parts of the cells, from 1; `merge` makes one run of the parts. Raises SuiteError, LockedError,
-    ResultsError.
+    ResultsError, StoreError where the store that requests are to be measured with is not installed.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     suite = suite if tuned is None else replace(suite, tuned=Path(tuned))
@@ -96,6 +97,8 @@ def _run(
         result = make_plan(cells, datasets, folder, rows, suite)
         result.probe = probed(result, datasets, on)
         return result
+    if suite.measure.store is not None:
+        STORES[suite.measure.store].check()  # before hours of training
     started = time.perf_counter()
     with locked(folder):
         remove_dead(folder)

@@ -23,6 +23,7 @@ from malloc_bench.state.streamed import Frequencies, Streamed, coding, frequenci
 from malloc_bench.state.turned import Basis, Turned
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
 from malloc_bench.state.vectors import Dense, Ragged, Vectors
+from malloc_bench.state.zipped import Zipped, zipped
 
 __all__ = [
     "Ask", "Basis", "Batch", "ByHash", "ByLabel", "ByLogit", "Channels", "Codebook", "Coded", "CodedEvents",
@@ -30,8 +31,8 @@ __all__ = [
     "ItemFrequencies", "Layer", "Lookup", "LowRank", "Map", "MicroScaled", "MissingStatistic", "Named", "Normed",
     "Outliers", "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt",
     "Rounded", "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned",
-    "UserState", "Vectors", "absolute_sums", "by_heads", "closest", "coded", "coding", "extend", "factor",
+    "UserState", "Vectors", "Zipped", "absolute_sums", "by_heads", "closest", "coded", "coding", "extend", "factor",
     "frequencies", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors",
     "microscaled", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
-    "signs", "streamed", "take", "under", "unpack_bits",
+    "signs", "streamed", "take", "under", "unpack_bits", "zipped",
 ]  # fmt: skip

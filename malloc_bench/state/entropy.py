@@ -102,6 +102,10 @@ class CodedEvents(Events):
         code, size = table.encode(events.items, events.count)
         return CodedEvents(events.items, events.count, events.times, None, events.kinds, code, size, table)
 
+    def then(self, new: Events) -> CodedEvents:
+        assert self.table is not None
+        return CodedEvents.of(super().then(new), self.table)
+
     def stored(self) -> dict[str, Tensor]:
         return {name: x for name, x in super().stored().items() if name != "items"}
 

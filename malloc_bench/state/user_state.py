@@ -75,6 +75,16 @@ class Events:
         index = (self.count - count).long().unsqueeze(1) + torch.arange(width, device=count.device)
         return self.take(index.clamp(max=max(self.items.shape[1] - 1, 0)), count)
 
+    def then(self, new: Events) -> Self:
+        """With new events [B, M] right behind each user's own; columns that these do not have are left out."""
+        place = self.count.long().unsqueeze(1) + torch.arange(new.items.shape[1], device=self.items.device)
+        columns, theirs = self.columns(), new.columns()
+        grown = {
+            name: torch.cat([x, x.new_zeros(place.shape)], 1).scatter(1, place, theirs[name].to(x.dtype))
+            for name, x in columns.items()
+        }
+        return replace(self, count=self.count + new.count, **grown)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

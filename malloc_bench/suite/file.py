@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from malloc_bench.compressors import Budget
 from malloc_bench.data import DataError, list_datasets
@@ -40,17 +40,19 @@ class Measure:
     """What is measured beside accuracy and bytes, and the workload of latency.
 
     history: events of each generated user; None: the median and the longest history of the data that are evaluated.
-    users: in a batch; candidates: tokens that a read answers; seconds: of measuring per cell and length, three times as
-    many at most where the ratio to the full state is not sure before. budgets: only cells of these are measured, and
-    those without one; None: all. drift: after how many appended events a state is held against one that is compressed
-    from scratch.
+    users: in a batch; candidates: tokens that a read answers, the first of them where one number is measured; store:
+    through which requests are measured, with each of `candidates`; None: they are not. seconds: of measuring per cell
+    and length, three times as many at most where the ratio to the full state is not sure before. budgets: only cells of
+    these are measured, and those without one; None: all. drift: after how many appended events a state is held against
+    one that is compressed from scratch.
     """
 
     latency: bool = True
     flops: bool = True
     history: int | None = None
     users: int = 8
-    candidates: int = 1
+    candidates: tuple[int, ...] = (1,)
+    store: str | None = None
     seconds: float = 0.3
     budgets: tuple[Budget, ...] | None = None
     drift: tuple[int, ...] = ()
@@ -66,6 +68,11 @@ Whole = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Names = Annotated[list[str], Field(min_length=1)]
 Entries = Annotated[list[Any], Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    """One value as a list of it."""
+    return value if isinstance(value, list) else [value]
 
 
 class _Strict(BaseModel):
@@ -91,7 +98,10 @@ class MeasureKeys(_Strict):
     flops: bool = Measure.flops
     history: Whole | None = Measure.history
     users: Whole = Measure.users
-    candidates: Whole = Measure.candidates
+    candidates: Annotated[tuple[Whole, ...], BeforeValidator(_listed), Field(strict=False, min_length=1)] = (
+        Measure.candidates
+    )
+    store: Literal["lmdb", "redis", "dict"] | None = None
     seconds: Positive = Measure.seconds
     budgets: Entries | None = None
     drift: Annotated[tuple[Literal[1, 5, 10, 20, 50, 100], ...], Field(strict=False)] = ()

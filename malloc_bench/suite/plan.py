@@ -84,10 +84,12 @@ def make_plan(
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
         epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
-        timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
+        timed = sum(suite.measure.covers(member.cell.budget) for member in group)
         train = epochs * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
-        result.costs[group_key(cell)] = Cost(train, judge, timed * 2 * suite.measure.seconds, epochs)
+        seconds, asked = suite.measure.seconds, len(suite.measure.candidates) * (suite.measure.store is not None)
+        measured = timed * (2 * seconds * suite.measure.latency + (4 * seconds + 1) * asked)
+        result.costs[group_key(cell)] = Cost(train, judge, measured, epochs)
     return result
 
 
@@ -111,9 +113,13 @@ def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
     measure = suite.measure
     wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
+    wanted += ["request_ms_p50"] * (measure.store is not None)
     if row["status"] != "ok" or not wanted or not measure.covers(cell.budget):
         return row["status"] == "ok"
-    same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates
+    same = row.get("measured_users") == measure.users and row.get("measured_candidates") == measure.candidates[0]
+    if measure.store is not None:
+        asked = {str(c) for c in measure.candidates}
+        same = same and row.get("store") == measure.store and (row.get("requests") or {}).keys() >= asked
     same = same and row.get("measured_history") is not None and measure.history in (None, row["measured_history"])
     return same and all(row.get(name) is not None for name in wanted)
 

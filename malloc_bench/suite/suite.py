@@ -145,6 +145,9 @@ def _measure(keys: suite_file.MeasureKeys) -> Measure:
     given = keys.model_dump()
     if keys.budgets is not None:
         given["budgets"] = suite_parts.budgets(keys.budgets, "measure.budgets")
+    suite_file.no_twins("measure.candidates", keys.candidates)
+    if keys.store is None and len(keys.candidates) > 1:
+        raise suite_file.Fault("measure.candidates", "several are for requests: name a store, such as store: lmdb")
     return Measure(**given)
 
 

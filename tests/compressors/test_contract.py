@@ -95,6 +95,8 @@ METHODS = [
     ("gear", {"inner": "pq", "every": 24, "rank": 2}),
     ("entropy", {}),
     ("entropy", {"inner": "pq"}),
+    ("zstd", {}),
+    *(("zstd", {"inner": inner, "level": 1}) for inner in ("int8", {"kivi": {"bits": 4, "tail": 8}})),
     ("kvtc", {}),
     ("intactkv", {}),
     ("intactkv", {"score": "knorm", "inner": "pq"}),
@@ -119,6 +121,8 @@ METHODS = [
         for steps in (
             ("merge_adjacent", {"kivi": {"bits": 2}}),
             ("recent", "int8"),
+            ("recent", "zstd"),
+            ("merge_adjacent", {"zstd": {"inner": "int4_token"}}),
             ("sampled", {"kivi": {"bits": 4}}),
             ("recent", {"turboquant": {"bits": 2}}),
             ("h2o", {"by_age": {"bits": 4}}),

@@ -28,6 +28,7 @@ METHODS = {
     "tail": ("kivi", {"bits": 4, "group": 4, "tail": 2}), "svd": ("svd", {}),
     "svd codes": ("svd", {"dtype": "int4"}), "turned": ("turboquant", {"bits": 3}), "raw": ("recompute", {}),
     "truncated": ("truncate", {}), "chain": ("compose", {"steps": ("merge_adjacent", {"kivi": {"bits": 4}})}),
+    "zipped": ("zstd", {}), "zipped codes": ("zstd", {"inner": {"kivi": {"bits": 2, "group": 4}}}),
     "thin chain": ("compose", {"steps": ("h2o", {"svd": {"rank": 2}})}),
 }  # fmt: skip
 SPECIAL = (0, 1, -1, 2, 3, 127, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), 2**30, -7)

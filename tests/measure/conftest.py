@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from malloc_bench.measure import sampling
+from malloc_bench.measure import STORES, StoreError, sampling
 
 
 class Clock:
@@ -21,3 +23,27 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(sampling, "time", clock)
     return clock
+
+
+@pytest.fixture(scope="session")
+def installed():
+    """installed(name): the class of a store; the test is skipped where the store is missing, and fails so in CI."""
+
+    def find(name):
+        try:
+            STORES[name].check()
+        except StoreError as error:
+            if os.environ.get("CI") == "true":
+                pytest.fail(str(error))
+            pytest.skip(str(error))
+        return STORES[name]
+
+    return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Folders of stores lie below the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_BENCH_HOME", str(tmp_path_factory.mktemp("home")))
+        yield

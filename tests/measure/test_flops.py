@@ -45,6 +45,7 @@ PARAMS = {  # beside the defaults
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
     "entropy": [{}],
+    "zstd": [{}, {"inner": {"kivi": {"bits": 2}}}],
     "gear": [{}, {"inner": {"turboquant": {"bits": 2}}, "every": 64}],
     "intactkv": [{}, {"inner": {"turboquant": {"bits": 2}}}],
     "xquant": [{}, {"across": True}],

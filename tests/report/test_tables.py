@@ -10,7 +10,12 @@ from malloc_bench.results import frame, label
 @pytest.mark.parametrize("name", tables.TABLES)
 @pytest.mark.parametrize("format", render.FORMATS)
 def test_every_table_in_every_format(suite, name, format):
-    measured = {"ceiling_full_hr@10": 0.9, "ceiling_none_hr@10": 0.0, "appended@1": 0.5}
+    measured = {
+        "ceiling_full_hr@10": 0.9,
+        "ceiling_none_hr@10": 0.0,
+        "appended@1": 0.5,
+        "requests": '{"1": {"request_ms_p50": 1.0}}',
+    }
     suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
     text = tables.render_table(suite, name, format)
     assert (
@@ -125,3 +130,16 @@ def test_shares_of_ceilings(row, board_of):
     text = tables.render_table(board, "ceilings")
     assert "166.7" in text and "62.5" in text and "HR@50" not in text
     assert tables.NOTHING in tables.render_table(board_of(row(compressor="tova")), "ceilings")
+
+
+def test_requests_have_a_row_for_every_number_of_candidates(row, board_of):
+    """Of two seeds the mean; a method that was not measured so has none."""
+    asked = {"store": "redis", "measured_history": 50}
+    both = [{"1": {"request_ms_p50": x, "request_timing": said}, "64": {"request_ms_p50": 9.0}} for x, said in
+            ((1.0, "ok"), (3.0, "busy"))]  # fmt: skip
+    rows = [{**row(compressor="recent", seed=seed), **asked, "requests": one} for seed, one in enumerate(both)]
+    rows.append(row(compressor="full", seed=0))
+    found = tables.table(board_of(*rows), "requests")
+    columns = ("compressor", "measured_candidates", "request_ms_p50", "request_timing", "store")
+    assert found.select(columns).rows() == [("recent", 1, 2.0, "busy", "redis"), ("recent", 64, 9.0, None, "redis")]
+    assert tables.table(board_of(rows[-1]), "requests").is_empty()

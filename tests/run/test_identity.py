@@ -16,6 +16,7 @@ import yaml
 
 from malloc_bench import registry
 from malloc_bench.data.sources import cards
+from malloc_bench.measure import STORES, StoreError
 from malloc_bench.results import read_rows
 from malloc_bench.run import runner
 from malloc_bench.run.runner import reproduce, run_suite
@@ -244,3 +245,46 @@ def test_another_workload_is_measured_again(world: World) -> None:
     flops = [world.run(measure=workload)[1]["read_flops"] for workload in workloads]
     assert flops[1] > flops[0]
     assert world.run(measure=workloads[1])[0].reused == 1
+
+
+def test_another_store_or_other_candidates_are_measured_again(world: World) -> None:
+    def run(store: str | None, candidates: Any) -> tuple[int, dict[str, Any]]:
+        measure = {"latency": False, "flops": False, "users": 2, "seconds": 0.01}
+        result, row = world.run(measure={**measure, "candidates": candidates, **({"store": store} if store else {})})
+        return result.reused, row
+
+    reused, row = run(None, 1)
+    assert reused == 0 and row["store"] is row["requests"] is None
+    for store, candidates in (("dict", 2), ("lmdb", 2), ("lmdb", [2, 5]), ("lmdb", [5, 2])):
+        reused, row = run(store, candidates)
+        many = candidates if isinstance(candidates, list) else [candidates]
+        assert reused == 0 and row["store"] == store and row["measured_candidates"] == many[0]
+        assert row["requests"].keys() == set(map(str, many))
+        assert row["request_ms_p50"] == row["requests"][str(many[0])]["request_ms_p50"] > 0
+        assert run(store, candidates)[0] == 1
+    assert run("lmdb", [5])[0] == 1  # one of those that are there
+
+
+def test_a_store_that_is_not_installed_is_one_line_before_anything_runs(world: World, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(StoreError, match=r"^redis: there is no redis-server"):
+        world.run(measure={"store": "redis"})
+    assert not (world.folder / "run").exists()
+
+
+def test_a_store_that_fails_costs_a_row_nothing_but_its_requests(world: World, monkeypatch) -> None:
+    def start(self: Any) -> None:
+        raise StoreError("lmdb: no room")
+
+    measure = {"flops": False, "users": 2, "seconds": 0.01, "store": "lmdb"}
+    with monkeypatch.context() as patch:
+        patch.setattr(STORES["lmdb"], "__init__", start)
+        result, row = world.run(measure=measure)
+    assert result.ok == 1 and row["ndcg@10"] is not None and row["read_ms_p50"] > 0
+    assert row["request_timing"] == "failed: lmdb: no room" and row["request_ms_p50"] is None
+    result, row = world.run(measure=measure)
+    assert (
+        result.reused == 0
+        and row["request_ms_p50"] > 0
+        and row["request_timing"] in ("ok", "noisy", "busy", "noisy, busy")
+    )

@@ -119,3 +119,23 @@ def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, caplog
     assert rows["full"]["read_flops"] > 0 and rows["raw"]["read_flops_long"] > 0
     assert "read_ms_p50" not in rows["broken"] and "read_flops" not in rows["broken"]
     assert caplog.text.count("not here") >= 4 and "latency of broken" in caplog.text
+
+
+def test_requests_have_columns_of_their_own(models, caplog):
+    class Broken(type(JOBS[1].compressor)):
+        def compress(self, prefill, budget=None, fitted=None):
+            raise RuntimeError("not here")
+
+    settings = Measure(latency=False, flops=False, seconds=0.01, users=2, store="dict", candidates=(3, 1))
+    jobs = [*JOBS, Job("broken", Broken(), Budget(0.5))]
+    kept = {}
+    rows = resources(settings, jobs, models, never, LENGTHS, kept.__setitem__, lambda n: None)
+    assert kept.keys() == {"full", "mine", "raw", "narrow"}
+    assert kept["raw"]["requests"]["3"]["steps"].shape == kept["raw"]["requests"]["3"]["full"].shape
+    for name, found in rows.items():
+        assert found.keys() <= COLUMNS.keys() and found["store"] == "dict" and found["measured_candidates"] == 3
+        if name == "broken":
+            assert found["request_timing"] == "failed: RuntimeError: not here" and "request_ms_p50" not in found
+        else:
+            assert list(found["requests"]) == [3, 1] and found["requests"][3].items() <= found.items()
+    assert rows["full"]["measured_history"] == 10

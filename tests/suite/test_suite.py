@@ -73,6 +73,19 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"backbones": [{"sasrec": {"training": 3}}]}, "backbones[0].sasrec.training: expected keys and values, not 3"),
     ({"measure": {"latencies": True}}, "measure.latencies: unknown key. Did you mean 'latency'?"),
+    (
+        {"measure": {"store": "lmbd"}},
+        "measure.store: expected 'lmdb', 'redis' or 'dict', not 'lmbd'. Did you mean 'lmdb'?",
+    ),
+    ({"measure": {"stores": "lmdb"}}, "measure.stores: unknown key. Did you mean 'store'?"),
+    (
+        {"measure": {"candidates": [1, 5]}},
+        "measure.candidates: several are for requests: name a store, such as store: lmdb",
+    ),
+    ({"measure": {"candidates": [5, 5], "store": "dict"}}, "measure.candidates[1]: 5 is there twice"),
+    ({"measure": {"candidates": [5, 0]}}, "measure.candidates[1]: expected greater than or equal to 1, not 0"),
+    ({"measure": {"candidates": "5"}}, "measure.candidates[0]: expected an integer, not '5'"),
+    ({"measure": {"candidates": []}}, "measure.candidates: expected at least one value, not an empty list"),
     ({"name": None}, "name: missing"),
     ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', a letter or digit first, not '../up'"),
     ({"tasks": ["ranking", {"ranking": {}}]}, "tasks[1]: {'ranking': {'candidates': 32, 'seed': 0}} is there twice"),
@@ -651,3 +664,10 @@ def test_a_step_of_a_chain_may_be_several(tmp_path: Path) -> None:
 def test_costs_may_be_measured_at_some_budgets_only(tmp_path: Path) -> None:
     suite = load(tmp_path, compressors=["full", "recent"], budgets=[0.5, {"slots": 4}], measure={"budgets": [0.5]})
     assert {cell.budget for cell in suite.cells() if not suite.measure.covers(cell.budget)} == {Budget(slots=4)}
+
+
+def test_requests_are_measured_through_a_store_with_one_or_several_candidates(tmp_path: Path) -> None:
+    assert load(tmp_path).measure.store is None and load(tmp_path).measure.candidates == (1,)
+    assert load(tmp_path, measure={"candidates": 7}).measure.candidates == (7,)
+    measure = load(tmp_path, measure={"store": "redis", "candidates": [1, 128]}).measure
+    assert (measure.store, measure.candidates) == ("redis", (1, 128))

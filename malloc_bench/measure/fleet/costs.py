@@ -1,0 +1,141 @@
+"""From a row of measured costs to what one user of so many events costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from malloc_bench.results import REQUEST_STEPS
+
+RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
+KEPT_WHOLE = ("full", "none")  # append makes them what compressing again would
+
+Row = Mapping[str, Any]  # of results, or means over seeds of them
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one user of a method, at some number of events: bytes kept, and milliseconds of one core.
+
+    read: of a request. append: of a new event. rebuild: of compressing the whole history again, prefill and statistics
+    included, 0 where appending does as well. build: of the first time. raw: ids are kept, `read` rebuilds the state.
+    growth: of bytes with events, in words. by_request: whether loading, unpacking, packing and writing are in them.
+    """
+
+    method: str
+    bytes: float
+    read: float
+    append: float
+    rebuild: float
+    build: float
+    raw: bool
+    growth: str
+    by_request: bool
+
+
+def costs(row: Row, events: float) -> Costs | None:
+    """Of a method's row, for users of so many events; None where its bytes or its times were not measured.
+
+    Between the two lengths that were measured, and beyond them, everything follows the line through both; where one was
+    measured, or the row is older than measured bytes, bytes and times are in proportion to events, or constant.
+    """
+    kept = _bytes(row, events)
+    if kept is None or row.get("read_cpu_ms_p50") is None:
+        return None
+    size, growth = kept
+    raw = row.get("append_cpu_ms_p50") is None
+    before = _bytes(row, row["measured_history"])
+    moved = size / before[0] if before and before[0] else 1.0
+    reads, appends = (_times(row, step, events, None if raw else moved) for step in ("read", "append"))
+    build = 0.0 if raw else _grown(row, "prefill", events) + _grown(row, "compress", events)
+    rebuild = 0.0 if row.get("method", row["compressor"]) in KEPT_WHOLE else build
+    read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
+    if by_request := row.get("request_ms_p50") is not None:  # one user at a time, as measured; it grows as bytes do
+        load, unpack, one, add, pack, write = (row[f"request_{step}_ms_p50"] for step in REQUEST_STEPS)
+        read = (load + unpack) * moved + one * reads
+        append = (load + unpack + pack + write) * moved + add * (1.0 if raw else appends)
+    return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
+
+
+def rebuilt(full: Row, events: float) -> Costs | None:
+    """Ids kept and every read a prefill, made up from the full state's row where a run has no such method."""
+    if costs(full, events) is None:
+        return None
+    read = _grown(full, "prefill", events) + _grown(full, "read", events)
+    growth = f"{RAW_EVENT} bytes an event (assumed)"
+    return Costs("recompute (made up)", RAW_EVENT * events, read, 0.0, 0.0, 0.0, True, growth, False)
+
+
+def at_candidates(rows: Sequence[dict[str, Any]], candidates: int) -> list[dict[str, Any]]:
+    """Rows of results with requests of so many candidates in place of the first number of them.
+
+    A row without such requests is as one that was not measured. Raises ValueError, which names what was measured, where
+    no row has them.
+    """
+    found: list[dict[str, Any]] = []
+    known: set[int] = set()
+    for row in rows:
+        text, first = row.get("requests"), row.get("measured_candidates")
+        by = (json.loads(text) if isinstance(text, str) else text) or {}
+        known |= {int(each) for each in (*by, *([] if first is None else [first]))}
+        if first == candidates:
+            found.append(row)
+        elif str(candidates) in by:
+            found.append({**row, **by[str(candidates)], "measured_candidates": candidates})
+        else:
+            found.append({**row, "read_cpu_ms_p50": None})
+    if candidates not in known:
+        raise ValueError(f"--candidates {candidates}: measured were {', '.join(map(str, sorted(known))) or 'none'}")
+    return found
+
+
+def _bytes(row: Row, events: float) -> tuple[float, str] | None:
+    """Bytes of a state of so many events, and how they grow."""
+    n, most, size, largest = (row.get(name) for name in _MEASURED)
+    if n is None:
+        return None
+    if size is not None and largest is not None and most is not None and most > n:
+        slope = (largest - size) / (most - n)
+        growth = "constant" if slope == 0 else f"{slope:.4g} bytes an event"
+        return max(0.0, size + slope * (events - n)), growth
+    one = size
+    if (
+        size is None and most is not None and most > n
+    ):  # both are of the median user; a suite's own length would be no one's
+        one = row.get("bytes_p50")
+    if one is None:
+        return None
+    if "slots" in (budget := str(row.get("budget"))) or "bytes" in budget or row.get("bytes_p99") == one:
+        return one, "constant (assumed)"
+    return one * events / n, f"{one / n:.4g} bytes an event (assumed)"
+
+
+_MEASURED = ("measured_history", "measured_history_long", "measured_bytes", "measured_bytes_long")
+
+
+def _grown(row: Row, step: str, events: float) -> float:
+    """CPU milliseconds of a step at so many events; 0 where it was not measured."""
+    return (row.get(f"{step}_cpu_ms_p50") or 0.0) * _times(row, step, events)
+
+
+def _times(row: Row, step: str, events: float, moved: float | None = None) -> float:
+    """How many times longer than at the measured history a step takes: by its wall time there and at the longest.
+
+    moved: how many times more bytes it works on, of a kept state, between which and 1 noise is held.
+    """
+    n, most = row["measured_history"], row.get("measured_history_long")
+    one, long = row.get(f"{step}_ms_p50"), row.get(f"{step}_ms_p50_long")
+    if one and long and most is not None and most > n:
+        found = 1 + max(0.0, long / one - 1) / (most - n) * (events - n)  # noise shrinks no time
+    else:
+        found = events / n
+    low, high = (0.0, math.inf) if moved is None else sorted((1.0, moved))
+    return min(max(found, low), high)
+
+
+def _name(row: Row) -> str:
+    """`snapkv(window=16) at 25 %`, from a row of the board."""
+    return f"{row['compressor']} at {row['budget']}" if row.get("budget") else str(row["compressor"])
