@@ -210,7 +210,7 @@ def read_rows(folder: str | Path, quarantine: bool = True) -> list[Row]:
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
-        row, fault = _read_row(path)
+        row, fault = read_row(path)
         if not fault:
             rows.append(row)
         else:
@@ -228,7 +228,7 @@ def _set_aside(path: Path) -> bool:
     return True
 
 
-def _read_row(path: Path) -> tuple[Row, str | None]:
+def read_row(path: Path) -> tuple[Row, str | None]:
     """The row of a file and what is wrong with it."""
     try:
         row = json.loads(path.read_bytes())
@@ -314,7 +314,7 @@ def load_results(rundir: str | Path) -> pl.DataFrame:
     if any((rundir / "rows").glob("*.json")):
         return frame(read_rows(rundir / "rows", quarantine=False))
     if (rundir / "results.parquet").is_file():
-        return _read_parquet(rundir / "results.parquet")
+        return read_parquet(rundir / "results.parquet")
     raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
 
 
@@ -327,7 +327,7 @@ def to_parquet(rundir: str | Path) -> Path:
     return path
 
 
-def _read_parquet(path: Path) -> pl.DataFrame:
+def read_parquet(path: Path) -> pl.DataFrame:
     """A frame with all of COLUMNS; what an older schema version did not have is null."""
     import polars as pl
 

@@ -77,6 +77,27 @@ def merge(
 
 
 @reports.command()
+def verify(
+    run: RunArg,
+    recompute: Annotated[int, typer.Option(min=0, help="Also compute so many cells again, drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+) -> int:
+    """Hold a run against its digests: rows, parquet, manifest and files by user; exit code 1 if any is damaged."""
+    from malloc_bench.run import runner, verify
+
+    found = verify.verify(run)
+    for line in found.damaged:
+        say(f"damaged: {line}")
+    say(found)
+    differing = 0
+    for cell in verify.sample(run, recompute, seed) if recompute else ():
+        lines = runner.reproduce(run, cell)
+        differing += bool(lines)
+        say(f"{cell[:12]}: {'; '.join(lines) or 'reproduced'}")
+    return 1 if found.damaged or differing else 0
+
+
+@reports.command()
 def report(run: RunArg) -> None:
     """Write a run's leaderboard, parquet and figures again from its rows."""
     from malloc_bench.report import write_report

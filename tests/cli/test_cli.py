@@ -29,7 +29,7 @@ from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
     ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"],
-    ["env"], ["data"], ["recommend"], ["leaderboard"],
+    ["verify"], ["env"], ["data"], ["recommend"], ["leaderboard"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
