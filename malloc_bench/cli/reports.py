@@ -104,3 +104,15 @@ def report(run: RunArg) -> None:
 
     for path in write_report(run):
         say(path)
+
+
+@reports.command()
+def site(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of runs, such as results/; or one run.")],
+    out: Annotated[Path, typer.Option(help="Where the pages go.")] = Path("site"),
+) -> None:
+    """A static site over many runs: the whole leaderboard, and a page a data set, a backbone and a method."""
+    from malloc_bench.report.site import write_site
+
+    written = write_site(folder, out)
+    say(f"{written[0]} and {len(written) - 1} more pages")
