@@ -104,25 +104,34 @@ def _p(name: str, header: str) -> Column:
 def complexity(frame: pl.DataFrame) -> pl.DataFrame:
     """How bytes, FLOPs and time grow with the events of a history: e in n^e between the two lengths that were measured.
 
-    Null where they are too near to one another. Part of a time does not grow: its e is below that of the FLOPs.
+    Null where they are too near to one another. A part of each cost does not grow, which lowers e where histories are
+    short: `read FLOPs beyond none` are those that a read of no history does not take.
     """
     rows = aggregate(frame)
+    floors = [
+        pl.col(name).filter(pl.col("method") == "none").first().over(GROUP).alias(f"none_{name}") for name in READ
+    ]
+    beyond = [pl.when(pl.col("method") != "none").then(pl.col(n) - pl.col(f"none_{n}")).alias(f"own_{n}") for n in READ]
+    rows = rows.with_columns(floors).with_columns(beyond)
     longer = pl.col("measured_history_long") / pl.col("measured_history")
-    grown = {"memory": ("measured_bytes", "measured_bytes_long")}
-    for step in STEPS:
-        grown[f"{step} FLOPs"] = (f"{step}_flops", f"{step}_flops_long")
-        grown[f"{step} ms"] = (f"{step}_ms_p50", f"{step}_ms_p50_long")
     exponents = [
         pl.when((longer >= LEAST_GROWTH) & (pl.col(a) > 0) & (pl.col(b) > 0))
         .then((pl.col(b) / pl.col(a)).log() / longer.log())
         .alias(name)
-        for name, (a, b) in grown.items()
+        for name, (a, b) in GROWTH.items()
     ]
-    found = rows.with_columns(exponents).filter(pl.any_horizontal(pl.col(name).is_not_null() for name in grown))
-    return found.select(*HEAD, "measured_history", "measured_history_long", *grown)
+    found = rows.with_columns(exponents).filter(pl.any_horizontal(pl.col(name).is_not_null() for name in GROWTH))
+    return found.select(*HEAD, "measured_history", "measured_history_long", *GROWTH)
 
 
-GROWTH = ("memory", *(f"{step} {of}" for step in STEPS for of in ("FLOPs", "ms")))
+READ = ("read_flops", "read_flops_long")
+#: name -> columns of the shorter and the longer history
+GROWTH = {
+    "memory": ("measured_bytes", "measured_bytes_long"),
+    **{f"{step} FLOPs": (f"{step}_flops", f"{step}_flops_long") for step in STEPS},
+    "read FLOPs beyond none": ("own_read_flops", "own_read_flops_long"),
+    **{f"{step} ms": (f"{step}_ms_p50", f"{step}_ms_p50_long") for step in STEPS},
+}
 
 PAPER = {
     "paper": Table(paper, blocks=paper_blocks),

@@ -387,6 +387,8 @@ def test_tables(smoke: Any, capsys: Capture) -> None:
     assert all(f"# {name}" in shown for name in ("Accuracy", "Resources", "Taxonomy", "Slices"))
     assert cli.main(["tables", "runs/smoke", "--table", "taxonomy", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("dataset,task,split,backbone,family,method")
+    assert cli.main(["tables", "runs/smoke", "--table", "papr"]) == 2
+    assert capsys.readouterr().err == "malloc-bench: no table is named 'papr'. Did you mean 'paper'?\n"
     assert cli.main(["tables", "runs/smoke", "--format", "latex"]) == 0
     assert capsys.readouterr().out.count(r"\begin{table}") >= 6
 

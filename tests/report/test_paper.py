@@ -150,6 +150,16 @@ def test_growth_between_two_lengths(row, board_of):
     assert "| 10 | 1,000 | 1.00 | 2.00 | 0.50 |" in text
 
 
+def test_growth_of_a_read_beyond_one_of_no_history(row, board_of):
+    """Of 100 + n and 100 FLOPs the part that grows is n."""
+    lengths = {"measured_history": 10, "measured_history_long": 1000}
+    h2o = row(compressor="h2o", read_flops=110.0, read_flops_long=1100.0, **lengths)
+    none = row(compressor="none", read_flops=100.0, read_flops_long=100.0, **lengths)
+    found = {each["compressor"]: each for each in evidence.complexity(board_of(h2o, none)).to_dicts()}
+    assert found["h2o"]["read FLOPs beyond none"] == pytest.approx(1.0) and found["h2o"]["read FLOPs"] == 0.5
+    assert found["none"]["read FLOPs beyond none"] is None and found["none"]["read FLOPs"] == 0.0
+
+
 @pytest.mark.parametrize("name", evidence.PAPER)
 def test_nothing_to_show(name, row, board_of):
     for data in (frame([]), board_of(row(compressor="h2o", status="skipped", reason="no data"))):
