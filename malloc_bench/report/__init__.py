@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 
 
 def write_report(rundir: str | Path) -> list[Path]:
-    """Write `results.parquet`, `leaderboard.md|csv|tex` and `figures/` of a run folder from its rows.
+    """Write `results.parquet`, `leaderboard.md|csv|tex`, `report.html` and `figures/` of a run folder from its rows.
 
     Every file is replaced whole; a parquet without rows beside it is the truth itself and stays. Files of a row that
     are not what was written are named in a warning. Raises FileNotFoundError where the folder holds no results,
     ResultsError where a file cannot be written.
     """
-    from malloc_bench.report import figures, leaderboard
+    from malloc_bench.report import figures, leaderboard, page
 
     rundir = Path(rundir)
     frame = load_results(rundir)
@@ -29,6 +29,7 @@ def write_report(rundir: str | Path) -> list[Path]:
         ("leaderboard.md", leaderboard.to_markdown),
         ("leaderboard.csv", leaderboard.to_csv),
         ("leaderboard.tex", leaderboard.to_latex),
+        ("report.html", lambda rows: page.to_html(rows, rundir.resolve().name)),
     ):
         atomic_write(rundir / name, render(frame).encode())
         paths.append(rundir / name)

@@ -74,6 +74,7 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             .sort_by(pl.col("seed").filter(ok))
             .str.join(" ", ignore_nulls=False)
             .alias("digests"),
+            pl.col("cell_id").filter(ok).sort_by(pl.col("seed").filter(ok)).str.join(" ").alias("cell_ids"),
             _worst(pl.col("timing").filter(ok)),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )
@@ -163,8 +164,13 @@ def leaderboard(frame: pl.DataFrame) -> pl.DataFrame:
 
 def problems(frame: pl.DataFrame) -> list[str]:
     """One line for every skipped and failed cell, with its reason; one for all cells that lack the same data."""
-    rows = _labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
-    return without_data(frame) + [_problem(row) for row in rows.iter_rows(named=True) if not _lacks_data(row)]
+    rows = unfinished(frame).iter_rows(named=True)
+    return without_data(frame) + [_problem(row) for row in rows if not _lacks_data(row)]
+
+
+def unfinished(frame: pl.DataFrame) -> pl.DataFrame:
+    """The skipped and failed rows, labelled as `aggregate` does: `compressor_params` is the method's label."""
+    return _labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
 
 
 def without_data(frame: pl.DataFrame) -> list[str]:

@@ -1,0 +1,53 @@
+"""The page of a run: one HTML file that needs no network, from its results only."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import polars as pl
+
+from malloc_bench.report.figures import COLOURS, OTHER
+from malloc_bench.report.page.content import content
+
+_HERE = Path(__file__).parent
+
+
+def to_html(frame: pl.DataFrame, name: str) -> str:
+    """The page of a results frame; `name` is the run's. The same rows make the same bytes."""
+    shown = content(frame) | {"run": name, "colours": COLOURS, "other": OTHER}
+    scripts = {"vega": "vendor/vega.bundle.js", "tabulator": "vendor/tabulator.min.js", "app": "app.js"}
+    parts = {key: _file(path) for key, path in scripts.items()}
+    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in parts.values())
+    return Template(_file("template.html")).substitute(
+        parts,
+        # text that slips into the page as markup would still run nothing and reach nobody
+        policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:",
+        title=_escaped(name),
+        css=_file("vendor/tabulator.min.css") + _file("style.css"),
+        licences="\n\n".join(_escaped(_file(f"vendor/LICENSE.{name}")) for name in ("vega", "tabulator")),
+        data=_json(shown),
+        specs=_json(json.loads(_file("charts.json"))),
+    )
+
+
+def _file(path: str) -> str:
+    return (_HERE / path).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or opens a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
