@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.figures import COLOURS, OTHER
+from malloc_bench.report.figures import COLOURS
 from malloc_bench.report.page.content import content
 
 _HERE = Path(__file__).parent
@@ -19,9 +19,12 @@ _HERE = Path(__file__).parent
 
 def to_html(frame: pl.DataFrame, name: str) -> str:
     """The page of a results frame; `name` is the run's. The same rows make the same bytes."""
-    shown = content(frame) | {"run": name, "colours": COLOURS, "other": OTHER}
-    scripts = {"vega": "vendor/vega.bundle.js", "tabulator": "vendor/tabulator.min.js", "app": "app.js"}
-    parts = {key: _file(path) for key, path in scripts.items()}
+    shown = content(frame) | {"run": name, "colours": COLOURS}
+    parts = {
+        "vega": _file("vendor/vega.bundle.js"),
+        "tabulator": _file("vendor/tabulator.min.js"),
+        "app": "".join(map(_file, ("rows.js", "plots.js", "app.js"))),
+    }
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in parts.values())
     return Template(_file("template.html")).substitute(
         parts,

@@ -1,7 +1,7 @@
 """The charts of a run's page, drawn by Altair; `python -m malloc_bench.report.page.charts` writes what the page takes.
 
 That is `charts.json`, Vega-Lite specifications without data, and `vendor/vega.bundle.js`, the code that draws them: to
-make both takes longer than all else in a report. The page fills in rows, `$ink` (the colour of text), `$x` and `$y` (the
+make both takes longer than all else in a report. The page fills in rows, `$ink` and `$paper` (the colours of text and ground), `$x` and `$y` (the
 titles of axes), `$families` and `$colours`.
 """
 
@@ -15,7 +15,7 @@ import altair as alt
 
 from malloc_bench.report.figures import FLOOR
 
-INK = "$ink"
+INK, PAPER = "$ink", "$paper"
 #: what is written at a mark of an axis
 BYTES = (
     "datum.value >= 1e9 ? format(datum.value / 1e9, '~g') + ' GB' : datum.value >= 1e6 ? "
@@ -62,7 +62,7 @@ def scatter(label: str) -> alt.LayerChart:
         .add_params(_brush(), *_shared())
     )
     full = (
-        rows.mark_point(shape=STAR, filled=True, size=260, color=INK, stroke="white", strokeWidth=0.8, aria=False)
+        rows.mark_point(shape=STAR, filled=True, size=260, color=INK, stroke=PAPER, strokeWidth=0.8, aria=False)
         .encode(**place, tooltip=_tip())
         .transform_filter("datum.kind == 'full'")
     )
@@ -94,7 +94,7 @@ def slices() -> alt.LayerChart:
         tooltip=[*_tip(), alt.Tooltip("users:Q", format=",")],
     )
     named = alt.Shape("label:N", title=None, legend=alt.Legend(orient="bottom", columns=1, symbolFillColor=FLOOR))
-    points = base.mark_point(filled=True, size=80, stroke="white", strokeWidth=0.6, aria=False).encode(shape=named)
+    points = base.mark_point(filled=True, size=80, stroke=PAPER, strokeWidth=0.6, aria=False).encode(shape=named)
     return alt.layer(base.mark_line(strokeWidth=1.8, aria=False), points.add_params(*_shared()))
 
 
@@ -132,7 +132,7 @@ def _y() -> alt.Y:
 
 
 def _point(chart: alt.Chart, size: int) -> alt.Chart:
-    mark = chart.mark_point(filled=True, stroke="white", strokeWidth=0.6, aria=False)
+    mark = chart.mark_point(filled=True, stroke=PAPER, strokeWidth=0.6, aria=False)
     return mark.encode(size=alt.value(alt.expr(f"{PICKED} ? {3 * size} : {size}")))
 
 
@@ -153,9 +153,7 @@ def _levels() -> tuple[alt.Chart, alt.Chart]:
 
 def _opacity(picked: float, others: float, few: float) -> Any:
     """Of rows that are picked in any chart or the table; of all while none is; faint while others are picked."""
-    return alt.value(
-        alt.expr(f"{PICKED} ? {picked} : length(picked) ? {others / 2} : few ? {few} : {others}")
-    )
+    return alt.value(alt.expr(f"{PICKED} ? {picked} : length(picked) ? {others / 2} : few ? {few} : {others}"))
 
 
 def _brush() -> alt.Parameter:

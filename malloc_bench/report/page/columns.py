@@ -22,7 +22,6 @@ _BY_HEADER = {column.header: column for column in COLUMNS_SHOWN}
 #: header of the leaderboard -> field, in the page's order
 _TABLE = {
     "compressor": "compressor",
-    "family": "family",
     "budget": "size",
     "fidelity": "fidelity",
     "overlap@10": "overlap@10",
@@ -34,6 +33,7 @@ _TABLE = {
     "× smaller": "smaller_x",
     "read (× full)": "read_ratio",
     "read (ms, p50)": "read_ms_p50",
+    "family": "family",
     "NDCG@10": "ndcg@10",
     "HR@10": "hr@10",
     "GAUC": "gauc",
