@@ -1,9 +1,11 @@
 """The charts of a run's page, drawn by Altair; `python -m malloc_bench.report.page.charts` writes what the page takes.
 
 That is `charts.json`, Vega-Lite specifications without data, and `vendor/vega.bundle.js`, the code that draws them: to
-make both takes longer than all else in a report. The page fills in rows, `$ink` and `$paper` (the colours of text and ground), `$x` and `$y` (the
-titles of axes), `$families` and `$colours`.
+make both takes longer than all else in a report. The page fills in rows, `$ink` and `$paper` (the colours of text and
+ground), `$x` and `$y` (the titles of axes), `$families` and `$colours`.
 """
+# mypy: disable-error-code="arg-type, return-value, call-arg"
+# (Altair declares narrower types than it takes)
 
 from __future__ import annotations
 
@@ -162,7 +164,7 @@ def _brush() -> alt.Parameter:
 
 
 def _shared() -> list[alt.Parameter]:
-    """What the page tells every chart: the rows that are picked anywhere, and whether there are few enough to see all."""
+    """What the page tells every chart: the rows that are picked anywhere, and whether there are few."""
     return [alt.param(name="picked", value=[]), alt.param(name="few", value=False)]
 
 

@@ -31,7 +31,7 @@ def content(frame: pl.DataFrame) -> dict[str, Any]:
     groups = [dict(zip(GROUP, names)) for names in board.select(GROUP).unique(maintain_order=True).iter_rows()]
     known = {tuple(group.values()): i for i, group in enumerate(groups)}
     of = [known[tuple(row[name] for name in GROUP)] for row in rows]
-    firsts = {group: row for group, row in reversed(list(zip(of, rows)))}
+    firsts = dict(reversed(list(zip(of, rows))))
     for i, group in enumerate(groups):
         group |= {"title": title(firsts[i]), "note": firsts[i]["note"], "headroom": firsts[i]["headroom"]}
     texts = [[shown.column.text(row) for row in rows] for shown in COLUMNS]
@@ -67,7 +67,7 @@ def best(board: pl.DataFrame) -> list[dict[str, Any]]:
     out = pl.col("method").is_in(["full", *LEVELS]) | pl.col("family").is_in([REBUILT, "ceiling"])
     found = []
     rows = board.with_row_index("row").with_columns(alike.alias("alike")).filter(~out & alike.is_not_null())
-    for key, group in rows.group_by(*GROUP, maintain_order=True):
+    for _, group in rows.group_by(*GROUP, maintain_order=True):
         labels = group["budget"].drop_nulls().str.extract_all(r"[\d.]+(?:, [\d.]+)* %$").explode().drop_nulls()
         shares = {float(each) for label in labels for each in label.removesuffix(" %").split(", ")}
         for share in sorted(shares, reverse=True):
