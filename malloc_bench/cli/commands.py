@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -13,11 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
+from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, shown
 from malloc_bench.paths import home
 
 if TYPE_CHECKING:
+    from polars import DataFrame
+
     from malloc_bench.suite.plan import RunResult
 
 app = typer.Typer(
@@ -27,34 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data, name="data")
-
-
-def _run_folder(name: str) -> Path:
-    """A run's folder by its path, or runs/NAME where that is one and the path is not."""
-    path, usual = Path(name), Path("runs") / name
-    return usual if not path.exists() and usual.is_dir() else path
-
-
-SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
-RunArg = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=_run_folder)
-]
-MethodArg = Annotated[
-    str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
-]
-Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
-
-
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="KEY=VALUE of dataset, task, backbone, compressor, family, budget or seed; more by commas or "
-        "repeated: values of one key add up."
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")]
+app.add_typer(reports)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,8 +66,8 @@ def run(
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench.run import runner
 
-    part = None if shard is None else _shard(shard)
-    chosen = _pairs(only or [])
+    part = None if shard is None else parse_shard(shard)
+    chosen = pairs(only or [])
     result = runner.run_suite(
         suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet,
         tuned=tuned, shard=part,
@@ -116,7 +93,7 @@ def tune(
     from malloc_bench.run import tune as tuning
 
     found = tuning.tune(
-        suite, out, metric=metric, per_budget=per_budget, only=_pairs(only or []), dry_run=dry_run, offline=offline,
+        suite, out, metric=metric, per_budget=per_budget, only=pairs(only or []), dry_run=dry_run, offline=offline,
         device=device, quiet=quiet,
     )  # fmt: skip
     if found.path is None:
@@ -134,16 +111,40 @@ def tune(
 
 @app.command()
 def compare(
-    method: MethodArg,
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD|RUN", help="A class: file.py:Class or module:Class; or a run.")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A second run to hold beside the first.")
+    ] = None,
     suite: Annotated[str, typer.Option(help="The suite to measure it on.")] = "quick",
-    against: Annotated[str, typer.Option(help="Compressors of the suite beside it: a,b.")] = "",
+    against: Annotated[str, typer.Option(help="Compressors beside it: a,b.")] = "recent,random",
     out: Out = None,
+    only: Only = None,
+    dry_run: DryRun = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that are done.")] = False,
+    device: Device = "auto",
 ) -> int:
-    """Measure your own compressor next to a suite's; earlier results and checkpoints are reused."""
+    """Your own compressor against named baselines: a verdict, paired over users; or one run against another."""
+    from malloc_bench.report import verdict
+
+    if other is not None:
+        found = verdict.two_runs(run_folder(method), run_folder(str(other)), pairs(only or []))
+        verdict.print_two_runs(found, console())
+        return 0
+    from malloc_bench.registry import load_part
     from malloc_bench.run import runner
 
-    result = runner.compare(method, suite, [name.strip() for name in against.split(",") if name.strip()], out)
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    result = runner.compare(
+        method, suite, names, out, only=pairs(only or []), dry_run=dry_run, fresh=fresh, device=device
+    )
+    if dry_run:
+        _plan(result, quiet=False)
+        return 0
     _finish(result, quiet=False)
+    found = verdict.verdict(_asked(result), result.folder, load_part(method), ["none", *names])
+    verdict.print_verdict(found, console())
     return result.exit_code
 
 
@@ -165,46 +166,18 @@ def show(name: NameArg) -> None:
 
 
 @app.command()
-def tables(
+def reproduce(
     run: RunArg,
-    table: Annotated[str | None, typer.Option(help="accuracy, resources, taxonomy or slices; else all.")] = None,
-    format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
-) -> None:
-    """The tables of a run, as text."""
-    from malloc_bench.report.tables import TABLES, render_table
-    from malloc_bench.results import load_results
-
-    frame = load_results(run)
-    say("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
-
-
-@app.command()
-def merge(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
-    out: Annotated[Path, typer.Option(help="The folder that they become.")],
-) -> None:
-    """Make one run of several: digests are checked, and cells that two have must agree."""
-    from malloc_bench.run.merge import merge
-
-    say(f"{merge(runs, out) / 'leaderboard.md'}")
-
-
-@app.command()
-def report(run: RunArg) -> None:
-    """Write a run's leaderboard, parquet and figures again from its rows."""
-    from malloc_bench.report import write_report
-
-    for path in write_report(run):
-        say(path)
-
-
-@app.command()
-def reproduce(run: RunArg, cell: Annotated[str, typer.Argument(help="The start of a cell's id.")]) -> int:
+    cell: Annotated[str, typer.Argument(help="The start of a cell's id, or compressor=snapkv,budget=0.25.")],
+) -> int:
     """Run one cell of a run again and say what differs."""
     from malloc_bench.run import runner
+    from malloc_bench.suite.cells import Cell
 
-    differing = runner.reproduce(run, cell)
-    say("\n".join(f"differs: {line}" for line in differing) or "reproduced: nothing differs")
+    row = runner.one_row(run, pairs([cell]) if "=" in cell else cell)
+    differing = runner.reproduce(run, row["cell_id"])
+    say(f"{row['cell_id'][:12]}: {Cell.of_row(row)}")
+    say("\n".join(f"differs: {line}" for line in differing) or "reproduced: bytes and every measure of accuracy agree")
     return 1 if differing else 0
 
 
@@ -296,25 +269,6 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _shard(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)):
-        raise typer.BadParameter(f"expected I/N, such as 3/16, not '{text}'", param_hint="--shard")
-    return int(match[1]), int(match[2])
-
-
-def _pairs(items: list[str]) -> dict[str, list[str]]:
-    """`a=1,b=x`, `a=2`: the values of each key; a comma inside of brackets is a label's own."""
-    pairs: dict[str, list[str]] = {}
-    for item in (part for each in items for part in re.split(r",(?![^(\[{]*[)\]}])", each)):
-        key, given, value = item.partition("=")
-        if not given and pairs:
-            key, value = next(reversed(pairs)), key  # compressor=snapkv,kivi
-        if not key or not value:
-            raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, as in dataset=ml-1m,family=eviction")
-        pairs.setdefault(key, []).append(value)
-    return pairs
-
-
 def _plan(result: RunResult, quiet: bool) -> None:
     """The cells, which of them are done, and how long the others may take."""
     if not quiet:
@@ -332,12 +286,17 @@ def _plan(result: RunResult, quiet: bool) -> None:
 def _finish(result: RunResult, quiet: bool) -> None:
     """The leaderboard of the cells that were asked for, what became of them, and where the files are."""
     if not quiet:
-        import polars as pl
-
         from malloc_bench.report.leaderboard import print_leaderboard
-        from malloc_bench.results import load_results
 
-        asked = pl.col("cell_id").is_in([each.id for each in result.plan])
-        print_leaderboard(load_results(result.folder).filter(asked), console())
+        print_leaderboard(_asked(result), console(), result.folder)
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
     say(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
+
+
+def _asked(result: RunResult) -> DataFrame:
+    """The rows of the cells that were asked for."""
+    import polars as pl
+
+    from malloc_bench.results import load_results
+
+    return load_results(result.folder).filter(pl.col("cell_id").is_in([each.id for each in result.plan]))

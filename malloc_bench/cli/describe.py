@@ -132,6 +132,12 @@ def _compressor(cls: type[Compressor]) -> Lines:
     ]
 
 
+def stores(name: str) -> str:
+    """What a compressor keeps, in words; blank for one that is not known here, such as a user's own."""
+    known = name in registry.names("compressors")
+    return registry.find("compressors", name).stores.rstrip(".") if known else ""
+
+
 def _size(cls: type[Compressor]) -> str:
     method = _default(cls)
     if method is None:

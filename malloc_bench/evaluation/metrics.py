@@ -183,7 +183,7 @@ def paired_bootstrap_many(cells: npt.ArrayLike, reference: npt.ArrayLike, n: int
     resampled = np.concatenate([weights @ differences for weights in _resamples(users, n, seed)]) / users  # (n, C)
     delta = differences.mean(axis=0)
     lo, hi = np.quantile(resampled, [0.025, 0.975], axis=0)
-    p = [_two_sided(d, se, users) for d, se in zip(delta, resampled.std(axis=0))]
+    p = [two_sided(d, se, users) for d, se in zip(delta, resampled.std(axis=0))]
     return Bootstrap(delta, lo, hi, np.array(p))
 
 
@@ -205,7 +205,8 @@ def _resamples(users: int, n: int, seed: int) -> Iterable[Floats]:
         yield np.bincount(drawn.ravel(), minlength=rows * users).reshape(rows, users).astype(np.float64)
 
 
-def _two_sided(delta: float, error: float, users: int) -> float:
+def two_sided(delta: float, error: float, users: int) -> float:
+    """p of a mean difference with this standard error; never below the least that `users` can show."""
     if delta == 0:
         return 1.0
     tail = math.erfc(abs(delta) / error / math.sqrt(2)) if error > 0 else 0.0

@@ -25,12 +25,12 @@ def write_report(rundir: str | Path) -> list[Path]:
     for path in filter(None, (spoilt(rundir, {"hashes": json.loads(each)}) for each in frame["hashes"].drop_nulls())):
         log.warning("%s is not what was written: run the suite again to make it anew", rundir / path)
     paths = [to_parquet(rundir)] if any((rundir / "rows").glob("*.json")) else []
-    for name, render in (
-        ("leaderboard.md", leaderboard.to_markdown),
-        ("leaderboard.csv", leaderboard.to_csv),
-        ("leaderboard.tex", leaderboard.to_latex),
-        ("report.html", lambda rows: page.to_html(rows, rundir.resolve().name)),
+    for name, text in (
+        ("leaderboard.md", leaderboard.to_markdown(frame, rundir)),
+        ("leaderboard.csv", leaderboard.to_csv(frame)),
+        ("leaderboard.tex", leaderboard.to_latex(frame)),
+        ("report.html", page.to_html(frame, rundir)),
     ):
-        atomic_write(rundir / name, render(frame).encode())
+        atomic_write(rundir / name, text.encode())
         paths.append(rundir / name)
     return paths + figures.write_figures(frame, rundir / "figures")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
+from malloc_bench.report.board import aggregate, sections
 from malloc_bench.report.judge import CONSTANT
-from malloc_bench.report.leaderboard import aggregate, sections
 from malloc_bench.results import atomic_write
 
 if TYPE_CHECKING:

@@ -35,6 +35,16 @@ def full() -> pl.Expr:
     return main() - delta()
 
 
+def alike() -> pl.Expr:
+    """What is kept of the full state's order: overlap@10, or agreement in ranking."""
+    return pl.coalesce("agreement", "overlap@10")
+
+
+def deployable() -> pl.Expr:
+    """Whether a method can be used: ceilings know the tokens that will read."""
+    return (pl.col("family") != "ceiling") & ~pl.col("compressor").str.contains("which=candidates", literal=True)
+
+
 def one_line_a_state(means: pl.DataFrame, group: Sequence[str]) -> pl.DataFrame:
     """Rows of one method whose states and results are the same under several budgets, as one row that names them.
 
@@ -123,10 +133,9 @@ def _beaten(floor: pl.DataFrame) -> bool | None:
 
 def _fidelity(floor: pl.DataFrame) -> pl.Expr:
     """What a row keeps of the full state's order, 0 at the floor's best row; null without one, or without room."""
-    alike = pl.coalesce("agreement", "overlap@10")
-    least = floor.select(alike).to_series().max()
+    least = floor.select(alike()).to_series().max()
     room = None if least is None else 1.0 - float(least)  # type: ignore[arg-type]
-    return 1 - (1 - alike) / room if room else pl.lit(None, pl.Float64)
+    return 1 - (1 - alike()) / room if room else pl.lit(None, pl.Float64)
 
 
 def _note(of: str, none: pl.DataFrame) -> str:

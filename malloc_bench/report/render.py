@@ -22,16 +22,27 @@ class Column(NamedTuple):
     text: Callable[[Mapping[str, Any]], str]  # a row of the frame -> its cell
     rank: int = 0
     left: bool = False
+    most: int = 80  # characters that it is given where a terminal is narrow; words go on below
 
 
-def words(name: str, header: str, rank: int = 0) -> Column:
+def words(name: str, header: str, rank: int = 0, most: int = 80) -> Column:
     """A column of text."""
-    return Column(header, lambda row: "" if row[name] is None else str(row[name]), rank, left=True)
+    return Column(header, lambda row: "" if row[name] is None else str(row[name]), rank, True, most)
 
 
 def number(name: str, header: str, spec: str, rank: int = 0, scale: float = 1.0) -> Column:
     """A column of numbers, each times `scale`, in a format such as `.4f`."""
     return Column(header, lambda row: digits(row[name], spec, scale), rank)
+
+
+def interval(name: str, header: str, spec: str, rank: int = 0, scale: float = 1.0) -> Column:
+    """A column of numbers with their intervals, `-0.0100 [-0.0130, -0.0070]`, from `name`, `name_lo` and `name_hi`."""
+
+    def text(row: Mapping[str, Any]) -> str:
+        value, lo, hi = (digits(row[f"{name}{end}"], spec, scale) for end in ("", "_lo", "_hi"))
+        return f"{value} [{lo}, {hi}]" if lo and hi else value
+
+    return Column(header, text, rank)
 
 
 def digits(value: float | None, spec: str, scale: float = 1.0) -> str:
@@ -139,25 +150,31 @@ def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: 
     from rich.table import Table
     from rich.text import Text
 
+    gap = 1 if width < 100 else 2
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, gap - 1, 0, 0),
     )
-    shown = _fitting(frame, columns, width)
+    shown = _fitting(frame, columns, width, gap)
     for column in shown:
         justify: Literal["left", "right"] = "left" if column.left else "right"
-        table.add_column(Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left)
+        longest = max((len(column.text(row)) for row in frame.iter_rows(named=True)), default=0)
+        table.add_column(
+            Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
+            overflow="fold", min_width=min(column.most, longest) if column.left else None,
+        )  # fmt: skip
     for line in cells(frame, shown):
         table.add_row(*map(Text, line))
     return table
 
 
-def _fitting(frame: pl.DataFrame, columns: Sequence[Column], width: int) -> list[Column]:
+def _fitting(frame: pl.DataFrame, columns: Sequence[Column], width: int, gap: int) -> list[Column]:
     lines = [[column.text(row) for row in frame.iter_rows(named=True)] for column in columns]
-    wide = [max(map(len, [*_two_lines(c.header).split("\n"), *text])) + 2 for c, text in zip(columns, lines)]
+    wide = [max(map(len, [*_two_lines(c.header).split("\n"), *text])) for c, text in zip(columns, lines)]
+    wide = [min(each, c.most) + gap for c, each in zip(columns, wide)]
     shown: set[int] = set()
     for i in sorted(range(len(columns)), key=lambda i: columns[i].rank):
         if columns[i].rank == 0 or sum(wide[j] for j in shown) + wide[i] <= width:
@@ -167,4 +184,4 @@ def _fitting(frame: pl.DataFrame, columns: Sequence[Column], width: int) -> list
 
 def _two_lines(header: str) -> str:
     """A header with its unit below it."""
-    return header.replace(" (", "\n(").replace(" [", "\n[")
+    return header.replace(" (", "\n(").replace(" [", "\n[").replace("overlap@", "overlap\n@")

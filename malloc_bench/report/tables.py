@@ -10,19 +10,9 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
+from malloc_bench.report.board import GROUP, aggregate, newest, sections, share_of
 from malloc_bench.report.judge import full, main
-from malloc_bench.report.leaderboard import (
-    BUDGET_OF,
-    EMPTY,
-    GROUP,
-    aggregate,
-    caption,
-    newest,
-    on_top,
-    sections,
-    share_of,
-    without_data,
-)
+from malloc_bench.report.leaderboard import BUDGET_OF, EMPTY, caption, on_top, without_data
 from malloc_bench.report.render import (
     FORMATS,
     Column,

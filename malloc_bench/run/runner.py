@@ -29,7 +29,7 @@ from malloc_bench.testing import broken_promises
 
 log = logging.getLogger(__name__)
 
-__all__ = ["LockedError", "RunResult", "compare", "reproduce", "run_suite"]
+__all__ = ["LockedError", "RunResult", "compare", "one_row", "reproduce", "run_suite"]
 
 
 def run_suite(
@@ -140,38 +140,45 @@ def _forget(folder: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
         (folder / "rows" / f"{each}.json").unlink(missing_ok=True)
 
 
-def compare(method: str, suite: str | Path, against: Sequence[str] = (), out: str | Path | None = None) -> RunResult:
+def compare(
+    method: str,
+    suite: str | Path,
+    against: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    only: Mapping[str, str | Sequence[str]] | None = None,
+    dry_run: bool = False,
+    fresh: bool = False,
+    device: str = "auto",
+) -> RunResult:
     """Run a user's class (`file.py:Class`) beside the full state, no history and the named baselines on a suite's grid.
 
     Uses the suite's own run folder, checkpoints and rows: only what is new is computed. A changed file is new. The
-    method is checked first; where it breaks a promise of compressors, a warning and its rows' `reason` say so.
+    method is checked first; where it breaks a promise of compressors, a warning and its rows' `reason` say so. only,
+    dry_run, fresh, device: as in `run_suite`, all of these cells are run again with `fresh`.
     """
     name = load_part(method)
     base = load_suite(suite)
     wanted = dict.fromkeys(["full", "none", name, *against])  # without its floor a table says nothing of headroom
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
     built = [part.build() for part in parts]  # an unknown name is an error before anything runs
-    broken = [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
+    broken = (
+        [] if dry_run else [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
+    )
     remarks = {}
     if broken:
         remarks[name] = f"breaks {len(broken)} of the promises that `malloc-bench check` tries, such as {broken[0]}"
         log.warning("%s %s", name, remarks[name])
     asked = replace(base, compressors=tuple(parts), remarks=remarks)
-    return _run(asked, out, {}, False, False, False, "auto", False, whole=False)
+    return _run(asked, out, only or {}, dry_run, fresh, False, device, False, whole=False)
 
 
-def reproduce(run: str | Path, prefix: str) -> list[str]:
-    """Compute a cell of a run again; the columns of accuracy and bytes that differ, as lines (empty: reproduced).
+def reproduce(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> list[str]:
+    """Compute a cell of a run (as `one_row` finds it) again; the columns of accuracy and bytes that differ, as lines
 
-    Raises ValueError where no row, or more than one, has an id that begins with `prefix`.
+    (empty: reproduced). Raises ValueError.
     """
-    every = read_rows(Path(run) / "rows", quarantine=False)
-    if not every:
-        raise ValueError(f"{run} holds no rows/*.json, which say how to compute a cell again: run its suite first")
-    rows = [row for row in every if row["cell_id"].startswith(prefix)]
-    if len(rows) != 1:
-        raise ValueError(f"{run}: {len(rows)} rows have an id that begins with '{prefix}'; give one that is unique")
-    (row,) = rows
+    row = one_row(run, which)
     cell = Cell.of_row(row)
     card = read_manifest(Path(run)).get("datasets", {}).get(cell.dataset, {}).get("card", cell.dataset)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +192,28 @@ def reproduce(run: str | Path, prefix: str) -> list[str]:
     numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
     same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
     return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]
+
+
+def one_row(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> Row:
+    """The row of a run that is meant by the start of its id, or by what only it has, as `--only` names it.
+
+    Raises ValueError where no row, or more than one, is meant.
+    """
+    every = read_rows(Path(run) / "rows", quarantine=False)
+    if not every:
+        raise ValueError(f"{run} holds no rows/*.json, which say how to compute a cell again: run its suite first")
+    if isinstance(which, str):
+        rows = [row for row in every if row["cell_id"].startswith(which)]
+        said = f"have an id that begins with '{which}'"
+    else:
+        cells = [Cell.of_row(row) for row in every]
+        wanted = suites.only(cells, which)
+        rows = [row for row, cell in zip(every, cells) if cell in wanted]
+        said = "have " + ", ".join(f"{key}={value}" for key, values in which.items() for value in values)
+    if len(rows) != 1:
+        some = "".join(f"; {row['cell_id'][:12]} is {Cell.of_row(row)}" for row in rows[:3])
+        raise ValueError(f"{run}: {len(rows)} rows {said}; give what is unique{some}")
+    return rows[0]
 
 
 def _equal(a: object, b: object) -> bool:

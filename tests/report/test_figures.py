@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from malloc_bench.report import figures, write_report
-from malloc_bench.report.leaderboard import aggregate
+from malloc_bench.report.board import aggregate
 from malloc_bench.results import frame, write_row
 
 FAMILIES = {"windowing", "eviction", "merging", "quantization", "low-rank", "recompute"}

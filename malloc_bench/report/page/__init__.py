@@ -17,9 +17,11 @@ from malloc_bench.report.page.content import content
 _HERE = Path(__file__).parent
 
 
-def to_html(frame: pl.DataFrame, name: str) -> str:
-    """The page of a results frame; `name` is the run's. The same rows make the same bytes."""
-    shown = content(frame) | {"run": name, "colours": COLOURS}
+def to_html(frame: pl.DataFrame, folder: str | Path) -> str:
+    """The page of a results frame and the run folder that it is of. The same rows make the same bytes."""
+    folder = Path(folder)
+    run = folder.resolve().name.encode(errors="replace").decode()
+    shown = content(frame, folder) | {"run": run, "colours": COLOURS}
     parts = {
         "vega": _file("vendor/vega.bundle.js"),
         "tabulator": _file("vendor/tabulator.min.js"),
@@ -30,7 +32,7 @@ def to_html(frame: pl.DataFrame, name: str) -> str:
         parts,
         # text that slips into the page as markup would still run nothing and reach nobody
         policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:",
-        title=_escaped(name),
+        title=_escaped(run),
         css=_file("vendor/tabulator.min.css") + _file("style.css"),
         licences="\n\n".join(_escaped(_file(f"vendor/LICENSE.{name}")) for name in ("vega", "tabulator")),
         data=_json(shown),

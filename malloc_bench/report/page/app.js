@@ -31,9 +31,9 @@ function drawBest() {
     const found = data.best.find((each) => each.limit === limit && rows[each.row].group === group);
     if (!found) return el("td", {});
     const row = rows[found.row], kept = text(row, "fidelity") || text(row, alikeName(row));
-    const ties = (found.ties ?? []).length;
-    return el("td", { "data-label": `≤ ${within}` }, button(row.compressor, () => openCell(row), { class: "link" }),
-      el("small", {}, `${kept} · ${text(row, "× smaller")}× smaller`, ties ? ` · ties with ${ties}` : ""));
+    const ties = found.ties === null ? "" : found.ties.length ? ` · ties with ${found.ties.length}` : " · alone";
+    return el("td", { "data-label": `≤ ${within}`, title: (found.ties ?? []).join("\n") }, button(row.compressor, () => openCell(row), { class: "link" }),
+      el("small", {}, `${kept} · ${text(row, "× smaller")}× smaller${ties}`));
   };
   const lines = data.groups.map((group, at) => el("tr", {},
     el("th", { scope: "row" }, group.backbone, el("small", {}, `${group.dataset} · ${group.task} · ${group.split}`),

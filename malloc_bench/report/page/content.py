@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.figures import LEVELS, REBUILT
-from malloc_bench.report.leaderboard import CEILINGS, GROUP, NOTES, title, unfinished
+from malloc_bench.report.board import GROUP, newest, title
+from malloc_bench.report.figures import REBUILT
+from malloc_bench.report.leaderboard import CEILINGS, NOTES, unfinished
 from malloc_bench.report.page.columns import COLUMNS
+from malloc_bench.report.recommend import best_per_budget
 from malloc_bench.report.tables import SLICES, sliced
 from malloc_bench.results import complete
 
@@ -23,9 +26,9 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def content(frame: pl.DataFrame) -> dict[str, Any]:
-    """All that the page knows, of lists, texts and numbers only; the same rows give the same."""
-    frame = complete(frame)
+def content(frame: pl.DataFrame, folder: Path | None = None) -> dict[str, Any]:
+    """All that the page knows, of lists, texts and numbers only; folder: of the run, where values by user are."""
+    frame = newest(complete(frame))
     board = sliced(frame).with_columns(_size().alias("size"))
     rows = list(board.iter_rows(named=True))
     groups = [dict(zip(GROUP, names)) for names in board.select(GROUP).unique(maintain_order=True).iter_rows()]
@@ -48,7 +51,7 @@ def content(frame: pl.DataFrame) -> dict[str, Any]:
         "method": [row["method"] for row in rows],
         "kind": [_kind(row) for row in rows],
         "slices": list(SLICES),
-        "best": best(board),
+        "best": _best(frame, folder, rows),
         **_cells(frame, rows),
         "problems": _problems(frame),
         "notes": [*NOTES, CEILINGS] if board["ceiling_full_hr@10"].is_not_null().any() else list(NOTES),
@@ -57,24 +60,14 @@ def content(frame: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def best(board: pl.DataFrame) -> list[dict[str, Any]]:
-    """The method of each table and budget that keeps most of the full state's order; `row` counts the board's rows.
-
-    Methods without a budget compete where their state is small enough. Floors, ceilings and what rebuilds a state from
-    raw ids, which would win everywhere, do not.
-    """
-    alike = pl.coalesce("fidelity", "agreement", "overlap@10")
-    out = pl.col("method").is_in(["full", *LEVELS]) | pl.col("family").is_in([REBUILT, "ceiling"])
-    found = []
-    rows = board.with_row_index("row").with_columns(alike.alias("alike")).filter(~out & alike.is_not_null())
-    for _, group in rows.group_by(*GROUP, maintain_order=True):
-        labels = group["budget"].drop_nulls().str.extract_all(r"[\d.]+(?:, [\d.]+)* %$").explode().drop_nulls()
-        shares = {float(each) for label in labels for each in label.removesuffix(" %").split(", ")}
-        for share in sorted(shares, reverse=True):
-            fit = group.filter(pl.col("ratio") <= share / 100 * (1 + 1e-9))
-            first = fit.sort("alike", "bytes_mean", descending=[True, False], maintain_order=True).head(1)
-            found += [{"row": row, "within": f"{share:g} %", "limit": share / 100} for row in first["row"]]
-    return found
+def _best(frame: pl.DataFrame, folder: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best row of each table and budget, and which methods tie with it, null where that was not tested."""
+    known = {row["cell_ids"]: i for i, row in enumerate(rows)}
+    return [
+        {name: best[name] for name in ("within", "limit")}
+        | {"row": known[best["cell_ids"]], "ties": best["ties"] if best["tested"] else None}
+        for best in best_per_budget(frame, folder).iter_rows(named=True)
+    ]
 
 
 def _size() -> pl.Expr:

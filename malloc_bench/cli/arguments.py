@@ -1,0 +1,56 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def run_folder(name: str) -> Path:
+    """A run's folder by its path, or runs/NAME where that is one and the path is not."""
+    path, usual = Path(name), Path("runs") / name
+    return usual if not path.exists() and usual.is_dir() else path
+
+
+SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a shipped suite by name.")]
+RunArg = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=run_folder)
+]
+MethodArg = Annotated[
+    str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+
+
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="KEY=VALUE of dataset, task, backbone, compressor, family, budget or seed; more by commas or "
+        "repeated: values of one key add up."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate; run nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no leaderboard.")]
+
+
+def shard(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)):
+        raise typer.BadParameter(f"expected I/N, such as 3/16, not '{text}'", param_hint="--shard")
+    return int(match[1]), int(match[2])
+
+
+def pairs(items: list[str]) -> dict[str, list[str]]:
+    """`a=1,b=x`, `a=2`: the values of each key; a comma inside of brackets is a label's own."""
+    found: dict[str, list[str]] = {}
+    for item in (part for each in items for part in re.split(r",(?![^(\[{]*[)\]}])", each)):
+        key, given, value = item.partition("=")
+        if not given and found:
+            key, value = next(reversed(found)), key  # compressor=snapkv,kivi
+        if not key or not value:
+            raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, as in dataset=ml-1m,family=eviction")
+        found.setdefault(key, []).append(value)
+    return found

@@ -1,0 +1,183 @@
+"""The board: one row a method and budget, means over seeds, judged within each table. Knows results only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from malloc_bench.registry import suggest
+from malloc_bench.report.judge import alike, delta, full, judged, main, one_line_a_state, tested
+from malloc_bench.report.lineage import APART, apart
+from malloc_bench.report.render import budget_label
+from malloc_bench.results import COLUMNS, complete, label
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+GROUP = ("dataset", "task", "split", "backbone")
+METHOD = ("family", "compressor", "compressor_params", "budget")
+MIN_STRUCTURAL_SEEDS = 3  # fewer trainings cannot tell the method from training noise
+
+_MOST = ("n_users", "n_targets", "users_one_class", "measured_history", "measured_history_long")
+_REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
+
+
+def newest(frame: pl.DataFrame) -> pl.DataFrame:
+    """One row a cell and seed: where a method was rerun in another version, its latest.
+
+    Rows of other data, training or weights stay, with what tells them apart in a column of its own (`lineage.apart`).
+    """
+    frame = apart(frame, [*GROUP, "backbone_params"])
+    same = [*GROUP, "backbone_params", APART, *METHOD, "seed"]
+    return frame.sort("created_at", nulls_last=False, maintain_order=True).unique(
+        same, keep="last", maintain_order=True
+    )
+
+
+def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
+    """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
+
+    Adds `seeds` (how many the means cover), `seeds_total`, `cell_ids` (theirs, apart by blanks), `method` (the bare
+    name), and within each dataset, task, split and backbone what `judge.judged` says. Over several seeds interval ends
+    are averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers to average.
+    """
+    ok = pl.col("status") == "ok"
+    means = (
+        labelled(newest(complete(frame)))
+        .group_by(*GROUP, *METHOD, maintain_order=True)
+        .agg(
+            ok.sum().cast(pl.Int64).alias("seeds"),
+            pl.len().cast(pl.Int64).alias("seeds_total"),
+            *(pl.col(name).filter(ok).max() for name in _MOST),
+            pl.col("structural").filter(ok).any(),
+            *(pl.col(name).filter(ok).first() for name in ("budget_unit", "measured_weights")),
+            pl.col("values_digest")
+            .filter(ok)
+            .sort_by(pl.col("seed").filter(ok))
+            .str.join(" ", ignore_nulls=False)
+            .alias("digests"),
+            pl.col("cell_id").filter(ok).sort_by(pl.col("seed").filter(ok)).str.join(" ").alias("cell_ids"),
+            _worst(pl.col("timing").filter(ok)),
+            *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
+        )
+        .filter(pl.col("seeds") > 0)
+        .rename({"compressor": "method", "compressor_params": "compressor"})
+    )
+    noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
+    board = tested(one_line_a_state(means, GROUP), noisy).with_columns(
+        *(pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name) for name in _REALS if "delta_" in name),
+        (1 / pl.col("ratio")).alias("smaller_x"),
+        (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
+        *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
+        (pl.col("read_flops") / 1e6).alias("read_mflops"),
+    )
+    board = board.with_columns(
+        pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")
+    )
+    groups = [judged(group) for _, group in groups_of(board)]
+    return _sorted(pl.concat(groups)) if groups else judged(board)
+
+
+def _worst(timing: pl.Expr) -> pl.Expr:
+    """`ok`, or all that is wrong with the times of some seed."""
+    wrong = [pl.when(timing.str.contains(word).any()).then(pl.lit(word)) for word in ("noisy", "busy")]
+    said = pl.concat_str(*wrong, separator=", ", ignore_nulls=True)
+    return pl.when(timing.is_not_null().any()).then(said.replace("", "ok")).alias("timing")
+
+
+def share_of(known: str, metric: str = "hr@10") -> pl.Expr:
+    """Of the way from the floor to a ceiling, how much a method has gone; null where there is no way to go."""
+    floor = pl.col(f"ceiling_none_{metric}")
+    way = pl.col(f"ceiling_{known}_{metric}") - floor
+    return pl.when(way > 0).then((pl.col(metric) - floor) / way)
+
+
+def labelled(frame: pl.DataFrame) -> pl.DataFrame:
+    """`compressor_params` becomes the method's label; `backbone` gets its parameters where one name has several, and
+
+    what else tells its rows apart: they are tables of their own.
+    """
+    ambiguous = pl.col("backbone_params").n_unique().over("backbone") > 1
+    pairs = pl.struct("backbone", "backbone_params").map_elements(_backbone, pl.String)
+    return frame.with_columns(
+        pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone"))
+        + pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit("")),
+        pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
+        pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
+    )
+
+
+def _backbone(row: Mapping[str, Any]) -> str:
+    return label(row["backbone"], row["backbone_params"])
+
+
+def _compressor(row: Mapping[str, Any]) -> str:
+    return label(row["compressor"], row["compressor_params"])
+
+
+def groups_of(frame: pl.DataFrame) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:
+    yield from frame.group_by(*GROUP, maintain_order=True)
+
+
+def _sorted(board: pl.DataFrame) -> pl.DataFrame:
+    """Groups by name; in each the full state, then larger budgets first (the achieved ratio where there is none), and
+
+    at one budget what keeps most of the full state's order.
+    """
+    size = pl.col("budget").str.extract(r"^([\d.]+)(?:, [\d.]+)* %$").cast(pl.Float64) / 100
+    keys = [
+        *(pl.col(name) for name in GROUP),
+        pl.col("method") != "full",
+        -size.fill_null(pl.col("ratio")),
+        -alike(),
+        -main(),
+    ]
+    return board.sort(*keys, nulls_last=True, maintain_order=True)
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """`ml-1m · retrieval · sasrec (leave_one_out, 6,040 users)` of any row of a group."""
+    users = "" if row["n_users"] is None else f", {row['n_users']:,} users"
+    return f"{row['dataset']} · {row['task']} · {row['backbone']} ({row['split']}{users})"
+
+
+def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """(title, rows) for every dataset, task, split and backbone."""
+    for _, group in groups_of(board):
+        yield title(group.row(0, named=True)), group
+
+
+def select(board: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+    """The rows that have, of each key of SELECTED, one of the values wanted: a name or a label; `none` is no budget.
+
+    Raises ValueError for an unknown key, or a value that no row has.
+    """
+    chosen = pl.lit(True)
+    for key, values in wanted.items():
+        if key not in SELECTED:
+            raise ValueError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, SELECTED)}")
+        had = [_had(key, text) for text in board[SELECTED[key]]]
+        known = {value for each in had for value in each}
+        for value in values:
+            if value not in known:
+                raise ValueError(f"--only {key}={value}: no row has it.{suggest(value, known)}")
+        chosen &= pl.Series([not each.isdisjoint(values) for each in had], dtype=pl.Boolean)
+    return board.filter(chosen)
+
+
+#: key of `--only` -> column of the board
+SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget")}
+
+
+def _had(key: str, text: str | None) -> set[str]:
+    """What a value of a column may be asked for by: its label, and its bare names."""
+    if not text:
+        return {"none"}
+    if key == "budget":
+        shares = [float(each) / 100 for each in text.removesuffix(" %").split(", ")] if text.endswith(" %") else []
+        return {text, *(f"{each:g}" for each in shares), *(f"1/{1 / each:g}" for each in shares)}
+    parts = re.split(r" \+ (?![^(]*\))", text)
+    return {text, *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}

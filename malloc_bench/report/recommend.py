@@ -1,0 +1,271 @@
+"""Which methods to use within limits of bytes, accuracy and time: those that no other beats. Knows results only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from malloc_bench.evaluation.metrics import holm
+from malloc_bench.report.board import aggregate, sections, select
+from malloc_bench.report.judge import alike, deployable, full, main, remark
+from malloc_bench.report.render import filled, interval, number, significant, terminal, words
+from malloc_bench.report.users import Users, p_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEVEL = 0.05  # a method that is worse than the best with a larger p (Holm) ties with it
+REBUILT = "recompute"  # the family that keeps ids and rebuilds the state for every read
+STANDINGS = ("best", "ties", "smaller", "cheaper read", "rebuilds")
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a state may cost. size: bytes a user; share: of the full state's bytes; read_ms: a read's median;
+    at_least: share of the full state's NDCG@10 (or GAUC above 0.5) to keep. None: no limit."""
+
+    size: float | None = None
+    share: float | None = None
+    read_ms: float | None = None
+    at_least: float | None = None
+
+    def kept(self) -> pl.Expr:
+        """Whether a row of `board.aggregate` is within all of them; a row in which one was not measured is not."""
+        share = pl.when(full() > 0).then(main() / full())
+        at_most = (
+            (pl.col("bytes_mean"), self.size),
+            (pl.col("ratio"), self.share),
+            (pl.col("read_ms_p50"), self.read_ms),
+        )
+        tests = [(value <= limit * (1 + 1e-9)).fill_null(False) for value, limit in at_most if limit is not None]
+        if self.at_least is not None:
+            tests.append(((share >= self.at_least) | (pl.col("method") == "full")).fill_null(False))
+        return pl.all_horizontal(pl.lit(True), *tests)
+
+    def __str__(self) -> str:
+        said = [
+            f"{self.size / 1e3:g} KB" if self.size is not None else "",
+            f"{100 * self.share:.4g} % of the full state's bytes" if self.share is not None else "",
+            f"{self.read_ms:g} ms a read" if self.read_ms is not None else "",
+        ]
+        least = f"keeping {100 * self.at_least:.4g} % of its accuracy" if self.at_least is not None else ""
+        return ", ".join(filter(None, (" and ".join(filter(None, said)), least))) or "any size"
+
+
+def recommend(
+    frame: pl.DataFrame,
+    limits: Limits,
+    folder: str | Path | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+) -> pl.DataFrame:
+    """The rows of `board.aggregate` that no other beats within the limits, best first in each table.
+
+    Of each method its best row counts: the one that keeps most of the full state's order (overlap@10, or agreement).
+    Adds `standing`: `best` of those that keep a state, `ties` with it (not significantly worse: paired over users,
+    seeds pooled, Holm), or beaten by none in order, bytes and cost of a read together: `smaller`, `cheaper read`,
+    `rebuilds` (the family recompute); `p_best`, null where values by user are missing; and `tested`: whether ties
+    of the table could be told. folder: of the run, where those values are. only: rows to choose among, as
+    `board.select` takes them. No history and what knows the reader are left out.
+    """
+    return of_board(select(aggregate(frame), only or {}), limits, Users(frame, folder))
+
+
+def of_board(board: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
+    """As `recommend`, from the rows of `board.aggregate`."""
+    found = [_section(rows, limits, users) for _, rows in sections(board)]
+    found = [each for each in found if not each.is_empty()]
+    return pl.concat(found) if found else _section(board.clear(), limits, users)
+
+
+def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
+    cost = next((c for c in ("read_ms_p50", "read_flops") if rows[c].is_not_null().any()), "read_flops")
+    size = pl.col("bytes_mean").fill_null(0.0)
+    rows = (
+        rows.filter(limits.kept() & deployable() & (pl.col("method") != "none") & alike().is_not_null())
+        .with_columns(alike().alias("alike"))
+        .sort(-pl.col("alike"), size, maintain_order=True)
+        .unique("compressor", keep="first", maintain_order=True)
+    )
+    kept = (pl.col("family") != REBUILT).alias("kept")
+    rows = rows.with_columns(kept).sort("kept", descending=True, maintain_order=True)
+    best = rows.row(0, named=True) if len(rows) and rows["kept"][0] else None
+    p = _against(best, rows, users)
+    rows = rows.with_columns(
+        pl.Series("p_best", p, pl.Float64),
+        pl.lit(rows["kept"].sum() < 2 or any(each is not None for each in p)).alias("tested"),
+        pl.Series("front", _front(rows, cost), pl.Boolean),
+    )
+    ties = pl.col("kept") & (pl.col("p_best") >= LEVEL)
+    if best is not None:
+        ties |= pl.col("kept") & (pl.col("alike") == best["alike"])
+    smaller = pl.lit(best is not None) & (pl.col("bytes_mean") < (best or {}).get("bytes_mean", 0.0))
+    standing = (
+        pl.when(pl.int_range(pl.len()) == 0).then(pl.when("kept").then(pl.lit("best")).otherwise(pl.lit("rebuilds")))
+        .when(ties).then(pl.lit("ties"))
+        .when(pl.col("front") & ~pl.col("kept")).then(pl.lit("rebuilds"))
+        .when(pl.col("front") & smaller).then(pl.lit("smaller"))
+        .when("front").then(pl.lit("cheaper read"))
+    )  # fmt: skip
+    found = rows.with_columns(standing.alias("standing")).filter(pl.col("standing").is_not_null())
+    order = pl.col("standing").replace_strict({s: i for i, s in enumerate(STANDINGS)}, return_dtype=pl.Int64)
+    return found.sort(order, -pl.col("alike"), "bytes_mean", maintain_order=True).drop("kept", "front")
+
+
+def _against(best: dict | None, rows: pl.DataFrame, users: Users) -> list[float | None]:
+    """p (Holm) of each kept row being no worse than the best; None where it cannot be told."""
+    p: list[float | None] = [None] * len(rows)
+    if best is None:
+        return p
+    for i, row in enumerate(rows.iter_rows(named=True)):
+        if i and row["kept"]:
+            p[i] = p_of(users.both(row["cell_ids"].split(), best["cell_ids"].split()))
+    return [None if each != each else float(each) for each in holm(p)]
+
+
+def _front(rows: pl.DataFrame, cost: str) -> list[bool]:
+    """Whether no other row keeps more as small and cheap to read (5 % of a cost is noise), or as much for less."""
+    inf = float("inf")
+    points = [
+        (a, inf if b is None else b, inf if c is None else c)
+        for a, b, c in rows.select("alike", "bytes_mean", cost).iter_rows()
+    ]
+
+    def beats(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+        more, slack = one[0] - other[0], 1.05 if one[0] > other[0] else 1.0
+        return more >= 0 and one != other and all(a <= b * slack for a, b in zip(one[1:], other[1:]))
+
+    return [not any(beats(one, other) for one in points) for other in points]
+
+
+def nearest(rows: pl.DataFrame, limits: Limits) -> str:
+    """Of a table with nothing within the limits: what comes nearest to them, in words."""
+    can = rows.filter(deployable() & (pl.col("method") != "none") & pl.col("bytes_mean").is_not_null())
+    kept = pl.when(full() > 0).then(main() / full()).alias("kept")
+    small = can.filter(replace(limits, at_least=None).kept()).with_columns(kept).drop_nulls("kept")
+    if len(small):
+        best = small.sort("kept", descending=True).row(0, named=True)
+        return f"{best['compressor']} keeps {100 * best['kept']:.1f} % in {best['bytes_mean'] / 1e3:.3g} KB"
+    if limits.read_ms is not None and not can["read_ms_p50"].is_not_null().any():
+        return "no read was timed"
+    if limits.read_ms is not None and len(can.filter(replace(limits, at_least=None, read_ms=None).kept())):
+        best = can.drop_nulls("read_ms_p50").sort("read_ms_p50").row(0, named=True)
+        return f"the fastest read: {best['compressor']}, {best['read_ms_p50']:.3g} ms"
+    best = can.sort("bytes_mean").row(0, named=True)
+    return f"the smallest state: {best['compressor']}, {best['bytes_mean'] / 1e3:.3g} KB"
+
+
+def best_per_budget(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.DataFrame:
+    """The best method of each table at each budget (a share) of its suite, and `ties`, the names of those that tie.
+
+    `within` is the budget as a label, `limit` as a share; other columns as `recommend` has them. Methods without a
+    budget compete where their state is small enough.
+    """
+    board, users, found = aggregate(frame), Users(frame, folder), []
+    shares = {float(v) for each in frame["budget"].drop_nulls().unique() if isinstance(v := json.loads(each), float)}
+    for share in sorted(shares, reverse=True):
+        for _, rows in sections(of_board(board, Limits(share=share), users)):
+            ties = rows.filter(pl.col("standing") == "ties")["compressor"].to_list()
+            first = rows.head(1).filter(pl.col("standing") == "best")
+            found.append(
+                first.with_columns(
+                    pl.lit(f"{100 * share:g} %").alias("within"),
+                    pl.lit(share).alias("limit"),
+                    pl.lit(ties, pl.List(pl.String)).alias("ties"),
+                )
+            )
+    return pl.concat(found) if found else board.clear()
+
+
+# ---- limits as a user writes them
+
+
+def size(text: str) -> float:
+    """Bytes from `5KB`, `300`, `1.5 MiB`; raises ValueError."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?i?b?)\s*", text.lower())
+    unit = None if found is None else _UNITS.get(found[2] if found[2].endswith("b") or not found[2] else found[2] + "b")
+    if found is None or unit is None or not (value := _number(found[1])):
+        raise ValueError(f"'{text}' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB")
+    return value * unit
+
+
+def share(text: str) -> float:
+    """A share above 0 and at most 1 from `1/32`, `3.125%` or `0.03`; raises ValueError."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*(%|/\s*([\d.]+))?\s*", text)
+    value = None if found is None else _number(found[1])
+    if found is not None and value is not None and found[2]:
+        below = 100.0 if found[2] == "%" else _number(found[3])
+        value = value / below if below else None
+    if value is None or not 0 < value <= 1:
+        raise ValueError(f"'{text}' is no share: expected one above 0 and at most 1, such as 1/32, 3.125% or 0.03")
+    return value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+# ---- as text
+
+DELTA = interval("delta_of_full", "Δ (%) [95 % interval]", "+z.1f", rank=1, scale=100)
+COLUMNS = (
+    words("compressor", "compressor", most=19),
+    words("standing", "why", rank=1),
+    significant("bytes_mean", "state (KB/user)", scale=1e-3),
+    number("overlap@10", "overlap@10", ".3f"),
+    number("agreement", "agreement", ".3f"),
+    DELTA,
+    number("read_ratio", "read (× full)", ".2f", rank=2),
+    significant("read_ms_p50", "read (ms, p50)", rank=3),
+    significant("read_mflops", "read (MFLOPs)", rank=3),
+    significant("compress_ms_p50", "compress (ms, p50)", rank=4),
+    number("smaller_x", "× smaller", ".1f", rank=5),
+    number("fidelity", "fidelity", ".3f", rank=5),
+    significant("bytes_fixed", "for all users (KB)", rank=6, scale=1e-3),
+)
+WHY = (
+    "Best: keeps most of the full state's order of all that keep a state. Ties: not significantly worse (paired over "
+    "users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as good in order, "
+    "bytes and cost of a read together. Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
+)
+UNTESTED = "Ties were not tested: the run's values by user are not there (run its suite here to have them)."
+
+
+def print_recommended(
+    frame: pl.DataFrame,
+    limits: Limits,
+    console: Console,
+    folder: str | Path | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+    stores: Callable[[str], str] = lambda method: "",
+) -> None:
+    """Print what `recommend` finds; stores: words on what a method keeps, by its bare name. Raises ValueError."""
+    board = select(aggregate(frame), only or {})
+    found = dict(sections(of_board(board, limits, Users(frame, folder))))
+    for head, rows in sections(board):
+        if said := remark(rows):
+            console.print(said, style="bold yellow", highlight=False, markup=False)
+        if head not in found:
+            console.print(f"{head}: nothing within {limits}; {nearest(rows, limits)}", highlight=False, markup=False)
+            continue
+        best = found[head]
+        console.print(terminal(best, filled(best, COLUMNS), f"{head}: within {limits}", console.width))
+        for row in best.head(3).iter_rows(named=True):
+            parts = [each.split("(")[0] for each in re.split(r" \+ (?![^(]*\))", row["compressor"])]
+            keeps = "; ".join(filter(None, map(stores, parts)))
+            more = f"malloc-bench show {parts[0]}; malloc-bench reproduce {folder} {row['cell_ids'][:12]}"
+            line = f"{row['compressor']}: {f'stores {keeps}. ' if keeps else ''}More: {more}"
+            console.print(line, style="dim", highlight=False, markup=False)
+        console.print()
+    untested = not all(rows["tested"].any() for rows in found.values())
+    for note in (WHY, *([UNTESTED] if untested else [])) if found else ():
+        console.print(note, style="dim", highlight=False, markup=False)
