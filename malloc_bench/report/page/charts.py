@@ -125,7 +125,7 @@ def _rows(name: str = "rows") -> alt.Chart:
 
 
 def _x(label: str) -> alt.X:
-    axis = alt.Axis(labelExpr=label, tickCount=6, labelOverlap="greedy", grid=False)
+    axis = alt.Axis(labelExpr=label, tickCount=6, labelOverlap="greedy", labelSeparation=8, grid=False)
     return alt.X("x:Q", title="$x", scale=alt.Scale(type="log", nice=False, padding=14), axis=axis)
 
 

@@ -185,3 +185,16 @@ function tell(id) {
   if (signals.brush_x !== undefined && state.brushed !== id && signals.brush_x?.length) view.signal("brush_x", [0, 0]).signal("brush_y", [0, 0]);
 }
 
+
+window.page = { // for the console, and for tests
+  shown: () => shown,
+  row: (id) => rows[id],
+  points: (id) => views.get(id).rows,
+  picked: (id) => views.get(id).view.signal("picked"),
+  drawn: async () => { for (let last; last !== drawing;) await (last = drawing); },
+  place(id, which = 0) { // of a point, in the window
+    const { view, rows: points } = views.get(id), box = $(id).querySelector("svg, canvas").getBoundingClientRect();
+    const [left, top] = view.origin(), pad = view.padding(), at = points[which];
+    return { id: at.id, x: box.left + pad.left + left + view.scale("x")(at.x), y: box.top + pad.top + top + view.scale("y")(at.y) };
+  },
+};
