@@ -8,10 +8,14 @@ function select() {
     && (!complete || complete.has(row.compressor)) && (!search || row.compressor.toLowerCase().includes(search)));
   const passing = new Set(shown.map((row) => row.id));
   table.setFilter((row) => passing.has(row.id));
+  describe();
+  draw();
+}
+
+function describe() {
   drawChips();
   drawCallouts();
   drawFocus();
-  draw();
 }
 
 // ---- head, best, filters
@@ -57,7 +61,7 @@ function drawFilters() {
     });
     $("filters").append(choose);
   }
-  const search = el("input", { type: "search", placeholder: "Method contains …", "aria-label": "Filter by a method's name" });
+  const search = el("input", { type: "search", id: "search", placeholder: "Method contains …", "aria-label": "Filter by a method's name" });
   search.addEventListener("input", () => { state.search = search.value; select(); });
   const check = el("input", { type: "checkbox", id: "complete" });
   check.addEventListener("change", () => { state.complete = check.checked; select(); });
@@ -70,13 +74,22 @@ function drawChips() {
     state.filters[name].delete(value);
     select();
   })));
-  const clear = (id, value) => { const input = $("filters").querySelector(id); input[value ? "checked" : "value"] = value ? false : ""; };
-  if (state.search) chips.push(chip(`method contains: ${state.search}`, () => { state.search = ""; clear("[type=search]"); select(); }));
-  if (state.complete) chips.push(chip("complete methods only", () => { state.complete = false; clear("#complete", true); select(); }));
+  if (state.search) chips.push(chip(`method contains: ${state.search}`, () => { state.search = $("search").value = ""; select(); }));
+  if (state.complete) chips.push(chip("complete methods only", () => { state.complete = $("complete").checked = false; select(); }));
   if (state.picked.size) chips.push(chip(`${state.picked.size} picked`, () => pick([])));
+  if (chips.length > 1) chips.push(el("li", {}, button("Clear all", clearFilters)));
   $("chips").replaceChildren(...chips);
   $("count").textContent = `${shown.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows shown`;
   for (const each of $("legend").querySelectorAll("button")) each.setAttribute("aria-pressed", String(state.filters.family.has(each.dataset.family)));
+}
+
+function clearFilters() {
+  for (const chosen of Object.values(state.filters)) chosen.clear();
+  Object.assign(state, { search: "", complete: false });
+  $("search").value = "";
+  $("complete").checked = false;
+  pick([]);
+  select();
 }
 
 function drawCallouts() {
@@ -292,8 +305,8 @@ function drawProblems() {
       each.traceback ? el("details", {}, el("summary", {}, "traceback"), el("pre", {}, each.traceback)) : ""))))));
 }
 
-function themed(name) {
-  document.documentElement.dataset.theme = name;
+function themed(name) { // light, dark, or as the reader's system has it
+  if (name) document.documentElement.dataset.theme = name;
   $("theme").textContent = dark() ? "Light" : "Dark";
   $("theme").setAttribute("aria-label", `Switch to ${dark() ? "light" : "dark"}`);
 }
@@ -308,10 +321,17 @@ $("notes").append(...data.notes.map((note) => el("li", {}, note)));
 $("theme").addEventListener("click", () => { themed(dark() ? "light" : "dark"); draw(); });
 $("focus").addEventListener("change", () => { state.focus = Number($("focus").value); draw(); });
 $("judge").addEventListener("change", () => { state.judge = $("judge").value; draw(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
-themed(dark() ? "dark" : "light");
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { themed(); draw(); });
+themed();
+describe();
+const idle = window.requestIdleCallback ?? ((later) => setTimeout(later, 50));
 built.then(() => {
   readyTable();
-  select();
-  drawing.then(() => { document.documentElement.dataset.ready = "true"; });
+  idle(async () => { // who comes to sort need not wait for plots, nor for the code that draws them
+    const code = el("script", { type: "module" }, $("vega").textContent);
+    await new Promise((loaded) => { code.onload = loaded; document.head.append(code); });
+    plotting = true;
+    await draw();
+    document.documentElement.dataset.ready = "true";
+  }, { timeout: 1500 });
 });

@@ -105,8 +105,9 @@ function drawPanels() {
   }
 }
 
-let drawing = Promise.resolve();
+let drawing = Promise.resolve(), plotting = false;
 function draw() { // one after the other, the page stays responsive between them
+  if (!plotting) return drawing;
   drawing = drawing.then(async () => {
     const own = shown.filter((row) => row.group === state.focus);
     for (const panel of PANELS.filter(({ id }) => $(id))) {
@@ -191,6 +192,19 @@ window.page = { // for the console, and for tests
   row: (id) => rows[id],
   points: (id) => views.get(id).rows,
   picked: (id) => views.get(id).view.signal("picked"),
+  async anew() { // as it was when it opened
+    $("dialog").close();
+    delete document.documentElement.dataset.theme;
+    Object.assign(state, { focus: 0, judge: "fidelity" });
+    state.compared.clear();
+    $("judge").value = state.judge;
+    table.clearSort();
+    themed();
+    drawTray();
+    clearFilters();
+    scrollTo(0, 0);
+    await this.drawn();
+  },
   drawn: async () => { for (let last; last !== drawing;) await (last = drawing); },
   place(id, which = 0) { // of a point, in the window
     const { view, rows: points } = views.get(id), box = $(id).querySelector("svg, canvas").getBoundingClientRect();
