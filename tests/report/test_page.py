@@ -68,6 +68,7 @@ def watched(browser):
     """A tab, what it complained of or asked a network for, and which page it shows."""
     complaints: list[str] = []
     context = browser.new_context()
+    context.set_default_timeout(20_000)
     tab = context.new_page()
     tab.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: complaints.append(str(error)))

@@ -23,7 +23,7 @@ def to_html(frame: pl.DataFrame, folder: str | Path) -> str:
     run = folder.resolve().name.encode(errors="replace").decode()
     shown = content(frame, folder) | {"run": run, "colours": COLOURS}
     parts = {
-        "vega": _file("vendor/vega.bundle.js"),
+        "vega": f'(() => {{"use strict"; {_file("vendor/vega.bundle.js")}}})()',  # its names would clash with ours
         "tabulator": _file("vendor/tabulator.min.js"),
         "app": "".join(map(_file, ("rows.js", "plots.js", "app.js"))),
     }

@@ -161,7 +161,7 @@ function tableColumns() {
 
 const table = new Tabulator("#rows", {
   data: rows, index: "id", columns: tableColumns(), nestedFieldSeparator: false, layout: "fitData", height: "min(72vh, 680px)",
-  rowHeight: 33, placeholder: "No row passes the filters.", printAsHtml: true, printStyled: false, printRowRange: "active",
+  rowHeight: 33, autoResize: false, placeholder: "No row passes the filters.", printAsHtml: true, printStyled: false, printRowRange: "active",
   columnDefaults: { headerWordWrap: true, resizable: false, vertAlign: "middle" },
   rowFormatter: (row) => {
     const made = row.getElement();
@@ -170,6 +170,7 @@ const table = new Tabulator("#rows", {
   },
 });
 const built = new Promise((done) => table.on("tableBuilt", done));
+addEventListener("resize", () => table.redraw());
 table.on("renderComplete", mark);
 table.on("scrollVertical", mark);
 
@@ -328,8 +329,7 @@ const idle = window.requestIdleCallback ?? ((later) => setTimeout(later, 50));
 built.then(() => {
   readyTable();
   idle(async () => { // who comes to sort need not wait for plots, nor for the code that draws them
-    const code = el("script", { type: "module" }, $("vega").textContent);
-    await new Promise((loaded) => { code.onload = loaded; document.head.append(code); });
+    document.head.append(el("script", {}, $("vega").textContent));
     plotting = true;
     await draw();
     document.documentElement.dataset.ready = "true";

@@ -204,6 +204,7 @@ window.page = { // for the console, and for tests
     clearFilters();
     scrollTo(0, 0);
     await this.drawn();
+    await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)));
   },
   drawn: async () => { for (let last; last !== drawing;) await (last = drawing); },
   place(id, which = 0) { // of a point, in the window
