@@ -308,7 +308,7 @@ def test_everything_by_keyboard(opened):
     tab.locator("#rows .tabulator-tableholder").focus()
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("ArrowDown")
-    tab.wait_for_function("document.activeElement.matches('.tabulator-row')")
+    tab.wait_for_selector(f"{ROW}:focus")
     name = tab.evaluate("document.activeElement.innerText").strip().split("\n")[0]
     tab.keyboard.press(" ")
     assert tab.locator("#tray").is_visible()
@@ -469,18 +469,27 @@ def large(tmp_path_factory):
     return folder / "report.html"
 
 
+FIRST_SORT = """
+  const begin = setInterval(() => {
+    const head = document.querySelector("#rows .tabulator-col[tabulator-field='bytes_mean'][tabindex='0']");
+    if (!head) return;
+    clearInterval(begin);
+    head.click();
+    const done = setInterval(() => {
+      if (head.getAttribute("aria-sort") !== "descending") return;
+      clearInterval(done);
+      requestAnimationFrame(() => { document.documentElement.dataset.sorted = performance.now() / 1000; });
+    }, 1);
+  }, 1);
+"""
+
+
 def seconds_to_first_sort(tab, path):
-    """From navigation until the rows stand sorted."""
+    """From navigation until the rows stand sorted, by a reader who sorts as soon as the table can be sorted."""
+    tab.add_init_script(FIRST_SORT)
     tab.goto(path.as_uri(), wait_until="commit")
-    tab.wait_for_selector("#rows .tabulator-col[tabulator-field='bytes_mean'][tabindex='0']")
-    return tab.evaluate(
-        """() => new Promise((done) => {
-             const head = document.querySelector("#rows .tabulator-col[tabulator-field='bytes_mean']");
-             const look = () => head.getAttribute("aria-sort") === "descending"
-               ? requestAnimationFrame(() => done(performance.now() / 1000)) : setTimeout(look, 5);
-             head.click(); look();
-           })"""
-    )
+    tab.wait_for_selector("html[data-sorted]", state="attached")
+    return float(tab.evaluate("document.documentElement.dataset.sorted"))
 
 
 def test_five_thousand_rows_sort(opened, large):

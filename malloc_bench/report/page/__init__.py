@@ -13,15 +13,19 @@ import polars as pl
 
 from malloc_bench.report.figures import COLOURS
 from malloc_bench.report.page.content import content
+from malloc_bench.report.recommend import best_per_budget
 
 _HERE = Path(__file__).parent
 
 
-def to_html(frame: pl.DataFrame, folder: str | Path) -> str:
-    """The page of a results frame and the run folder that it is of. The same rows make the same bytes."""
-    folder = Path(folder)
-    run = folder.resolve().name.encode(errors="replace").decode()
-    shown = content(frame, folder) | {"run": run, "colours": COLOURS}
+def to_html(frame: pl.DataFrame, folder: str | Path, best: pl.DataFrame | None = None) -> str:
+    """The page of a results frame and the run folder that it is of. The same rows make the same bytes.
+
+    best: of `best_per_budget`, where it is known already.
+    """
+    run = Path(folder).resolve().name.encode(errors="replace").decode()
+    best = best_per_budget(frame, folder) if best is None else best
+    shown = content(frame, best) | {"run": run, "colours": COLOURS}
     parts = {
         "vega": f'(() => {{"use strict"; {_file("vendor/vega.bundle.js")}}})()',  # its names would clash with ours
         "tabulator": _file("vendor/tabulator.min.js"),

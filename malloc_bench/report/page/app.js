@@ -153,7 +153,7 @@ function tableColumns() {
     title: "", field: "compared", width: 34, frozen: true, headerSort: false, hozAlign: "center", cssClass: "compared", print: false,
     formatter: (cell) => {
       const row = cell.getData();
-      return el("input", { type: "checkbox", tabindex: "-1", "aria-label": `Compare ${row.name}`, checked: state.compared.has(row.id) });
+      return el("input", { type: "checkbox", tabindex: "-1", "aria-label": `Compare ${nameOf(row)}`, checked: state.compared.has(row.id) });
     },
   };
   return narrow() ? [choose, name, ...made, ...places] : [choose, name, ...places, ...made];
@@ -244,7 +244,7 @@ function openCell(row) {
   const seeds = cells.map(([id, seed, , date, alike, accuracy]) => el("tr", {}, el("th", { scope: "row" }, String(seed ?? "")),
     ...[id.slice(0, 12), alike, accuracy, date.replace("T", " ")].map((each) => el("td", {}, given(each) ? String(each) : ""))));
   const chosen = state.compared.has(row.id);
-  openDialog(row.name, false,
+  openDialog(nameOf(row), false,
     el("p", { class: "hint" }, row.title, row.kind ? ` · ${row.kind}` : ""),
     row.note ? el("p", { class: "callout" }, row.note) : "",
     el("h3", {}, "Result"), key(columns.filter((each) => each.part === "table" && each.header !== "compressor").map((each) => [each.header, text(row, each)])),
@@ -269,7 +269,7 @@ function drawTray() {
   $("tray").hidden = !chosen.length;
   $("tray").replaceChildren(
     el("span", { role: "status" }, `${chosen.length} of ${MOST} to compare`),
-    el("ul", { class: "chips", "aria-label": "Chosen to compare" }, ...chosen.map((row) => el("li", {}, button(`${row.name} ×`, () => compare(row.id), { "aria-label": `Leave out ${row.name}` })))),
+    el("ul", { class: "chips", "aria-label": "Chosen to compare" }, ...chosen.map((row) => el("li", {}, button(`${nameOf(row)} ×`, () => compare(row.id), { "aria-label": `Leave out ${nameOf(row)}` })))),
     button("Compare", () => openComparison(chosen), { class: "primary", disabled: chosen.length < 2 }),
     button("Clear", () => { state.compared.clear(); drawTray(); highlight(); }));
 }

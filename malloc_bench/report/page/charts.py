@@ -47,7 +47,6 @@ def charts() -> dict[str, dict[str, Any]]:
         "flops": scatter(FLOPS),
         "curves": curves(),
         "slices": slices(),
-        "parts": parts(),
     }
     whole = {name: chart.properties(width="container", height=300).to_dict() for name, chart in made.items()}
     return {name: {k: v for k, v in spec.items() if k not in ("$schema", "config")} for name, spec in whole.items()}
@@ -98,23 +97,6 @@ def slices() -> alt.LayerChart:
     named = alt.Shape("label:N", title=None, legend=alt.Legend(orient="bottom", columns=1, symbolFillColor=FLOOR))
     points = base.mark_point(filled=True, size=80, stroke=PAPER, strokeWidth=0.6, aria=False).encode(shape=named)
     return alt.layer(base.mark_line(strokeWidth=1.8, aria=False), points.add_params(*_shared()))
-
-
-def parts() -> alt.Chart:
-    """Bytes of a user's state by what they hold, a bar a row."""
-    return (
-        _rows()
-        .mark_bar(aria=False)
-        .encode(
-            y=alt.Y("label:N", title=None, sort=alt.SortField("order"), axis=alt.Axis(labelLimit=190)),
-            x=alt.X("x:Q", title="$x", axis=alt.Axis(labelExpr=BYTES, tickCount=5)),
-            color=alt.Color(
-                "part:N", title=None, scale=alt.Scale(scheme="tableau10"), legend=alt.Legend(orient="bottom", columns=3)
-            ),
-            tooltip=["label:N", "part:N", alt.Tooltip("x:Q", title="bytes a user", format=",.0f")],
-        )
-        .add_params(*_shared())
-    )
 
 
 # ---- what they share

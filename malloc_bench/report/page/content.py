@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -13,7 +12,7 @@ from malloc_bench.report.board import GROUP, newest, title
 from malloc_bench.report.figures import REBUILT
 from malloc_bench.report.leaderboard import CEILINGS, NOTES, unfinished
 from malloc_bench.report.page.columns import COLUMNS
-from malloc_bench.report.recommend import best_per_budget
+from malloc_bench.report.render import digits
 from malloc_bench.report.tables import SLICES, sliced
 from malloc_bench.results import complete
 
@@ -26,8 +25,8 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def content(frame: pl.DataFrame, folder: Path | None = None) -> dict[str, Any]:
-    """All that the page knows, of lists, texts and numbers only; folder: of the run, where values by user are."""
+def content(frame: pl.DataFrame, best: pl.DataFrame) -> dict[str, Any]:
+    """All that the page knows, of lists, texts and numbers only; best: of `recommend.best_per_budget`."""
     frame = newest(complete(frame))
     board = sliced(frame).with_columns(_size().alias("size"))
     rows = list(board.iter_rows(named=True))
@@ -39,7 +38,8 @@ def content(frame: pl.DataFrame, folder: Path | None = None) -> dict[str, Any]:
         group |= {"title": title(firsts[i]), "note": firsts[i]["note"], "headroom": firsts[i]["headroom"]}
     texts = [[shown.column.text(row) for row in rows] for shown in COLUMNS]
     kept = [(shown, text) for shown, text in zip(COLUMNS, texts) if any(text)]
-    numbers = dict.fromkeys(NUMBERS) | dict.fromkeys(shown.field for shown, _ in kept)
+    sorted_by = [shown.field for shown, _ in kept if shown.part == "table"]
+    numbers = [name for name in dict.fromkeys([*NUMBERS, *sorted_by]) if board[name].is_not_null().any()]
     return {
         "groups": groups,
         "group": of,
@@ -47,11 +47,11 @@ def content(frame: pl.DataFrame, folder: Path | None = None) -> dict[str, Any]:
             {"header": s.column.header, "field": s.field, "part": s.part, "left": s.column.left} for s, _ in kept
         ],
         "texts": [text for _, text in kept],
-        "fields": {name: [_brief(row[name]) for row in rows] for name in numbers},
+        "fields": {name: _brief(board[name]) for name in numbers},
         "method": [row["method"] for row in rows],
         "kind": [_kind(row) for row in rows],
         "slices": list(SLICES),
-        "best": _best(frame, folder, rows),
+        "best": _best(best, rows),
         **_cells(frame, rows),
         "problems": _problems(frame),
         "notes": [*NOTES, CEILINGS] if board["ceiling_full_hr@10"].is_not_null().any() else list(NOTES),
@@ -60,13 +60,13 @@ def content(frame: pl.DataFrame, folder: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _best(frame: pl.DataFrame, folder: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best(best: pl.DataFrame, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The best row of each table and budget, and which methods tie with it, null where that was not tested."""
     known = {row["cell_ids"]: i for i, row in enumerate(rows)}
     return [
-        {name: best[name] for name in ("within", "limit")}
-        | {"row": known[best["cell_ids"]], "ties": best["ties"] if best["tested"] else None}
-        for best in best_per_budget(frame, folder).iter_rows(named=True)
+        {name: each[name] for name in ("within", "limit")}
+        | {"row": known[each["cell_ids"]], "ties": each["ties"] if each["tested"] else None}
+        for each in best.iter_rows(named=True)
     ]
 
 
@@ -82,11 +82,12 @@ def _kind(row: dict[str, Any]) -> str:
     return row["family"] if row["family"] in ("ceiling", REBUILT) else "full" if row["method"] == "full" else ""
 
 
-def _brief(value: Any) -> Any:
+def _brief(values: pl.Series) -> list[Any]:
     """Six digits do to sort and draw by; what is printed is printed from the whole number."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    if not values.dtype.is_float():
+        return values.to_list()
+    finite = pl.when(pl.col(values.name).is_finite()).then(pl.col(values.name))
+    return values.to_frame().select(finite.round_sig_figs(6)).to_series().to_list()
 
 
 def _cells(frame: pl.DataFrame, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -108,8 +109,8 @@ def _cells(frame: pl.DataFrame, rows: Sequence[dict[str, Any]]) -> dict[str, Any
                     each["cell_id"], each["seed"],
                     environments.setdefault(tuple(each[name] for name in ENVIRONMENT), len(environments)),
                     (each["created_at"] or "")[:19],
-                    _brief(each["overlap@10"] if each["agreement"] is None else each["agreement"]),
-                    _brief(each["ndcg@10"] if each["gauc"] is None else each["gauc"]),
+                    _told(each["agreement"], each["overlap@10"], ".3f"),
+                    _told(each["gauc"], each["ndcg@10"], ".4f"),
                 ]
                 for each in own
             ]
@@ -123,6 +124,10 @@ def _cells(frame: pl.DataFrame, rows: Sequence[dict[str, Any]]) -> dict[str, Any
         "parameter": of,
         "parameters": [[_read(each) for each in pair] for pair in parameters],
     }
+
+
+def _told(value: float | None, other: float | None, spec: str) -> str:
+    return digits(other if value is None else value, spec)
 
 
 def _read(text: Any) -> Any:

@@ -5,7 +5,6 @@ const PANELS = [
   { id: "cost", title: "Cost of a read", make: costly },
   { id: "curves", title: "What a smaller budget loses", make: curves },
   { id: "slices", title: "By length of history", make: slices },
-  { id: "parts", title: "What the bytes hold", make: parts },
 ];
 const views = new Map();
 const specs = JSON.parse($("specs").textContent);
@@ -85,21 +84,15 @@ function singled(own) { // what is picked or compared, else the best at each bud
 function slices(own, group) {
   const value = state.judge === "accuracy" && !ranking(own[0]) ? "ndcg@10" : alikeName(own[0]);
   const points = singled(own).flatMap((row) => data.slices.map((slice, order) => ({
-    ...point(row, null, row[`${value} ${slice}`]), order, users: row[`n_users ${slice}`], label: row.name,
+    ...point(row, null, row[`${value} ${slice}`]), order, users: row[`n_users ${slice}`], label: nameOf(row),
     slice: `${slice}|${(row[`n_users ${slice}`] ?? 0).toLocaleString("en")} users`,
   }))).filter((each) => given(each.y));
   return points.length ? { spec: "slices", x: "events in the history", y: value.toUpperCase().replace("OVERLAP", "overlap").replace("AGREEMENT", "agreement"),
     data: { rows: points }, said: "What is picked or compared, else the best at each budget." } : null;
 }
 
-function parts(own) {
-  const points = singled(own).flatMap((row, order) => Object.entries(data.parts?.[row.id] ?? {}).map(([part, x]) => ({ id: row.id, order, part, x, label: row.name })));
-  return points.length ? { spec: "parts", x: "bytes a user", y: "", data: { rows: points }, said: "What is picked or compared, else the best at each budget." } : null;
-}
-
 function drawPanels() {
   for (const { id, title } of PANELS) {
-    if (id === "parts" && !data.parts) continue;
     $("plots").append(el("figure", { id, role: "group", "aria-labelledby": `${id}-title`, "aria-describedby": `${id}-said` },
       el("figcaption", {}, el("h3", { id: `${id}-title` }, title), el("p", { id: `${id}-said` })), el("div", { class: "chart" })));
   }

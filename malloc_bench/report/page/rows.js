@@ -10,18 +10,23 @@ const MOST = 4; // methods side by side
 // ---- rows
 
 const columns = data.columns.map((column, at) => ({ ...column, at }));
-const column = (header) => columns.find((each) => each.header === header);
+const byHeader = new Map(columns.map((column) => [column.header, column]));
+const fields = Object.entries(data.fields);
 const rows = data.group.map((group, id) => {
-  const row = { id, group, ...data.groups[group], method: data.method[id], kind: data.kind[id] };
-  for (const [name, values] of Object.entries(data.fields)) row[name] = values[id];
-  row.lossless = row.lossless === null ? null : Number(row.lossless);
-  row.budgets = budgetsOf(text(row, "budget"));
-  row.name = [row.compressor, text(row, "budget")].filter(Boolean).join(" at ");
+  const row = { id, group, method: data.method[id], kind: data.kind[id] };
+  for (const name of ["title", "note", ...PLACE]) row[name] = data.groups[group][name];
+  for (const [name, values] of fields) row[name] = values[id];
+  if (given(row.lossless)) row.lossless = Number(row.lossless); // to sort by
   return row;
 });
+const nameOf = (row) => [row.compressor, text(row, "budget")].filter(Boolean).join(" at ");
+
+function given(value) {
+  return value !== null && value !== undefined;
+}
 
 function text(row, header) {
-  const found = typeof header === "string" ? column(header) : header;
+  const found = typeof header === "string" ? byHeader.get(header) : header;
   return found ? data.texts[found.at][row.id] : "";
 }
 
@@ -30,12 +35,11 @@ function budgetsOf(label) { // "50, 25 %" is one state under two budgets
   return several ? several[1].split(", ").map((each) => `${each} %`) : [label];
 }
 
-const ranking = (row) => row.gauc !== null && row.gauc !== undefined;
+const ranking = (row) => given(row.gauc);
 const accuracyOf = (row) => (ranking(row) ? "gauc" : "ndcg@10");
 const accuracyName = (row) => accuracyOf(row).toUpperCase();
 const alikeName = (row) => (ranking(row) ? "agreement" : "overlap@10");
 const colourOf = (family) => (family === "chain" ? "var(--ink)" : data.colours[family] ?? "var(--soft)");
-const given = (value) => value !== null && value !== undefined;
 
 // ---- elements
 
@@ -84,7 +88,7 @@ function completeMethods() {
     if (row.seeds !== undefined && row.seeds < row.seeds_total) broken.add(row.compressor);
     if (!found.has(row.compressor)) found.set(row.compressor, new Map());
     const tables = found.get(row.compressor);
-    tables.set(row.group, new Set([...(tables.get(row.group) ?? []), ...row.budgets]));
+    tables.set(row.group, new Set([...(tables.get(row.group) ?? []), ...budgetsOf(text(row, "budget"))]));
   }
   const whole = (tables) => {
     const every = new Set([...tables.values()].flatMap((each) => [...each]));
