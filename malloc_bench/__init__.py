@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from malloc_bench.data import get_dataset
     from malloc_bench.registry import register
     from malloc_bench.results import load_results
+    from malloc_bench.run.loaded import load_run
     from malloc_bench.run.runner import run_suite
     from malloc_bench.state import Prefill, UserState
     from malloc_bench.suite.suite import load_suite
 
 __all__ = [
-    "Budget", "Prefill", "UserState", "get_backbone", "get_compressor", "get_dataset", "load_results", "load_suite",
-    "register", "run_suite",
+    "Budget", "Prefill", "UserState", "get_backbone", "get_compressor", "get_dataset", "load_results", "load_run",
+    "load_suite", "register", "run_suite",
 ]  # fmt: skip
 
 #: public name -> module, imported when it is first asked for: torch alone takes seconds
@@ -31,6 +32,7 @@ _HOME = {
     "get_compressor": "compressors",
     "get_dataset": "data",
     "load_results": "results",
+    "load_run": "run.loaded",
     "load_suite": "suite",
     "register": "registry",
     "run_suite": "run.runner",

@@ -33,6 +33,8 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(reports)
 
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
 
 @app.callback(invoke_without_command=True)
 def _top(
@@ -132,7 +134,6 @@ def compare(
         found = verdict.two_runs(run_folder(method), run_folder(str(other)), pairs(only or []))
         verdict.print_two_runs(found, console())
         return 0
-    from malloc_bench.registry import load_part
     from malloc_bench.run import runner
 
     names = [name.strip() for name in against.split(",") if name.strip()]
@@ -143,24 +144,39 @@ def compare(
         _plan(result, quiet=False)
         return 0
     _finish(result, quiet=False)
-    found = verdict.verdict(_asked(result), result.folder, load_part(method), ["none", *names])
-    verdict.print_verdict(found, console())
+    for own in {each.cell.compressor.name for each in result.plan} - {"full", "none", *names}:
+        verdict.print_verdict(verdict.verdict(_asked(result), result.folder, own, ["none", *names]), console())
     return result.exit_code
 
 
 @app.command("list")
-def list_(kind: Annotated[Literal["datasets", "backbones", "compressors", "suites"], typer.Argument()]) -> None:
+def list_(
+    kind: Annotated[Literal["datasets", "backbones", "compressors", "suites"], typer.Argument()],
+    words: Annotated[list[str] | None, typer.Argument(help="Only what has them all: amazon-2023, eviction.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """What there is of a kind."""
-    listing(kind)
+    from malloc_bench.cli import describe
+
+    heads, rows = describe.listing(kind, words or [], grouped=console().is_terminal and not as_json)
+    if as_json:
+        say(json.dumps([dict(zip(heads, row)) for row in rows], indent=1, ensure_ascii=False))
+    else:
+        listing(heads, rows)
 
 
 @app.command()
-def show(name: NameArg) -> None:
+def show(name: NameArg, as_json: AsJson = False) -> None:
     """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""
     from malloc_bench.cli import describe
 
+    found = describe.show(name)
+    if as_json:
+        said = [{"name": name, "kind": kind, "lines": [list(line) for line in lines]} for kind, lines in found]
+        say(json.dumps(said, indent=1, ensure_ascii=False))
+        return
     on = console()
-    for kind, lines in describe.show(name):
+    for kind, lines in found:
         on.print(shown(f"{name} ({kind})"), style="bold", markup=False, highlight=False)
         grid(lines, on)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from malloc_bench.cli.text import grid, listing, plain, say
+from malloc_bench.cli.text import console, grid, listing, plain, say
 
 data = typer.Typer(help="Fetch, verify and describe data sets.")
 
@@ -18,7 +18,9 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never touch the networ
 @data.command("list")
 def data_list() -> None:
     """Every data set with its size."""
-    listing("datasets")
+    from malloc_bench.cli import describe
+
+    listing(*describe.listing("datasets", grouped=console().is_terminal))
 
 
 @data.command("get")

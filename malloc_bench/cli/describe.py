@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malloc_bench import registry
@@ -27,12 +29,53 @@ Lines = list[tuple[str, str]]
 # ---- list
 
 
-def listing(kind: str) -> tuple[list[str], list[list[str]]]:
-    """Column heads and one row a part of a kind; raises UnknownName."""
+MANY = 10  # variants of one card from which on they are one line
+
+
+def listing(kind: str, words: Sequence[str] = (), grouped: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Column heads and one row a part of a kind: those that have all the words somewhere, or, without any, all.
+
+    grouped: data sets of one card with many variants are one row, where no word asks for them. Raises UnknownName where
+    there is no such kind, or nothing has the words.
+    """
     makers = {"datasets": _datasets, "backbones": _backbones, "compressors": _compressors, "suites": _suites}
     if kind not in makers:
         raise UnknownName(f"nothing is listed under '{kind}'.{suggest(kind, makers)}")
-    return makers[kind]()
+    heads, rows = makers[kind]()
+    if not words:
+        return heads, _grouped(rows) if grouped and kind == "datasets" else rows
+    found = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
+    if not found:
+        names = [row[0] for row in rows]
+        raise UnknownName(f"none of {len(names)} {kind} has '{' '.join(words)}'. Did you mean {near(words[0], names)}?")
+    return heads, found
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Three names that are like one: `'a', 'b' or 'c'`, those that begin with it or have it first."""
+    every = sorted(names)
+    like = difflib.get_close_matches(name, every, n=3, cutoff=0.3) or every
+    first = [each for each in every if each.startswith(name)] + [each for each in every if name in each]
+    *others, last = map(repr, list(dict.fromkeys([*first, *like]))[:3])
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _grouped(rows: list[list[str]]) -> list[list[str]]:
+    """Rows of data sets, those of one card as one row where they are many."""
+    from malloc_bench.data.sources.cards import card_files
+
+    files = card_files()
+    by_card: dict[Path, list[list[str]]] = {}
+    for row in rows:
+        by_card.setdefault(files[row[0]], []).append(row)
+    found = []
+    for path, each in by_card.items():
+        if len(each) < MANY:
+            found += each
+            continue
+        said = f"{len(each)} variants, such as {each[0][0]}: malloc-bench list datasets {path.stem}-"
+        found.append([f"{path.stem}-...", said, "", "", "", each[0][-1]])
+    return sorted(found)
 
 
 def _compressors() -> tuple[list[str], list[list[str]]]:
@@ -107,7 +150,7 @@ def show(name: str) -> list[tuple[str, Lines]]:
         shown.append(("suite", _suite(name)))
     if not shown:
         known = {*registry.names("compressors"), *registry.names("backbones"), *list_datasets(), *suites}
-        raise UnknownName(f"nothing is named '{clipped(name)}'.{suggest(name, known)}")
+        raise UnknownName(f"nothing is named '{clipped(name)}'. Did you mean {near(name[:100], known)}?")
     return shown
 
 

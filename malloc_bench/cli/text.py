@@ -73,19 +73,21 @@ def console() -> Console:
     return Console()
 
 
-def listing(kind: str) -> None:
-    """A table of all that there is of a kind."""
+def listing(heads: list[str], rows: list[list[str]]) -> None:
+    """A table; where nobody looks at it, such as in a pipe, a line a row, tabs between, nothing cut."""
     from rich.table import Table
 
-    from malloc_bench.cli import describe
-
-    heads, rows = describe.listing(kind)
+    on = console()
+    if not on.is_terminal:
+        for row in [heads, *rows]:
+            say("\t".join(" ".join(each.split()) for each in row).rstrip())
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):  # names are there to be copied: they are never cut
         table.add_column(head, no_wrap=not i, min_width=max(len(shown(row[0])) for row in rows) if not i else None)
     for row in rows:
         table.add_row(*map(shown, row))
-    console().print(table, markup=False, highlight=False)
+    on.print(table, markup=False, highlight=False)
 
 
 def grid(lines: list[tuple[str, str]], on: Console | None = None) -> None:

@@ -164,7 +164,7 @@ def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: 
         longest = max((len(column.text(row)) for row in frame.iter_rows(named=True)), default=0)
         table.add_column(
             Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
-            overflow="fold", min_width=min(column.most, longest) if column.left else None,
+            overflow="fold", min_width=min(_most(column, width), longest) if column.left else None,
         )  # fmt: skip
     for line in cells(frame, shown):
         table.add_row(*map(Text, line))
@@ -174,12 +174,17 @@ def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: 
 def _fitting(frame: pl.DataFrame, columns: Sequence[Column], width: int, gap: int) -> list[Column]:
     lines = [[column.text(row) for row in frame.iter_rows(named=True)] for column in columns]
     wide = [max(map(len, [*_two_lines(c.header).split("\n"), *text])) for c, text in zip(columns, lines)]
-    wide = [min(each, c.most) + gap for c, each in zip(columns, wide)]
+    wide = [min(each, _most(c, width)) + gap for c, each in zip(columns, wide)]
     shown: set[int] = set()
     for i in sorted(range(len(columns)), key=lambda i: columns[i].rank):
         if columns[i].rank == 0 or sum(wide[j] for j in shown) + wide[i] <= width:
             shown.add(i)
     return [columns[i] for i in sorted(shown)]
+
+
+def _most(column: Column, width: int) -> int:
+    """Characters that a column is given before its words go on below."""
+    return column.most if width < 100 else max(column.most, width // 4)
 
 
 def _two_lines(header: str) -> str:

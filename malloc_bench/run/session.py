@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from malloc_bench import measure
-from malloc_bench.backbones import Backbone, get_backbone
+from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor, Structural
 from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
-from malloc_bench.data.tasks.tasks import Ranking
 from malloc_bench.data.tasks.trained import validating
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.drift import drift
@@ -31,6 +30,7 @@ from malloc_bench.results import Row, to_parquet, write_per_user, write_row
 from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import Chunks, LockedError, locked
 from malloc_bench.run.manifest import add_session
+from malloc_bench.run.models import fresh, made
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
@@ -91,9 +91,9 @@ class Session:
         with self._failing([each]):
             why = each.cell.impossible
             if why is None:
-                backbone = self._made(each.cell)
-                made = each.cell.compressor.build()
-                why = made.supports(backbone) or self._unknown(each.cell, made)
+                backbone = made(each.cell, self._split(each.cell).dataset)
+                method = each.cell.compressor.build()
+                why = method.supports(backbone) or self._unknown(each.cell, method)
                 if each.cell.evaluate == "validation" and not len(self._split(each.cell).valid):
                     why = f"with the split {each.cell.split} nothing validates"
             if why is not None:
@@ -113,21 +113,7 @@ class Session:
 
     def _backbone(self, cell: Cell, **changes: Any) -> Backbone:
         """Fresh weights, the same for the same seed, and the categories of the items where they are used."""
-        made, data = self._made(cell, **changes), self._split(cell).dataset
-        if made.uses_categories:
-            if data.categories is None:
-                raise ValueError(
-                    f"{cell.backbone.name} reads categories of items, and the card of {data.name} has none"
-                )
-            made.categorise(torch.from_numpy(data.categories.copy()))
-        return made
-
-    def _made(self, cell: Cell, **changes: Any) -> Backbone:
-        """As `_backbone`, without a look at any file."""
-        torch.manual_seed(cell.seed)
-        data = self._split(cell).dataset
-        made = get_backbone(cell.backbone.name, data.n_items, data.has_time, **{**cell.backbone.params, **changes})
-        return made.for_ranking() if isinstance(cell.task, Ranking) else made
+        return fresh(cell, self._split(cell).dataset, **changes)
 
     def _split(self, cell: Cell) -> Split | Impressions:
         """The data of a cell, cut; the last one is kept: groups of one data set follow each other."""

@@ -80,6 +80,11 @@ class Prefill:
     projections: tuple[Projection, ...] | None = None
     tables: Named | None = None
 
+    def __repr__(self) -> str:
+        named = ("column_sum", "window", "queries", "inputs", "probed", "outputs", "items", "fitted", "alike", "reader")
+        known = [name for name in named if getattr(self, name) is not None]
+        return f"Prefill({self.state!r}{'; with ' * bool(known)}{', '.join(known)})"
+
     @property
     def layers(self) -> range:
         return range(len(self.state.layers))

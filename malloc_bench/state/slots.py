@@ -42,6 +42,11 @@ class Slots:
                 f"{cls.__name__}: {', '.join(sorted(own))} of Slots are final, bytes are counted in one place"
             )
 
+    def __repr__(self) -> str:
+        known = [name for name in ("positions", "timestamps", "mass", "score") if getattr(self, name) is not None]
+        least, most = self.count.aminmax() if self.count.numel() else (0, 0)
+        return f"Slots({int(least)} to {int(most)} of {len(self.count)} users{''.join(f', {name}' for name in known)})"
+
     def shortened(self) -> Slots:
         """The same in fewer bytes; raises ValueError for positions that int16 cannot hold."""
         if self.positions is not None and self.positions.numel() and int(self.positions.max()) > _LAST:

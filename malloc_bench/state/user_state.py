@@ -34,6 +34,9 @@ class Events:
     next_times: Tensor | None = None
     kinds: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.columns())} of {list(self.items.shape)})"
+
     def columns(self) -> dict[str, Tensor]:
         """What is known of every event, by name, [B, S] each."""
         known = {f.name: getattr(self, f.name) for f in fields(Events) if f.name != "count"}
@@ -97,6 +100,9 @@ class Segment:
     slots: Slots | None
     lookup: Lookup | None = None
 
+    def __repr__(self) -> str:
+        return f"Segment({', '.join(f'{name}: {x!r}' for name, x in self.held())}, {self.slots!r})"
+
     def held(self) -> Iterator[tuple[str, Vectors]]:
         """All that is stored over the slots, by name: the fields, then the codes of the look-up."""
         yield from self.fields.items()
@@ -144,6 +150,12 @@ class UserState:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def __repr__(self) -> str:
+        size = self.nbytes().double().mean() if len(self) else 0.0
+        held = {repr(each): None for each in self.segments()}
+        said = [f"{len(self)} users", f"{len(self.layers)} layers", f"{size:,.0f} bytes a user", *held]
+        return f"UserState({', '.join(said)})"
 
     def segments(self) -> Iterator[Segment]:
         for layer in self.layers:

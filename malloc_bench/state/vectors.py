@@ -52,6 +52,12 @@ class Vectors(ABC):
 
     by_slot: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Vectors.__repr__  # type: ignore[method-assign]  # a dataclass would print its tensors
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{list(self.shape)}"
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int, int]:

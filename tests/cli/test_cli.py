@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
-from malloc_bench import registry, results
+from malloc_bench import load_run, registry, results
 from malloc_bench.cli import commands as cli
+from malloc_bench.cli.reports import reports
 from malloc_bench.data import DataError
 from malloc_bench.registry import UnknownName
 from malloc_bench.results import ResultsError
@@ -27,7 +29,7 @@ from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
     ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"],
-    ["env"], ["data"],
+    ["env"], ["data"], ["recommend"], ["leaderboard"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
@@ -98,7 +100,7 @@ def test_help_of_every_command(command: list[str], capsys: Capture) -> None:
 
 
 def test_every_command_is_known_here() -> None:
-    groups = [(["data"], cli.data), ([], cli.app)]
+    groups = [(["data"], cli.data), ([], cli.app), ([], reports)]
     found = [
         [*prefix, command.name or command.callback.__name__]
         for prefix, app in groups
@@ -205,7 +207,7 @@ def test_failed_cells_are_listed_and_the_code_is_1(fake: Any, smoke: Any, capsys
         ("run smok", "smok: neither a file nor a shipped suite. Did you mean 'smoke'?"),
         ("run bad.yaml", "bad.yaml: budgts: unknown key. Did you mean 'budgets'?"),
         ("list x", "Invalid value for 'kind': 'x' is not one of 'datasets', 'backbones', 'compressors', 'suites'."),
-        ("show snapkw", "nothing is named 'snapkw'. Did you mean 'snapkv'?"),
+        ("show snapkw", "nothing is named 'snapkw'. Did you mean 'snapkv', 'capkv' or 'sampled'?"),
         ("tables nowhere", "nowhere holds no results: expected rows/*.json or results.parquet"),
         ("tables runs/smoke --table acuracy", "no table is named 'acuracy'. Did you mean 'accuracy'?"),
         ("report nowhere", "nowhere holds no results: expected rows/*.json or results.parquet"),
@@ -259,21 +261,63 @@ def test_an_interrupt_is_130(fake: Any, capsys: Capture) -> None:
 def test_compare_shows_what_it_ran(fake: Any, smoke: Any, capsys: Capture) -> None:
     folder, plan = smoke
     calls = fake("compare", RunResult(folder, plan[3:5], ok=2))
-    assert cli.main(["compare", "mine.py:Mine", "--suite", "smoke", "--against", "snapkv,recent"]) == 0
-    assert calls == [(("mine.py:Mine", "smoke", ["snapkv", "recent"], None), {})]
+    words = ["compare", "mine.py:Mine", "--suite", "smoke", "--against", "snapkv,recent", "--only", "seed=0", "--fresh"]
+    assert cli.main(words) == 0
+    options = {"only": {"seed": ["0"]}, "dry_run": False, "fresh": True, "device": "auto"}
+    assert calls == [(("mine.py:Mine", "smoke", ["snapkv", "recent"], None), options)]
     shown = capsys.readouterr().out
-    assert "snapkv" in shown
-    assert "int8" not in shown
+    assert "snapkv" in shown and "int8" not in shown
+    assert cli.main(["compare", "mine.py:Mine", "--dry-run"]) == 0
+    assert "2 cells: 0 done, 2 to run" in capsys.readouterr().out
 
 
-def test_reproduce(fake: Any, capsys: Capture) -> None:
+def test_compare_of_two_runs(smoke: Any, capsys: Capture) -> None:
+    shutil.copytree("runs/smoke", "runs/again")
+    assert cli.main(["compare", "runs/smoke", "again"]) == 0
+    assert "10 rows in both, 10 equal, 0 surely of another accuracy" in capsys.readouterr().out
+    assert cli.main(["compare", "runs/smoke", "runs/gone"]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_reproduce(fake: Any, smoke: Any, capsys: Capture) -> None:
+    folder, plan = smoke
+    row = {**results.read_rows(folder / "rows")[0], "cell": plan[0].cell.payload()}
+    found = fake("one_row", row)
     calls = fake("reproduce", [])
-    assert cli.main(["reproduce", "runs/smoke", "ab12"]) == 0
-    assert calls == [((Path("runs/smoke"), "ab12"), {})]
-    assert capsys.readouterr().out == "reproduced: nothing differs\n"
+    assert cli.main(["reproduce", "runs/smoke", "compressor=snapkv,budget=0.25"]) == 0
+    assert found == [((Path("runs/smoke"), {"compressor": ["snapkv"], "budget": ["0.25"]}), {})]
+    assert calls == [((Path("runs/smoke"), row["cell_id"]), {})]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{row['cell_id'][:12]}: synthetic, retrieval") and "reproduced: bytes and every" in said
     fake("reproduce", ["mrr: 1 then, 2 now", "hr@5: 0 then, 1 now"])
     assert cli.main(["reproduce", "runs/smoke", "ab12"]) == 1
-    assert capsys.readouterr().out == "differs: mrr: 1 then, 2 now\ndiffers: hr@5: 0 then, 1 now\n"
+    assert found[-1] == ((Path("runs/smoke"), "ab12"), {})
+    assert "differs: mrr: 1 then, 2 now\ndiffers: hr@5: 0 then, 1 now\n" in capsys.readouterr().out
+
+
+def test_recommend(smoke: Any, capsys: Capture) -> None:
+    limits = ["--bytes", "1KB", "--at-least", "50%", "--only", "family=eviction"]
+    assert cli.main(["recommend", "runs/smoke", *limits]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "within 1 KB, keeping 50 % of its accuracy" in shown and "snapkv" in shown and "stores" in shown
+    for wrong, said in (
+        (["--bytes", "5XB"], "'5XB' is no size"),
+        (["--budget", "2"], "'2' is no share"),
+        (["--read-ms", "-1"], "greater than or equal to 0"),
+        (["--only", "family=evction"], "Did you mean 'eviction'"),
+    ):
+        assert cli.main(["recommend", "runs/smoke", *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_leaderboard(smoke: Any, capsys: Capture) -> None:
+    assert cli.main(["leaderboard", "smoke", "--sort", "bytes_mean", "--columns", "compressor, bytes_mean"]) == 0
+    shown = capsys.readouterr().out
+    assert "bytes_mean" in shown and "fidelity" not in shown.split("Overlap")[0]
+    assert cli.main(["leaderboard", "smoke"]) == 0
+    assert "best per budget" in capsys.readouterr().out
+    assert cli.main(["leaderboard", "smoke", "--sort", "bites"]) == 2
+    assert "no column 'bites'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["datasets", "backbones", "compressors", "suites"])
@@ -283,6 +327,30 @@ def test_list(kind: str, capsys: Capture) -> None:
     shown = capsys.readouterr().out
     assert expected[kind] in shown
     assert "malloc-bench" in shown or kind == "suites"
+    assert all("\t" in line for line in shown.splitlines())  # a pipe gets whole names, and every one
+    assert len(shown.splitlines()) > 200 or kind != "datasets"
+    assert cli.main(["list", kind, expected[kind], "--json"]) == 0
+    assert expected[kind] in [each["name"] for each in json.loads(capsys.readouterr().out)]
+    assert cli.main(["list", kind, "zzz"]) == 2
+    assert f"{kind} has 'zzz'. Did you mean " in capsys.readouterr().err
+
+
+def test_a_terminal_gets_many_variants_as_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert cli.main(["list", "datasets"]) == 0
+    shown = capsys.readouterr().out
+    assert "amazon-2023-..." in shown and "amazon-2023-books" not in shown and len(shown.splitlines()) < 60
+    assert cli.main(["list", "datasets", "amazon-2023", "books"]) == 0
+    assert "amazon-2023-books" in capsys.readouterr().out
+
+
+def test_what_has_no_such_name_is_near_three(capsys: Capture) -> None:
+    assert cli.main(["show", "amazon"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("'amazon-") == 3 and len(said) < 200
+    assert cli.main(["show", "snapkv", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "compressor" and ["family", "eviction"] in found["lines"]
 
 
 @pytest.mark.parametrize(
@@ -410,12 +478,26 @@ def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.Monk
     assert cli.main(["tables", "runs/smoke", "--table", "accuracy"]) == 0
     assert "snapkv(window=8)" in capsys.readouterr().out
 
+    loaded = load_run("smoke")
+    assert len(loaded.rows) == 10
+    found = loaded.states({"compressor": "snapkv", "budget": "0.25"}, users=8)
+    row = results.load_results("runs/smoke").filter(pl.col("compressor") == "snapkv").row(0, named=True)
+    kept = dict(pl.read_parquet(Path("runs/smoke") / row["per_user"], columns=["user", "bytes"]).iter_rows())
+    ids = loaded.split(loaded.cell(row["cell_id"])).dataset
+    sizes = {int(each): int(size) for each, size in zip(found.prefill.users, found.state.nbytes())}
+    rows = {int(each): i for i, each in enumerate(ids.user_ids)}
+    assert {ids.original_user([rows[each]])[0]: size for each, size in sizes.items()}.items() <= kept.items()
+    assert found.backbone.read(found.tokens, found.state).shape[0] == 8 and len(repr(found)) < 1000
+    with pytest.raises(ValueError, match="rows have backbone=sasrec; give what is unique"):
+        loaded.backbone({"backbone": "sasrec"})
+
     Path("mine.py").write_text(METHOD)
     assert cli.main(["compare", "mine.py:Newest", "--suite", "mine.yaml", "--against", "snapkv"]) == 0
     shown = capsys.readouterr().out
     assert "1 ok, 0 skipped, 0 failed, 3 done before" in shown  # the full state, no history, snapkv
     assert "newest" in shown
     assert "int8" not in shown
+    assert "At equal bytes newest keeps the full state's order" in shown
 
 
 def test_the_installed_script_has_the_exit_code(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from malloc_bench.results import budget_text, cell_id, frame
+from malloc_bench.results import budget_text, cell_id, frame, write_per_user
 
 FULL_BYTES = 133_000.0
 BASE = {"suite": "fake", "dataset": "ml-1m", "task": "retrieval", "split": "leave_one_out", "backbone": "sasrec"}
@@ -85,6 +85,22 @@ def row():
 def board_of():
     """Rows -> the results frame that `load_results` would give."""
     return lambda *rows: frame([one for item in rows for one in (item if isinstance(item, list) else [item])])
+
+
+@pytest.fixture
+def with_users(tmp_path):
+    """A row with its file of values by user below `tmp_path`: overlaps and ranks (U,), one request a user."""
+
+    def put(row, overlap, rank=0, length=10):
+        path = f"per_user/{row['cell_id']}.parquet"
+        users = np.arange(len(overlap))
+        columns = {"user": users, "length": np.broadcast_to(length, users.shape), "overlap": np.asarray(overlap, "f4")}
+        columns["rank"] = np.broadcast_to(np.asarray(rank, "i4"), users.shape)
+        known = write_per_user(tmp_path / path, columns)
+        mean = float(np.mean(columns["overlap"], dtype=np.float64))
+        return row | {"per_user": path, "hashes": {"files": {path: known}}, "overlap@10": mean}
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ def method(row, name="snapkv", ndcg=0.19, **values):
 def cells_of(text, name):
     """The cells of a Markdown row by its header."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    return dict(zip(lines[0], next(line for line in lines if line[0] == name)))
+    head = next(line for line in lines if line[0] == "compressor")
+    return dict(zip(head, next(line for line in lines if line[0] == name)))
 
 
 def test_exact_cells(row, board_of):
@@ -218,10 +219,48 @@ def test_terminal_fits_and_keeps_what_matters(suite, width, tmp_path):
         out.seek(0)
         lines = out.read().splitlines()
     assert max(map(len, lines)) <= width
-    heads = [line for line in lines if "(KB/user)" in line]
-    assert len(heads) == 2 and all("NDCG@10" in head and "budget" in head for head in heads)
+    best, heads = ([line for line in lines if name in line and "(KB/user)" in line] for name in ("best", "compressor"))
+    assert len(best) == len(heads) == 2 and all("fidelity" in head for head in best + heads)
+    assert all("[95 % interval]" in head for head in heads) == (width >= 80)
     assert ("(MFLOPs)" in heads[0]) == (width == 240) and "…" not in "".join(lines)
     assert sum("snapkv(window=16)" in line for line in lines) == 8
+
+
+def test_rows_of_one_budget_stand_by_what_they_keep(suite):
+    board = lb.aggregate(suite).filter((pl.col("backbone") == "hstu") & (pl.col("budget") == "25 %"))
+    assert board["overlap@10"].is_sorted(descending=True) and len(board) == 10
+
+
+def shown(frame, **options):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    lb.print_leaderboard(frame, console, **options)
+    return console.export_text()
+
+
+def test_rows_columns_and_order_of_ones_own(suite):
+    text = shown(suite, only={"backbone": ["sasrec"], "compressor": ["svd", "kivi"], "budget": ["1/4", "none"]})
+    names = [line.split()[0] for line in text.splitlines() if line[:3] in ("svd", "kiv")]
+    assert {"kivi(bits=2)", "kivi(bits=4)", "kivi(bits=8)", "svd"} == set(names)
+    assert "hstu" not in text and "best per budget" not in text
+    by = shown(suite, only={"backbone": ["hstu"]}, sort="bytes_mean", columns=["bytes_mean", "cell_ids"])
+    lines = [line.split() for line in by.splitlines()]
+    sizes = [float(line[0].replace(",", "")) for line in lines if len(line) == 2 and len(line[1]) >= 40]
+    assert sizes == sorted(sizes) and len(sizes) == 47
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sort": "ndgc@10"}, "no column 'ndgc@10'. Did you mean 'ndcg@10'"),
+        ({"columns": ["bytes"]}, "no column 'bytes'"),
+        ({"only": {"compressor": ["snapvk"]}}, "--only compressor=snapvk: no row has it. Did you mean 'snapkv'"),
+        ({"only": {"color": ["red"]}}, "--only color=red: unknown key"),
+    ],
+)
+def test_a_wrong_name_is_a_line_with_the_nearest(options, said, suite):
+    with pytest.raises(ValueError, match=r".+") as error:
+        shown(suite, **options)
+    assert said in str(error.value)
 
 
 def test_whole_suite(suite):
