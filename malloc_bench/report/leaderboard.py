@@ -172,12 +172,15 @@ CEILINGS = (
 EMPTY = "No finished cells yet."
 
 
-def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None) -> str:
-    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties."""
+def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.DataFrame | None = None) -> str:
+    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties.
+
+    best: of `best_per_budget`, where it is known already.
+    """
     board, faults = leaderboard(frame), problems(frame)
-    best = dict(sections(best_per_budget(frame, folder)))
+    firsts = dict(sections(best_per_budget(frame, folder) if best is None else best))
     parts = [
-        f"## {head}\n\n{on_top(group)}{_best(best.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
+        f"## {head}\n\n{on_top(group)}{_best(firsts.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
         for head, group in sections(board)
     ]
     notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"

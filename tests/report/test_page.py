@@ -1,4 +1,4 @@
-"""The page of a run, in a browser that has no network: what a reader can do with it, and what it must not let happen."""
+"""The page of a run, in a browser that has no network: what a reader can do, and what must not happen."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from malloc_bench.results import cell_id, frame
 from tests.report.conftest import fake_row, suite_rows
 
 BROWSER = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run"
-).split()
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--no-first-run"),
+]
 EVIL = "</script><script>window.caught=1</script><img src=x onerror='window.caught=1'>"
 ROW = "#rows .tabulator-row[data-id]"
 
@@ -218,7 +218,9 @@ def test_nothing_passes(opened):
 
 def test_charts_are_drawn_in_the_colours_of_the_figures(opened):
     tab = opened()
-    fills = set(tab.locator("#memory svg .mark-symbol path").evaluate_all("all => all.map(e => e.getAttribute('fill'))"))
+    fills = set(
+        tab.locator("#memory svg .mark-symbol path").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
+    )
     assert {COLOURS["eviction"], COLOURS["merging"], COLOURS["quantization"]} <= fills
     for panel in ("memory", "cost", "curves", "slices"):
         assert tab.locator(f"#{panel} svg").count() == 1
@@ -356,7 +358,10 @@ def test_a_phone_needs_no_sideways_scrolling(opened):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     tab.locator(ROW).first.locator("[tabulator-field=compressor]").click()
     assert tab.locator("#dialog").bounding_box()["width"] <= 390
-    assert tab.evaluate("document.getElementById('dialog').scrollWidth - document.getElementById('dialog').clientWidth") <= 0
+    assert (
+        tab.evaluate("document.getElementById('dialog').scrollWidth - document.getElementById('dialog').clientWidth")
+        <= 0
+    )
 
 
 def test_on_paper_all_rows_are_printed(opened):
@@ -431,7 +436,10 @@ def test_ranking_is_judged_by_agreement_and_gauc(opened, tmp_path):
     ]  # fmt: skip
     (tmp_path / "report.html").write_text(page.to_html(frame(rows), tmp_path))
     tab = opened(tmp_path / "report.html")
-    assert "agreement" in tab.locator("#memory svg").text_content() and "ΔGAUC" in tab.locator("#curves svg").text_content()
+    assert (
+        "agreement" in tab.locator("#memory svg").text_content()
+        and "ΔGAUC" in tab.locator("#curves svg").text_content()
+    )
     assert "0.800" in column(tab, "fidelity")  # (.9 - .5) / (1 - .5)
 
 
@@ -453,7 +461,9 @@ def many(count=5000):
     parts = [
         one.with_columns(
             pl.lit(f"data-{at % 8}").alias("dataset"),
-            pl.col("compressor_params").str.replace("{", f'{{"variant":{at // 8},', literal=True).str.replace(",}", "}", literal=True),
+            pl.col("compressor_params")
+            .str.replace("{", f'{{"variant":{at // 8},', literal=True)
+            .str.replace(",}", "}", literal=True),
             pl.col("bytes_mean") + at,
             pl.format("{}-{}", pl.lit(at), pl.col("cell_id")).alias("cell_id"),
         )
