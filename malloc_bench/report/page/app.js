@@ -128,15 +128,16 @@ function widthOf(header, values) { // of what is written; a header may take two 
   pen.font = `13.5px ${getComputedStyle(document.body).fontFamily}`;
   const wide = (words) => pen.measureText(words).width;
   const longest = values.reduce((most, one) => (one.length > most.length ? one : most), "");
-  const head = Math.max(...header.split(" ").map(wide), 0.62 * wide(header)) + 18;
+  const head = Math.max(...header.split(" ").map(wide), 0.62 * wide(header)) + 30;
   return Math.round(20 + Math.min(240, Math.max(wide(longest), head)));
 }
 
+const PRINTED = ["size", "fidelity", "overlap@10", "agreement", "delta_ndcg@10", "delta_gauc", "bytes_mean", "smaller_x", "read_ratio", "ndcg@10", "gauc"];
 function tableColumns() {
   const sorters = (left) => ({ sorter: left ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" } });
   const made = columns.filter((each) => each.part === "table" && each.header !== "compressor").map((each) => ({
     title: each.header, field: each.field, width: widthOf(each.header, data.texts[each.at]), hozAlign: each.left ? "left" : "right", headerHozAlign: each.left ? "left" : "right",
-    headerSortStartingDir: each.left ? "asc" : "desc", ...sorters(each.left),
+    headerSortStartingDir: each.left ? "asc" : "desc", ...sorters(each.left), print: PRINTED.includes(each.field),
     formatter: (cell) => document.createTextNode(text(cell.getData(), each)),
   }));
   const places = PLACE.filter((name) => new Set(data.groups.map((group) => group[name])).size > 1).map((name) => ({
@@ -279,8 +280,8 @@ const LOW = ["bytes_mean", "read_ratio", "read_ms_p50", "read_flops", "compress_
 function openComparison(chosen) {
   const filled = columns.filter((each) => each.header !== "compressor" && chosen.some((row) => text(row, each)));
   const line = (each) => {
-    const values = chosen.map((row) => row[each.field]).filter(given);
-    const best = HIGH.includes(each.field) ? Math.max(...values) : LOW.includes(each.field) ? Math.min(...values) : null;
+    const values = chosen.map((row) => row[each.field]).filter(given), differ = new Set(values).size > 1;
+    const best = !differ ? null : HIGH.includes(each.field) ? Math.max(...values) : LOW.includes(each.field) ? Math.min(...values) : null;
     return el("tr", {}, el("th", { scope: "row" }, each.header), ...chosen.map((row) =>
       el("td", best !== null && row[each.field] === best ? { class: "most" } : {}, text(row, each))));
   };
