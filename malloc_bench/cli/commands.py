@@ -294,9 +294,26 @@ def _plan(result: RunResult, quiet: bool) -> None:
             say(f"{word}  {each.id[:12]}  {each.cell}{why}")
     left = sum(not each.done and not each.cell.impossible for each in result.plan)
     skipped = len(result.plan) - result.reused - left
-    time = f"{result.estimate:.0f} seconds" if result.estimate < 120 else f"{result.estimate / 60:.0f} minutes"
     also = f"{skipped} skipped, " if skipped else ""
-    say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: very roughly {time} on 2 cores")
+    if result.probe is None:
+        how = f"very roughly {_time(result.estimate)} on 2 cores"
+    else:
+        train, judge, timing = (
+            _time(sum(getattr(c, k) for c in result.costs)) for k in ("train", "evaluate", "measure")
+        )
+        parts = f"training at most {train}, evaluation {judge}, measuring {timing}"
+        how = f"about {_time(result.estimate)} here ({parts}; probed for {_time(result.probe)})"
+    say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: {how}")
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _finish(result: RunResult, quiet: bool) -> None:

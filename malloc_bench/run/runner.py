@@ -17,6 +17,7 @@ from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
 from malloc_bench.results import Row, differing, read_rows
+from malloc_bench.run.estimate import probed
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import bars
 from malloc_bench.run.session import Session
@@ -91,7 +92,10 @@ def _run(
     for reason, n in Counter(each.impossible for each in cells if each.data is None).items():
         log.warning("%d cells are skipped: %s", n, reason)
     if dry_run:
-        return make_plan(cells, datasets, folder, [] if fresh else read_rows(folder / "rows", quarantine=False), suite)
+        rows = [] if fresh else read_rows(folder / "rows", quarantine=False)
+        result = make_plan(cells, datasets, folder, rows, suite)
+        result.probe = probed(result, datasets, on)
+        return result
     started = time.perf_counter()
     with locked(folder), bars(quiet) as watch:
         remove_dead(folder)

@@ -27,9 +27,26 @@ class Planned:
     done: bool
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a group of cells will take, roughly; epochs: of training that are still to be run."""
+
+    train: float
+    evaluate: float
+    measure: float
+    epochs: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.train + self.evaluate + self.measure
+
+
 @dataclass
 class RunResult:
-    """What a run came to. plan: all cells in order; estimate: seconds that the undone ones will take, roughly."""
+    """What a run came to. plan: all cells in order; costs: of the groups of undone ones that can be run, as `groups`
+
+    has them.
+    """
 
     folder: Path
     plan: list[Planned] = field(default_factory=list)
@@ -38,7 +55,13 @@ class RunResult:
     failed: int = 0
     reused: int = 0
     seconds: float = 0.0
-    estimate: float = 0.0
+    costs: list[Cost] = field(default_factory=list)
+    probe: float | None = None  # seconds that this machine was probed for; None: the costs are rough
+
+    @property
+    def estimate(self) -> float:
+        """Seconds that all undone cells will take."""
+        return sum(each.total for each in self.costs)
 
     @property
     def exit_code(self) -> int:
@@ -59,9 +82,10 @@ def make_plan(
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
         epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
-        result.estimate += epochs * data.n_events / 20_000  # targets a second
         timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
-        result.estimate += 2 + len(group) * data.n_users * 2e-4 + timed * 2 * suite.measure.seconds
+        train = epochs * data.n_events / 20_000  # targets a second
+        judge = 2 + len(group) * data.n_users * 5e-4
+        result.costs.append(Cost(train, judge, timed * 2 * suite.measure.seconds, epochs))
     return result
 
 

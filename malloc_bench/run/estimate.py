@@ -1,0 +1,172 @@
+"""How long a plan will take on this machine: a few steps of training and a few users of some methods, timed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from malloc_bench.backbones import Backbone
+from malloc_bench.data import Dataset
+from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.evaluation.evaluate import Job, evaluate
+from malloc_bench.evaluation.guard import undisturbed
+from malloc_bench.run.fits import USERS, Fits
+from malloc_bench.run.models import fresh
+from malloc_bench.suite.cells import Cell
+from malloc_bench.suite.plan import Planned, RunResult, groups
+from malloc_bench.training.fit import Progress, Training, fit, validation_auc, validation_ndcg
+
+log = logging.getLogger(__name__)
+
+ENOUGH = 120.0  # seconds of a plan's rough estimate below which it is not worth a probe
+PROBE = 20.0  # seconds that all groups together are probed for, about
+GROUPS = 6  # probed at most; others are scaled by them
+METHODS, BUDGETS = 3, 2  # of each group at least so many methods, of each so many budgets
+STEPS = 4  # of training, the first not counted
+FEW, SOME = 8, 32  # users: what is spent once a cell is told from what is spent on each user
+SAMPLE = 16  # users that methods are fitted to
+
+
+class _Enough(Exception):
+    """The steps that were to be timed are over."""
+
+
+def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.device) -> float | None:
+    """Put what a short probe of this machine says in place of the plan's rough costs; the seconds that it took.
+
+    None where the plan is short, or nothing could be timed: the costs are then as they were.
+    """
+    if result.estimate < ENOUGH:
+        return None
+    started = time.perf_counter()
+    every = list(zip(groups([each for each in result.plan if not each.cell.impossible]), result.costs))
+    first: dict[object, int] = {}  # seeds cost alike
+    for i, ((cell, _), _) in enumerate(every):
+        first.setdefault((cell.dataset, cell.task, cell.split, cell.backbone), i)
+    found: dict[object, tuple[float, float]] = {}
+    largest = sorted(first.items(), key=lambda item: -every[item[1]][1].total)[:GROUPS]
+    for key, i in largest:
+        (cell, members), cost = every[i]
+        try:
+            with undisturbed():
+                train, judge = _group(cell, members, datasets[cell.dataset], device, PROBE / len(largest))
+        except Exception:  # whatever it is, the run will say it
+            log.debug("no probe of %s", cell, exc_info=True)
+            continue
+        epochs = cost.epochs or 1
+        found[key] = train * epochs / max(cost.train, 1e-9) if cost.train else 1.0, judge / max(cost.evaluate, 1e-9)
+    if not found:
+        return None
+    usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1))
+    for ((cell, _), cost), place in zip(every, range(len(every))):
+        train, judge = found.get((cell.dataset, cell.task, cell.split, cell.backbone), usual)
+        result.costs[place] = replace(cost, train=cost.train * train, evaluate=cost.evaluate * judge)
+    return time.perf_counter() - started
+
+
+def _group(
+    cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, limit: float
+) -> tuple[float, float]:
+    """Seconds of an epoch of training, and of the evaluation of all members; limit: of the probe, about."""
+    until = time.perf_counter() + limit
+    assert cell.split is not None, "settled"
+    split = cell.task.cut(data, cell.split)
+    backbone = fresh(cell, split.dataset).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        train = _epoch(backbone, split, Training(**cell.training), Path(folder))
+        return train, _evaluation(backbone, split, cell, members, Path(folder), until)
+
+
+def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, folder: Path) -> float:
+    times, steps = [], 1
+
+    def report(step: Progress) -> None:
+        nonlocal steps
+        steps = step.steps
+        times.append(time.perf_counter())
+        if len(times) > STEPS:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        fit(backbone, split, settings, 0, folder / "fit", report)
+    if len(times) < 2:
+        return 0.0
+    seconds = float(np.median(np.diff(times))) * steps
+    if len(split.valid):
+        seconds += _validation(backbone, split)
+    return seconds
+
+
+def _validation(backbone: Backbone, split: Split | Impressions) -> float:
+    few = min(256, len(split.valid))
+    if isinstance(split, Impressions):
+        taken = _timed(lambda: validation_auc(backbone, split, few))
+    else:
+        taken = _timed(lambda: validation_ndcg(backbone, split, split.valid, few))
+    return taken * min(len(split.valid), 20_000) / few
+
+
+def _evaluation(
+    backbone: Backbone, split: Split | Impressions, cell: Cell, members: Sequence[Planned], folder: Path, until: float
+) -> float:
+    """Seconds of all members' evaluation, by that of some methods at some budgets, for few users and for some more."""
+    by_method: dict[object, list[Planned]] = {}
+    for each in members:
+        if not each.cell.compressor.structural:
+            by_method.setdefault(each.cell.compressor, []).append(each)
+    tests, rng = len(split.test), np.random.default_rng(0)
+    order, numbers = rng.permutation(tests), [min(n, tests) for n in (FEW, SOME)]
+    fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
+
+    def taken(jobs: list[Job]) -> np.ndarray:
+        parts = (_cut(split, order[:n]) for n in numbers)
+        return np.array([_timed(lambda cut=cut: evaluate(backbone, cut, jobs)) for cut in parts])  # type: ignore[misc]
+
+    taken([])  # what is slow the first time only
+    base = taken([])
+    total, covered = 0.0, 0
+    for n, place in enumerate(rng.permutation(len(by_method))):
+        if n >= METHODS and time.perf_counter() > until:
+            break
+        own = list(by_method.values())[place]
+        started = time.perf_counter()
+        try:
+            chosen = own[:: max(1, len(own) // BUDGETS)][:BUDGETS]
+            jobs = [_job(fits, each) for each in chosen]
+        except Exception:  # the run will say it
+            continue
+        fitting = (time.perf_counter() - started) * USERS / SAMPLE
+        few, more = (taken(jobs) - base).clip(min=0)
+        each_user = max(more - few, 0.0) / max(numbers[1] - numbers[0], 1)
+        once = max(few - numbers[0] * each_user, 0.0)
+        total += (each_user * tests + once) * len(own) / len(jobs) + fitting
+        covered += len(own)
+    whole = float(base[1]) / max(numbers[1], 1) * tests
+    return whole + total * len(members) / max(covered, 1)
+
+
+def _job(fits: Fits, each: Planned) -> Job:
+    compressor = each.cell.compressor.build()
+    return Job(each.id, compressor, each.cell.budget, None, fits.of(compressor, each.cell.budget)[0])
+
+
+def _cut(split: Split | Impressions, rows: np.ndarray) -> Split | Impressions:
+    """The same with few test requests."""
+    if isinstance(split, Impressions):
+        return replace(split, test=split.test.rows(rows))
+    return replace(split, test=Targets(split.test.users[rows], split.test.at[rows]))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
