@@ -124,19 +124,19 @@ function drawLegend() {
 
 const narrow = () => innerWidth < 720;
 const pen = document.createElement("canvas").getContext("2d");
-function widthOf(header, values) { // of what is written; a header may take two lines
+function widthOf(header, values, most = 240) { // of what is written; a header may take two lines
   pen.font = `13.5px ${getComputedStyle(document.body).fontFamily}`;
   const wide = (words) => pen.measureText(words).width;
   const longest = values.reduce((most, one) => (one.length > most.length ? one : most), "");
   const head = Math.max(...header.split(" ").map(wide), 0.62 * wide(header)) + 30;
-  return Math.round(20 + Math.min(240, Math.max(wide(longest), head)));
+  return Math.round(20 + Math.min(most, Math.max(wide(longest), head)));
 }
 
 const PRINTED = ["size", "fidelity", "overlap@10", "agreement", "delta_ndcg@10", "delta_gauc", "bytes_mean", "smaller_x", "read_ratio", "ndcg@10", "gauc"];
 function tableColumns() {
   const sorters = (left) => ({ sorter: left ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" } });
   const made = columns.filter((each) => each.part === "table" && each.header !== "compressor").map((each) => ({
-    title: each.header, field: each.field, width: widthOf(each.header, data.texts[each.at]), hozAlign: each.left ? "left" : "right", headerHozAlign: each.left ? "left" : "right",
+    title: each.header, field: each.field, width: widthOf(each.header, data.texts[each.at], each.left ? 130 : 240), hozAlign: each.left ? "left" : "right", headerHozAlign: each.left ? "left" : "right",
     headerSortStartingDir: each.left ? "asc" : "desc", ...sorters(each.left), print: PRINTED.includes(each.field),
     formatter: (cell) => document.createTextNode(text(cell.getData(), each)),
   }));
@@ -144,7 +144,7 @@ function tableColumns() {
     title: name, field: name, width: widthOf(name, data.groups.map((group) => group[name])), ...sorters(true), formatter: (cell) => document.createTextNode(cell.getValue()),
   }));
   const name = {
-    title: "method", field: "compressor", frozen: true, width: narrow() ? 150 : 236, ...sorters(true),
+    title: "method", field: "compressor", frozen: true, width: narrow() ? 150 : 36 + widthOf("method", rows.map((row) => row.compressor), 330), ...sorters(true),
     formatter: (cell) => {
       const row = cell.getData();
       return el("span", { title: `${row.compressor} (${row.family})` }, dot(row.family), row.compressor, row.kind && row.kind !== row.method ? el("span", { class: "tag" }, row.kind) : "");
