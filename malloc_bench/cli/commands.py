@@ -287,6 +287,8 @@ def _refuse(message: str) -> int:
 
 def _plan(result: RunResult, quiet: bool) -> None:
     """The cells, which of them are done, and how long the others may take."""
+    from malloc_bench.run.progress import duration
+
     if not quiet:
         for each in result.plan:
             why = f" ({each.cell.impossible})" if each.cell.impossible and each.cell.data else ""
@@ -296,24 +298,14 @@ def _plan(result: RunResult, quiet: bool) -> None:
     skipped = len(result.plan) - result.reused - left
     also = f"{skipped} skipped, " if skipped else ""
     if result.probe is None:
-        how = f"very roughly {_time(result.estimate)} on 2 cores"
+        how = f"very roughly {duration(result.estimate)} on 2 cores"
     else:
         train, judge, timing = (
-            _time(sum(getattr(c, k) for c in result.costs)) for k in ("train", "evaluate", "measure")
+            duration(sum(getattr(c, k) for c in result.costs)) for k in ("train", "evaluate", "measure")
         )
         parts = f"training at most {train}, evaluation {judge}, measuring {timing}"
-        how = f"about {_time(result.estimate)} here ({parts}; probed for {_time(result.probe)})"
+        how = f"about {duration(result.estimate)} here ({parts}; probed for {duration(result.probe)})"
     say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: {how}")
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def _finish(result: RunResult, quiet: bool) -> None:
@@ -323,7 +315,10 @@ def _finish(result: RunResult, quiet: bool) -> None:
 
         print_leaderboard(_asked(result), console(), result.folder)
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
-    say(f"{counts}, in {result.seconds:.0f} s: {result.folder}/leaderboard.md, results.parquet, figures/")
+    words = {"train": "training", "evaluate": "evaluation", "measure": "measuring"}
+    spent = ", ".join(f"{words[part]} {seconds:.0f}" for part, seconds in result.times.items() if seconds >= 0.5)
+    took = f"{result.seconds:.0f} s{f' ({spent})' if spent else ''}"
+    say(f"{counts}, in {took}: {result.folder}/leaderboard.md, results.parquet, figures/")
 
 
 def _asked(result: RunResult) -> DataFrame:

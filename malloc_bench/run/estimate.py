@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from malloc_bench.evaluation.guard import undisturbed
 from malloc_bench.run.fits import USERS, Fits
 from malloc_bench.run.models import fresh
 from malloc_bench.suite.cells import Cell
-from malloc_bench.suite.plan import Planned, RunResult, groups
+from malloc_bench.suite.plan import Planned, RunResult, group_key, groups
 from malloc_bench.training.fit import Progress, Training, fit, validation_auc, validation_ndcg
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,13 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     if result.estimate < ENOUGH:
         return None
     started = time.perf_counter()
-    every = list(zip(groups([each for each in result.plan if not each.cell.impossible]), result.costs))
-    first: dict[object, int] = {}  # seeds cost alike
-    for i, ((cell, _), _) in enumerate(every):
-        first.setdefault((cell.dataset, cell.task, cell.split, cell.backbone), i)
-    found: dict[object, tuple[float, float]] = {}
-    largest = sorted(first.items(), key=lambda item: -every[item[1]][1].total)[:GROUPS]
-    for key, i in largest:
-        (cell, members), cost = every[i]
+    first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike
+    for cell, members in groups([each for each in result.plan if not each.cell.impossible]):
+        first.setdefault(group_key(cell)[:-1], (cell, members))
+    found: dict[Any, tuple[float, float]] = {}
+    largest = sorted(first.items(), key=lambda item: -result.costs[group_key(item[1][0])].total)[:GROUPS]
+    for key, (cell, members) in largest:
+        cost = result.costs[group_key(cell)]
         try:
             with undisturbed():
                 train, judge = _group(cell, members, datasets[cell.dataset], device, PROBE / len(largest))
@@ -67,9 +67,9 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     if not found:
         return None
     usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1))
-    for ((cell, _), cost), place in zip(every, range(len(every))):
-        train, judge = found.get((cell.dataset, cell.task, cell.split, cell.backbone), usual)
-        result.costs[place] = replace(cost, train=cost.train * train, evaluate=cost.evaluate * judge)
+    for key, cost in result.costs.items():
+        train, judge = found.get(key[:-1], usual)
+        result.costs[key] = replace(cost, train=cost.train * train, evaluate=cost.evaluate * judge)
     return time.perf_counter() - started
 
 
@@ -119,7 +119,7 @@ def _evaluation(
     backbone: Backbone, split: Split | Impressions, cell: Cell, members: Sequence[Planned], folder: Path, until: float
 ) -> float:
     """Seconds of all members' evaluation, by that of some methods at some budgets, for few users and for some more."""
-    by_method: dict[object, list[Planned]] = {}
+    by_method: dict[Any, list[Planned]] = {}
     for each in members:
         if not each.cell.compressor.structural:
             by_method.setdefault(each.cell.compressor, []).append(each)

@@ -1,18 +1,23 @@
-"""What a run shows while it works: training with loss, validation and time left, then chunks of users."""
+"""What a run shows while it works: how far it is in all, how long it will take, and what it is at."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
+from malloc_bench.suite.plan import Cost
 from malloc_bench.training import fit as training
+
+EVERY = 30.0  # seconds between two lines where there is no terminal
+PHASES = ("train", "evaluate", "measure")
 
 
 class Watch(Protocol):
     """Told what a run is doing."""
 
-    def group(self, text: str) -> None: ...
+    def group(self, text: str, cost: Cost | None) -> None: ...
 
     def fit(self, step: training.Progress) -> None: ...
 
@@ -21,55 +26,148 @@ class Watch(Protocol):
     def measure(self, cells: int) -> None: ...
 
 
-class Quiet:
-    """Shows nothing."""
+class Track:
+    """How far a run is, in seconds of its plan's rough costs, and the wall-clock seconds of each phase.
 
-    def group(self, text: str) -> None: ...
+    A group goes through training (of one backbone or of several), chunks of users, and measuring; what a phase had
+    left when the next begins was not needed.
+    """
 
-    def fit(self, step: training.Progress) -> None: ...
+    def __init__(self, total: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.clock = total, clock
+        self.started = self.since = clock()
+        self.phase, self.doing, self.before = "train", "", 0.0
+        self.cost: Cost | None = None
+        self.part = 0.0  # of the phase that is going on
+        self.epochs = self.earlier = 0.0  # of the training that is going on, and of the group's before it
+        self.spent = dict.fromkeys(PHASES, 0.0)
 
-    def chunk(self, done: int, total: int) -> None: ...
+    def group(self, text: str, cost: Cost | None) -> None:
+        self.before += self.cost.total if self.cost else 0.0
+        self.cost, self.doing = cost, text
+        self.epochs = self.earlier = 0.0
+        self._to("train", 0.0)
 
-    def measure(self, cells: int) -> None: ...
+    def fit(self, step: training.Progress) -> None:
+        now, planned = step.epoch + step.step / step.steps, self.cost.epochs if self.cost else 0
+        if now < self.epochs:  # another one began
+            self.earlier += self.epochs
+        self.epochs = now
+        best = "" if step.best is None else f", best validation {step.metric} {step.best:.4f}"
+        self.doing = f"train: epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{best}"
+        self._to("train", min(1.0, (self.earlier + now) / planned) if planned else 0.0)
+
+    def chunk(self, done: int, total: int) -> None:
+        self.doing = f"evaluate: users, chunk {done}/{total}"
+        self._to("evaluate", done / total)
+
+    def measure(self, cells: int) -> None:
+        self.doing = f"measure: latency and FLOPs of {cells} cells"
+        self._to("measure", 0.0)
+
+    def _to(self, phase: str, part: float) -> None:
+        now = self.clock()
+        self.spent[self.phase] += now - self.since
+        self.phase, self.part, self.since = phase, part, now
+
+    @property
+    def done(self) -> float:
+        """Of `total`."""
+        if self.cost is None:
+            return self.before
+        sizes = [getattr(self.cost, phase) for phase in PHASES]
+        at = PHASES.index(self.phase)
+        return self.before + sum(sizes[:at]) + sizes[at] * self.part
+
+    def left(self) -> float | None:
+        """Seconds, by the pace so far; None where too little is done to tell."""
+        gone, done = self.clock() - self.started, self.done
+        return None if done < 0.01 * self.total or done <= 0 else gone * max(self.total - done, 0.0) / done
+
+    def __str__(self) -> str:
+        left = self.left()
+        share = self.done / self.total if self.total else 1.0
+        ahead = "" if left is None else f", about {duration(left)} left"
+        return f"{share:.0%} after {duration(self.clock() - self.started)}{ahead}"
+
+    def times(self) -> dict[str, float]:
+        """Wall-clock seconds of each phase until now."""
+        self._to(self.phase, self.part)
+        return dict(self.spent)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class _Shown:
+    """A track whose every change is told to `show`."""
+
+    def __init__(self, track: Track, say: Callable[[str], None], show: Callable[[Track], None]) -> None:
+        self.track, self.say, self.show = track, say, show
+
+    def group(self, text: str, cost: Cost | None) -> None:
+        self.track.group(text, cost)
+        self.say(text)
+        self.show(self.track)
+
+    def fit(self, step: training.Progress) -> None:
+        self.track.fit(step)
+        self.show(self.track)
+
+    def chunk(self, done: int, total: int) -> None:
+        self.track.chunk(done, total)
+        self.show(self.track)
+
+    def measure(self, cells: int) -> None:
+        self.track.measure(cells)
+        self.show(self.track)
 
 
 @contextlib.contextmanager
-def bars(quiet: bool) -> Iterator[Watch]:
-    """Bars on standard error, or nothing."""
+def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monotonic) -> Iterator[_Shown]:
+    """A bar over all and what is done now below it; without a terminal a line each half minute; or nothing.
+
+    On standard error. total: seconds of all groups' rough costs.
+    """
+    track = Track(total, clock)
     if quiet:
-        yield Quiet()
+        yield _Shown(track, lambda text: None, lambda track: None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    if not console.is_terminal:
+        yield _Shown(track, say, _lines(say, clock))
+        return
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns: tuple[Any, ...] = (BarColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(console, progress)
+        bar = progress.add_task("", total=max(total, 1e-9))
+        now = progress.add_task("", total=1.0)
+
+        def show(track: Track) -> None:
+            progress.update(bar, completed=min(track.done, total), description=str(track))
+            progress.update(now, completed=track.part, description=f"  {track.doing}")
+
+        yield _Shown(track, say, show)
 
 
-class _Bars:
-    def __init__(self, console, progress) -> None:
-        self._console, self._progress = console, progress
-        self._task = progress.add_task("", visible=False)
+def _lines(say: Callable[[str], None], clock: Callable[[], float]) -> Callable[[Track], None]:
+    last = clock()
 
-    def group(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+    def show(track: Track) -> None:
+        nonlocal last
+        if (now := clock()) - last >= EVERY:
+            last = now
+            say(f"{track}; {track.doing}")
 
-    def fit(self, step: training.Progress) -> None:
-        best = "" if step.best is None else f", best validation {step.metric} {step.best:.4f}"
-        done = step.epoch * step.steps + step.step
-        text = f"  train: epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{best}"
-        self._show(text, done, step.epochs * step.steps)
-
-    def chunk(self, done: int, total: int) -> None:
-        self._show(f"  evaluate: users, chunk {done}/{total}", done, total)
-
-    def measure(self, cells: int) -> None:
-        self._show(f"  measure: latency and FLOPs of {cells} cells", None, None)
-
-    def _show(self, text: str, done: int | None, total: int | None) -> None:
-        fresh = total != self._progress.tasks[0].total
-        if fresh:
-            self._progress.reset(self._task, total=total)
-        self._progress.update(self._task, description=text, completed=done or 0, visible=True)
+    return show

@@ -19,7 +19,7 @@ from malloc_bench.report import write_report
 from malloc_bench.results import Row, differing, read_rows
 from malloc_bench.run.estimate import probed
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
-from malloc_bench.run.progress import bars
+from malloc_bench.run.progress import watching
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
@@ -97,19 +97,20 @@ def _run(
         result.probe = probed(result, datasets, on)
         return result
     started = time.perf_counter()
-    with locked(folder), bars(quiet) as watch:
+    with locked(folder):
         remove_dead(folder)
         rows = read_rows(folder / "rows")
         _forget(folder, rows, known)
         result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
         if whole:
             remove_partial(folder, {partial_name(cell) for cell, _ in groups(result.plan) if cell.data})
-        run = Session(suite, folder, datasets, on, watch, result, fresh)
-        try:
-            run.all()
-        finally:
-            result.seconds = time.perf_counter() - started
-            run.finish()
+        with watching(quiet, result.estimate) as watch:
+            run = Session(suite, folder, datasets, on, watch, result, fresh)
+            try:
+                run.all()
+            finally:
+                result.seconds, result.times = time.perf_counter() - started, watch.track.times()
+                run.finish()
         write_report(folder)
     return result
 

@@ -36,7 +36,7 @@ from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
 from malloc_bench.state import Fitted
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, groups, partial_name
+from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, group_key, groups, partial_name
 from malloc_bench.suite.suite import Suite
 from malloc_bench.testing import read_alone
 from malloc_bench.training.checkpoints import Fit, copy_weights, finished
@@ -68,7 +68,8 @@ class Session:
 
     def all(self) -> None:
         for cell, group in groups(self.result.plan):
-            self.watch.group(f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells")
+            said = f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells"
+            self.watch.group(said, self.result.costs.get(group_key(cell)))
             todo = [each for each in group if not self._skip(each)]
             if not todo:
                 continue

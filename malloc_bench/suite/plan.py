@@ -43,9 +43,10 @@ class Cost:
 
 @dataclass
 class RunResult:
-    """What a run came to. plan: all cells in order; costs: of the groups of undone ones that can be run, as `groups`
+    """What a run came to. plan: all cells in order; costs: of each group of undone ones that can be run, by
 
-    has them.
+    `group_key`; probe: seconds that this machine was probed for them, None: they are rough; times: wall-clock seconds
+    of training, evaluation and measuring.
     """
 
     folder: Path
@@ -55,13 +56,14 @@ class RunResult:
     failed: int = 0
     reused: int = 0
     seconds: float = 0.0
-    costs: list[Cost] = field(default_factory=list)
-    probe: float | None = None  # seconds that this machine was probed for; None: the costs are rough
+    costs: dict[Any, Cost] = field(default_factory=dict)
+    probe: float | None = None
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def estimate(self) -> float:
         """Seconds that all undone cells will take."""
-        return sum(each.total for each in self.costs)
+        return sum(each.total for each in self.costs.values())
 
     @property
     def exit_code(self) -> int:
@@ -85,7 +87,7 @@ def make_plan(
         timed = sum(suite.measure.covers(member.cell.budget) for member in group) * suite.measure.latency
         train = epochs * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
-        result.costs.append(Cost(train, judge, timed * 2 * suite.measure.seconds, epochs))
+        result.costs[group_key(cell)] = Cost(train, judge, timed * 2 * suite.measure.seconds, epochs)
     return result
 
 
@@ -119,12 +121,13 @@ def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
 def groups(plan: Sequence[Planned]) -> list[tuple[Cell, list[Planned]]]:
     """Undone cells that share a trained backbone, with the first of them."""
     todo = [each for each in plan if not each.done]
+    parts = (list(group) for _, group in groupby(todo, lambda each: group_key(each.cell)))
+    return [(members[0].cell, members) for members in parts]
 
-    def key(each: Planned) -> Any:
-        cell = each.cell
-        return cell.dataset, cell.task, cell.split, cell.backbone, cell.seed
 
-    return [((members := list(group))[0].cell, members) for _, group in groupby(todo, key)]
+def group_key(cell: Cell) -> Any:
+    """What cells of one group have in common."""
+    return cell.dataset, cell.task, cell.split, cell.backbone, cell.seed
 
 
 def partial_name(cell: Cell) -> str:

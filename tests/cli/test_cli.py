@@ -24,7 +24,7 @@ from malloc_bench.registry import UnknownName
 from malloc_bench.results import ResultsError
 from malloc_bench.run import runner
 from malloc_bench.run.folder import LockedError
-from malloc_bench.suite.plan import Planned, RunResult
+from malloc_bench.suite.plan import Cost, Planned, RunResult
 from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
@@ -171,13 +171,13 @@ def test_quiet_prints_one_line(fake: Any, smoke: Any, capsys: Capture) -> None:
 
 def test_a_dry_run_prints_the_plan(fake: Any, smoke: Any, tmp_path: Path, capsys: Capture) -> None:
     plan = [Planned(each.cell, each.id, place == 0) for place, each in enumerate(smoke[1])]
-    calls = fake("run_suite", RunResult(tmp_path / "nowhere", plan, reused=1, estimate=150))
+    calls = fake("run_suite", RunResult(tmp_path / "nowhere", plan, reused=1, costs={0: Cost(100.0, 40.0, 10.0)}))
     assert cli.main(["run", "smoke", "--dry-run"]) == 0
     assert calls[0][1]["dry_run"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"done  {plan[0].id[:12]}  {plan[0].cell}"
     assert lines[1].startswith("run   ")
-    assert lines[-1] == "10 cells: 1 done, 9 to run: very roughly 2 minutes on 2 cores"
+    assert lines[-1] == "10 cells: 1 done, 9 to run: very roughly 2 min on 2 cores"
     assert not (tmp_path / "nowhere").exists()
 
 
