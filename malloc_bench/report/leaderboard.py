@@ -73,8 +73,13 @@ def _ties(row: Mapping[str, Any]) -> str:
 
 def problems(frame: pl.DataFrame) -> list[str]:
     """One line for every skipped and failed cell, with its reason; one for all cells that lack the same data."""
-    rows = labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
-    return without_data(frame) + [_problem(row) for row in rows.iter_rows(named=True) if not _lacks_data(row)]
+    rows = unfinished(frame).iter_rows(named=True)
+    return without_data(frame) + [_problem(row) for row in rows if not _lacks_data(row)]
+
+
+def unfinished(frame: pl.DataFrame) -> pl.DataFrame:
+    """The skipped and failed rows, labelled as `aggregate` does: `compressor_params` is the method's label."""
+    return labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
 
 
 def without_data(frame: pl.DataFrame) -> list[str]:
@@ -167,12 +172,15 @@ CEILINGS = (
 EMPTY = "No finished cells yet."
 
 
-def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None) -> str:
-    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties."""
+def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.DataFrame | None = None) -> str:
+    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties.
+
+    best: of `best_per_budget`, where it is known already.
+    """
     board, faults = leaderboard(frame), problems(frame)
-    best = dict(sections(best_per_budget(frame, folder)))
+    firsts = dict(sections(best_per_budget(frame, folder) if best is None else best))
     parts = [
-        f"## {head}\n\n{on_top(group)}{_best(best.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
+        f"## {head}\n\n{on_top(group)}{_best(firsts.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
         for head, group in sections(board)
     ]
     notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"

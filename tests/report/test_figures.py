@@ -158,6 +158,7 @@ def test_write_report(suite, row, tmp_path):
         "leaderboard.md",
         "leaderboard.csv",
         "leaderboard.tex",
+        "report.html",
         f"{stem}.png",
         f"{stem}.svg",
     }
