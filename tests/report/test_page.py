@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from malloc_bench.report import page
-from malloc_bench.report.figures import COLOURS
+from malloc_bench.report.style import COLOURS
 from malloc_bench.results import cell_id, frame
 from tests.report.conftest import fake_row, suite_rows
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.figures import COLOURS
 from malloc_bench.report.page.content import content
 from malloc_bench.report.recommend import best_per_budget
+from malloc_bench.report.style import COLOURS
 
 _HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import altair as alt
 
-from malloc_bench.report.figures import FLOOR
+from malloc_bench.report.style import FLOOR
 
 INK, PAPER = "$ink", "$paper"
 #: what is written at a mark of an axis
