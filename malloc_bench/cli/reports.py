@@ -54,7 +54,7 @@ def leaderboard(
 @reports.command()
 def tables(
     run: RunArg,
-    table: Annotated[str | None, typer.Option(help="accuracy, resources, requests, taxonomy ...; else all.")] = None,
+    table: Annotated[str | None, typer.Option(help="paper, pareto, significance, accuracy ...; else all.")] = None,
     format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
 ) -> None:
     """The tables of a run, as text."""
@@ -62,7 +62,7 @@ def tables(
     from malloc_bench.results import load_results
 
     frame = load_results(run)
-    say("\n".join(render_table(frame, name, format) for name in ([table] if table else TABLES)), end="")
+    say("\n".join(render_table(frame, name, format, run) for name in ([table] if table else TABLES)), end="")
 
 
 @reports.command()

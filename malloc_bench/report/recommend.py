@@ -100,7 +100,7 @@ def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     rows = rows.with_columns(
         pl.Series("p_best", p, pl.Float64),
         pl.lit(rows["kept"].sum() < 2 or any(each is not None for each in p)).alias("tested"),
-        pl.Series("front", _front(rows, cost), pl.Boolean),
+        pl.Series("front", front(rows, "bytes_mean", cost), pl.Boolean),
     )
     ties = pl.col("kept") & (pl.col("p_best") >= LEVEL)
     if best is not None:
@@ -129,15 +129,15 @@ def _against(best: dict | None, rows: pl.DataFrame, users: Users) -> list[float 
     return [None if each != each else float(each) for each in holm(p)]
 
 
-def _front(rows: pl.DataFrame, cost: str) -> list[bool]:
-    """Whether no other row keeps more as small and cheap to read (5 % of a cost is noise), or as much for less."""
-    inf = float("inf")
-    points = [
-        (a, inf if b is None else b, inf if c is None else c)
-        for a, b, c in rows.select("alike", "bytes_mean", cost).iter_rows()
-    ]
+def front(rows: pl.DataFrame, *costs: str) -> list[bool]:
+    """Whether no other row keeps more (`alike`) at no higher costs (5 % of one is noise), or as much for less.
 
-    def beats(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    A cost that was not measured is infinite.
+    """
+    inf = float("inf")
+    points = [(a, *(inf if c is None else c for c in each)) for a, *each in rows.select("alike", *costs).iter_rows()]
+
+    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
         more, slack = one[0] - other[0], 1.05 if one[0] > other[0] else 1.0
         return more >= 0 and one != other and all(a <= b * slack for a, b in zip(one[1:], other[1:]))
 

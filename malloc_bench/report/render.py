@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import polars as pl
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 FORMATS = ("md", "csv", "latex")
 
@@ -23,6 +25,31 @@ class Column(NamedTuple):
     rank: int = 0
     left: bool = False
     most: int = 80  # characters that it is given where a terminal is narrow; words go on below
+    over: str = ""  # heading that neighbours share
+    mark: Callable[[Mapping[str, Any]], str] = lambda row: ""  # how its cell stands out: best, second or not
+
+
+class Block(NamedTuple):
+    """One printed table of several."""
+
+    title: str
+    rows: pl.DataFrame
+    columns: Sequence[Column]
+    said: str | None = None  # what must be known before it is read
+    notes: Sequence[str] = ()  # below it
+    apart: str | None = None  # column of `rows`: where it changes, a rule
+
+
+class Table(NamedTuple):
+    """A table of a run by name: its numbers, and how they are printed (one block a group unless it says otherwise).
+
+    make: the results frame and the run's folder (or None), whose values by user some tables need -> numbers.
+    """
+
+    make: Callable[..., pl.DataFrame]
+    columns: Sequence[Column] = ()
+    blocks: Callable[[pl.DataFrame], Iterator[Block]] | None = None
+    by_user: bool = False  # `make` takes the folder too
 
 
 def words(name: str, header: str, rank: int = 0, most: int = 80) -> Column:
@@ -91,36 +118,74 @@ def filled(frame: pl.DataFrame, columns: Sequence[Column]) -> list[Column]:
 
 
 def markdown(frame: pl.DataFrame, columns: Sequence[Column]) -> str:
-    """A pipe table; text left, numbers right."""
+    """A pipe table; text left, numbers right; the best of a column bold, the second underlined."""
+    heads = [f"{column.over}: {column.header}" if column.over else column.header for column in columns]
     rule = [":--" if column.left else "--:" for column in columns]
-    lines = [[column.header for column in columns], rule, *cells(frame, columns)]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    rows = [[_MARKED[column.mark(row)].format(_plain(column.text(row))) for column in columns]
+            for row in frame.iter_rows(named=True)]  # fmt: skip
+    lines = [list(map(_plain, heads)), rule, *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+_MARKED = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
+_MARKED_LATEX = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
+
+
+def _plain(cell: str) -> str:
+    """Text that stays within its cell of a pipe table."""
+    return " ".join(cell.split("\n")).replace("|", r"\|")
 
 
 _LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"[": "{[}", "]": "{]}"},  # after the end of a row a bracket would be a distance
+    **{"\n": " ", "\r": " ", "\t": " ", "–": "--", "—": "---", "’": "'", "…": "..."},
     **{
         "<": "$<$",
+        "|": "$|$",
         ">": "$>$",
         "Δ": r"$\Delta$",
         "×": r"$\times$",
         "✓": r"$\checkmark$",
         "∞": r"$\infty$",
         "·": r"$\cdot$",
+        "≥": r"$\geq$",
+        "≤": r"$\leq$",
+        "≈": r"$\approx$",
+        "→": r"$\to$",
     },
 }
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(char, char) for char in text)
+    """Text that LaTeX prints as it stands; ? for letters that its usual fonts have not."""
+    return "".join(_LATEX.get(char) or (char if " " <= char < "\x7f" else _near(char)) for char in text)
 
 
-def latex(frame: pl.DataFrame, columns: Sequence[Column], caption: str) -> str:
-    """A `table` with booktabs rules; wants the packages booktabs, amssymb and graphicx."""
-    body = [[column.header for column in columns], *cells(frame, columns)]
-    head, *rest = (" & ".join(map(escape, line)) + r" \\" for line in body)
+def _near(char: str) -> str:
+    """A letter of Latin 1, or the nearest of ASCII."""
+    if "\xa1" <= char <= "\xff" and char != "\xad":
+        return char
+    near = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
+    return "".join(_LATEX.get(each, each) for each in near if " " <= each < "\x7f") or "?"
+
+
+def latex(
+    frame: pl.DataFrame, columns: Sequence[Column], caption: str, apart: str | None = None, notes: Sequence[str] = ()
+) -> str:
+    """A `table` with booktabs rules; wants the packages booktabs, amssymb and graphicx.
+
+    apart: a column of the frame, with a rule where it changes. notes: lines below the table.
+    """
+    head = " & ".join(escape(column.header) for column in columns) + r" \\"
+    body, before = [], frame.row(0, named=True) if apart and len(frame) else {}
+    for row in frame.iter_rows(named=True):
+        if apart and row[apart] != before[apart]:
+            body.append(r"\midrule")
+        before = row
+        cells = (_MARKED_LATEX[column.mark(row)].format(escape(column.text(row))) for column in columns)
+        body.append(" & ".join(cells) + r" \\")
     align = "".join("l" if column.left else "r" for column in columns)
     lines = [
         r"\begin{table}[t]",
@@ -129,14 +194,29 @@ def latex(frame: pl.DataFrame, columns: Sequence[Column], caption: str) -> str:
         r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
+        *_spanning(columns),
         head,
         r"\midrule",
-        *rest,
+        *body,
         r"\bottomrule",
         r"\end{tabular}}",
+        *(rf"\par\smallskip\raggedright\footnotesize {escape(note)}" for note in notes),
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spanning(columns: Sequence[Column]) -> list[str]:
+    """A line of headings that neighbours share, or none."""
+    if not any(column.over for column in columns):
+        return []
+    parts, rules, at = [], "", 1
+    for over, group in itertools.groupby(columns, key=lambda column: column.over):
+        wide = len(list(group))
+        parts.append(rf"\multicolumn{{{wide}}}{{c}}{{{escape(over)}}}")
+        rules += rf"\cmidrule(lr){{{at}-{at + wide - 1}}}" if over else ""
+        at += wide
+    return [" & ".join(parts) + r" \\", rules]
 
 
 def csv(frame: pl.DataFrame) -> str:
@@ -144,7 +224,7 @@ def csv(frame: pl.DataFrame) -> str:
     return frame.write_csv()
 
 
-def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int) -> Table:
+def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int) -> RichTable:
     """A rich table for a terminal of `width` characters: rank 0, and of the others, lowest first, what fits."""
     from rich import box
     from rich.table import Table

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
 
 import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
 from malloc_bench.report.board import GROUP, aggregate, newest, sections, share_of
-from malloc_bench.report.judge import full, main
-from malloc_bench.report.leaderboard import BUDGET_OF, EMPTY, caption, on_top, without_data
+from malloc_bench.report.evidence import HEAD, LABELS, PAPER
+from malloc_bench.report.judge import full, main, remark
+from malloc_bench.report.leaderboard import BUDGET_OF, EMPTY, without_data
 from malloc_bench.report.render import (
     FORMATS,
+    Block,
     Column,
+    Table,
     csv,
     filled,
     latex,
@@ -26,8 +29,6 @@ from malloc_bench.report.render import (
 )
 from malloc_bench.results import AFTER, CLIENTS, KNOWN, REQUEST_STEPS, STEPS
 
-HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
-LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
 ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "users_one_class", "logloss"),
     *("recall@5", "recall@10", "recall@50", "overlap@10", "agreement", "fidelity", "above_constant", "logit_error"),
@@ -155,11 +156,6 @@ def _by_length(text: str | None) -> dict[str, float | None]:
     }
 
 
-class Table(NamedTuple):
-    make: Callable[[pl.DataFrame], pl.DataFrame]
-    columns: tuple[Column, ...]
-
-
 TABLES = {
     "accuracy": Table(accuracy, (*LABELS, *(number(name, name.replace("_", " "), ".4f") for name in ACCURACY))),
     "resources": Table(
@@ -260,33 +256,55 @@ TABLES = {
             ),
         ),
     ),
+    **PAPER,
 }
 
 
-def table(frame: pl.DataFrame, name: str) -> pl.DataFrame:
-    """A table as numbers; raises ValueError with the nearest of TABLES for an unknown name."""
-    return _named(name).make(frame)
+def table(frame: pl.DataFrame, name: str, folder: str | Path | None = None) -> pl.DataFrame:
+    """A table as numbers; raises ValueError with the nearest of TABLES for an unknown name.
+
+    folder: of the run, whose values by user `significance` compares methods by.
+    """
+    chosen = _named(name)
+    return chosen.make(frame, folder) if chosen.by_user else chosen.make(frame)
 
 
-def render_table(frame: pl.DataFrame, name: str, format: str = "md") -> str:
+def render_table(frame: pl.DataFrame, name: str, format: str = "md", folder: str | Path | None = None) -> str:
     """A table as text in one of FORMATS; columns that are blank throughout are left out (not in CSV).
 
     Raises ValueError for an unknown name or format.
     """
     if format not in FORMATS:
         raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
-    data, columns = table(frame, name), _named(name).columns
-    nothing = EMPTY if frame.is_empty() else NOTHING
+    data = table(frame, name, folder)
     if format == "csv":
         return csv(data)
+    nothing = EMPTY if frame.is_empty() else NOTHING
+    blocks = list(_blocks(data, name))
+    lines = [f"{' '.join(line.split())}\n" for line in without_data(frame)]
     if format == "latex":
-        parts = [
-            latex(group, filled(group, columns), f"{name}: {caption(head, group)}") for head, group in sections(data)
-        ]
-        return "\n".join(parts) or f"% {nothing}\n"
-    parts = [f"## {head}\n\n{on_top(group)}{markdown(group, filled(group, columns))}" for head, group in sections(data)]
-    lines = [f"{line}\n" for line in without_data(frame)]
-    return "\n".join([f"# {name.capitalize()}\n", *lines, *(parts or [f"{nothing}\n"])])
+        parts = [latex(b.rows, b.columns, f"{name}: {_said(b)}", b.apart, b.notes) for b in blocks]
+        return "\n".join([*(parts or [f"% {nothing}\n"]), *(f"% {line}" for line in lines)])
+    return "\n".join([f"# {name.capitalize()}\n", *lines, *(map(_section, blocks) if blocks else [f"{nothing}\n"])])
+
+
+def _blocks(data: pl.DataFrame, name: str) -> Iterator[Block]:
+    chosen = _named(name)
+    if chosen.blocks is not None:
+        yield from chosen.blocks(data)
+        return
+    for head, group in sections(data):
+        yield Block(head, group, filled(group, chosen.columns), remark(group))
+
+
+def _said(block: Block) -> str:
+    return f"{block.title}. {block.said}" if block.said else block.title
+
+
+def _section(block: Block) -> str:
+    said = f"> **{block.said}**\n\n" if block.said else ""
+    notes = "".join(f"- {note}\n" for note in block.notes)
+    return f"## {block.title}\n\n{said}{markdown(block.rows, block.columns)}" + (f"\n{notes}" if notes else "")
 
 
 def _named(name: str) -> Table:

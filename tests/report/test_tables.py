@@ -15,6 +15,9 @@ def test_every_table_in_every_format(suite, name, format):
         "ceiling_none_hr@10": 0.0,
         "appended@1": 0.5,
         "requests": '{"1": {"request_ms_p50": 1.0}}',
+        "measured_history": 10,
+        "measured_history_long": 100,
+        "read_flops_long": 4e7,
     }
     suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
     text = tables.render_table(suite, name, format)

@@ -1,0 +1,170 @@
+"""Tables of what holds: fronts of accuracy and cost, tests, and growth with the history. Knows results only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from malloc_bench.evaluation.metrics import holm
+from malloc_bench.report.board import GROUP, aggregate, groups_of
+from malloc_bench.report.judge import alike, deployable
+from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
+from malloc_bench.report.recommend import REBUILT, front
+from malloc_bench.report.render import Column, Table, digits, interval, number, significant, words
+from malloc_bench.report.users import Users, difference, p_of
+from malloc_bench.results import STEPS
+
+HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
+LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))
+LEAST_GROWTH = 1.5  # lengths nearer to one another say nothing of growth
+
+# ---- fronts
+
+
+def pareto(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows that no other beats in what they keep of the full state's order and in bytes, in the cost of a read, or
+
+    in all three together (`recommend.front`), in each group; smallest first. No history and ceilings are left out.
+    """
+    parts = []
+    for _, rows in groups_of(aggregate(frame)):
+        able = rows.filter(deployable() & (pl.col("method") != "none") & alike().is_not_null())
+        able = able.with_columns(alike().alias("alike"))
+        read = "read_ms_p50" if able["read_ms_p50"].is_not_null().any() else "read_flops"
+        costs = {"by_bytes": ("bytes_mean",), "by_read": (read,), "by_all": ("bytes_mean", read)}
+        on = able.with_columns(pl.Series(name, front(able, *each), pl.Boolean) for name, each in costs.items())
+        parts.append(on.filter(pl.any_horizontal(*costs)).sort("bytes_mean", nulls_last=True, maintain_order=True))
+    whole = pl.concat(parts) if parts else aggregate(frame).with_columns(
+        alike().alias("alike"), *(pl.lit(None, pl.Boolean).alias(name) for name in ("by_bytes", "by_read", "by_all"))
+    )  # fmt: skip
+    numbers = ("bytes_mean", "smaller_x", "read_ms_p50", "read_ratio", "read_mflops", "fidelity", "alike")
+    return whole.select(*HEAD, *numbers, "by_bytes", "by_read", "by_all")
+
+
+# ---- tests
+
+
+def significance(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.DataFrame:
+    """Of each method and budget: its difference to the full state, and to the best of its budget, with intervals and p.
+
+    The best keeps most of the full state's order of all that keep a state; `apart` is the difference to it in
+    overlap@10 or agreement, paired over users, `p_best` Holm-corrected within a budget: null without values by user in
+    `folder`.
+    """
+    users, parts = Users(frame, folder), []
+    rows = at_budgets(aggregate(frame)).filter(pl.col("method") != "full")
+    for _, block in rows.group_by(*GROUP, "within", maintain_order=True):
+        able = block.filter(competes() & (pl.col("family") != REBUILT) & alike().is_not_null())
+        able = able.sort(-alike(), pl.col("bytes_mean").fill_null(0.0), maintain_order=True)
+        best = able.row(0, named=True) if len(able) else None
+        parts.append(block.with_columns(_to_best(block, best, users)))
+    measured = ("best", "apart", "apart_lo", "apart_hi", "p_best")
+    none = [pl.lit(None, pl.String if name == "best" else pl.Float64).alias(name) for name in measured]
+    whole = pl.concat(parts) if parts else rows.with_columns(none)
+    of = pl.when(pl.col("lossless_of") == "GAUC")
+    deltas = [of.then(f"delta_gauc{e}").otherwise(f"delta_ndcg@10{e}").alias(f"delta{e}") for e in ("", "_lo", "_hi")]
+    head = (*GROUP, "n_users", "note", "family", "compressor", pl.col("within").alias("budget"))
+    judged = ("p_holm", "p_lossless", "lossless")
+    return whole.select(*head, pl.col("lossless_of").alias("metric"), *deltas, *judged, *measured).sort(
+        *GROUP, maintain_order=True
+    )
+
+
+def _to_best(block: pl.DataFrame, best: Mapping[str, Any] | None, users: Users) -> list[pl.Series]:
+    found, p = [], []
+    for row in block.iter_rows(named=True):
+        other = best is not None and row["cell_ids"] != best["cell_ids"]
+        both = users.both(row["cell_ids"].split(), best["cell_ids"].split()) if best is not None and other else None
+        found.append(difference(both))
+        p.append(p_of(both))
+    corrected = [None if each != each else float(each) for each in holm(p)]
+    return [
+        pl.Series("best", [None if best is None else best["compressor"]] * len(block), pl.String),
+        *(
+            pl.Series(f"apart{end}", [None if each is None else getattr(each, name) for each in found], pl.Float64)
+            for end, name in (("", "delta"), ("_lo", "lo"), ("_hi", "hi"))
+        ),
+        pl.Series("p_best", corrected, pl.Float64),
+    ]
+
+
+def _p(name: str, header: str) -> Column:
+    def text(row: Mapping[str, Any]) -> str:
+        return "<0.001" if row[name] is not None and row[name] < 0.001 else digits(row[name], ".3f")
+
+    return Column(header, text)
+
+
+# ---- growth
+
+
+def complexity(frame: pl.DataFrame) -> pl.DataFrame:
+    """How bytes, FLOPs and time grow with the events of a history: e in n^e between the two lengths that were measured.
+
+    Null where they are too near to one another. Part of a time does not grow: its e is below that of the FLOPs.
+    """
+    rows = aggregate(frame)
+    longer = pl.col("measured_history_long") / pl.col("measured_history")
+    grown = {"memory": ("measured_bytes", "measured_bytes_long")}
+    for step in STEPS:
+        grown[f"{step} FLOPs"] = (f"{step}_flops", f"{step}_flops_long")
+        grown[f"{step} ms"] = (f"{step}_ms_p50", f"{step}_ms_p50_long")
+    exponents = [
+        pl.when((longer >= LEAST_GROWTH) & (pl.col(a) > 0) & (pl.col(b) > 0))
+        .then((pl.col(b) / pl.col(a)).log() / longer.log())
+        .alias(name)
+        for name, (a, b) in grown.items()
+    ]
+    found = rows.with_columns(exponents).filter(pl.any_horizontal(pl.col(name).is_not_null() for name in grown))
+    return found.select(*HEAD, "measured_history", "measured_history_long", *grown)
+
+
+GROWTH = ("memory", *(f"{step} {of}" for step in STEPS for of in ("FLOPs", "ms")))
+
+PAPER = {
+    "paper": Table(paper, blocks=paper_blocks),
+    "pareto": Table(
+        pareto,
+        (
+            *LABELS,
+            significant("bytes_mean", "state (KB/user)", scale=1e-3),
+            number("smaller_x", "× smaller", ".1f"),
+            significant("read_ms_p50", "read (ms, p50)"),
+            number("read_ratio", "read (× full)", ".2f"),
+            significant("read_mflops", "read (MFLOPs)"),
+            number("fidelity", "fidelity", ".3f"),
+            number("alike", "overlap@10 or agreement", ".3f"),
+            *(
+                Column(header, lambda row, name=name: "✓" if row[name] else "")  # type: ignore[misc]
+                for name, header in (("by_bytes", "for its bytes"), ("by_read", "for its read"), ("by_all", "for both"))
+            ),
+        ),
+    ),
+    "significance": Table(
+        significance,
+        (
+            *LABELS,
+            words("metric", "metric"),
+            interval("delta", "Δ to the full state [95 % interval]", "+z.4f"),
+            _p("p_holm", "p (Holm)"),
+            _p("p_lossless", "p of a loss of 1 % (Holm)"),
+            Column("lossless", lambda row: "" if row["lossless"] is None else "yes" if row["lossless"] else "no"),
+            words("best", "best of the budget"),
+            interval("apart", "Δ overlap or agreement to it [95 % interval]", "+z.3f"),
+            _p("p_best", "p to it (Holm)"),
+        ),
+        by_user=True,
+    ),
+    "complexity": Table(
+        complexity,
+        (
+            *LABELS,
+            number("measured_history", "n: from (events)", ",.0f"),
+            number("measured_history_long", "n: to (events)", ",.0f"),
+            *(number(name, f"{name}: e of n^e", ".2f") for name in GROWTH),
+        ),
+    ),
+}
