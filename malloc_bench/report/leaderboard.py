@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from malloc_bench.registry import suggest
-from malloc_bench.report.board import GROUP, aggregate, labelled, newest, sections, select
+from malloc_bench.report.board import GROUP, aggregate, chains_as_one, labelled, newest, sections, select
 from malloc_bench.report.judge import remark
 from malloc_bench.report.recommend import DELTA, best_per_budget
 from malloc_bench.report.render import (
@@ -162,7 +162,8 @@ NOTES = (
     "ms and FLOPs: per user, at the median length of the histories evaluated (the longest: table `resources`). × full: "
     "a read over the full state's, round by round (CPU time on one thread). Noisy: the interval of that ratio is wider "
     "than 10 % either way; busy: other work was on the machine.",
-    "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
+    "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured. "
+    "= 3 more: so many other chains come to the same state.",
 )
 CEILINGS = (
     "Ceilings (generated data): HR@10 as a share of the way from the best guess without any event to the best possible "
@@ -177,7 +178,7 @@ def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.
 
     best: of `best_per_budget`, where it is known already.
     """
-    board, faults = leaderboard(frame), problems(frame)
+    board, faults = chains_as_one(aggregate(frame)).select(SHOWN), problems(frame)
     firsts = dict(sections(best_per_budget(frame, folder) if best is None else best))
     parts = [
         f"## {head}\n\n{on_top(group)}{_best(firsts.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
@@ -236,7 +237,7 @@ def print_leaderboard(
     """
     everything = aggregate(frame)
     shown = tuple(map(partial(_column, everything), columns)) or IN_TERMINAL
-    board = _by(select(everything, only or {}), sort)
+    board = chains_as_one(_by(select(everything, only or {}), sort))
     best = {} if only or sort or columns else dict(sections(best_per_budget(frame, folder)))
     for head, group in sections(board):
         if said := remark(group):
