@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
 TINY = """
 name: tiny
 datasets: [synthetic]
@@ -60,7 +65,9 @@ def test_the_snippet_keeps_every_promise(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Unusual", "Shallow"])
 def test_the_other_snippets_keep_every_promise(name: str, folder: Path) -> None:
-    (code,) = [code for code in re.findall(r"```py\n(.*?)```", README, re.S) if f"class {name}(" in code]
+    (code,) = [
+        code for code in re.findall(r"```py\n(.*?)```", README + PAGES["parts.md"], re.S) if f"class {name}(" in code
+    ]
     (folder / "snippet.py").write_text(code)
     done = typed(f"malloc-bench check snippet.py:{name}", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,3 +81,48 @@ def test_every_command_of_the_table_is_there() -> None:
         [sys.executable, "-m", "malloc_bench.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert len(table) > 8 and all(f" {name} " in known.stdout for name in table)
+
+
+def commands() -> list[str]:
+    """What the pages tell to type: whole lines of code blocks, and code within a text that names all it needs."""
+    blocks = [line for text in PAGES.values() for line in re.findall(r"^malloc-bench .*$", text, re.M)]
+    within = [
+        line for text in PAGES.values() for line in re.findall(r"`(malloc-bench [^`]*)`", text.replace("\n", " "))
+    ]
+    return sorted({" ".join(line.split("#")[0].split()) for line in blocks + within})
+
+
+def test_the_pages_tell_many_commands() -> None:
+    assert len(commands()) > 40
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_every_page_can_be_typed(line: str) -> None:
+    """It is parsed as it stands, options and their values too, and a suite or a part that it names is there."""
+    from typer.main import get_command
+
+    from malloc_bench.cli.commands import app
+    from malloc_bench.registry import names
+    from malloc_bench.suite import load_suite
+
+    words = line.replace("\\|", "|").split()[1:]
+    words = [word.split("|")[0].strip("[]") for word in words if word not in ("...", "RUN...")]
+    command = get_command(app)
+    while hasattr(command, "commands") and words:
+        assert words[0] in command.commands, line
+        command, words = command.commands[words[0]], words[1:]
+    if not words:  # the command is only named
+        return
+    parsed = command.make_context("malloc-bench", list(words), resilient_parsing="..." in line)
+    given = parsed.params
+    if (suite := given.get("suite")) and re.fullmatch(r"[a-z_0-9]+", suite) and suite not in ("tiny",):
+        load_suite(suite)
+    if line.startswith("malloc-bench show ") and given["name"].islower():
+        assert given["name"] in {*names("compressors"), *names("backbones")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    folder = ROOT if name in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
+    links = [link for link in re.findall(r"\]\(([^)#]+)", PAGES[name]) if "://" not in link]
+    assert all((folder / link).exists() for link in links), links

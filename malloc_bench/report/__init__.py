@@ -1,4 +1,4 @@
-"""Reports of a run, from its results only: leaderboard, tables, figures."""
+"""Reports of a run, from its results only: leaderboard, tables, figures, the page."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ log = logging.getLogger(__name__)
 
 
 def write_report(rundir: str | Path) -> list[Path]:
-    """Write `results.parquet`, `leaderboard.md|csv|tex` and `figures/` of a run folder from its rows.
+    """Write `results.parquet`, `leaderboard.md|csv|tex`, `report.html` and `figures/` of a run folder from its rows.
 
     Every file is replaced whole; a parquet without rows beside it is the truth itself and stays. Files of a row that
     are not what was written are named in a warning. Raises FileNotFoundError where the folder holds no results,
     ResultsError where a file cannot be written.
     """
-    from malloc_bench.report import figures, leaderboard
+    from malloc_bench.report import figures, leaderboard, page, recommend
 
     rundir = Path(rundir)
     frame = load_results(rundir)
     for path in filter(None, (spoilt(rundir, {"hashes": json.loads(each)}) for each in frame["hashes"].drop_nulls())):
         log.warning("%s is not what was written: run the suite again to make it anew", rundir / path)
     paths = [to_parquet(rundir)] if any((rundir / "rows").glob("*.json")) else []
+    best = recommend.best_per_budget(frame, rundir)
     for name, text in (
-        ("leaderboard.md", leaderboard.to_markdown(frame, rundir)),
+        ("leaderboard.md", leaderboard.to_markdown(frame, rundir, best)),
         ("leaderboard.csv", leaderboard.to_csv(frame)),
         ("leaderboard.tex", leaderboard.to_latex(frame)),
+        ("report.html", page.to_html(frame, rundir, best)),
     ):
         atomic_write(rundir / name, text.encode())
         paths.append(rundir / name)

@@ -84,6 +84,22 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     return _sorted(pl.concat(groups)) if groups else judged(board)
 
 
+def chains_as_one(board: pl.DataFrame) -> pl.DataFrame:
+    """Chains of one table whose states are the same (their encoder alone meets the budget) as one row that says so."""
+    key = [*GROUP, "digests", "bytes_mean", "seeds"]
+    rows = board.with_row_index("place")
+    chain = (pl.col("family") == "chain") & (pl.col("digests").fill_null("") != "")
+    rows = rows.with_columns(pl.when(chain).then(0).otherwise("place").alias("own"))
+    others = (pl.len().over([*key, "own"]) - 1).alias("others")
+    said = pl.col("compressor") + pl.format(" = {} more", "others")
+    return (
+        rows.with_columns(others)
+        .unique([*key, "own"], keep="first", maintain_order=True)
+        .with_columns(pl.when(chain & (pl.col("others") > 0)).then(said).otherwise("compressor").alias("compressor"))
+        .select(board.columns)
+    )
+
+
 def _worst(timing: pl.Expr) -> pl.Expr:
     """`ok`, or all that is wrong with the times of some seed."""
     wrong = [pl.when(timing.str.contains(word).any()).then(pl.lit(word)) for word in ("noisy", "busy")]

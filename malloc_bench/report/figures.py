@@ -6,39 +6,26 @@ import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
 from malloc_bench.report.board import aggregate, sections
+from malloc_bench.report.curves import WIDTHS, curves_figure
 from malloc_bench.report.judge import CONSTANT
+from malloc_bench.report.style import COLOURS, FLOOR, OTHER, human
 from malloc_bench.results import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "windowing": "#0072B2",
-    "eviction": "#D55E00",
-    "merging": "#009E73",
-    "quantization": "#CC79A7",
-    "low-rank": "#E69F00",
-    "recompute": "#7B4FA3",
-    "heads": "#56B4E9",
-    "recurrent": "#8C564B",
-    "search": "#BCBD22",
-    "fitted": "#C2185B",
-}
-OTHER = "#555555"  # a family that is not in the taxonomy
 MOST_NAMED = 70  # methods in a legend
 MARKERS = "os^DvPX<>ph8"
-FLOOR = "#999999"
 FRONT = "#111111"
 LEVELS = {"none": (0, (5, 2)), CONSTANT: (0, (5, 1.5, 1, 1.5))}  # whatever the budget
 FLOORS = {**LEVELS, "random": (0, (1.5, 1.5))}  # dash patterns
 REBUILT = "recompute"  # the family that keeps ids and rebuilds the state: it would hide every other on the front
-STEPS_OF_1000 = ((1e9, "GB", "G"), (1e6, "MB", "M"), (1e3, "KB", "k"), (1.0, "B", ""))
 
 
 class Panel(NamedTuple):
@@ -115,7 +102,7 @@ def _style(axes: Axes, panel: Panel, measured: bool) -> None:
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
         unit = {"bytes_mean": 1, "read_flops": 2}.get(panel.x)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _human(value, unit)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value, unit)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=11)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
@@ -184,14 +171,6 @@ def _markers(methods: pl.DataFrame) -> dict[str, str]:
     return {name: MARKERS[i % len(MARKERS)] for names in families for i, name in enumerate(names)}
 
 
-def _human(value: float, unit: int | None) -> str:
-    """`12 KB` (unit 1), `12 k` (unit 2), `0.03` (None)."""
-    if unit is None:
-        return f"{value:g}"
-    step = next((step for step in STEPS_OF_1000 if value >= step[0]), STEPS_OF_1000[-1])
-    return f"{value / step[0]:g} {step[unit]}".strip()
-
-
 def _named(methods: pl.DataFrame, shown: Sequence[Panel]) -> set[str]:
     """The methods that a legend has room for: all, or of very many those on their family's front in some panel."""
     if len(names := _names(methods)) <= MOST_NAMED:
@@ -233,22 +212,33 @@ def _legend(
 
 
 def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """One Pareto figure a dataset, task, split and backbone, as `pareto-<...>.<format>`; png, svg or pdf."""
-    from matplotlib import rc_context
+    """A Pareto figure and curves, for two columns and for one, of every dataset, task, split and backbone.
 
+    `pareto-<...>.<format>`, `curves-<...>.<format>` and `curves-<...>-narrow.<format>`; png, svg or pdf, whose text is
+    text.
+    """
     paths = []
     for head, board in sections(aggregate(frame)):
         blind = board["headroom"].eq(False).any()
-        figure = pareto_figure(board, f"{head} · no headroom, judges nothing" if blind else head)
+        title = f"{head} · no headroom, judges nothing" if blind else head
         stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
-        for suffix in formats:
-            buffer = BytesIO()
-            dated = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
-            with rc_context({"svg.hashsalt": "malloc-bench"}):  # the same results make the same file
-                figure.savefig(buffer, format=suffix, dpi=150, metadata={dated: None} if dated else None)
-            paths.append(Path(folder) / f"pareto-{stem}.{suffix}")
-            atomic_write(paths[-1], buffer.getvalue())
+        drawn: dict[str, Figure | None] = {f"pareto-{stem}": pareto_figure(board, title)}
+        drawn |= {f"curves-{stem}{end}": curves_figure(board, head, width) for end, width in WIDTHS.items()}
+        for name, figure in drawn.items():
+            paths += [_written(figure, Path(folder) / f"{name}.{suffix}") for suffix in formats if figure is not None]
     return paths
+
+
+def _written(figure: Figure, path: Path) -> Path:
+    from matplotlib import rc_context
+
+    buffer, suffix = BytesIO(), path.suffix[1:]
+    dated = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
+    settled: Any = {"svg.hashsalt": "malloc-bench", "svg.fonttype": "none", "pdf.fonttype": 42}
+    with rc_context(settled):  # the same results make the same file
+        figure.savefig(buffer, format=suffix, dpi=200, metadata={dated: None} if dated else None)
+    atomic_write(path, buffer.getvalue())
+    return path
 
 
 def _slug(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from malloc_bench.registry import suggest
-from malloc_bench.report.board import GROUP, aggregate, labelled, newest, sections, select
+from malloc_bench.report.board import GROUP, aggregate, chains_as_one, labelled, newest, sections, select
 from malloc_bench.report.judge import remark
 from malloc_bench.report.recommend import DELTA, best_per_budget
 from malloc_bench.report.render import (
@@ -73,8 +73,13 @@ def _ties(row: Mapping[str, Any]) -> str:
 
 def problems(frame: pl.DataFrame) -> list[str]:
     """One line for every skipped and failed cell, with its reason; one for all cells that lack the same data."""
-    rows = labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
-    return without_data(frame) + [_problem(row) for row in rows.iter_rows(named=True) if not _lacks_data(row)]
+    rows = unfinished(frame).iter_rows(named=True)
+    return without_data(frame) + [_problem(row) for row in rows if not _lacks_data(row)]
+
+
+def unfinished(frame: pl.DataFrame) -> pl.DataFrame:
+    """The skipped and failed rows, labelled as `aggregate` does: `compressor_params` is the method's label."""
+    return labelled(newest(frame)).filter(pl.col("status") != "ok").sort(*GROUP, "status", maintain_order=True)
 
 
 def without_data(frame: pl.DataFrame) -> list[str]:
@@ -157,7 +162,8 @@ NOTES = (
     "ms and FLOPs: per user, at the median length of the histories evaluated (the longest: table `resources`). × full: "
     "a read over the full state's, round by round (CPU time on one thread). Noisy: the interval of that ratio is wider "
     "than 10 % either way; busy: other work was on the machine.",
-    "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured.",
+    "At floor: users whose state is the smallest that the method can make. Blank: does not apply or was not measured. "
+    "= 3 more: so many other chains come to the same state.",
 )
 CEILINGS = (
     "Ceilings (generated data): HR@10 as a share of the way from the best guess without any event to the best possible "
@@ -167,12 +173,15 @@ CEILINGS = (
 EMPTY = "No finished cells yet."
 
 
-def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None) -> str:
-    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties."""
-    board, faults = leaderboard(frame), problems(frame)
-    best = dict(sections(best_per_budget(frame, folder)))
+def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.DataFrame | None = None) -> str:
+    """The leaderboard of a results frame as a Markdown page. folder: of the run, whose values by user tell ties.
+
+    best: of `best_per_budget`, where it is known already.
+    """
+    board, faults = chains_as_one(aggregate(frame)).select(SHOWN), problems(frame)
+    firsts = dict(sections(best_per_budget(frame, folder) if best is None else best))
     parts = [
-        f"## {head}\n\n{on_top(group)}{_best(best.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
+        f"## {head}\n\n{on_top(group)}{_best(firsts.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
         for head, group in sections(board)
     ]
     notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"
@@ -228,7 +237,7 @@ def print_leaderboard(
     """
     everything = aggregate(frame)
     shown = tuple(map(partial(_column, everything), columns)) or IN_TERMINAL
-    board = _by(select(everything, only or {}), sort)
+    board = chains_as_one(_by(select(everything, only or {}), sort))
     best = {} if only or sort or columns else dict(sections(best_per_budget(frame, folder)))
     for head, group in sections(board):
         if said := remark(group):

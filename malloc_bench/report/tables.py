@@ -48,6 +48,7 @@ REQUEST_RATIO = ("request_ratio", "request_ratio_lo", "request_ratio_hi")
 RATES = tuple(f"requests_per_s_{n}" for n in CLIENTS)
 SLICES = tuple(length_slices([]))
 SLICE_VALUES = ("n_users", "ndcg@10", "hr@10", "overlap@10", "agreement")
+SLICED = tuple(f"{value} {part}" for part in SLICES for value in SLICE_VALUES)
 
 
 def accuracy(frame: pl.DataFrame) -> pl.DataFrame:
@@ -99,12 +100,15 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
 
 def slices(frame: pl.DataFrame) -> pl.DataFrame:
     """Users, accuracy and fidelity by history length in events, means over seeds."""
-    names = [f"{value} {part}" for part in SLICES for value in SLICE_VALUES]
-    rows = newest(frame).filter(pl.col("status") == "ok")
-    # aggregated as a metric would be: each value of each slice stands in for a column of numbers
+    return sliced(frame).select(*HEAD, *SLICED)
+
+
+def sliced(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of `leaderboard.aggregate` and SLICED: each value of each slice, averaged as a metric is."""
+    rows = newest(frame)
     values = [_by_length(text) for text in rows["slices"]]
-    wide = rows.with_columns(pl.Series(name, [v.get(name) for v in values], pl.Float64) for name in names)
-    return aggregate(wide, also=names).select(*HEAD, *names)
+    wide = rows.with_columns(pl.Series(name, [v.get(name) for v in values], pl.Float64) for name in SLICED)
+    return aggregate(wide, also=SLICED)
 
 
 def ceilings(frame: pl.DataFrame) -> pl.DataFrame:

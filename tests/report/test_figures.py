@@ -5,6 +5,8 @@ import pytest
 
 from malloc_bench.report import figures, write_report
 from malloc_bench.report.board import aggregate
+from malloc_bench.report.curves import WIDTHS, curves_figure
+from malloc_bench.report.style import COLOURS, human
 from malloc_bench.results import frame, write_row
 
 FAMILIES = {"windowing", "eviction", "merging", "quantization", "low-rank", "recompute"}
@@ -64,7 +66,7 @@ def test_ratios_to_the_full_state_stand_before_milliseconds(board):
 def test_methods_of_a_family_have_their_own_markers_and_labels(board):
     figure = figures.pareto_figure(board, "x")
     for family in FAMILIES:
-        colour = figures.COLOURS[family]
+        colour = COLOURS[family]
         markers = [line.get_marker() for line in lines(figure.axes[0], "method") if line.get_color() == colour]
         assert len(set(markers)) == len(markers) > 0
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -101,9 +103,9 @@ def test_front_is_what_nothing_beats():
 
 
 def test_human_units():
-    found = [figures._human(value, 1) for value in (500, 1e3, 3e4, 1e6, 2e9)]
+    found = [human(value, 1) for value in (500, 1e3, 3e4, 1e6, 2e9)]
     assert found == ["500 B", "1 KB", "30 KB", "1 MB", "2 GB"]
-    assert figures._human(3e6, 2) == "3 M" and figures._human(0.03, None) == "0.03"
+    assert human(3e6, 2) == "3 M" and human(0.03, None) == "0.03"
 
 
 def test_sparse_results_still_draw(row, board_of):
@@ -158,6 +160,7 @@ def test_write_report(suite, row, tmp_path):
         "leaderboard.md",
         "leaderboard.csv",
         "leaderboard.tex",
+        "report.html",
         f"{stem}.png",
         f"{stem}.svg",
     }
@@ -182,3 +185,26 @@ def test_of_very_many_methods_a_legend_names_those_on_a_front(board, monkeypatch
         rest = methods.filter(pl.col("family") == own["family"][0])
         for x, y in own.select("bytes_mean", "ndcg@10").iter_rows():
             assert (x, y) not in figures.front(list(rest.select("bytes_mean", "ndcg@10").iter_rows()))
+
+
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_curves_name_each_line_at_its_end_and_no_two_names_touch(board, width):
+    figure = curves_figure(board, "a table", width)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert figure.get_figwidth() == width and axes.get_legend() is None
+    names = [each for each in axes.texts if each.arrow_patch is not None]
+    said = [each.get_text() for each in names]
+    assert {"random", "recent"} <= set(said) and any("merge_adjacent +" in each for each in said)
+    assert len([each for each in axes.lines if len(each.get_xdata()) == 4]) == len(names) >= 6
+    boxes = sorted((each.get_window_extent() for each in names), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    ticks = [each.get_window_extent() for each in axes.get_xticklabels() if each.get_text()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
+    drawn = [each.get_xdata()[0] for each in axes.lines if len(each.get_xdata()) == 4]
+    begins = [axes.transData.transform((each, 0.5))[0] for each in drawn]
+    assert max(box.x1 for box in boxes) < min(begins) + 2  # no name lies on a line
+
+
+def test_no_curves_without_sizes(board):
+    assert curves_figure(board.filter(pl.col("budget").is_null()), "a table") is None

@@ -279,3 +279,19 @@ def test_ceilings_are_shown_and_explained_only_where_they_are_known(row, board_o
     assert "| 50.0 | 0.3000 | 200.0 |" in text and lb.CEILINGS in text
     text = lb.to_markdown(board_of(unknown))
     assert "ceiling" not in text.lower()
+
+
+def test_chains_that_come_to_one_state_are_one_line(row, board_of):
+    def chain(first, digest, size=10_000, budget=0.25):
+        params = {"steps": [first, "int4_token"]}
+        one = method(row, "compose", compressor_params=params, values_digest=digest, bytes_mean=size, budget=budget)
+        return one | {"family": "chain"}
+
+    rows = [full(row), chain("recent", "a"), chain("h2o", "a"), chain("kmeans", "b"), chain("tova", "a", 9_000)]
+    rows += [method(row, "snapkv", values_digest="a", bytes_mean=10_000), chain("lu", None), chain("cam", None)]
+    frame = board_of(rows)
+    text = lb.to_markdown(frame)
+    assert text.count(" = 1 more |") == 1 and text.count("int4_token") == 5
+    assert "| snapkv |" in text  # no chain: a line of its own
+    assert lb.to_csv(frame).count("int4_token") == 6  # every row, for programs
+    assert "= 1 more" in shown(frame)
