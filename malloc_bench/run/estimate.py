@@ -6,6 +6,7 @@ import contextlib
 import logging
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,11 @@ from malloc_bench.training.fit import Progress, Training, fit, validation_auc, v
 log = logging.getLogger(__name__)
 
 ENOUGH = 120.0  # seconds of a plan's rough estimate below which it is not worth a probe
-PROBE = 20.0  # seconds that all groups together are probed for, about
-GROUPS = 6  # probed at most; others are scaled by them
-METHODS, BUDGETS = 3, 2  # of each group at least so many methods, of each so many budgets
+PROBE = 6.0  # seconds after which nothing more is begun
+GROUPS = 4  # probed at most; others are scaled by them
+BUDGETS = 1  # of each method
 STEPS = 4  # of training, the first not counted
-FEW, SOME = 8, 32  # users: what is spent once a cell is told from what is spent on each user
+FEW, SOME = 32, 96  # users: what is spent on each is told from what is spent once a cell, its 32 packed users included
 SAMPLE = 16  # users that methods are fitted to
 
 
@@ -54,11 +55,13 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
         first.setdefault(group_key(cell)[:-1], (cell, members))
     found: dict[Any, tuple[float, float]] = {}
     largest = sorted(first.items(), key=lambda item: -result.costs[group_key(item[1][0])].total)[:GROUPS]
-    for key, (cell, members) in largest:
-        cost = result.costs[group_key(cell)]
+    for n, (key, (cell, members)) in enumerate(largest):
+        cost, until = result.costs[group_key(cell)], started + PROBE * (n + 1) / len(largest)
+        if n and time.perf_counter() > until:
+            continue
         try:
             with undisturbed():
-                train, judge = _group(cell, members, datasets[cell.dataset], device, PROBE / len(largest))
+                train, judge = _group(cell, members, datasets[cell.dataset], device, until)
         except Exception:  # whatever it is, the run will say it
             log.debug("no probe of %s", cell, exc_info=True)
             continue
@@ -74,26 +77,25 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
 
 
 def _group(
-    cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, limit: float
+    cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, until: float
 ) -> tuple[float, float]:
-    """Seconds of an epoch of training, and of the evaluation of all members; limit: of the probe, about."""
-    until = time.perf_counter() + limit
+    """Seconds of an epoch of training, and of the evaluation of all members."""
     assert cell.split is not None, "settled"
     split = cell.task.cut(data, cell.split)
     backbone = fresh(cell, split.dataset).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        train = _epoch(backbone, split, Training(**cell.training), Path(folder))
+        train = _epoch(backbone, split, Training(**cell.training), Path(folder), until)
         return train, _evaluation(backbone, split, cell, members, Path(folder), until)
 
 
-def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, folder: Path) -> float:
+def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, folder: Path, until: float) -> float:
     times, steps = [], 1
 
     def report(step: Progress) -> None:
         nonlocal steps
         steps = step.steps
         times.append(time.perf_counter())
-        if len(times) > STEPS:
+        if len(times) > (STEPS if times[-1] < until else 1):
             raise _Enough
 
     with contextlib.suppress(_Enough):
@@ -123,28 +125,29 @@ def _evaluation(
     for each in members:
         if not each.cell.compressor.structural:
             by_method.setdefault(each.cell.compressor, []).append(each)
-    tests, rng = len(split.test), np.random.default_rng(0)
+    tests, rng = len(split.test), np.random.default_rng(zlib.crc32(str(cell).encode()))  # other methods of each group
     order, numbers = rng.permutation(tests), [min(n, tests) for n in (FEW, SOME)]
     fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
 
-    def taken(jobs: list[Job]) -> np.ndarray:
-        parts = (_cut(split, order[:n]) for n in numbers)
+    def taken(jobs: list[Job], sizes: Sequence[int] = numbers) -> np.ndarray:
+        parts = (_cut(split, order[:n]) for n in sizes)
         return np.array([_timed(lambda cut=cut: evaluate(backbone, cut, jobs)) for cut in parts])  # type: ignore[misc]
 
-    taken([])  # what is slow the first time only
+    taken([], numbers[:1])
     base = taken([])
     total, covered = 0.0, 0
     for n, place in enumerate(rng.permutation(len(by_method))):
-        if n >= METHODS and time.perf_counter() > until:
+        if n and time.perf_counter() > until:
             break
         own = list(by_method.values())[place]
         started = time.perf_counter()
         try:
-            chosen = own[:: max(1, len(own) // BUDGETS)][:BUDGETS]
+            chosen = own[len(own) // 2 :][:BUDGETS]  # the one in the middle
             jobs = [_job(fits, each) for each in chosen]
         except Exception:  # the run will say it
             continue
         fitting = (time.perf_counter() - started) * USERS / SAMPLE
+        taken(jobs, numbers[:1])  # what is slow the first time only
         few, more = (taken(jobs) - base).clip(min=0)
         each_user = max(more - few, 0.0) / max(numbers[1] - numbers[0], 1)
         once = max(few - numbers[0] * each_user, 0.0)
