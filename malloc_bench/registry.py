@@ -142,6 +142,8 @@ def load_part(spec: str) -> str:
         )
     if "name" not in vars(cls):
         register(cls.__name__.lower())(cls)
+    elif cls.name in names(cls.kind) and find(cls.kind, cls.name) is not cls:  # type: ignore[attr-defined]
+        raise ValueError(f"{where}: {attribute} is named '{cls.name}', as another part is: give it a name of its own")  # type: ignore[attr-defined]
     return cls.name  # type: ignore[attr-defined]
 
 

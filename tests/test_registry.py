@@ -221,3 +221,12 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
     heavy = "torch numpy polars pydantic yaml typer rich matplotlib"
     code = f"import sys, malloc_bench; print([m for m in {heavy.split()} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_class_that_calls_itself_as_a_shipped_one_is_refused(tmp_path):
+    file = tmp_path / "same.py"
+    file.write_text(
+        "from malloc_bench.compressors.windowing.recent import Recent\nclass Mine(Recent):\n    name = 'recent'\n"
+    )
+    with pytest.raises(ValueError, match="Mine is named 'recent', as another part is: give it a name of its own"):
+        registry.load_part(f"{file}:Mine")

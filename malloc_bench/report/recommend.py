@@ -70,8 +70,8 @@ def recommend(
     Of each method its best row counts: the one that keeps most of the full state's order (overlap@10, or agreement).
     Adds `standing`: `best` of those that keep a state, `ties` with it (not significantly worse: paired over users,
     seeds pooled, Holm), or beaten by none in order, bytes and cost of a read together: `smaller`, `cheaper read`,
-    `rebuilds` (the family recompute); `p_best`, null where values by user are missing; and `tested`: whether ties
-    of the table could be told. folder: of the run, where those values are. only: rows to choose among, as
+    `rebuilds` (the family recompute); `p_best`, null where values by user are missing; and `tested`: whether all of
+    the table could be tested. folder: of the run, where those values are. only: rows to choose among, as
     `board.select` takes them. No history and what knows the reader are left out.
     """
     return of_board(select(aggregate(frame), only or {}), limits, Users(frame, folder))
@@ -97,10 +97,12 @@ def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     rows = rows.with_columns(kept).sort("kept", descending=True, maintain_order=True)
     best = rows.row(0, named=True) if len(rows) and rows["kept"][0] else None
     p = _against(best, rows, users)
+    among = front(rows.filter("kept"), "bytes_mean", cost)  # what rebuilds does not stand for a kept state
+    unbeaten = among + front(rows, "bytes_mean", cost)[len(among) :]
     rows = rows.with_columns(
         pl.Series("p_best", p, pl.Float64),
-        pl.lit(rows["kept"].sum() < 2 or any(each is not None for each in p)).alias("tested"),
-        pl.Series("front", front(rows, "bytes_mean", cost), pl.Boolean),
+        pl.lit(all(each is not None for each, kept in list(zip(p, rows["kept"]))[1:] if kept)).alias("tested"),
+        pl.Series("front", unbeaten, pl.Boolean),
     )
     ties = pl.col("kept") & (pl.col("p_best") >= LEVEL)
     if best is not None:
@@ -147,6 +149,8 @@ def front(rows: pl.DataFrame, *costs: str) -> list[bool]:
 def nearest(rows: pl.DataFrame, limits: Limits) -> str:
     """Of a table with nothing within the limits: what comes nearest to them, in words."""
     can = rows.filter(deployable() & (pl.col("method") != "none") & pl.col("bytes_mean").is_not_null())
+    if can.is_empty():
+        return "no method's state was measured"
     kept = pl.when(full() > 0).then(main() / full()).alias("kept")
     small = can.filter(replace(limits, at_least=None).kept()).with_columns(kept).drop_nulls("kept")
     if len(small):
@@ -235,7 +239,8 @@ COLUMNS = (
 WHY = (
     "Best: keeps most of the full state's order of all that keep a state. Ties: not significantly worse (paired over "
     "users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as good in order, "
-    "bytes and cost of a read together. Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
+    "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
+    "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
 UNTESTED = "Ties were not tested: the run's values by user are not there (run its suite here to have them)."
 
@@ -250,6 +255,8 @@ def print_recommended(
 ) -> None:
     """Print what `recommend` finds; stores: words on what a method keeps, by its bare name. Raises ValueError."""
     board = select(aggregate(frame), only or {})
+    if board.is_empty():
+        console.print("No finished cells yet.", style="dim")
     found = dict(sections(of_board(board, limits, Users(frame, folder))))
     for head, rows in sections(board):
         if said := remark(rows):

@@ -135,3 +135,23 @@ def test_what_is_no_size(text):
 def test_what_is_no_share(text):
     with pytest.raises(ValueError, match="is no share: expected one above 0 and at most 1"):
         share(text)
+
+
+def test_what_rebuilds_does_not_stand_for_a_kept_state_where_no_read_was_measured(row, board_of):
+    rows = [{**each, "read_ms_p50": None} for each in rows_of(row)]
+    found = standings(recommend(board_of(rows), Limits(size=25e3)))
+    assert found == {"good": "best", "smaller": "smaller", "ids": "rebuilds"}
+
+
+def test_ties_are_not_tested_where_one_rival_has_no_values(row, board_of, with_users, tmp_path):
+    rows = [with_users(state(row, name, 0, 20, 5), np.full(20, x)) for name, x in (("a", 0.9), ("b", 0.8))]
+    found = recommend(board_of(rows, state(row, "c", 0.85, 20, 5)), Limits(), tmp_path)
+    assert not found["tested"].any()
+
+
+def test_nothing_measured_is_said(row, board_of, capsys):
+    none = state(row, "none", 0.1, 0, 1, family="baseline", budget=None)
+    print_recommended(board_of(none), Limits(), Console(width=100))
+    assert "no method's state was measured" in " ".join(capsys.readouterr().out.split())
+    print_recommended(board_of([]), Limits(), Console(width=100))
+    assert "No finished cells yet." in capsys.readouterr().out
