@@ -169,6 +169,14 @@ def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
         yield title(group.row(0, named=True)), group
 
 
+EMPTY = "No finished cells yet."
+
+
+def steps(label: str) -> list[str]:
+    """The parts of a chain's label, or the label of a method itself."""
+    return re.split(r" \+ (?![^(]*\))", label)
+
+
 def select(board: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
     """The rows that have, of each key of SELECTED, one of the values wanted: a name or a label; `none` is no budget.
 
@@ -198,5 +206,5 @@ def _had(key: str, text: str | None) -> set[str]:
     if key == "budget":
         shares = [float(each) / 100 for each in text.removesuffix(" %").split(", ")] if text.endswith(" %") else []
         return {text, *(f"{each:g}" for each in shares), *(f"1/{1 / each:g}" for each in shares)}
-    parts = re.split(r" \+ (?![^(]*\))", text)
+    parts = steps(text)
     return {text, *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}

@@ -10,10 +10,10 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import holm
 from malloc_bench.report.board import GROUP, aggregate, groups_of
-from malloc_bench.report.judge import alike, deployable
+from malloc_bench.report.judge import REBUILT, alike, deployable
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
-from malloc_bench.report.recommend import REBUILT, front
-from malloc_bench.report.render import Column, Table, digits, interval, number, significant, words
+from malloc_bench.report.recommend import front
+from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
 from malloc_bench.report.users import Users, difference, p_of
 from malloc_bench.results import STEPS
 
@@ -91,13 +91,6 @@ def _to_best(block: pl.DataFrame, best: Mapping[str, Any] | None, users: Users) 
     ]
 
 
-def _p(name: str, header: str) -> Column:
-    def text(row: Mapping[str, Any]) -> str:
-        return "<0.001" if row[name] is not None and row[name] < 0.001 else digits(row[name], ".3f")
-
-    return Column(header, text)
-
-
 # ---- growth
 
 
@@ -158,12 +151,12 @@ PAPER = {
             *LABELS,
             words("metric", "metric"),
             interval("delta", "Δ to the full state [95 % interval]", "+z.4f"),
-            _p("p_holm", "p (Holm)"),
-            _p("p_lossless", "p of a loss of 1 % (Holm)"),
+            p_value("p_holm", "p (Holm)"),
+            p_value("p_lossless", "p of a loss of 1 % (Holm)"),
             Column("lossless", lambda row: "" if row["lossless"] is None else "yes" if row["lossless"] else "no"),
             words("best", "best of the budget"),
             interval("apart", "Δ overlap or agreement to it [95 % interval]", "+z.3f"),
-            _p("p_best", "p to it (Holm)"),
+            p_value("p_best", "p to it (Holm)"),
         ),
         by_user=True,
     ),

@@ -12,7 +12,7 @@ import polars as pl
 
 from malloc_bench.report.board import aggregate, sections
 from malloc_bench.report.curves import WIDTHS, curves_figure
-from malloc_bench.report.judge import CONSTANT
+from malloc_bench.report.judge import CONSTANT, REBUILT
 from malloc_bench.report.style import COLOURS, FLOOR, OTHER, human
 from malloc_bench.results import atomic_write
 
@@ -25,7 +25,6 @@ MARKERS = "os^DvPX<>ph8"
 FRONT = "#111111"
 LEVELS = {"none": (0, (5, 2)), CONSTANT: (0, (5, 1.5, 1, 1.5))}  # whatever the budget
 FLOORS = {**LEVELS, "random": (0, (1.5, 1.5))}  # dash patterns
-REBUILT = "recompute"  # the family that keeps ids and rebuilds the state: it would hide every other on the front
 
 
 class Panel(NamedTuple):

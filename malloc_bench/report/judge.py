@@ -9,6 +9,7 @@ import polars as pl
 from malloc_bench.evaluation.metrics import holm, upper_tail
 
 LOSSLESS = -0.01  # the most that a lossless method may lose, relative: of NDCG@10, or of GAUC above guessing's 0.5
+REBUILT = "recompute"  # the family that keeps ids and rebuilds the state for every read
 CONSTANT = "fit_constant"  # the floor that reads without a query
 LEVEL = 0.025  # one-sided: that of a 95 % interval's lower end
 CORRECTED = {"p_value": "p_holm", "p_auc": "p_auc_holm", "p_noninferior": "p_lossless"}

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from malloc_bench.registry import suggest
-from malloc_bench.report.board import GROUP, aggregate, chains_as_one, labelled, newest, sections, select
+from malloc_bench.report.board import EMPTY, GROUP, aggregate, chains_as_one, labelled, newest, sections, select
 from malloc_bench.report.judge import remark
 from malloc_bench.report.recommend import DELTA, best_per_budget
 from malloc_bench.report.render import (
     Column,
     csv,
-    digits,
     filled,
     interval,
     latex,
     markdown,
     number,
+    p_value,
     significant,
     terminal,
     words,
@@ -100,10 +100,6 @@ def _problem(row: Mapping[str, Any]) -> str:
     return f"{row['status']}: {where}: {reason.splitlines()[0]}"
 
 
-def _p(row: Mapping[str, Any]) -> str:
-    return "<0.001" if row["p_holm"] is not None and row["p_holm"] < 0.001 else digits(row["p_holm"], ".3f")
-
-
 def _seeds(row: Mapping[str, Any]) -> str:
     return "" if row["seeds_total"] == 1 else f"{row['seeds']}/{row['seeds_total']}"
 
@@ -131,7 +127,7 @@ COLUMNS_SHOWN = (
     number("logloss", "LogLoss", ".4f", rank=7),
     number("ndcg@10", "NDCG@10", ".4f", rank=3),
     interval("delta_ndcg@10", "ΔNDCG@10 [95 % interval]", "+z.4f", rank=6),
-    Column("p (Holm)", _p, rank=6),
+    p_value("p_holm", rank=6),
     Column("lossless", lambda row: f"✓ {row['lossless_of']}" if row["lossless"] else "", rank=4),
     number("hr@10", "HR@10", ".4f", rank=7),
     number("of_full_ceiling", "HR@10 of its ceiling (%)", ".1f", rank=3, scale=100),
@@ -170,7 +166,6 @@ CEILINGS = (
     "with the whole history, and to the most that anyone can reach who knows only the newest events that fit, "
     "uncompressed, into as many bytes: above 100 % a method knows older events, or writes them down in fewer bytes."
 )
-EMPTY = "No finished cells yet."
 
 
 def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.DataFrame | None = None) -> str:
@@ -258,10 +253,11 @@ def _by(board: pl.DataFrame, name: str | None) -> pl.DataFrame:
     if name is None:
         return board
     _column(board, name)
-    cost = re.match(
-        r"bytes|ratio|.*_(ms|flops|mflops|ratio)|p_|logloss|logit|drift|peak|compressor|family|budget", name
+    better = re.match(
+        r"(hr|ndcg|recall|overlap|appended)@|mrr|g?auc$|delta_|agree|fidel|above|of_|smaller|lossless", name
     )
-    return board.sort(*GROUP, pl.col(name) if cost else -pl.col(name), nulls_last=True, maintain_order=True)
+    descending = [*(False for _ in GROUP), better is not None]
+    return board.sort(*GROUP, name, descending=descending, nulls_last=True, maintain_order=True)
 
 
 def _column(board: pl.DataFrame, name: str) -> Column:

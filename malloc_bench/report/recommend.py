@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm
-from malloc_bench.report.board import aggregate, sections, select
-from malloc_bench.report.judge import alike, deployable, full, main, remark
+from malloc_bench.report.board import EMPTY, aggregate, sections, select, steps
+from malloc_bench.report.judge import REBUILT, alike, deployable, full, main, remark
 from malloc_bench.report.render import filled, interval, number, significant, terminal, words
 from malloc_bench.report.users import Users, p_of
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEVEL = 0.05  # a method that is worse than the best with a larger p (Holm) ties with it
-REBUILT = "recompute"  # the family that keeps ids and rebuilds the state for every read
 STANDINGS = ("best", "ties", "smaller", "cheaper read", "rebuilds")
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -242,7 +241,9 @@ WHY = (
     "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
-UNTESTED = "Ties were not tested: the run's values by user are not there (run its suite here to have them)."
+UNTESTED = (
+    "Ties were not all tested: some values by user are not there, or not as written (run the suite to have them)."
+)
 
 
 def print_recommended(
@@ -256,7 +257,7 @@ def print_recommended(
     """Print what `recommend` finds; stores: words on what a method keeps, by its bare name. Raises ValueError."""
     board = select(aggregate(frame), only or {})
     if board.is_empty():
-        console.print("No finished cells yet.", style="dim")
+        console.print(EMPTY, style="dim")
     found = dict(sections(of_board(board, limits, Users(frame, folder))))
     for head, rows in sections(board):
         if said := remark(rows):
@@ -267,7 +268,7 @@ def print_recommended(
         best = found[head]
         console.print(terminal(best, filled(best, COLUMNS), f"{head}: within {limits}", console.width))
         for row in best.head(3).iter_rows(named=True):
-            parts = [each.split("(")[0] for each in re.split(r" \+ (?![^(]*\))", row["compressor"])]
+            parts = [each.split("(")[0] for each in steps(row["compressor"])]
             keeps = "; ".join(filter(None, map(stores, parts)))
             more = f"malloc-bench show {parts[0]}; malloc-bench reproduce {folder} {row['cell_ids'][:12]}"
             line = f"{row['compressor']}: {f'stores {keeps}. ' if keeps else ''}More: {more}"

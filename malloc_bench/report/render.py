@@ -62,6 +62,15 @@ def number(name: str, header: str, spec: str, rank: int = 0, scale: float = 1.0)
     return Column(header, lambda row: digits(row[name], spec, scale), rank)
 
 
+def p_value(name: str, header: str = "p (Holm)", rank: int = 0) -> Column:
+    """A column of p with three digits; what is less is said to be."""
+
+    def text(row: Mapping[str, Any]) -> str:
+        return "<0.001" if row[name] is not None and row[name] < 0.001 else digits(row[name], ".3f")
+
+    return Column(header, text, rank)
+
+
 def interval(name: str, header: str, spec: str, rank: int = 0, scale: float = 1.0) -> Column:
     """A column of numbers with their intervals, `-0.0100 [-0.0130, -0.0070]`, from `name`, `name_lo` and `name_hi`."""
 

@@ -10,10 +10,10 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
-from malloc_bench.report.board import GROUP, aggregate, newest, sections, share_of
+from malloc_bench.report.board import EMPTY, GROUP, aggregate, newest, sections, share_of
 from malloc_bench.report.evidence import HEAD, LABELS, PAPER
 from malloc_bench.report.judge import full, main, remark
-from malloc_bench.report.leaderboard import BUDGET_OF, EMPTY, without_data
+from malloc_bench.report.leaderboard import BUDGET_OF, without_data
 from malloc_bench.report.render import (
     FORMATS,
     Block,

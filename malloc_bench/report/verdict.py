@@ -13,7 +13,7 @@ from malloc_bench.evaluation.metrics import holm, slices
 from malloc_bench.report.board import GROUP, aggregate, sections, select
 from malloc_bench.report.judge import alike, main
 from malloc_bench.report.recommend import LEVEL
-from malloc_bench.report.render import Column, digits, filled, interval, number, terminal, words
+from malloc_bench.report.render import Column, filled, interval, number, p_value, terminal, words
 from malloc_bench.report.users import Both, Difference, Users, difference
 from malloc_bench.results import load_results
 
@@ -185,7 +185,7 @@ COLUMNS = (
     words("against", "against", most=19),
     words("budget", "budget", most=9),
     interval("alike", "Δ order [95 % interval]", "+z.3f"),
-    Column("p (Holm)", lambda row: "<0.001" if row["p_holm"] < 0.001 else digits(row["p_holm"], ".3f")),
+    p_value("p_holm"),
     Column("users won/lost", lambda row: f"{row['wins']}/{row['losses']}", rank=2),
     interval("main", "Δ accuracy [95 % interval]", "+z.4f", rank=1),
     number("bytes", "of (bytes)", ",.0f", rank=3),
@@ -238,7 +238,7 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
                 **{name: row[name] for name in (*key, "n_users")},
                 **{name: plain.get(name) if each is None else each for name, each in values.items()},
                 "p": None if paired["main"] is None else paired["main"].p,
-                "bytes_ratio": row["bytes_mean_right"] / row["bytes_mean"] if row["bytes_mean"] else None,
+                "bytes_ratio": _over(row["bytes_mean_right"], row["bytes_mean"]),
                 "read_ratio": _over(row["read_ms_p50_right"], row["read_ms_p50"]),
             }
         )
@@ -262,7 +262,7 @@ RUNS = (
     number("bytes_ratio", "bytes (×)", ".3f"),
     interval("alike", "Δ order [95 % interval]", "+z.4f", rank=1),
     interval("main", "Δ accuracy [95 % interval]", "+z.4f"),
-    Column("p (Holm)", lambda row: digits(row["p_holm"], ".3f")),
+    p_value("p_holm", "p (Holm) of accuracy"),
     number("read_ratio", "read (×)", ".2f", rank=2),
 )
 

@@ -295,3 +295,8 @@ def test_chains_that_come_to_one_state_are_one_line(row, board_of):
     assert "| snapkv |" in text  # no chain: a line of its own
     assert lb.to_csv(frame).count("int4_token") == 6  # every row, for programs
     assert "= 1 more" in shown(frame)
+
+
+@pytest.mark.parametrize("name", ["compressor", "lossless", "cell_ids", "headroom", "note", "fidelity"])
+def test_any_column_sorts(name, suite):
+    assert "snapkv" in shown(suite, sort=name)

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from malloc_bench.report.board import GROUP, newest, title
-from malloc_bench.report.figures import REBUILT
+from malloc_bench.report.judge import REBUILT
 from malloc_bench.report.leaderboard import CEILINGS, NOTES, unfinished
 from malloc_bench.report.page.columns import COLUMNS
 from malloc_bench.report.render import digits
