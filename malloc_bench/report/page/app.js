@@ -244,12 +244,14 @@ function openCell(row) {
   const environment = data.environments[cells[0]?.[2]] ?? {};
   const seeds = cells.map(([id, seed, , date, alike, accuracy]) => el("tr", {}, el("th", { scope: "row" }, String(seed ?? "")),
     ...[id.slice(0, 12), alike, accuracy, date.replace("T", " ")].map((each) => el("td", {}, given(each) ? String(each) : ""))));
-  const chosen = state.compared.has(row.id);
+  const chosen = state.compared.has(row.id), held = partsOf(row), stacked = el("div", { class: "chart low" });
   openDialog(nameOf(row), false,
     el("p", { class: "hint" }, row.title, row.kind ? ` · ${row.kind}` : ""),
     row.note ? el("p", { class: "callout" }, row.note) : "",
     el("h3", {}, "Result"), key(columns.filter((each) => each.part === "table" && each.header !== "compressor").map((each) => [each.header, text(row, each)])),
     ...sections.flatMap(([name, title]) => [el("h3", {}, title), part(name)]),
+    ...(held.length ? [el("h3", {}, "What the bytes hold"), stacked,
+      key(held.map((each) => [each.part, `${each.bytes.toLocaleString("en", { maximumFractionDigits: 1 })} B · ${(100 * each.bytes / row.bytes_mean).toFixed(1)} %`]))] : []),
     ...(given(compressor) && Object.keys(compressor).length ? [el("h3", {}, "Parameters"), key(Object.entries(compressor))] : []),
     ...(given(backbone) ? [el("h3", {}, "Backbone"), key(Object.entries(backbone))] : []),
     el("h3", {}, "Seeds"), el("div", { class: "scroll" }, plain(`${cells.length} that ended well`, ["seed", "cell", alikeName(row), accuracyName(row), "made (UTC)"], seeds)),
@@ -257,6 +259,7 @@ function openCell(row) {
     el("h3", {}, "Environment"), key(Object.entries(environment).flatMap(([name, value]) =>
       given(value) && typeof value === "object" ? Object.entries(value) : [[name.replace("_", " "), value]])),
     el("p", { class: "buttons" }, button(chosen ? "Leave out of the comparison" : "Compare with others", () => { compare(row.id); $("dialog").close(); }, { class: "primary" })));
+  if (held.length) stack(stacked, row);
 }
 
 function compare(id) {

@@ -47,6 +47,7 @@ def charts() -> dict[str, dict[str, Any]]:
         "flops": scatter(FLOPS),
         "curves": curves(),
         "slices": slices(),
+        "parts": parts(),
     }
     whole = {name: chart.properties(width="container", height=300).to_dict() for name, chart in made.items()}
     return {name: {k: v for k, v in spec.items() if k not in ("$schema", "config")} for name, spec in whole.items()}
@@ -97,6 +98,25 @@ def slices() -> alt.LayerChart:
     named = alt.Shape("label:N", title=None, legend=alt.Legend(orient="bottom", columns=1, symbolFillColor=FLOOR))
     points = base.mark_point(filled=True, size=80, stroke=PAPER, strokeWidth=0.6, aria=False).encode(shape=named)
     return alt.layer(base.mark_line(strokeWidth=1.8, aria=False), points.add_params(*_shared()))
+
+
+def parts() -> alt.Chart:
+    """A bar a row: its bytes, stacked by what they hold."""
+    colour = alt.Color(
+        "part:N",
+        title=None,
+        scale=alt.Scale(domain=["$parts"], range=["$tints"]),
+        legend=alt.Legend(orient="bottom", columns=5, symbolType="square"),
+    )
+    axis = alt.Axis(labelLimit=170, domain=False, ticks=False)
+    bars = _rows().mark_bar(stroke=PAPER, strokeWidth=0.5, aria=False)
+    return bars.encode(
+        x=alt.X("bytes:Q", title="$x", axis=alt.Axis(labelExpr=BYTES, tickCount=6, labelOverlap="greedy")),
+        y=alt.Y("label:N", title=None, sort=alt.SortField("order"), scale=alt.Scale(paddingInner=0.3), axis=axis),
+        color=colour,
+        order="at:Q",
+        tooltip=[alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "bytes", "share")],
+    ).add_params(*_shared())
 
 
 # ---- what they share
