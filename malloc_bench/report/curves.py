@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.report.judge import CONSTANT, REBUILT, alike, deployable
-from malloc_bench.report.lines import Curve, best_of_families, draw, human_ticks, level, sheet
+from malloc_bench.report.lines import Curve, best_of_families, draw, human_ticks, sheet
 from malloc_bench.report.tables import SLICES
 
 if TYPE_CHECKING:
@@ -29,15 +29,16 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
     curves = _by_size(board, what)
     if not curves:
         return None
+    ends = np.array([min(c.x[0] for c in curves), max(c.x[-1] for c in curves)])
+    for name, said in FLOORS.items():
+        at = board.filter(pl.col("method") == name)[what].drop_nulls().to_list()[:1]
+        curves += [Curve(said, None, ends, np.repeat(each, 2)) for each in at]
     figure, axes, font = sheet(width, 2.7 if width < 5 else 3.6, title)
     axes.set_xscale("log")
-    human_ticks(axes.xaxis, min(c.x[0] for c in curves), max(c.x[-1] for c in curves), 1)
+    human_ticks(axes.xaxis, *ends, 1)
     axes.set_xlabel("state (bytes a user)")
     axes.set_ylabel(f"{what} {'to' if what == 'fidelity' else 'with'} the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
-    for name, said in FLOORS.items():
-        for at in board.filter(pl.col("method") == name)[what].drop_nulls().to_list()[:1]:
-            level(axes, said, at, font)
     draw(axes, curves, font, left=True)
     return figure
 
@@ -65,18 +66,19 @@ def _mean(curve: Curve) -> float:
 
 
 def few(board: pl.DataFrame) -> tuple[pl.DataFrame, str | None]:
-    """Of one table the rows that a figure of single states has room for, those that keep most first, and the smallest
-    share of bytes that was asked for: of every family its best within that, where it has none its smallest; of chains
-    some, and the references. `over`: how far a row is beyond it."""
+    """Of one table the rows that a figure of single states has room for, those that keep most first, and the share of
+    bytes that they are compared at, the smallest that half of the methods reach: of every family its best within that,
+    where it has none its smallest; of chains some, and the references. `over`: how far a row is beyond the share."""
     rows = board.filter(deployable() & (pl.col("bytes_mean") > 0) & alike().is_not_null())
     rows = rows.filter(~pl.col("method").is_in(["full", *FLOORS]))
-    share = rows["budget"].str.extract(r"([\d.]+) %$").cast(pl.Float64).min()
-    most = np.inf if share is None else float(share) / 100 * (1 + 1e-9)  # type: ignore[arg-type]
+    asked = rows["budget"].str.extract(r"([\d.]+) %$").cast(pl.Float64).drop_nulls() / 100 * (1 + 1e-9)
+    reached = rows.group_by("compressor").agg(pl.col("ratio").min())["ratio"].quantile(0.5, "higher")
+    most = asked.filter(asked >= (reached or 0.0)).min()
     rows = rows.with_columns(alike().alias("alike"), (pl.col("ratio") - most).clip(0).fill_null(0.0).alias("over"))
     names = ("compressor", "family", "over", "alike", "cell_ids")
     found = ((name, family, (-over, kept), ids) for name, family, over, kept, ids in rows.select(names).iter_rows())
     chosen = rows.filter(pl.col("cell_ids").is_in(best_of_families(found))).sort("alike", descending=True)
-    return chosen, None if share is None else f"{share:g} %"
+    return chosen, None if most is None else f"{100 * most:.3g} %"
 
 
 def history_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
@@ -88,7 +90,7 @@ def history_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figur
     floors = board.filter(pl.col("method").is_in(FLOORS))
     users = {part: int(n) for part in SLICES if (n := board[f"n_users {part}"].max())}  # type: ignore[arg-type]
     curves = []
-    for row in [*chosen.iter_rows(named=True), *floors.iter_rows(named=True)]:
+    for row in (*chosen.iter_rows(named=True), *floors.iter_rows(named=True)):
         kept = [row[f"{what} {part}"] for part in users]
         label, family = (said, None) if (said := FLOORS.get(row["method"])) else (row["compressor"], row["family"])
         if None not in kept:
@@ -100,6 +102,5 @@ def history_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figur
     axes.set_xlabel("events in the history" + (f"; states of {share} of the bytes" if share else ""))
     axes.set_ylabel(f"{what} with the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
-    level(axes, "full state", 1.0, font)
-    draw(axes, curves, font, left=False)
+    draw(axes, [*curves, Curve("full state", None, curves[0].x, np.ones(len(users)))], font, left=False)
     return figure

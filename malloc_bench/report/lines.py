@@ -23,7 +23,7 @@ CHAINS = 4  # of different first steps
 
 
 class Curve(NamedTuple):
-    """A line: its name, the family that it looks like (none: a floor), and where it goes, x ascending."""
+    """A line: its name, the family that it looks like (None: thin and grey, a level), and where it goes, x ascending."""
 
     label: str
     family: str | None
@@ -79,16 +79,12 @@ def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: s
         colour, dash = _look(curve)
         if curve.family == "chain" and colour != FLOOR:
             dash = next(dashes)
-        width = 1.2 if font < 7 else 1.7
-        axes.plot(curve.x, curve.y, color=colour, ls=dash, lw=width, marker=marker, ms=2.5, gid=f"line:{curve.label}")
+        thin, width = curve.family is None, 1.2 if font < 7 else 1.7
+        axes.plot(
+            curve.x, curve.y, color=colour, ls=dash, lw=width / 2 if thin else width, marker="" if thin else marker,
+            ms=2.5, gid=f"line:{curve.label}",
+        )  # fmt: skip
     _name(axes, curves, font, left)
-
-
-def level(axes: Axes, said: str, at: float, font: float) -> None:
-    """A dashed line over the whole width, with its name."""
-    axes.axhline(at, color=FLOOR, lw=0.8, ls=(0, (4, 2)), zorder=0)
-    axes.annotate(said, (1, at), xycoords=("axes fraction", "data"), fontsize=font - 1, color=FLOOR, ha="right",
-                  va="bottom")  # fmt: skip
 
 
 def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
@@ -116,8 +112,8 @@ def _name(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
     small, end, size = font < 7, 0 if left else -1, axes.figure.get_size_inches()  # type: ignore[union-attr]
     names = [short(curve.label, small) for curve in curves]
     low, high = across(min(c.x[0] for c in curves)), across(max(c.x[-1] for c in curves))
-    share = min(0.6, max(map(len, names)) * font * 0.62 / 72 / (size[0] * 0.86) + 0.05)
-    room, rest = (high - low) * share / (1 - share), (high - low) * 0.03
+    share = min(0.6, max(map(len, names)) * font * 0.62 / 72 / (size[0] * 0.86) + 0.06)
+    room, rest = (high - low) * share / (1 - share), (high - low) * 0.04
     axes.set_xlim(*map(x_of, (low - room, high + rest) if left else (low - rest, high + room)))
     order = sorted(range(len(curves)), key=lambda i: -curves[i].y[end])
     ends = along(np.array([curves[i].y[end] for i in order]))
@@ -129,7 +125,8 @@ def _name(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
     for i, place in zip(order, places):
         colour, _ = _look(curves[i])
         line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2}
-        at = (0.01 if left else 1 - share + 0.03, float(y_of(place)))
+        line["relpos"] = (1, 0.5) if left else (0, 0.5)  # the side of the name that the line begins at
+        at = (0.01 if left else 1.05 - share, float(y_of(place)))
         axes.annotate(
             names[i], (curves[i].x[end], curves[i].y[end]), xytext=at, textcoords=axes.get_yaxis_transform(),
             fontsize=font, color=colour, va="center", arrowprops=line,

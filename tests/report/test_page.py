@@ -284,7 +284,7 @@ def test_bytes_by_part_are_stacked_of_what_is_compared_and_in_a_cell(opened):
     assert {each["method"] for each in points} == {"kivi(bits=4)"} and points[0]["share"] == "40.0 %"
     fills = tab.locator("#parts svg .mark-rect path").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
     assert fills == [colour(each["part"]) for each in points] and len(set(fills)) == 5
-    assert "keys scales" in tab.locator("#parts svg .role-legend").text_content()
+    assert tab.locator("#parts-said .named").all_inner_texts() == [each["part"] for each in points]
     tab.locator("#parts svg .mark-rect path").first.click()  # a bar is its cell
     dialog = tab.locator("#dialog")
     assert "keys scales\n1,928.5 B · 10.0 %" in dialog.inner_text()

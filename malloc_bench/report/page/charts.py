@@ -101,21 +101,17 @@ def slices() -> alt.LayerChart:
 
 
 def parts() -> alt.Chart:
-    """A bar a row: its bytes, stacked by what they hold."""
-    colour = alt.Color(
-        "part:N",
-        title=None,
-        scale=alt.Scale(domain=["$parts"], range=["$tints"]),
-        legend=alt.Legend(orient="bottom", columns=5, symbolType="square"),
-    )
-    axis = alt.Axis(labelLimit=170, domain=False, ticks=False)
+    """A bar a row: what its bytes hold, in shares of them."""
+    colour = alt.Color("part:N", scale=alt.Scale(domain=["$parts"], range=["$tints"]), legend=None)
+    axis = alt.Axis(labelLimit=190, labelExpr="split(datum.label, '|')", domain=False, ticks=False)
+    tip = [*(alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "share")), alt.Tooltip("bytes:Q", format=",.1f")]
     bars = _rows().mark_bar(stroke=PAPER, strokeWidth=0.5, aria=False)
     return bars.encode(
-        x=alt.X("bytes:Q", title="$x", axis=alt.Axis(labelExpr=BYTES, tickCount=6, labelOverlap="greedy")),
+        x=alt.X("bytes:Q", title="$x", stack="normalize", axis=alt.Axis(format="%", tickCount=5)),
         y=alt.Y("label:N", title=None, sort=alt.SortField("order"), scale=alt.Scale(paddingInner=0.3), axis=axis),
         color=colour,
         order="at:Q",
-        tooltip=[alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "bytes", "share")],
+        tooltip=tip,
     ).add_params(*_shared())
 
 

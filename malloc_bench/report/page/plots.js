@@ -93,15 +93,17 @@ function slices(own, group) {
 }
 
 function partsOf(row) { // what a state has, in the order in which it is stacked
-  return data.parts.map(({ name, colour, bytes }, at) => ({ part: name, colour, at, bytes: bytes[row.id] })).filter((each) => each.bytes);
+  const held = data.parts.map(({ name, colour, bytes }, at) => ({ part: name, colour, at, bytes: bytes[row.id] })).filter((each) => each.bytes);
+  const whole = held.reduce((sum, each) => sum + each.bytes, 0);
+  return held.map((each) => ({ ...each, share: `${(100 * each.bytes / whole).toFixed(1)} %` }));
 }
 
 function parts(chosen) {
-  const points = chosen.flatMap((row, order) => partsOf(row).map((each) => ({ id: row.id, order, label: nameOf(row), method: row.compressor,
-    budget: text(row, "budget"), share: `${(100 * each.bytes / row.bytes_mean).toFixed(1)} %`, ...each })));
+  const points = chosen.flatMap((row, order) => partsOf(row).map((each) => ({ id: row.id, order, label: `${nameOf(row)}|${text(row, "state (KB/user)")} KB`,
+    method: row.compressor, budget: text(row, "budget"), ...each })));
   const there = data.parts.filter(({ name }) => points.some((each) => each.part === name));
-  return points.length ? { spec: "parts", x: "state (bytes a user)", lists: { $parts: there.map(({ name }) => name), $tints: there.map(({ colour }) => colour) },
-    data: { rows: points }, said: "What is picked or compared, else the best at each budget." } : null;
+  return points.length ? { spec: "parts", x: "share of the state's bytes", lists: { $parts: there.map(({ name }) => name), $tints: there.map(({ colour }) => colour) },
+    data: { rows: points }, said: "What is picked or compared, else the best at each budget.", legend: there } : null;
 }
 
 async function stack(place, row) { // one row's bytes, in its dialog
@@ -136,7 +138,7 @@ async function show(id, made) {
   const place = $(id).querySelector(".chart"), old = views.get(id);
   const key = made && JSON.stringify([made.spec, made.x, made.y, made.lists, dark(), made.data.rows.length > 1500]);
   if (old && old.key !== key) { old.view.finalize(); views.delete(id); }
-  $(`${id}-said`).textContent = made?.said ?? "";
+  $(`${id}-said`).replaceChildren(made?.said ?? "", ...(made?.legend ?? []).map(({ name, colour }) => el("span", { class: "named" }, dot(colour), name)));
   place.classList.toggle("empty", !made);
   if (!made) return place.replaceChildren(shown.length ? "Not measured in these rows." : "No row passes the filters.");
   if (!views.has(id)) views.set(id, { key, view: await embed(id, place, made) });
