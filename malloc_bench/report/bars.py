@@ -29,8 +29,8 @@ class Bar(NamedTuple):
 
 
 def parts_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
-    """What the bytes of the full state and of the smallest of `few` methods hold, in percent, from the rows of one table with the
-    columns of `parts.told_apart`; None where no row has any."""
+    """What the bytes of the full state, and of the smallest ones of `few` methods, hold, in percent, from the rows of
+    one table with the columns of `parts.told_apart`; None where no row has any."""
     known = [name for name in board.columns if name.startswith(PREFIX)]
     bars = []
     told = board.filter(pl.any_horizontal(pl.lit(False), *(pl.col(name).is_not_null() for name in known)))
@@ -39,7 +39,9 @@ def parts_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure 
         size = sum(parts.values())
         bars.append(Bar(row["compressor"], {name: 100 * x / size for name, x in parts.items()}, _size(size)))
     names = sorted({name for bar in bars for name in bar.parts}, key=order)
-    return _stacked(bars, {name: colour(name) for name in names}, "% of the bytes of each method's smallest state", title, width)
+    return _stacked(
+        bars, {name: colour(name) for name in names}, "% of the bytes of each method's smallest state", title, width
+    )
 
 
 def latency_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
@@ -76,9 +78,9 @@ def _stacked(bars: Sequence[Bar], colours: Mapping[str, str], xlabel: str, title
     whole, ends = [sum(bar.parts.values()) for bar in bars], [0.0] * len(bars)
     usual = sorted(whole)[len(bars) // 2]
     most = max(whole) if max(whole) < CUT * usual else CUT / 2 * usual
-    for part, colour in colours.items():
+    for part, tint in colours.items():
         long = [min(bar.parts.get(part, 0.0), most - end) for bar, end in zip(bars, ends)]
-        axes.barh(range(len(bars)), long, left=ends, color=colour, height=0.72, label=part, ec="white", lw=0.3)
+        axes.barh(range(len(bars)), long, left=ends, color=tint, height=0.72, label=part, ec="white", lw=0.3)
         ends = [end + each for end, each in zip(ends, long)]
     for at, (bar, end, size) in enumerate(zip(bars, ends, whole)):
         said = f"→ {bar.said}" if size > most else bar.said

@@ -27,12 +27,14 @@ def break_even_figure(
         axes.axvline(asked, color=FLOOR, ls=(0, (5, 3)), lw=1.0, gid="asked", zorder=0)
         axes.annotate("asked for", (asked, 1), xycoords=("data", "axes fraction"), xytext=(2, 0), ha="left", va="top",
                       textcoords="offset points", fontsize=font - 1, color=FLOOR)  # fmt: skip
-    draw(axes, curves, font, left=False, marker="")
+    draw(axes, curves, font, left=True, marker="")
     for line in axes.lines:
         label = str(line.get_gid()).removeprefix("line:")
         if label in evens:
-            axes.plot(*([each] for each in evens[label]), "o", color=line.get_color(), mec="white", ms=5, gid=f"even:{label}")
-    human_ticks(axes.xaxis, x[0], x[-1], None)
+            axes.plot(
+                *([each] for each in evens[label]), "o", color=line.get_color(), mec="white", ms=5, gid=f"even:{label}"
+            )
+    human_ticks(axes.xaxis, x[0], x[-1], 2)
     human_ticks(axes.yaxis, min(c.y.min() for c in curves), max(c.y.max() for c in curves), 2)
     axes.grid(True, color="#e6e6e6", lw=0.6)
     return figure

@@ -35,7 +35,7 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
         curves += [Curve(said, None, ends, np.repeat(each, 2)) for each in at]
     figure, axes, font = sheet(width, 2.7 if width < 5 else 3.6, title)
     axes.set_xscale("log")
-    human_ticks(axes.xaxis, *ends, 1)
+    human_ticks(axes.xaxis, ends[0], ends[1], 1)
     axes.set_xlabel("state (bytes a user)")
     axes.set_ylabel(f"{what} {'to' if what == 'fidelity' else 'with'} the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
@@ -78,7 +78,7 @@ def few(board: pl.DataFrame) -> tuple[pl.DataFrame, str | None]:
     names = ("compressor", "family", "over", "alike", "cell_ids")
     found = ((name, family, (-over, kept), ids) for name, family, over, kept, ids in rows.select(names).iter_rows())
     chosen = rows.filter(pl.col("cell_ids").is_in(best_of_families(found))).sort("alike", descending=True)
-    return chosen, None if most is None else f"{100 * most:.3g} %"
+    return chosen, None if most is None else f"{100 * float(most):.3g} %"  # type: ignore[arg-type]
 
 
 def history_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
@@ -99,7 +99,7 @@ def history_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figur
         return None
     figure, axes, font = sheet(width, 2.7 if width < 5 else 3.6, title)
     axes.set_xticks(range(len(users)), [f"{part}\n{n:,} users" for part, n in users.items()])
-    axes.set_xlabel("events in the history" + (f"; states of {share} of the bytes" if share else ""))
+    axes.set_xlabel("events in the history" + (f"; states ≤ {share} of the bytes" if share else ""))
     axes.set_ylabel(f"{what} with the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
     draw(axes, [*curves, Curve("full state", None, curves[0].x, np.ones(len(users)))], font, left=False)

@@ -1,5 +1,4 @@
-"""The figures of a run: Pareto figures of accuracy and fidelity against bytes and the cost of a read, and all others.
-"""
+"""The figures of a run: Pareto figures, of accuracy and fidelity by bytes and by the cost of a read, and all others."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CHAINS = 4  # of different first steps
 
 
 class Curve(NamedTuple):
-    """A line: its name, the family that it looks like (None: thin and grey, a level), and where it goes, x ascending."""
+    """A line: its name, the family that it looks like (None: a level, thin and grey), where it goes, x ascending."""
 
     label: str
     family: str | None
@@ -50,9 +50,13 @@ def best_of_families(found: Iterable[tuple[str, str, Any, T]]) -> list[T]:
 
 
 def short(label: str, small: bool) -> str:
-    """A method's name without its parameters where it is long, cut where it is longer still."""
-    text = label if len(label) <= MOST[small] else re.sub(r"\([^()]*\)", "", label)
-    return text if len(text) <= MOST[small] else f"{text[: MOST[small] - 1]}…"
+    """A method's name without its parameters where it is long, cut where it is longer still; of `h2o at 0.390625 %`
+    the budget stays, in three digits."""
+    name, at, budget = label.partition(" at ")
+    said = at + re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.3g}", budget)
+    most = MOST[small] - len(said)
+    text = name if len(name) <= most else re.sub(r"\([^()]*\)", "", name)
+    return (text if len(text) <= most else f"{text[: most - 1]}…") + said
 
 
 def sheet(width: float, height: float, title: str) -> tuple[Figure, Axes, float]:
@@ -92,7 +96,9 @@ def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     steps = (1, 3) if high / low < 1e4 else (1,)
-    ticks = [each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2]
+    ticks = [
+        each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2
+    ]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: human(value, unit)))
     axis.set_minor_locator(NullLocator())

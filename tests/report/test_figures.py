@@ -246,7 +246,9 @@ def whole(suite):
 
 def test_few_are_the_best_of_each_family_within_the_smallest_share(board):
     rows, share = few(board)
-    assert share == "6.25 %" and rows["family"].n_unique() == rows.filter(~pl.col("method").is_in(REFERENCES)).height == 6
+    assert (
+        share == "6.25 %" and rows["family"].n_unique() == rows.filter(~pl.col("method").is_in(REFERENCES)).height == 6
+    )
     within = board.filter((pl.col("budget") == share) & (pl.col("family") == "eviction"))
     best = within.filter(pl.col("overlap@10") == within["overlap@10"].max())["compressor"].item()
     assert {best, "random", "recent", "recompute"} <= set(rows["compressor"])
@@ -311,7 +313,11 @@ def test_a_run_without_the_data_does_not_make_the_figure(suite, monkeypatch):
 @pytest.mark.parametrize("width", WIDTHS.values())
 def test_break_even_marks_where_keeping_begins_to_pay(width):
     x = np.geomspace(0.1, 1e4, 50)
-    lines = {"recompute": ("recompute", 1 + 5 * x), "full": ("baseline", 900 + 0 * x), "h2o at 6.25 %": ("eviction", 60 + x)}
+    lines = {
+        "recompute": ("recompute", 1 + 5 * x),
+        "full": ("baseline", 900 + 0 * x),
+        "h2o at 6.25 %": ("eviction", 60 + x),
+    }
     curves = [Curve(name, family, x, y) for name, (family, y) in lines.items()]
     figure = break_even_figure(curves, {"full": (179.8, 900.0)}, 864.0, "USD a month", "a table", width)
     axes = drawn(figure, width)

@@ -141,7 +141,9 @@ def test_parts_in_bytes_and_percent_and_older_rows_said(row, board_of):
         return row(compressor=name, seed=seed, bytes_mean=sum(parts.values()), bytes_by_part=parts)
 
     old = row(compressor="tova", bytes_mean=64.0)
-    board = board_of(cell("h2o", keys=48.0, positions=16.0), cell("h2o", 1, keys=80.0), cell("int8", keys=30.0, x=10.0), old)
+    board = board_of(
+        cell("h2o", keys=48.0, positions=16.0), cell("h2o", 1, keys=80.0), cell("int8", keys=30.0, x=10.0), old
+    )
     found = {each["compressor"]: each for each in tables.table(board, "parts").iter_rows(named=True)}
     assert [found["h2o"][f"bytes of {part}"] for part in ("keys", "positions", "x")] == [64, 8, 0]  # means over seeds
     assert sum(found["h2o"][f"bytes of {part}"] for part in ("keys", "positions", "x")) == found["h2o"]["bytes_mean"]

@@ -147,7 +147,9 @@ def test_bytes_by_what_they_hold():
 def test_what_fields_share_is_told_apart_from_what_is_their_own():
     """Keys and values with one left factor of 3 slots; tied keys and values; and the ids and times of 3 events."""
     count = torch.tensor([[3]], dtype=torch.int32)
-    fields = low_ranks([noise(1, 1, 3, 5), noise(1, 1, 3, 5, seed=1)], count.bool().expand(1, 3)[:, None], count - 1, True)
+    fields = low_ranks(
+        [noise(1, 1, 3, 5), noise(1, 1, 3, 5, seed=1)], count.bool().expand(1, 3)[:, None], count - 1, True
+    )
     keys, values = fields
     slots, length = Slots(count), torch.tensor([3], dtype=torch.int32)
     state = UserState(((Segment({"keys": keys, "values": values}, slots),),), length)

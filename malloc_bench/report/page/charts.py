@@ -104,7 +104,10 @@ def parts() -> alt.Chart:
     """A bar a row: what its bytes hold, in shares of them."""
     colour = alt.Color("part:N", scale=alt.Scale(domain=["$parts"], range=["$tints"]), legend=None)
     axis = alt.Axis(labelLimit=190, labelExpr="split(datum.label, '|')", domain=False, ticks=False)
-    tip = [*(alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "share")), alt.Tooltip("bytes:Q", format=",.1f")]
+    tip = [
+        *(alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "share")),
+        alt.Tooltip("bytes:Q", format=",.1f"),
+    ]
     bars = _rows().mark_bar(stroke=PAPER, strokeWidth=0.5, aria=False)
     return bars.encode(
         x=alt.X("bytes:Q", title="$x", stack="normalize", axis=alt.Axis(format="%", tickCount=5)),
