@@ -256,6 +256,20 @@ def test_few_are_the_best_of_each_family_within_the_smallest_share(board):
     assert over["compressor"].to_list() == ["kivi(bits=2)"]
 
 
+def test_few_are_compared_where_half_of_the_methods_reach(row, board_of):
+    """The others' floors lie above the smallest share; without budgets there is no share, and nothing is beyond it."""
+    sizes = {("fitted", "still"): (0.25, 0.01), ("eviction", "h2o"): (0.25, 0.2), ("merging", "tome"): (0.25, 0.2)}
+    rows = [
+        row(family=family, compressor=name, budget=budget, ratio=ratio, bytes_mean=100 * ratio, **{"overlap@10": ratio})
+        for (family, name), own in sizes.items()
+        for budget, ratio in zip((0.25, 0.01), own)
+    ]
+    found, share = few(aggregate(board_of(rows)))
+    assert share == "25 %" and found.select("compressor", "ratio").rows() == [(name, 0.25) for _, name in sizes]
+    found, share = few(aggregate(board_of([one | {"budget": None, "seed": i} for i, one in enumerate(rows[::2])])))
+    assert share is None and found["over"].to_list() == [0.0] * 3
+
+
 @pytest.mark.parametrize("width", WIDTHS.values())
 def test_history_names_each_line_at_its_right(whole, width):
     axes = drawn(history_figure(whole, "a table", width), width)
