@@ -77,7 +77,9 @@ def few(board: pl.DataFrame) -> tuple[pl.DataFrame, str | None]:
     rows = rows.with_columns(alike().alias("alike"), (pl.col("ratio") - most).clip(0).fill_null(0.0).alias("over"))
     names = ("compressor", "family", "over", "alike", "cell_ids")
     found = ((name, family, (-over, kept), ids) for name, family, over, kept, ids in rows.select(names).iter_rows())
-    chosen = rows.filter(pl.col("cell_ids").is_in(best_of_families(found))).sort("alike", descending=True, maintain_order=True)
+    chosen = rows.filter(pl.col("cell_ids").is_in(best_of_families(found))).sort(
+        "alike", descending=True, maintain_order=True
+    )
     return chosen, None if most is None else f"{100 * float(most):.3g} %"  # type: ignore[arg-type]
 
 

@@ -72,7 +72,8 @@ def sheet(width: float, height: float, title: str) -> tuple[Figure, Axes, float]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if not small:
-        axes.set_title(title, fontsize=font + 1, loc="left")
+        fits = width * 72 / max(len(title), 1) / 0.62  # in one line
+        figure.suptitle(title, fontsize=min(font + 1, fits), x=0.01, ha="left")
     return figure, axes, font
 
 
@@ -92,10 +93,10 @@ def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: s
 
 
 def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
-    """Ones and threes of a log axis as `human` says them; of more than four decades ones alone."""
+    """Ones and threes of a log axis as `human` says them; ones alone of over four decades, more within one."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    steps = (1, 3) if high / low < 1e4 else (1,)
+    steps = (1, 2, 5) if high / low < 10 else (1, 3) if high / low < 1e4 else (1,)
     ticks = [
         each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2
     ]

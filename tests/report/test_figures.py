@@ -208,6 +208,8 @@ def drawn(figure, width):
     ticks = boxes_of(axes.get_xticklabels())
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
     edge = figure.get_tightbbox()
+    for name in figure.texts:  # the title
+        assert name.get_window_extent().x1 <= figure.bbox.x1
     assert edge.x0 > -0.02 and edge.x1 < width + 0.02 and edge.y1 < figure.get_figheight() + 0.02
     return axes
 
@@ -295,6 +297,10 @@ def test_bars_are_stacked_below_the_full_state(whole, width, draw, parts):
     assert len(said) == len(rows) and max(box.x1 for box in said) <= axes.get_window_extent().x1 + 2
     (legend,) = figure.legends
     assert len(legend.get_texts()) == parts and legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
+
+
+def test_a_long_title_fits_its_figure(whole):
+    drawn(latency_figure(whole, "ml-100k · retrieval · " + "gated_delta(dim=64, heads=2, layers=2) " * 3, 7.0), 7.0)
 
 
 def test_bars_are_the_numbers_of_the_rows(whole):
