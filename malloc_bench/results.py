@@ -72,6 +72,7 @@ COLUMNS: dict[str, str] = {
     # generated data: the best possible with no event, with all, with the newest in as many bytes
     **{f"ceiling_{known}_{name}": "real" for known in KNOWN for name in ("hr@5", "hr@10", "hr@50", "auc")},
     **dict.fromkeys(("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed"), "real"),
+    "bytes_by_part": "json",  # of bytes_mean: part -> bytes, as `UserState.nbytes_by_part` names them
     **dict.fromkeys(("ratio", "share_at_floor"), "real"),
     **dict.fromkeys(("measured_users", "measured_candidates"), "whole"),  # at once, and tokens that read each history
     "measured_history": "whole",  # events of each history that was timed: the median of those evaluated

@@ -94,7 +94,7 @@ def printed(
             on.print(line, highlight=False, markup=False)
         on.print()
         better = sorted(measured, key=lambda pair: -(pair[0].get("overlap@10") or pair[0].get("agreement") or 0.0))
-        written += _drawn([each for _, each in better], ids, prices, head, out)
+        written += _drawn(better, ids, prices, head, out)
     if not written:
         raise ValueError(
             f"{run} has no measured costs: run its suite with measure: {{latency: true}}, which is the default, again"
@@ -221,14 +221,26 @@ def _assumed(fleet: Fleet, prices: Path | None, missing: int) -> Iterator[str]:
     yield from (line.format(unit="in USD" if prices else "in machines") for line in WHY)
 
 
-def _drawn(plans: list[Plan], ids: Plan, prices: Prices | None, head: str, out: Path) -> list[Path]:
-    from malloc_bench.measure.fleet.figure import break_even_figure, write_figure
+def _drawn(
+    plans: list[tuple[dict[str, Any], Plan]], ids: Plan, prices: Prices | None, head: str, out: Path
+) -> list[Path]:
+    from malloc_bench.measure.fleet.sweep import sweep
+    from malloc_bench.report.break_even import break_even_figure
+    from malloc_bench.report.figures import written
+    from malloc_bench.report.judge import REBUILT
+    from malloc_bench.report.lines import WIDTHS, Curve
 
     def paid(each: Plan) -> Any:
         return each.in_machines("ram") if prices is None else each.in_usd(prices, "ram")
 
-    kept = {each.costs.method: paid(each) for each in plans if not each.costs.raw}
+    families = {each.costs.method: row["family"] for row, each in plans if not each.costs.raw}
     asked = ids.fleet.requests_per_second * 86_400 / ids.fleet.users
+    found = sweep({each.costs.method: paid(each) for _, each in plans if not each.costs.raw}, paid(ids), asked)
+    curves = [Curve(ids.costs.method, REBUILT, found.asked, found.rebuilt)]
+    curves += [Curve(method, families[method], found.asked, cost) for method, cost in found.paid.items()]
     unit = "machines, states in RAM" if prices is None else "USD a month, states in RAM"
-    figure = break_even_figure(kept, (ids.costs.method, paid(ids)), asked, unit, head)
-    return write_figure(figure, out / f"fleet-{re.sub(r'[^A-Za-z0-9.-]+', '_', head).strip('_')}")
+    stem, paths = f"fleet-{re.sub(r'[^A-Za-z0-9.-]+', '_', head).strip('_')}", []
+    for end, width in WIDTHS.items():
+        figure = break_even_figure(curves, found.evens, asked, unit, head, width)
+        paths += [written(figure, out / f"{stem}{end}.{suffix}") for suffix in ("svg", "png")]
+    return paths

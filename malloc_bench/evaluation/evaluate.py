@@ -23,7 +23,7 @@ from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import InputChanged, fingerprint, undisturbed
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
-from malloc_bench.evaluation.trial import Job, Witnesses, attempt
+from malloc_bench.evaluation.trial import Job, Witnesses, attempt, total
 from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
@@ -37,6 +37,7 @@ _SCORES = 1 << 24  # catalogue scores of a chunk, at most
 
 #: What is kept of a request beside the task's own columns: name -> dtype.
 SIZES = {"bytes": np.int64, "at_floor": np.bool_}
+PARTS = "parts"  # and of a chunk the bytes of each part of a state, a structured array
 
 
 class BadNeeds(RuntimeError):
@@ -56,7 +57,7 @@ class Evaluation:
     """users: row of the dataset per request, [N]; length: events in the state; bytes_full [N]; values per job id.
 
     failed: job id -> traceback. A failed job has no values. items (0: none), labels: of the candidates, [N, M], in
-    ranking only.
+    ranking only. parts: per job id, what of "bytes" is of which part of the state, [N] each.
     """
 
     users: np.ndarray
@@ -66,6 +67,7 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
     items: np.ndarray | None = None
     labels: np.ndarray | None = None
+    parts: dict[str, Values] = field(default_factory=dict)
 
 
 REFERENCE = "reference"
@@ -109,7 +111,7 @@ def evaluate(
     kept: list[dict[str, Values]] = []
     for number, rows in enumerate(parts):
         saved = store.load(number) if store else {}
-        have = {name: values for name, values in saved.items() if values.keys() == columns.keys()}
+        have = {name: values for name, values in saved.items() if values.keys() == {*columns, PARTS}}
         todo = [job for job in everything if job.id not in have and job.id not in failed]
         if todo:
             packed = _packed_rows(number, parts, seed)
@@ -121,19 +123,30 @@ def evaluate(
                 store.save(number, have)
         kept.append(have)
         report(number + 1, len(parts))
-    values = {
-        job.id: {name: np.concatenate([chunk[job.id][name] for chunk in kept]) for name in columns}
+    whole = {
+        job.id: [chunk[job.id] for chunk in kept]
         for job in everything
         if kept and job.id not in failed and all(job.id in chunk for chunk in kept)
     }
+    values = {each: {name: np.concatenate([x[name] for x in own]) for name in columns} for each, own in whole.items()}
+    of = {each: _side_by_side([x[PARTS] for x in own]) for each, own in whole.items()}
     order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     users = split.test.users[order]
     length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
     full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
     if isinstance(split, Impressions):
         shown, labels, _ = split.candidates(split.test.rows(order))
-        return Evaluation(users, length, full, values, failed, shown, labels)
-    return Evaluation(users, length - 1, full, values, failed)  # the newest event reads
+        return Evaluation(users, length, full, values, failed, shown, labels, of)
+    return Evaluation(users, length - 1, full, values, failed, parts=of)  # the newest event reads
+
+
+def _side_by_side(chunks: list[np.ndarray]) -> Values:
+    """Bytes of all parts that some chunk has, 0 where another has none."""
+    names = dict.fromkeys(name for chunk in chunks for name in chunk.dtype.names or ())
+    return {
+        name: np.concatenate([x[name] if name in (x.dtype.names or ()) else np.zeros(len(x), np.int64) for x in chunks])
+        for name in names
+    }
 
 
 def asked_of(backbone: Backbone, split: Split | Impressions, rows: np.ndarray, filter_seen: bool) -> Asked:
@@ -186,7 +199,7 @@ def _together(
 
     Raises InputChanged where something is not as it was when the jobs began.
     """
-    done: list[tuple[Job, Tensor]] = []
+    done: list[tuple[Job, dict[str, Tensor]]] = []
     outputs: list[tuple[Backbone, Tensor]] = []
     broken: dict[str, str] = {}
     whole = None  # bytes of the full state
@@ -210,7 +223,7 @@ def _together(
         found = []
         if model is backbone:
             whole = prefill.full_bytes()
-            found, done = [full], [(Job(REFERENCE, get_compressor("full")), whole)]
+            found, done = [full], [(Job(REFERENCE, get_compressor("full")), prefill.state.nbytes_by_part())]
         elif not own:
             continue
         prefill = replace(prefill, whole=whole, memo={})
@@ -226,9 +239,9 @@ def _together(
                 mine = replace(prefill, memo=memos[_remembers(job.compressor)])
                 with undisturbed():
                     seen = watched if _remembers(job.compressor) else witnesses
-                    out, size = attempt(job, model, mine, asked, full, seen)
+                    out, parts = attempt(job, model, mine, asked, full, seen)
                 found.append(out)
-                done.append((job, size))
+                done.append((job, parts))
         if fingerprint(given) != before:
             raise InputChanged("a method changed the state, statistics or events that it was given: it must copy first")
         if found:
@@ -237,11 +250,18 @@ def _together(
     return {
         job.id: {
             **values,
-            "bytes": size.cpu().numpy().astype(np.int64),
-            "at_floor": _at_floor(job, whole, size),
+            "bytes": total(parts).cpu().numpy().astype(np.int64),
+            "at_floor": _at_floor(job, whole, total(parts)),
+            PARTS: _structured(parts),
         }
-        for (job, size), values in zip(done, asked.judge(outputs))
+        for (job, parts), values in zip(done, asked.judge(outputs))
     }, broken
+
+
+def _structured(parts: Mapping[str, Tensor]) -> np.ndarray:
+    """[B] of as many int64 as there are parts, by name: one array a job and chunk, however many parts."""
+    numbers = torch.stack([*parts.values()], 1).cpu().numpy().astype(np.int64)
+    return numbers.view([(name, np.int64) for name in parts])[:, 0]
 
 
 @contextlib.contextmanager

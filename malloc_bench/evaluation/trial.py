@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,8 +62,8 @@ class Witnesses:
 
 def attempt(
     job: Job, model: Backbone, prefill: Prefill, asked: Asked, full: Tensor, packed: Witnesses
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, ...] read from the job's states, as `full` from the full ones, and bytes [B] of each user's.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs [B, ...] read from the job's states, as `full` from the full ones, and bytes [B] of each user's by part.
 
     Raises whatever the method raises; TypeError or ValueError for what is no state of these users or reads as no
     number; OverBudget, NotInTheBytes.
@@ -73,19 +74,20 @@ def attempt(
         what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
         raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
     out = full if state is prefill.state else asked.read(model, state)  # before anything tells who will be packed
-    size = checked_bytes(job, prefill, state)
+    parts = checked_bytes(job, prefill, state)
+    size = total(parts)
     blobs = state.packed(packed.rows.tolist()) if len(packed.rows) else []
     for user, blob in zip(packed.rows.tolist(), blobs):
         if len(blob) != int(size[user]):
             raise OverBudget(f"user {user} packs to {len(blob)} bytes, nbytes() says {int(size[user])}")
     if state is prefill.state:
-        return full, size
+        return full, parts
     if out.shape != full.shape or not bool(out.isfinite().all()):
         raise ValueError("outputs read from the compressed state are not finite")
     if packed.other is not None:
         template = job.compressor.compress(replace(packed.other, memo={}), job.budget, job.fitted)
         _check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
-    return out, size
+    return out, parts
 
 
 def _check_read(want: Tensor, got: Tensor) -> None:
@@ -98,13 +100,19 @@ def _check_read(want: Tensor, got: Tensor) -> None:
         )
 
 
-def checked_bytes(job: Job, prefill: Prefill, state: UserState) -> Tensor:
-    """Bytes [B] of each user's state; raises OverBudget beyond the budget and the method's floor."""
-    size = state.nbytes()
+def total(parts: Mapping[str, Tensor]) -> Tensor:
+    """Bytes [B] of all parts."""
+    return torch.stack([*parts.values()]).sum(0)
+
+
+def checked_bytes(job: Job, prefill: Prefill, state: UserState) -> dict[str, Tensor]:
+    """Bytes [B] of each user's state by part; raises OverBudget beyond the budget and the method's floor."""
+    parts = state.nbytes_by_part()
+    size = total(parts)
     target = None if job.budget is None else job.budget.target(prefill.full_bytes())
     if target is not None:
         allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
         if bool((size > allowed).any()):
             user = int((size - allowed).argmax())
             raise OverBudget(f"user {user} takes {int(size[user])} bytes, the budget allows {int(allowed[user])}")
-    return size
+    return parts

@@ -1,4 +1,4 @@
-"""Pareto figures: accuracy against bytes, fidelity against bytes, accuracy against the cost of a read."""
+"""The figures of a run: Pareto figures, of accuracy and fidelity by bytes and by the cost of a read, and all others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from malloc_bench.report.board import aggregate, sections
-from malloc_bench.report.curves import WIDTHS, curves_figure
+from malloc_bench.report.bars import latency_figure, parts_figure
+from malloc_bench.report.board import sections
+from malloc_bench.report.curves import curves_figure, history_figure
 from malloc_bench.report.judge import CONSTANT, REBUILT
+from malloc_bench.report.lines import WIDTHS
+from malloc_bench.report.parts import told_apart
 from malloc_bench.report.style import COLOURS, FLOOR, OTHER, human
+from malloc_bench.report.tables import sliced
 from malloc_bench.results import atomic_write
 
 if TYPE_CHECKING:
@@ -210,25 +214,37 @@ def _legend(
         legend.get_texts()[index].set_fontweight("bold")
 
 
-def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """A Pareto figure and curves, for two columns and for one, of every dataset, task, split and backbone.
+#: for print, two columns wide and one: name -> what draws it of a table's rows, its title and its width
+PRINTED = {"curves": curves_figure, "bytes-by-part": parts_figure, "latency": latency_figure, "history": history_figure}
 
-    `pareto-<...>.<format>`, `curves-<...>.<format>` and `curves-<...>-narrow.<format>`; png, svg or pdf, whose text is
+
+def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Of every dataset, task, split and backbone a Pareto figure, and of PRINTED those that there is data for.
+
+    `pareto-<...>.<format>`, `curves-<...>.<format>`, `curves-<...>-narrow.<format>` ...; png, svg or pdf, whose text is
     text.
     """
     paths = []
-    for head, board in sections(aggregate(frame)):
+    for head, board in sections(sliced(*told_apart(frame))):
         blind = board["headroom"].eq(False).any()
         title = f"{head} · no headroom, judges nothing" if blind else head
         stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
         drawn: dict[str, Figure | None] = {f"pareto-{stem}": pareto_figure(board, title)}
-        drawn |= {f"curves-{stem}{end}": curves_figure(board, head, width) for end, width in WIDTHS.items()}
+        drawn |= {
+            f"{name}-{stem}{end}": draw(board, head, width)
+            for name, draw in PRINTED.items()
+            for end, width in WIDTHS.items()
+        }
         for name, figure in drawn.items():
-            paths += [_written(figure, Path(folder) / f"{name}.{suffix}") for suffix in formats if figure is not None]
+            paths += [written(figure, Path(folder) / f"{name}.{suffix}") for suffix in formats if figure is not None]
     return paths
 
 
-def _written(figure: Figure, path: Path) -> Path:
+def written(figure: Figure, path: Path) -> Path:
+    """The figure in a file, whole, in the format of its suffix; the same figure makes the same file. Its path.
+
+    Raises ResultsError.
+    """
     from matplotlib import rc_context
 
     buffer, suffix = BytesIO(), path.suffix[1:]

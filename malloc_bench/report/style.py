@@ -29,6 +29,23 @@ DASHES = {
     "recurrent": (0, (8, 2)),
     "search": (0, (3, 2, 1, 2, 1, 2)),
 }
+#: what the bytes of a state hold, in the order in which they are stacked
+PARTS = {
+    "keys": "#0072B2",
+    "values": "#D55E00",
+    "shared": "#009E73",
+    "hidden": "#8C564B",
+    "memory": "#56B4E9",
+    "positions": "#E69F00",
+    "times": "#CC79A7",
+    "masses": "#C9B400",
+    "scores": "#7F7F3F",
+    "look-up": "#BCBD22",
+    "ids": "#7B4FA3",
+    "kinds": "#C2185B",
+    "counts": "#777777",
+    "length": "#BBBBBB",
+}
 STEPS_OF_1000 = ((1e9, "GB", "G"), (1e6, "MB", "M"), (1e3, "KB", "k"), (1.0, "B", ""))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +14,7 @@ from malloc_bench.report.board import EMPTY, GROUP, aggregate, newest, sections,
 from malloc_bench.report.evidence import HEAD, LABELS, PAPER
 from malloc_bench.report.judge import full, main, remark
 from malloc_bench.report.leaderboard import BUDGET_OF, without_data
+from malloc_bench.report.parts import TABLE as PARTS
 from malloc_bench.report.render import (
     FORMATS,
     Block,
@@ -103,12 +104,12 @@ def slices(frame: pl.DataFrame) -> pl.DataFrame:
     return sliced(frame).select(*HEAD, *SLICED)
 
 
-def sliced(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of `leaderboard.aggregate` and SLICED: each value of each slice, averaged as a metric is."""
+def sliced(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
+    """The rows of `board.aggregate`, with `also`, and SLICED: each value of each slice, averaged as a metric is."""
     rows = newest(frame)
     values = [_by_length(text) for text in rows["slices"]]
     wide = rows.with_columns(pl.Series(name, [v.get(name) for v in values], pl.Float64) for name in SLICED)
-    return aggregate(wide, also=SLICED)
+    return aggregate(wide, also=(*SLICED, *also))
 
 
 def ceilings(frame: pl.DataFrame) -> pl.DataFrame:
@@ -256,6 +257,7 @@ TABLES = {
             ),
         ),
     ),
+    "parts": PARTS,
     **PAPER,
 }
 

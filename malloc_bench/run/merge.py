@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
-from malloc_bench.results import Row, read_rows, spoilt, write_row
+from malloc_bench.results import COLUMNS, Row, read_rows, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
 from malloc_bench.run.manifest import joined
 
@@ -66,7 +66,7 @@ def _files(row: Row) -> Iterator[str]:
 
 
 def _differs(one: Row, other: Row) -> str | None:
-    for name in (name for name in one if name.startswith(JUDGED)):
+    for name in (name for name in one if name.startswith(JUDGED) and COLUMNS.get(name) != "json"):
         a, b = one[name], other[name]
         same = (
             math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b

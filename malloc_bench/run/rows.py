@@ -35,7 +35,7 @@ def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
     rows = {}
     for each in ids:
         values = evaluation.values[each]
-        rows[each] = {**shared, **found[each], **_sizes(values, evaluation), "values_digest": digest(values)}
+        rows[each] = {**shared, **found[each], **_sizes(each, evaluation), "values_digest": digest(values)}
     return rows
 
 
@@ -163,21 +163,25 @@ def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray | pl.Series
     }
 
 
-def _sizes(values: Values, evaluation: Evaluation) -> dict[str, float | None]:
+def _sizes(job: str, evaluation: Evaluation) -> dict[str, Any]:
     """Bytes of each user's mean state, over the users who have a history to keep."""
     some = evaluation.length > 0
     if not some.any():
         return {}
-    size, full, floor = (
-        metrics.by_user(each[some].astype(np.float64), evaluation.users[some])
-        for each in (values["bytes"], evaluation.bytes_full, values["at_floor"])
-    )
+
+    def by_user(values: np.ndarray) -> np.ndarray:
+        return metrics.by_user(values[some].astype(np.float64), evaluation.users[some])
+
+    values = evaluation.values[job]
+    size, full, floor = map(by_user, (values["bytes"], evaluation.bytes_full, values["at_floor"]))
+    parts = {name: _mean(by_user(each)) for name, each in evaluation.parts.get(job, {}).items()}
     return {
         "bytes_full": _mean(full),
         "bytes_mean": _mean(size),
         "bytes_p50": float(np.percentile(size, 50)),
         "bytes_p99": float(np.percentile(size, 99)),
         "bytes_fixed": 0.0,
+        "bytes_by_part": {name: mean for name, mean in parts.items() if mean} or None,
         "ratio": float(size.sum() / full.sum()),
         "share_at_floor": _mean(floor),
     }

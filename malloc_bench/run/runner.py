@@ -17,7 +17,7 @@ from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
-from malloc_bench.results import Row, differing, read_rows
+from malloc_bench.results import COLUMNS, Row, differing, read_rows
 from malloc_bench.run.estimate import probed
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
@@ -198,7 +198,8 @@ def reproduce(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> list
         other = [f"{name}: {a} then, {b} now" for name, (a, b) in differing(row["cell"], again["cell"]).items()]
         return [f"it is another cell today: {', '.join(other)}"]
     numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
-    same = [name for name in row if name.startswith((*numbers, "delta", "bytes", "ratio", "status"))]
+    same = [name for name in row if name.startswith((*numbers, "delta", "bytes_", "ratio", "status"))]
+    same = [name for name in same if COLUMNS[name] != "json"]  # older rows have none
     return [f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])]
 
 

@@ -112,8 +112,8 @@ class CodedEvents(Events):
     def parts(self, length: Tensor) -> Iterator[Ragged]:
         assert self.code is not None and self.size is not None
         one = torch.ones(len(length), 1, dtype=torch.long, device=length.device)
-        yield Ragged(self.size[:, None, None, None], one, None, "events")
-        yield Ragged(self.code[:, None, :, None], self.size[:, None], None, "events")
+        yield Ragged(self.size[:, None, None, None], one, None, "ids sizes")
+        yield Ragged(self.code[:, None, :, None], self.size[:, None], None, "ids")
         yield from super().parts(length)
 
     def load(self, read: Reader, length: Tensor) -> CodedEvents:

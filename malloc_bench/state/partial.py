@@ -46,7 +46,7 @@ class Channels(Vectors):
         return 2 * queries * heads * slots * channels
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
-        yield Ragged(self.index, all_rows(self.index))
+        yield Ragged(self.index, all_rows(self.index), None, "index")
         yield Ragged(self.data, all_rows(self.data) if count is None else count)
 
     def load(self, read: Read, count: Tensor | None) -> Channels:
@@ -94,7 +94,7 @@ class Sized(Vectors):
         return self.direction.dense_flops()
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
-        yield Ragged(self.size, all_rows(self.size) if count is None else count)
+        yield Ragged(self.size, all_rows(self.size) if count is None else count, None, "scales")
 
     def load(self, read: Read, count: Tensor | None) -> Sized:
         return replace(self, size=read(self.size, all_rows(self.size) if count is None else count))

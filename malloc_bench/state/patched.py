@@ -64,7 +64,7 @@ class Intact(Over):
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         count = torch.full((1, 1), self.shape[2], device=self.marks.device) if count is None else count
-        yield Ragged(self.marks, (count + 7) // 8)
+        yield Ragged(self.marks, (count + 7) // 8, None, "index")
         yield Ragged(self.rows, _named(self.marks, count))
 
     def load(self, read: Read, count: Tensor | None) -> Intact:
@@ -111,7 +111,7 @@ class Outliers(Over):
         return flat.scatter(2, where.clamp(max=s * d), self.numbers[..., 0].to(x.dtype))[..., :-1].view(b, h, s, d)
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
-        yield Ragged(self.at, self._runs(count))
+        yield Ragged(self.at, self._runs(count), None, "index")
         yield Ragged(self.numbers, self._runs(count))
 
     def load(self, read: Read, count: Tensor | None) -> Outliers:

@@ -226,9 +226,9 @@ class Embedded(Vectors):
         return items[ids] + positions[at.clamp(0, len(positions) - 1)]
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
-        for x in (self.ids, self.places):
+        for what, x in (("ids", self.ids), ("positions", self.places)):
             if x is not None:
-                yield Ragged(x, all_rows(x) if count is None else count)
+                yield Ragged(x, all_rows(x) if count is None else count, None, what)
 
     def load(self, read: Read, count: Tensor | None) -> Embedded:
         ids, places = (

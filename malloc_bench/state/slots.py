@@ -72,7 +72,7 @@ class Slots:
         each = {
             "positions": (positions, index),
             "masses": (mass, index),
-            "timestamps": (self.timestamps, self.count),
+            "times": (self.timestamps, self.count),
             "scores": (self.score, self.count),
         }
         for what, (tensor, rows) in each.items():

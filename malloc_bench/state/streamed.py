@@ -84,7 +84,7 @@ class Streamed(Over):
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         one = torch.ones(1, 1, dtype=torch.long, device=self.words.device)
-        yield Ragged(self.size[..., None, None], one.expand(len(self.size), 1))
+        yield Ragged(self.size[..., None, None], one.expand(len(self.size), 1), None, "sizes")
         yield Ragged(self.words, self.size)
 
     def load(self, read: Read, count: Tensor | None) -> Streamed:

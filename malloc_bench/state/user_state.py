@@ -48,8 +48,8 @@ class Events:
 
     def parts(self, length: Tensor) -> Iterator[Ragged]:
         """The stored arrays; length [B] events."""
-        for column in self.stored().values():
-            yield Ragged(column[:, None, :, None], length.unsqueeze(1), None, "events")
+        for name, column in self.stored().items():
+            yield Ragged(column[:, None, :, None], length.unsqueeze(1), None, "ids" if name == "items" else name)
 
     def load(self, read: Reader, length: Tensor) -> Self:
         """The inverse of `parts`; self is of other users."""
@@ -173,15 +173,15 @@ class UserState:
 
     def nbytes(self) -> Tensor:
         """Bytes that each user's state takes when packed, [B] int64."""
-        total = torch.zeros(len(self), dtype=torch.long, device=self.length.device)
-        for part in self._parts():
-            total += Ragged(*part).nbytes()  # of a Ragged of somebody's own, the arrays count and nothing else
-        return total
+        return torch.stack([*self.nbytes_by_part().values()]).sum(0)
 
     def nbytes_by_part(self) -> dict[str, Tensor]:
-        """`nbytes` by what they hold, each [B] int64: "keys", "keys scales", "positions", "masses", "counts", ..."""
+        """`nbytes` by what they hold, each [B] int64: numbers or codes of a field ("keys"; "shared": of several), and
+        apart from them its "keys scales", "keys sizes" (of streams) and "keys index" (which numbers are meant);
+        "positions", "times", "masses", "scores" and "counts" of slots; "ids", "times" and "kinds" of events; "length".
+        """
         found: dict[str, Tensor] = {}
-        for part in self._parts():
+        for part in self._parts():  # of a Ragged of somebody's own, the arrays count and nothing else
             found[part.what] = found.get(part.what, 0) + Ragged(*part).nbytes()
         return found
 
@@ -236,7 +236,12 @@ class UserState:
 
     def _stored(self) -> Iterator[tuple[Slots | None, Vectors | None, str]]:
         """Every distinct object once, slots (as (slots, None, "")) before the vectors over them, shared ones first; the
-        name is that of the first field that holds them."""
+        name is that of the field that holds them, "shared" where fields of several names do."""
+        holders: dict[int, set[str]] = {}
+        for segment in self.segments():
+            for name, field in segment.held():
+                for vectors in (*field.shared(), field):
+                    holders.setdefault(id(vectors), set()).add(name)
         seen: set[int] = set()
         for segment in self.segments():
             if segment.slots is not None and id(segment.slots) not in seen:
@@ -246,7 +251,7 @@ class UserState:
                 for vectors in (*field.shared(), field):
                     if id(vectors) not in seen:
                         seen.add(id(vectors))
-                        yield segment.slots, vectors, name
+                        yield segment.slots, vectors, name if len(holders[id(vectors)]) == 1 else "shared"
 
     def _parts(self) -> Iterator[Ragged]:
         one = torch.ones(len(self), 1, dtype=torch.long, device=self.length.device)

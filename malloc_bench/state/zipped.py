@@ -66,7 +66,7 @@ class Zipped(Vectors):
         return self.bare.dense_flops()
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
-        yield Ragged(self.size[..., None, None], all_rows(self.size[..., None, None]), None, "frame sizes")
+        yield Ragged(self.size[..., None, None], all_rows(self.size[..., None, None]), None, "sizes")
         yield Ragged(self.frames, self.size)
 
     def load(self, read: Read, count: Tensor | None) -> Zipped:

@@ -244,13 +244,16 @@ def _spoil(data: Tensor, rows: Tensor, cols: Tensor | None = None) -> None:
 def check_packs(
     state: UserState, read: Callable[[UserState], Tensor] | None = None, template: UserState | None = None
 ) -> UserState:
-    """Bytes are packed lengths, unpacking restores all that was stored, other lengths raise ValueError.
+    """Bytes, and those of all parts together, are packed lengths, unpacking restores all that was stored, other lengths
+    raise ValueError.
 
     template: a state of other users to unpack into; None: the state itself.
     """
     blobs = packed(state)
     assert [len(blob) for blob in blobs] == state.nbytes().tolist()
-    assert torch.equal(torch.stack([*state.nbytes_by_part().values()]).sum(0), state.nbytes())
+    parts = state.nbytes_by_part()
+    assert [sum(own) for own in zip(*(each.tolist() for each in parts.values()))] == [len(blob) for blob in blobs]
+    assert all(parts), "a part has no name"
     back = (template or state).unpack(blobs)
     assert packed(back) == blobs and back.nbytes().tolist() == state.nbytes().tolist()
     if read is not None:

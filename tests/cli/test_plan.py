@@ -50,7 +50,7 @@ def test_a_plan_says_what_is_needed_and_what_was_assumed(run, tmp_path, capsys) 
     ):  # fmt: skip
         assert said in text, text
     figures = sorted(path.suffix for path in tmp_path.glob("fleet-synthetic_retrieval_sasrec*"))
-    assert figures == [".png", ".svg"]
+    assert figures == [".png", ".png", ".svg", ".svg"]
 
 
 def test_bytes_and_costs_are_those_of_the_rows(run, tmp_path, capsys) -> None:

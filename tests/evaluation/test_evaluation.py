@@ -115,6 +115,11 @@ def test_the_columns_are_what_they_say(backbone, split):
         assert {name: array.dtype for name, array in values.items()} == {**NextItem.columns, **SIZES}
         assert all(array.shape == (n,) for array in values.values())
         assert values["rank"].min() >= 0 and values["rank"].max() < split.dataset.n_items
+    for name, parts in result.parts.items():
+        np.testing.assert_array_equal(sum(parts.values()), result.values[name]["bytes"])
+    scales = {name: {part for part in parts if part.endswith("scales")} for name, parts in result.parts.items()}
+    assert scales["kivi{'bits': 4}@None"] == {"keys scales", "values scales"} and scales["svd@0.5"] == {"shared scales"}
+    assert result.parts["recompute@None"].keys() >= {"length", "ids"} and not scales["full@None"]
     full = result.values["full@None"]
     np.testing.assert_array_equal(full["bytes"], result.bytes_full)
     assert not full["at_floor"].any() and (result.values["none@None"]["bytes"] == 4).all()
@@ -156,6 +161,7 @@ def test_a_user_does_not_depend_on_the_chunk(backbone, split, monkeypatch):
     np.testing.assert_array_equal(parts.length, whole.length)
     for each in JOBS:
         assert_same(parts.values[each.id], whole.values[each.id])
+        np.testing.assert_equal(parts.parts[each.id], whole.parts[each.id])
 
 
 def test_the_seed_is_for_what_is_random_only(sasrec, split):
@@ -231,11 +237,20 @@ def test_finished_chunks_are_not_computed_again(sasrec, split, tmp_path, counted
     counted.clear()
     resumed = evaluate(sasrec, split, jobs, store=Chunks(tmp_path))
     assert counted == {"prefill": 2, "recent": 2, "none": 2}
-    for name in ("users", "length", "bytes_full", "values", "failed"):
+    for name in ("users", "length", "bytes_full", "values", "failed", "parts"):
         np.testing.assert_equal(getattr(resumed, name), getattr(want, name))
     counted.clear()
     np.testing.assert_equal(evaluate(sasrec, split, jobs, store=Chunks(tmp_path)).values, want.values)
     assert counted == {}
+
+
+def test_a_part_that_some_chunks_lack_is_nought_there():
+    """A chunk of short histories may be kept whole, another way than the next one."""
+    chunks = [{"keys": [3, 4]}, {"keys": [5], "masses": [6]}, {"masses": [7]}]
+    arrays = [evaluation._structured({name: torch.tensor(x) for name, x in own.items()}) for own in chunks]
+    found = evaluation._side_by_side(arrays)
+    assert {name: x.tolist() for name, x in found.items()} == {"keys": [3, 4, 5, 0], "masses": [0, 0, 6, 7]}
+    assert evaluation._side_by_side([]) == {}
 
 
 def test_only_missing_jobs_are_computed(sasrec, split, tmp_path, counted, small_chunks):

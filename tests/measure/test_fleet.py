@@ -1,10 +1,11 @@
 """The fleet plan against sums done by hand."""
 
+import numpy as np
 import pytest
 
 from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices, at_candidates, costs, read_prices, rebuilt
-from malloc_bench.measure.fleet.figure import break_even_figure, write_figure
 from malloc_bench.measure.fleet.fleet import at, break_even
+from malloc_bench.measure.fleet.sweep import sweep
 from malloc_bench.paths import shipped
 
 #: 1e6 users, 864 requests and 86.4 events a day each
@@ -185,17 +186,13 @@ def test_the_shipped_prices_are_said_to_be_made_up():
     assert read_prices(path).watts_per_core == 5.0 and path.read_text().startswith("# Made up")
 
 
-def test_the_figure_marks_where_keeping_begins_to_pay(tmp_path):
+def test_a_sweep_goes_around_where_keeping_begins_to_pay():
     kept, ids = Plan(FLEET, KEPT), Plan(FLEET, IDS)
     paid = {name: kept.in_usd(PRICES, "ram") for name in ("kept", "costs the same")}
-    figure = break_even_figure(paid, ("recompute", ids.in_usd(PRICES, "ram")), 864.0, "USD a month", "a table")
-    (axes,) = figure.axes
-    lines = {line.get_gid(): line for line in axes.lines}
-    assert lines.keys() == {"rebuilt", "method:kept", "even:kept", "asked"}
-    assert lines["even:kept"].get_xdata()[0] == pytest.approx(241.7, rel=1e-3)
-    assert lines["asked"].get_xdata()[0] == 864 and (axes.get_xlabel(), axes.get_ylabel()) == (
-        "requests per user and day", "USD a month",
-    )  # fmt: skip
-    first = [path.read_bytes() for path in write_figure(figure, tmp_path / "a")]
-    assert first == [path.read_bytes() for path in write_figure(figure, tmp_path / "b")]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.png", "a.svg", "b.png", "b.svg"]
+    found = sweep(paid, ids.in_usd(PRICES, "ram"), 864.0)
+    assert found.paid.keys() == {"kept"} == found.evens.keys()  # what costs about the same is told once
+    requests, cost = found.evens["kept"]
+    assert requests == pytest.approx(241.7, rel=1e-3) and found.asked[0] < requests < 864 < found.asked[-1]
+    for own, lines in ((found.paid["kept"], paid["kept"]), (found.rebuilt, ids.in_usd(PRICES, "ram"))):
+        np.testing.assert_allclose(own[[0, -1]], [at(lines, found.asked[i]) for i in (0, -1)])
+        assert at(lines, requests) == pytest.approx(cost)

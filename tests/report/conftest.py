@@ -7,6 +7,7 @@ import pytest
 from malloc_bench.results import budget_text, cell_id, frame, write_per_user
 
 FULL_BYTES = 133_000.0
+SLICES = ("<50", "50-199", "200-499", ">=500")
 BASE = {"suite": "fake", "dataset": "ml-1m", "task": "retrieval", "split": "leave_one_out", "backbone": "sasrec"}
 
 #: family, name, parameters, what is lost at a budget of 1/16, milliseconds of a read over a whole state
@@ -56,8 +57,15 @@ def _measured(family, name, params, budget, ratio, loss, full, ms, rng):
         p_value=float(np.exp(-abs(loss) / 0.0008)), bytes_full=FULL_BYTES, bytes_mean=size, bytes_p50=size * 0.7,
         bytes_p99=size * 2, bytes_fixed=0, ratio=ratio, share_at_floor=0.0, read_ms_p50=ms,
         compress_ms_p50=0.4 if budget else None, read_flops=4e6 * ratio + 1e5,
-        slices=dict.fromkeys(("<50", "50-199", "200-499", ">=500"), part),
+        append_ms_p50=0.05 if budget else None, bytes_by_part=_parts(size),
+        slices={name: {**part, "overlap@10": overlap**at} for at, name in enumerate(SLICES, 1)},
     )  # fmt: skip
+
+
+def _parts(size):
+    """Add up to size."""
+    rest = {"keys": 0.4, "keys scales": 0.1, "values": 0.35, "values scales": 0.05, "positions": 0.1}
+    return {name: share * size for name, share in rest.items()} if size else {"length": 4.0}
 
 
 def suite_rows(backbones=(("sasrec", 0.145), ("hstu", 0.159)), budgets=(0.5, 0.25, 0.125, 0.0625), seed=0):

@@ -1,12 +1,18 @@
 import itertools
 
+import numpy as np
 import polars as pl
 import pytest
 
 from malloc_bench.report import figures, write_report
+from malloc_bench.report.bars import latency_figure, parts_figure
 from malloc_bench.report.board import aggregate
-from malloc_bench.report.curves import WIDTHS, curves_figure
+from malloc_bench.report.break_even import break_even_figure
+from malloc_bench.report.curves import curves_figure, few, history_figure
+from malloc_bench.report.lines import REFERENCES, WIDTHS, Curve
+from malloc_bench.report.parts import told_apart
 from malloc_bench.report.style import COLOURS, human
+from malloc_bench.report.tables import SLICES, sliced
 from malloc_bench.results import frame, write_row
 
 FAMILIES = {"windowing", "eviction", "merging", "quantization", "low-rank", "recompute"}
@@ -133,11 +139,14 @@ def test_ranking_is_drawn_by_gauc_and_agreement(row, board_of):
     assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.67, 0.69])
 
 
-def test_the_same_results_make_the_same_file(suite, tmp_path):
+def test_the_same_results_make_the_same_files(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "PRINTED", {"latency": latency_figure})
     one = suite.filter(pl.col("backbone") == "hstu")
-    first, again = (figures.write_figures(one, tmp_path / name, formats=("svg",))[0] for name in "ab")
-    assert first.name == "pareto-ml-1m-retrieval-leave_one_out-hstu.svg"
-    assert first.read_bytes() == again.read_bytes()
+    first, again = (figures.write_figures(one, tmp_path / name, formats=("svg",)) for name in "ab")
+    stem = "ml-1m-retrieval-leave_one_out-hstu"
+    assert [path.name for path in first] == [f"pareto-{stem}.svg", f"latency-{stem}.svg", f"latency-{stem}-narrow.svg"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert b"<text" in first[1].read_bytes()  # and text is text
 
 
 @pytest.mark.parametrize(("end", "said"), [(0.001, True), (-0.001, False)])
@@ -187,24 +196,152 @@ def test_of_very_many_methods_a_legend_names_those_on_a_front(board, monkeypatch
             assert (x, y) not in figures.front(list(rest.select("bytes_mean", "ndcg@10").iter_rows()))
 
 
-@pytest.mark.parametrize("width", WIDTHS.values())
-def test_curves_name_each_line_at_its_end_and_no_two_names_touch(board, width):
-    figure = curves_figure(board, "a table", width)
-    figure.canvas.draw()
+def boxes_of(texts):
+    return sorted((each.get_window_extent() for each in texts if each.get_text()), key=lambda box: (box.x0, box.y0))
+
+
+def drawn(figure, width):
+    """The only axes of a figure of that width, whose ticks do not touch one another, nor anything its edges."""
+    figure.draw_without_rendering()
     (axes,) = figure.axes
     assert figure.get_figwidth() == width and axes.get_legend() is None
+    ticks = boxes_of(axes.get_xticklabels())
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
+    edge = figure.get_tightbbox()
+    for name in figure.texts:  # the title
+        assert name.get_window_extent().x1 <= figure.bbox.x1
+    assert edge.x0 > -0.02 and edge.x1 < width + 0.02 and edge.y1 < figure.get_figheight() + 0.02
+    return axes
+
+
+def names_of(axes):
+    """What is written beside lines: no two names touch."""
     names = [each for each in axes.texts if each.arrow_patch is not None]
-    said = [each.get_text() for each in names]
-    assert {"random", "recent"} <= set(said) and any("merge_adjacent +" in each for each in said)
-    assert len([each for each in axes.lines if len(each.get_xdata()) == 4]) == len(names) >= 6
     boxes = sorted((each.get_window_extent() for each in names), key=lambda box: box.y0)
     assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
-    ticks = [each.get_window_extent() for each in axes.get_xticklabels() if each.get_text()]
-    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
-    drawn = [each.get_xdata()[0] for each in axes.lines if len(each.get_xdata()) == 4]
-    begins = [axes.transData.transform((each, 0.5))[0] for each in drawn]
-    assert max(box.x1 for box in boxes) < min(begins) + 2  # no name lies on a line
+    return [each.get_text() for each in names], boxes
+
+
+def ends(axes, at):
+    """Where lines that have a name begin or end, in pixels."""
+    named = [line for line in axes.lines if str(line.get_gid()).startswith("line:")]
+    return [axes.transData.transform((line.get_xdata()[at], line.get_ydata()[at]))[0] for line in named]
+
+
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_curves_name_each_line_at_its_end_and_no_two_names_touch(board, width):
+    axes = drawn(curves_figure(board, "a table", width), width)
+    said, boxes = names_of(axes)
+    assert {"random", "recent"} <= set(said) and any("merge_adjacent +" in each for each in said)
+    assert len(ends(axes, 0)) == len(said) >= 6
+    assert max(box.x1 for box in boxes) < min(ends(axes, 0)) + 2  # no name lies on a line
 
 
 def test_no_curves_without_sizes(board):
     assert curves_figure(board.filter(pl.col("budget").is_null()), "a table") is None
+
+
+@pytest.fixture
+def whole(suite):
+    return sliced(*told_apart(suite)).filter(pl.col("backbone") == "sasrec")
+
+
+def test_few_are_the_best_of_each_family_within_the_smallest_share(board):
+    rows, share = few(board)
+    assert (
+        share == "6.25 %" and rows["family"].n_unique() == rows.filter(~pl.col("method").is_in(REFERENCES)).height == 6
+    )
+    within = board.filter((pl.col("budget") == share) & (pl.col("family") == "eviction"))
+    best = within.filter(pl.col("overlap@10") == within["overlap@10"].max())["compressor"].item()
+    assert {best, "random", "recent", "recompute"} <= set(rows["compressor"])
+    over = rows.filter(pl.col("over") > 0)  # nothing in 2 bits is as small
+    assert over["compressor"].to_list() == ["kivi(bits=2)"]
+
+
+def test_few_are_compared_where_half_of_the_methods_reach(row, board_of):
+    """The others' floors lie above the smallest share; without budgets there is no share, and nothing is beyond it."""
+    sizes = {("fitted", "still"): (0.25, 0.01), ("eviction", "h2o"): (0.25, 0.2), ("merging", "tome"): (0.25, 0.2)}
+    rows = [
+        row(family=family, compressor=name, budget=budget, ratio=ratio, bytes_mean=100 * ratio, **{"overlap@10": ratio})
+        for (family, name), own in sizes.items()
+        for budget, ratio in zip((0.25, 0.01), own)
+    ]
+    found, share = few(aggregate(board_of(rows)))
+    assert share == "25 %" and found.select("compressor", "ratio").rows() == [(name, 0.25) for _, name in sizes]
+    found, share = few(aggregate(board_of([one | {"budget": None, "seed": i} for i, one in enumerate(rows[::2])])))
+    assert share is None and found["over"].to_list() == [0.0] * 3
+
+
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_history_names_each_line_at_its_right(whole, width):
+    axes = drawn(history_figure(whole, "a table", width), width)
+    said, boxes = names_of(axes)
+    assert {"random", "recent", "no history"} <= set(said) and "recompute" not in said
+    assert min(box.x0 for box in boxes) > max(ends(axes, -1)) - 2
+    (line,) = (line for line in axes.lines if line.get_gid() == "line:snapkv(window=16)")
+    row = whole.filter((pl.col("compressor") == "snapkv(window=16)") & (pl.col("budget") == "6.25 %"))
+    assert list(line.get_ydata()) == [row[f"overlap@10 {part}"].item() for part in SLICES]
+    assert [each.get_text() for each in axes.get_xticklabels()][-1] == ">=500\n1,510 users"
+
+
+@pytest.mark.parametrize("width", WIDTHS.values())
+@pytest.mark.parametrize(("draw", "parts"), [(parts_figure, 5), (latency_figure, 3)])
+def test_bars_are_stacked_below_the_full_state(whole, width, draw, parts):
+    figure = draw(whole, "a table", width)
+    axes = drawn(figure, width)
+    rows = [each.get_text() for each in axes.get_yticklabels()]
+    assert rows[0] == "full" and {"random", "recent"} <= set(rows) and len(axes.containers) == parts
+    labels = sorted((each.get_window_extent() for each in axes.get_yticklabels()), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(labels))
+    said = [each.get_window_extent() for each in axes.texts]
+    assert len(said) == len(rows) and max(box.x1 for box in said) <= axes.get_window_extent().x1 + 2
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == parts and legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
+
+
+def test_a_long_title_fits_its_figure(whole):
+    drawn(latency_figure(whole, "ml-100k · retrieval · " + "gated_delta(dim=64, heads=2, layers=2) " * 3, 7.0), 7.0)
+
+
+def test_bars_are_the_numbers_of_the_rows(whole):
+    bytes_, times = parts_figure(whole, "x").axes[0], latency_figure(whole, "x").axes[0]
+    rows = [each.get_text() for each in times.get_yticklabels()]
+    keys, scales, *_ = bytes_.containers
+    assert [each.get_width() for each in keys] == pytest.approx([40.0] * len(rows))
+    assert [each.get_x() for each in scales] == pytest.approx([40.0] * len(rows))  # in percent, behind one another
+    compress, append, read = times.containers
+    for at, name in enumerate(rows):
+        row = whole.filter(pl.col("compressor") == name).sort("bytes_mean").row(0, named=True)
+        cut = times.texts[at].get_text() == "→ 4.20"  # a read of ids is 14 of the full state's
+        assert cut is (name == "recompute")
+        assert cut or read[at].get_width() == pytest.approx(row["read_ms_p50"])
+        assert compress[at].get_width() == (row["compress_ms_p50"] or 0)
+        assert read[at].get_x() == pytest.approx(compress[at].get_width() + append[at].get_width())
+
+
+def test_a_run_without_the_data_does_not_make_the_figure(suite, monkeypatch):
+    monkeypatch.setattr(figures, "written", lambda figure, path: path)
+
+    def names(frame):
+        return {path.name.split("-ml-1m")[0] for path in figures.write_figures(frame, ".", formats=("svg",))}
+
+    one = suite.filter(pl.col("backbone") == "hstu")
+    assert names(one) == {"pareto", *figures.PRINTED}
+    assert names(one.with_columns(bytes_by_part=None, slices=None, read_ms_p50=None)) == {"pareto", "curves"}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_break_even_marks_where_keeping_begins_to_pay(width):
+    x = np.geomspace(0.1, 1e4, 50)
+    lines = {
+        "recompute": ("recompute", 1 + 5 * x),
+        "full": ("baseline", 900 + 0 * x),
+        "h2o at 6.25 %": ("eviction", 60 + x),
+    }
+    curves = [Curve(name, family, x, y) for name, (family, y) in lines.items()]
+    figure = break_even_figure(curves, {"full": (179.8, 900.0)}, 864.0, "USD a month", "a table", width)
+    axes = drawn(figure, width)
+    assert set(names_of(axes)[0]) == set(lines)
+    found = {line.get_gid(): line for line in axes.lines}
+    assert found["even:full"].get_xdata() == [179.8] and found["asked"].get_xdata()[0] == 864
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("requests per user and day", "USD a month")

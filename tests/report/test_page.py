@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 
 from malloc_bench.report import page
+from malloc_bench.report.parts import colour
 from malloc_bench.report.style import COLOURS
 from malloc_bench.results import cell_id, frame
-from tests.report.conftest import fake_row, suite_rows
+from tests.report.conftest import FULL_BYTES, fake_row, suite_rows
 
 BROWSER = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -222,7 +223,7 @@ def test_charts_are_drawn_in_the_colours_of_the_figures(opened):
         tab.locator("#memory svg .mark-symbol path").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
     )
     assert {COLOURS["eviction"], COLOURS["merging"], COLOURS["quantization"]} <= fills
-    for panel in ("memory", "cost", "curves", "slices"):
+    for panel in ("memory", "cost", "curves", "slices", "parts"):
         assert tab.locator(f"#{panel} svg").count() == 1
         assert tab.locator(f"#{panel}-said").inner_text()
     ticks = tab.locator("#memory svg .role-axis-label text").all_text_contents()
@@ -270,6 +271,34 @@ def test_plots_follow_the_table_and_the_measure(opened):
     ids = [each["id"] for each in tab.evaluate("window.page.points('memory')")]
     assert {tab.evaluate(f"window.page.row({i}).backbone") for i in ids[:3]} == {"sasrec"}
     assert any("lo" in each for each in tab.evaluate("window.page.points('memory')"))
+
+
+def test_bytes_by_part_are_stacked_of_what_is_compared_and_in_a_cell(opened):
+    tab = opened()
+    tab.fill("#filters [type=search]", "kivi(bits=4)")
+    tab.locator(ROW).first.locator("input").click()
+    settle(tab)
+    points = tab.evaluate("window.page.points('parts')")
+    assert [each["part"] for each in points] == ["keys", "keys scales", "values", "values scales", "positions"]
+    assert sum(each["bytes"] for each in points) == pytest.approx(0.145 * FULL_BYTES)
+    assert {each["method"] for each in points} == {"kivi(bits=4)"} and points[0]["share"] == "40.0 %"
+    fills = tab.locator("#parts svg .mark-rect path").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
+    assert fills == [colour(each["part"]) for each in points] and len(set(fills)) == 5
+    assert tab.locator("#parts-said .named").all_inner_texts() == [each["part"] for each in points]
+    tab.locator("#parts svg .mark-rect path").first.click()  # a bar is its cell
+    dialog = tab.locator("#dialog")
+    assert "keys scales\n1,928.5 B · 10.0 %" in dialog.inner_text()
+    dialog.locator("svg .mark-rect path").first.wait_for()
+    assert dialog.locator("svg .mark-rect path").count() == 5
+
+
+def test_without_parts_their_plot_says_so(opened, tmp_path):
+    old = frame(suite_rows()[:20]).with_columns(bytes_by_part=None)
+    (tmp_path / "report.html").write_text(page.to_html(old, tmp_path))
+    tab = opened(tmp_path / "report.html")
+    assert tab.locator("#parts .chart").inner_text() == "Not measured in these rows."
+    tab.locator(ROW).first.locator("[tabulator-field=fidelity]").click()
+    assert "What the bytes hold" not in tab.locator("#dialog").inner_text()
 
 
 # ---- a cell, comparing, keys

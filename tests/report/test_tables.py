@@ -18,6 +18,7 @@ def test_every_table_in_every_format(suite, name, format):
         "measured_history": 10,
         "measured_history_long": 100,
         "read_flops_long": 4e7,
+        "bytes_by_part": '{"keys": 60.0, "length": 4.0}',
     }
     suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
     text = tables.render_table(suite, name, format)
@@ -133,6 +134,24 @@ def test_shares_of_ceilings(row, board_of):
     text = tables.render_table(board, "ceilings")
     assert "166.7" in text and "62.5" in text and "HR@50" not in text
     assert tables.NOTHING in tables.render_table(board_of(row(compressor="tova")), "ceilings")
+
+
+def test_parts_in_bytes_and_percent_and_older_rows_said(row, board_of):
+    def cell(name, seed=0, **parts):
+        return row(compressor=name, seed=seed, bytes_mean=sum(parts.values()), bytes_by_part=parts)
+
+    old = row(compressor="tova", bytes_mean=64.0)
+    board = board_of(
+        cell("h2o", keys=48.0, positions=16.0), cell("h2o", 1, keys=80.0), cell("int8", keys=30.0, x=10.0), old
+    )
+    found = {each["compressor"]: each for each in tables.table(board, "parts").iter_rows(named=True)}
+    assert [found["h2o"][f"bytes of {part}"] for part in ("keys", "positions", "x")] == [64, 8, 0]  # means over seeds
+    assert sum(found["h2o"][f"bytes of {part}"] for part in ("keys", "positions", "x")) == found["h2o"]["bytes_mean"]
+    assert found["tova"]["bytes of keys"] is None
+    text = tables.render_table(board, "parts")
+    assert "| state (bytes) | keys | positions | x |" in text and "| 72 | 64 (89%) | 8 (11%) |  |" in text
+    assert "1 of 3 rows are older than bytes by part" in text and "tova" not in text
+    assert "1 of 1 rows are older" in tables.render_table(board_of(old), "parts")
 
 
 def test_requests_have_a_row_for_every_number_of_candidates(row, board_of):

@@ -48,8 +48,11 @@ def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path) -> None:
 
 def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> None:
     merge([tmp_path / "whole", *shards], tmp_path / "twice")
-    row = read_rows(shards[0] / "rows")[0]
-    write_row(shards[0] / "rows", {**{k: v for k, v in row.items() if k != "digest"}, "ndcg@10": 0.9})
+    row = {k: v for k, v in read_rows(shards[0] / "rows")[0].items() if k != "digest"}
+    assert sum(row["bytes_by_part"].values()) == pytest.approx(row["bytes_mean"])
+    write_row(shards[0] / "rows", {**row, "bytes_by_part": None})  # as an older version wrote it
+    merge([tmp_path / "whole", *shards], tmp_path / "older")
+    write_row(shards[0] / "rows", {**row, "ndcg@10": 0.9})
     with pytest.raises(ResultsError, match=r"other results for cell .*ndcg@10 is .* and 0.9"):
         merge([tmp_path / "whole", *shards], tmp_path / "other")
     assert not (tmp_path / "other" / "rows").exists()

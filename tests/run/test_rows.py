@@ -117,6 +117,17 @@ def test_bytes_are_those_of_users_with_a_history(evaluation):
     assert accuracy(evaluation, ["full"])["full"]["ratio"] == 1
 
 
+def test_bytes_by_part_add_up_to_the_mean(evaluation):
+    size = evaluation.values["small"]["bytes"]
+    parts = {"keys": size // 3, "length": 0 * size + 4, "masses": 0 * size}
+    parts["values"] = size - parts["keys"] - parts["length"]
+    row = accuracy(replace(evaluation, parts={"small": parts}), ["small", "full"])
+    found, some = row["small"]["bytes_by_part"], LENGTHS > 0
+    assert found == {name: pytest.approx(parts[name][some].mean()) for name in ("keys", "length", "values")}
+    assert sum(found.values()) == pytest.approx(row["small"]["bytes_mean"])
+    assert row["full"]["bytes_by_part"] is None  # not known
+
+
 def test_slices_by_length(evaluation):
     row = accuracy(evaluation, ["small"])["small"]["slices"]
     edges = {"<50": (0, 50), "50-199": (50, 200), "200-499": (200, 500), ">=500": (500, 10**9)}

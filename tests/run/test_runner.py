@@ -89,7 +89,8 @@ def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(su
     assert (first.ok, first.failed, first.skipped, first.reused, first.exit_code) == (4, 0, 0, 0, 0)
     for name in ("results.parquet", "leaderboard.md", "leaderboard.csv", "leaderboard.tex", "manifest.json"):
         assert (out / name).stat().st_size > 0, name
-    assert len(list((out / "figures").glob("*.png"))) == 1
+    figures = {path.name.split("-synthetic")[0] for path in (out / "figures").glob("*.png")}
+    assert figures == {"pareto", "bytes-by-part"}
     assert len(list((out / "per_user").glob("*.parquet"))) == 4
     assert not (out / "partial").exists()
     before = rows_of(out)

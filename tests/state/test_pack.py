@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malloc_bench.state import Dense, Events, Segment, Slots, UserState, low_rank, quantize
+from malloc_bench.state.lowrank import low_ranks
 from malloc_bench.testing import check_packs, poisoned
 
 COUNTS = (0, 1, 2, 3, 12)
@@ -141,6 +142,25 @@ def test_bytes_by_what_they_hold():
     codes, scales = [2 * 3 * 3], [2 + 3 * 2 * 2 * (4 + 2)]
     rest = {"length": [4], "counts": [4], "positions": [12], "masses": [12]}
     assert found == {"keys": codes, "keys scales": scales, "values": codes, "values scales": scales, **rest}
+
+
+def test_what_fields_share_is_told_apart_from_what_is_their_own():
+    """Keys and values with one left factor of 3 slots; tied keys and values; and the ids and times of 3 events."""
+    count = torch.tensor([[3]], dtype=torch.int32)
+    fields = low_ranks(
+        [noise(1, 1, 3, 5), noise(1, 1, 3, 5, seed=1)], count.bool().expand(1, 3)[:, None], count - 1, True
+    )
+    keys, values = fields
+    slots, length = Slots(count), torch.tensor([3], dtype=torch.int32)
+    state = UserState(((Segment({"keys": keys, "values": values}, slots),),), length)
+    factor = {"shared": 3 * 2 * 4, "shared scales": 4 + 4, "keys": 2 * 5 * 4, "values": 2 * 5 * 4}
+    assert {k: int(v) for k, v in state.nbytes_by_part().items()} == {"length": 4, "counts": 4, **factor}
+    one = Dense(noise(1, 1, 3, 5))
+    tied = UserState(((Segment({"keys": one, "values": one}, slots),),), length)
+    assert {k: int(v) for k, v in tied.nbytes_by_part().items()} == {"length": 4, "counts": 4, "shared": 3 * 5 * 4}
+    items = torch.ones(1, 3, dtype=torch.int32)
+    raw = UserState((), length, Events(items, length, items.long(), items.long(), items.byte()))
+    assert {k: int(v) for k, v in raw.nbytes_by_part().items()} == {"length": 4, "ids": 12, "times": 24, "kinds": 3}
 
 
 def test_complete_lists_of_positions_are_not_stored():

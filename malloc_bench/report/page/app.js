@@ -116,7 +116,7 @@ function drawLegend() {
       const chosen = state.filters.family;
       if (!chosen.delete(family)) chosen.add(family);
       select();
-    } }, dot(family), family))),
+    } }, dot(colourOf(family)), family))),
     el("li", {}, el("button", { type: "button", disabled: true }, el("i", { class: "dot line", "aria-hidden": "true" }), "front of kept states")));
 }
 
@@ -147,7 +147,7 @@ function tableColumns() {
     title: "method", field: "compressor", frozen: true, width: narrow() ? 150 : 36 + widthOf("method", rows.map((row) => row.compressor), 330), ...sorters(true),
     formatter: (cell) => {
       const row = cell.getData();
-      return el("span", { title: `${row.compressor} (${row.family})` }, dot(row.family), row.compressor, row.kind && row.kind !== row.method ? el("span", { class: "tag" }, row.kind) : "");
+      return el("span", { title: `${row.compressor} (${row.family})` }, dot(colourOf(row.family)), row.compressor, row.kind && row.kind !== row.method ? el("span", { class: "tag" }, row.kind) : "");
     },
   };
   const choose = {
@@ -244,12 +244,15 @@ function openCell(row) {
   const environment = data.environments[cells[0]?.[2]] ?? {};
   const seeds = cells.map(([id, seed, , date, alike, accuracy]) => el("tr", {}, el("th", { scope: "row" }, String(seed ?? "")),
     ...[id.slice(0, 12), alike, accuracy, date.replace("T", " ")].map((each) => el("td", {}, given(each) ? String(each) : ""))));
-  const chosen = state.compared.has(row.id);
+  const chosen = state.compared.has(row.id), held = partsOf(row), stacked = el("div", { class: "chart low" });
   openDialog(nameOf(row), false,
     el("p", { class: "hint" }, row.title, row.kind ? ` · ${row.kind}` : ""),
     row.note ? el("p", { class: "callout" }, row.note) : "",
     el("h3", {}, "Result"), key(columns.filter((each) => each.part === "table" && each.header !== "compressor").map((each) => [each.header, text(row, each)])),
     ...sections.flatMap(([name, title]) => [el("h3", {}, title), part(name)]),
+    ...(held.length ? [el("h3", {}, "What the bytes hold"), stacked,
+      el("dl", { class: "key" }, ...held.map((each) => el("div", {}, el("dt", {}, dot(each.colour), each.part),
+        el("dd", {}, `${each.bytes.toLocaleString("en", { maximumFractionDigits: 1 })} B · ${each.share}`))))] : []),
     ...(given(compressor) && Object.keys(compressor).length ? [el("h3", {}, "Parameters"), key(Object.entries(compressor))] : []),
     ...(given(backbone) ? [el("h3", {}, "Backbone"), key(Object.entries(backbone))] : []),
     el("h3", {}, "Seeds"), el("div", { class: "scroll" }, plain(`${cells.length} that ended well`, ["seed", "cell", alikeName(row), accuracyName(row), "made (UTC)"], seeds)),
@@ -257,6 +260,7 @@ function openCell(row) {
     el("h3", {}, "Environment"), key(Object.entries(environment).flatMap(([name, value]) =>
       given(value) && typeof value === "object" ? Object.entries(value) : [[name.replace("_", " "), value]])),
     el("p", { class: "buttons" }, button(chosen ? "Leave out of the comparison" : "Compare with others", () => { compare(row.id); $("dialog").close(); }, { class: "primary" })));
+  if (held.length) stack(stacked, row);
 }
 
 function compare(id) {

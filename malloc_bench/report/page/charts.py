@@ -47,6 +47,7 @@ def charts() -> dict[str, dict[str, Any]]:
         "flops": scatter(FLOPS),
         "curves": curves(),
         "slices": slices(),
+        "parts": parts(),
     }
     whole = {name: chart.properties(width="container", height=300).to_dict() for name, chart in made.items()}
     return {name: {k: v for k, v in spec.items() if k not in ("$schema", "config")} for name, spec in whole.items()}
@@ -97,6 +98,24 @@ def slices() -> alt.LayerChart:
     named = alt.Shape("label:N", title=None, legend=alt.Legend(orient="bottom", columns=1, symbolFillColor=FLOOR))
     points = base.mark_point(filled=True, size=80, stroke=PAPER, strokeWidth=0.6, aria=False).encode(shape=named)
     return alt.layer(base.mark_line(strokeWidth=1.8, aria=False), points.add_params(*_shared()))
+
+
+def parts() -> alt.Chart:
+    """A bar a row: what its bytes hold, in shares of them."""
+    colour = alt.Color("part:N", scale=alt.Scale(domain=["$parts"], range=["$tints"]), legend=None)
+    axis = alt.Axis(labelLimit=190, labelExpr="split(datum.label, '|')", domain=False, ticks=False)
+    tip = [
+        *(alt.Tooltip(f"{name}:N") for name in ("method", "budget", "part", "share")),
+        alt.Tooltip("bytes:Q", format=",.1f"),
+    ]
+    bars = _rows().mark_bar(stroke=PAPER, strokeWidth=0.5, aria=False)
+    return bars.encode(
+        x=alt.X("bytes:Q", title="$x", stack="normalize", axis=alt.Axis(format="%", tickCount=5)),
+        y=alt.Y("label:N", title=None, sort=alt.SortField("order"), scale=alt.Scale(paddingInner=0.3), axis=axis),
+        color=colour,
+        order="at:Q",
+        tooltip=tip,
+    ).add_params(*_shared())
 
 
 # ---- what they share

@@ -8,13 +8,13 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.board import GROUP, newest, title
+from malloc_bench.report.board import GROUP, title
 from malloc_bench.report.judge import REBUILT
 from malloc_bench.report.leaderboard import CEILINGS, NOTES, unfinished
 from malloc_bench.report.page.columns import COLUMNS
+from malloc_bench.report.parts import PREFIX, colour, told_apart
 from malloc_bench.report.render import digits
 from malloc_bench.report.tables import SLICES, sliced
-from malloc_bench.results import complete
 
 ENVIRONMENT = ("hardware", "device", "amp", "threads", "versions", "git_commit")
 SLICE = ("n_users", "ndcg@10", "overlap@10", "agreement")
@@ -27,8 +27,8 @@ NUMBERS = (
 
 def content(frame: pl.DataFrame, best: pl.DataFrame) -> dict[str, Any]:
     """All that the page knows, of lists, texts and numbers only; best: of `recommend.best_per_budget`."""
-    frame = newest(complete(frame))
-    board = sliced(frame).with_columns(_size().alias("size"))
+    frame, parts = told_apart(frame)
+    board = sliced(frame, parts).with_columns(_size().alias("size"))
     rows = list(board.iter_rows(named=True))
     groups = [dict(zip(GROUP, names)) for names in board.select(GROUP).unique(maintain_order=True).iter_rows()]
     known = {tuple(group.values()): i for i, group in enumerate(groups)}
@@ -51,6 +51,10 @@ def content(frame: pl.DataFrame, best: pl.DataFrame) -> dict[str, Any]:
         "method": [row["method"] for row in rows],
         "kind": [_kind(row) for row in rows],
         "slices": list(SLICES),
+        "parts": [
+            {"name": (part := name.removeprefix(PREFIX)), "colour": colour(part), "bytes": _brief(board[name])}
+            for name in parts
+        ],
         "best": _best(best, rows),
         **_cells(frame, rows),
         "problems": _problems(frame),

@@ -5,6 +5,7 @@ const PANELS = [
   { id: "cost", title: "Cost of a read", make: costly },
   { id: "curves", title: "What a smaller budget loses", make: curves },
   { id: "slices", title: "By length of history", make: slices },
+  { id: "parts", title: "What the bytes hold", make: (own) => parts(singled(own)) },
 ];
 const views = new Map();
 const specs = JSON.parse($("specs").textContent);
@@ -91,6 +92,28 @@ function slices(own, group) {
     data: { rows: points }, said: "What is picked or compared, else the best at each budget." } : null;
 }
 
+function partsOf(row) { // what a state has, in the order in which it is stacked
+  const held = data.parts.map(({ name, colour, bytes }, at) => ({ part: name, colour, at, bytes: bytes[row.id] })).filter((each) => each.bytes);
+  const whole = held.reduce((sum, each) => sum + each.bytes, 0);
+  return held.map((each) => ({ ...each, share: `${(100 * each.bytes / whole).toFixed(1)} %` }));
+}
+
+function parts(chosen) {
+  const points = chosen.flatMap((row, order) => partsOf(row).map((each) => ({ id: row.id, order, label: `${nameOf(row)}|${text(row, "state (KB/user)")} KB`,
+    method: row.compressor, budget: text(row, "budget"), ...each })));
+  const there = data.parts.filter(({ name }) => points.some((each) => each.part === name));
+  return points.length ? { spec: "parts", x: "share of the state's bytes", lists: { $parts: there.map(({ name }) => name), $tints: there.map(({ colour }) => colour) },
+    data: { rows: points }, said: "What is picked or compared, else the best at each budget.", legend: there } : null;
+}
+
+async function stack(place, row) { // one row's bytes, in its dialog
+  if (!plotting) return place.remove();
+  const made = parts([row]);
+  for (const each of made.data.rows) each.label = ""; // the dialog's title says it
+  stack.view?.finalize();
+  stack.view = await embed("dialog", place, { ...made, height: 30 });
+}
+
 function drawPanels() {
   for (const { id, title } of PANELS) {
     $("plots").append(el("figure", { id, role: "group", "aria-labelledby": `${id}-title`, "aria-describedby": `${id}-said` },
@@ -113,9 +136,9 @@ function draw() { // one after the other, the page stays responsive between them
 
 async function show(id, made) {
   const place = $(id).querySelector(".chart"), old = views.get(id);
-  const key = made && JSON.stringify([made.spec, made.x, made.y, dark(), made.data.rows.length > 1500]);
+  const key = made && JSON.stringify([made.spec, made.x, made.y, made.lists, dark(), made.data.rows.length > 1500]);
   if (old && old.key !== key) { old.view.finalize(); views.delete(id); }
-  $(`${id}-said`).textContent = made?.said ?? "";
+  $(`${id}-said`).replaceChildren(made?.said ?? "", ...(made?.legend ?? []).map(({ name, colour }) => el("span", { class: "named" }, dot(colour), name)));
   place.classList.toggle("empty", !made);
   if (!made) return place.replaceChildren(shown.length ? "Not measured in these rows." : "No row passes the filters.");
   if (!views.has(id)) views.set(id, { key, view: await embed(id, place, made) });
@@ -129,7 +152,7 @@ async function show(id, made) {
 async function embed(id, place, made) {
   const families = [...new Set(rows.map((row) => row.family))].sort(), [ink, soft, grid, paper] = dark() ? ["#e6e8eb", "#a3aab5", "#30343b", "#14161a"] : ["#1a1c20", "#5b616b", "#e3e6ea", "#ffffff"];
   const filled = { $ink: ink, $paper: paper, $x: made.x, $y: made.y };
-  const lists = { $families: families, $colours: families.map((family) => (family === "chain" ? ink : data.colours[family] ?? soft)) };
+  const lists = { $families: families, $colours: families.map((family) => (family === "chain" ? ink : data.colours[family] ?? soft)), ...made.lists };
   const spec = JSON.parse(JSON.stringify(specs[made.spec]), (key, value) =>
     Array.isArray(value) && value[0] in lists ? lists[value[0]] : typeof value === "string" && value in filled ? filled[value] : value);
   const font = getComputedStyle(document.body).fontFamily;
@@ -139,6 +162,7 @@ async function embed(id, place, made) {
     legend: { labelColor: ink, labelFontSize: 12, titleColor: soft, labelLimit: place.clientWidth - 40 },
   };
   spec.datasets = made.data; // without any a log axis has no end
+  if (made.height) spec.height = made.height;
   const { view } = await vegaEmbed(place, spec, { actions: false, ast: true, config, logLevel: 1,
     renderer: made.data.rows.length > 1500 ? "canvas" : "svg", tooltip: { theme: "custom" } });
   view.addEventListener("click", (event, item) => { if (given(item?.datum?.id)) openCell(rows[item.datum.id]); });

@@ -55,9 +55,9 @@ function el(tag, attributes = {}, ...children) {
 }
 const button = (label, onclick, attributes = {}) => el("button", { type: "button", onclick, ...attributes }, label);
 
-function dot(family) {
+function dot(colour) {
   const made = el("i", { class: "dot", "aria-hidden": "true" });
-  made.style.background = colourOf(family);
+  made.style.background = colour;
   return made;
 }
 

@@ -1,0 +1,159 @@
+"""Lines that are named at their ends, for one column of print or for two: what the figures of lines share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from malloc_bench.report.style import COLOURS, DASHES, FLOOR, OTHER, human
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+WIDTHS = {"": 7.0, "-narrow": 3.3}  # inches: of two columns, and of one
+REFERENCES = ("random", "recent")  # are drawn whatever is better
+MOST = (34, 22)  # letters of a name, in a wide figure and in a narrow one
+CHAINS = 4  # of different first steps
+
+
+class Curve(NamedTuple):
+    """A line: its name, the family that it looks like (None: a level, thin and grey), where it goes, x ascending."""
+
+    label: str
+    family: str | None
+    x: np.ndarray
+    y: np.ndarray
+
+
+def first_step(label: str) -> str:
+    """The bare name of a method, or of a chain's first step."""
+    return label.split(" + ")[0].split("(")[0]
+
+
+def best_of_families(found: Iterable[tuple[str, str, Any, T]]) -> list[T]:
+    """Of (label, family, how good, what): what is best in each family, of chains the best few with different first
+    steps, and the references."""
+    best: dict[str, tuple[Any, T]] = {}
+    for label, family, good, what in found:
+        first = first_step(label)
+        key = first if first in REFERENCES else f"{family} {first}" if family == "chain" else family
+        if key not in best or good > best[key][0]:
+            best[key] = good, what
+    chains = sorted((key for key in best if key.startswith("chain ")), key=lambda key: best[key][0], reverse=True)
+    return [what for key, (_, what) in best.items() if key not in chains[CHAINS:]]
+
+
+def short(label: str, small: bool) -> str:
+    """A method's name without its parameters where it is long, cut where it is longer still; of `h2o at 0.390625 %`
+    the budget stays, in three digits."""
+    name, at, budget = label.partition(" at ")
+    said = at + re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.3g}", budget)
+    most = MOST[small] - len(said)
+    text = name if len(name) <= most else re.sub(r"\([^()]*\)", "", name)
+    return (text if len(text) <= most else f"{text[: most - 1]}…") + said
+
+
+def sheet(width: float, height: float, title: str) -> tuple[Figure, Axes, float]:
+    """An empty figure of a width in inches, its axes and its size of font; a narrow one goes without its title."""
+    from matplotlib.figure import Figure
+
+    small = width < 5
+    figure, font = Figure(figsize=(width, height), layout="constrained"), 6.5 if small else 8.5
+    axes = figure.subplots()
+    axes.tick_params(labelsize=font - 0.5)
+    axes.xaxis.label.set_fontsize(font)
+    axes.yaxis.label.set_fontsize(font)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not small:
+        fits = width * 72 / max(len(title), 1) / 0.62  # in one line
+        figure.suptitle(title, fontsize=min(font + 1, fits), x=0.01, ha="left")
+    return figure, axes, font
+
+
+def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: str = "o") -> None:
+    """The lines, and beside one end of each its name."""
+    dashes = iter(DASHES.values())
+    for curve in curves:
+        colour, dash = _look(curve)
+        if curve.family == "chain" and colour != FLOOR:
+            dash = next(dashes)
+        thin, width = curve.family is None, 1.2 if font < 7 else 1.7
+        axes.plot(
+            curve.x, curve.y, color=colour, ls=dash, lw=width / 2 if thin else width, marker="" if thin else marker,
+            ms=2.5, gid=f"line:{curve.label}",
+        )  # fmt: skip
+    _name(axes, curves, font, left)
+
+
+def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
+    """Ones and threes of a log axis as `human` says them; ones alone of over four decades, more within one."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    steps = (1, 2, 5) if high / low < 10 else (1, 3) if high / low < 1e4 else (1,)
+    ticks = [
+        each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2
+    ]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: human(value, unit)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _look(curve: Curve) -> tuple[str, Any]:
+    """Its colour, and its dashes."""
+    if curve.family is None or first_step(curve.label) in REFERENCES:
+        return FLOOR, (0, (4, 2)) if curve.family is None else (0, (1.5, 1.5))
+    return COLOURS.get(curve.family, OTHER), DASHES.get(curve.family, "-")
+
+
+def _name(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
+    """Each line's name beside its left or right end, moved apart where two would touch; axes grow to hold them."""
+    (across, x_of), (along, y_of) = (_scale(axes.get_xscale()), _scale(axes.get_yscale()))
+    small, end, size = font < 7, 0 if left else -1, axes.figure.get_size_inches()  # type: ignore[union-attr]
+    names = [short(curve.label, small) for curve in curves]
+    low, high = across(min(c.x[0] for c in curves)), across(max(c.x[-1] for c in curves))
+    share = min(0.6, max(map(len, names)) * font * 0.62 / 72 / (size[0] * 0.86) + 0.06)
+    room, rest = (high - low) * share / (1 - share), (high - low) * 0.04
+    axes.set_xlim(*map(x_of, (low - room, high + rest) if left else (low - rest, high + room)))
+    order = sorted(range(len(curves)), key=lambda i: -curves[i].y[end])
+    ends = along(np.array([curves[i].y[end] for i in order]))
+    for _ in range(2):  # names that stand beyond the lines make the axis longer, and letters taller on it
+        low, high = along(np.array(axes.get_ylim()))
+        height = (high - low) * font / 72 / (size[1] * 0.78) * 1.15
+        places = apart(ends, height)
+        axes.set_ylim(*map(y_of, (min(low, places.min() - height / 2), max(high, places.max() + height / 2))))
+    for i, place in zip(order, places):
+        colour, _ = _look(curves[i])
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2}
+        line["relpos"] = (1, 0.5) if left else (0, 0.5)  # the side of the name that the line begins at
+        at = (0.01 if left else 1.05 - share, float(y_of(place)))
+        axes.annotate(
+            names[i], (curves[i].x[end], curves[i].y[end]), xytext=at, textcoords=axes.get_yaxis_transform(),
+            fontsize=font, color=colour, va="center", arrowprops=line,
+        )  # fmt: skip
+
+
+def _scale(name: str) -> Any:
+    """To where an axis is even, and back."""
+    return (np.log, np.exp) if name == "log" else (np.asarray, np.asarray)
+
+
+def apart(places: np.ndarray, least: float) -> np.ndarray:
+    """Descending places, each at least so far from the next, as near as that goes to where they were."""
+    found = places.astype(float).copy()
+    for _ in range(100):
+        close = np.flatnonzero(found[:-1] - found[1:] < least - 1e-9)
+        if not len(close):
+            break
+        for i in close:
+            push = (least - (found[i] - found[i + 1])) / 2
+            found[i] += push
+            found[i + 1] -= push
+    return found
