@@ -26,7 +26,7 @@ from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.compressors.encoding import shortened as shortened
 from malloc_bench.compressors.encoding import together as together
 from malloc_bench.compressors.sizing import Budget, Layout
-from malloc_bench.registry import find, suggest
+from malloc_bench.registry import find, place, suggest, told
 from malloc_bench.state import Fitted, Prefill, Sample, Stats, UserState
 
 if TYPE_CHECKING:
@@ -260,13 +260,22 @@ class Structural(Compressor):
 
 
 def get_compressor(name: str, **params: Any) -> Compressor:
-    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range."""
+    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range, and for
+
+    a class that cannot be made.
+    """
     cls = find("compressors", name)
-    valid = {f.name for f in fields(cls)}
-    for key in params.keys() - valid:
-        what = suggest(key, valid) if valid else " It has none."
-        raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
-    return cls(**params)
+    try:
+        valid = {f.name for f in fields(cls)}
+        for key in params.keys() - valid:
+            what = suggest(key, valid) if valid else " It has none."
+            raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
+        return cls(**params)
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        how = f"with {params}" if params else "without parameters: give each of them a default"
+        raise ValueError(f"{place(cls)} cannot be made {how} ({told(error)})") from error
 
 
 def as_compressor(step: Any) -> Compressor:

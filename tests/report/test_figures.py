@@ -1,4 +1,5 @@
 import itertools
+import xml.etree.ElementTree
 
 import polars as pl
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from malloc_bench.report import figures, write_report
 from malloc_bench.report.board import aggregate
 from malloc_bench.report.curves import WIDTHS, curves_figure
+from malloc_bench.report.figures import file_stems, write_figures
 from malloc_bench.report.style import COLOURS, human
 from malloc_bench.results import frame, write_row
 
@@ -208,3 +210,24 @@ def test_curves_name_each_line_at_its_end_and_no_two_names_touch(board, width):
 
 def test_no_curves_without_sizes(board):
     assert curves_figure(board.filter(pl.col("budget").is_null()), "a table") is None
+
+
+def test_names_of_any_kind_make_figures_of_their_own_without_a_warning(row, board_of, tmp_path, recwarn):
+    odd = ["日本 🎉", "$x^{$", "a" * 300, "a" * 300 + "b", "x\x1b[31m", "_hidden", "سلام"]
+    rows = [row(compressor="full", dataset=name, **{"ndcg@10": 0.2, "bytes_mean": 1e3}) for name in odd[2:4]]
+    for name in odd:
+        for budget in (0.5, 0.25, 0.125):
+            rows.append(row(family=name, compressor=name, dataset="a/b", budget=budget,
+                            **{"ndcg@10": 0.1, "overlap@10": budget, "bytes_mean": budget * 1e3}))  # fmt: skip
+    paths = write_figures(board_of(rows), tmp_path, ("svg",))
+    assert len({path.name for path in paths}) == len(paths) and max(len(path.name) for path in paths) < 160
+    assert all(path.name.isascii() for path in paths) and not recwarn.list
+    for path in paths:
+        xml.etree.ElementTree.parse(path)
+    assert any("$x^{$" in path.read_text() for path in paths)
+
+
+def test_no_two_tables_have_one_file():
+    names = {("a b", "c"): ("a b", "c"), ("a/b", "c"): ("a/b", "c"), ("ml-1m", "c"): ("ml-1m", "c(x=1)")}
+    stems = file_stems(names)
+    assert len({*stems.values()}) == 3 and stems["ml-1m", "c"] == "ml-1m-c_x_1"

@@ -31,7 +31,8 @@ def put(folder: Path, name: str, **values: object) -> str:
     path = f"per_user/{cell}.parquet"
     known = write_per_user(folder / path, {"user": np.arange(3), "overlap": np.ones(3)})
     files = {"hashes": {"files": {path: known}}, "per_user": path}
-    write_row(folder / "rows", {"cell_id": cell, "compressor": name, "status": "ok", "ndcg@10": 0.5, **files, **values})
+    named = {"dataset": "ml-100k", "task": "retrieval", "backbone": "sasrec", "compressor": name, "seed": 0}
+    write_row(folder / "rows", {"cell_id": cell, **named, "status": "ok", "ndcg@10": 0.5, **files, **values})
     return cell
 
 
