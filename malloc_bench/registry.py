@@ -95,6 +95,10 @@ def register(name: str) -> Callable[[T], T]:
     """
 
     def add(cls: T) -> T:
+        if not _is_name(name):
+            raise ValueError(
+                f"{place(cls)}: {clipped(repr(name))} is no name: expected text without blanks, at most 100"
+            )
         kind: str = cls.kind  # type: ignore[attr-defined]
         if cls.__module__.split(".")[0] != "malloc_bench":
             _scan(kind)  # a name of ours is refused here, and not when ours are read
@@ -179,9 +183,15 @@ def load_part(spec: str) -> str:
         raise ValueError(f"{where} has no compressor or backbone class '{attribute}'{there}.{suggest(attribute, ours)}")
     if "name" not in vars(cls):
         register(cls.__name__.lower())(cls)
+    elif not _is_name(cls.name):
+        raise ValueError(f"{where}: the name of {attribute} is {clipped(repr(cls.name))}, expected text without blanks")
     elif cls.name in names(cls.kind) and (other := find(cls.kind, cls.name)) is not cls:
         raise ValueError(f"{where}: {attribute} is named '{cls.name}', as {place(other)} is: give it a name of its own")
     return str(cls.name)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() and len(name.split()) == 1
 
 
 def place(cls: type) -> str:

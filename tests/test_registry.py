@@ -233,7 +233,7 @@ def test_a_name_of_ours_that_was_not_read_yet_is_refused_where_it_is_taken(tmp_p
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "'recent' is already malloc_bench.compressors.windowing.recent.Recent" in done.stderr
-    assert "choose another name for Mine of mine.py" in done.stderr
+    assert f"choose another name for Mine of {tmp_path / 'mine.py'}" in done.stderr
 
 
 def test_words_for_messages_and_figures() -> None:

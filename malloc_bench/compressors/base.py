@@ -13,7 +13,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -265,12 +265,14 @@ def get_compressor(name: str, **params: Any) -> Compressor:
     a class that cannot be made.
     """
     cls = find("compressors", name)
+    if not is_dataclass(cls):
+        raise ValueError(f"{place(cls)} is no dataclass: write @dataclass(frozen=True) above it")
+    valid = {f.name for f in fields(cls)}
+    for key in params.keys() - valid:
+        what = suggest(key, valid) if valid else " It has none."
+        raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
     try:
-        valid = {f.name for f in fields(cls)}
-        for key in params.keys() - valid:
-            what = suggest(key, valid) if valid else " It has none."
-            raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
-        return cls(**params)
+        return cls(**params)  # type: ignore[return-value]
     except ValueError:
         raise
     except (Exception, SystemExit) as error:

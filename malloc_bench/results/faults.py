@@ -14,7 +14,7 @@ STATUSES = ("ok", "skipped", "failed")
 NAMED = ("dataset", "task", "backbone", "compressor", "seed")  # no cell is without
 SIGNED = ("delta_", "drift@")  # columns of differences: no other number lies below 0
 DELTAS = ("ndcg@10", "gauc", "auc")  # metrics whose difference to the full state is a column
-LARGEST = 1e30  # of a number: what is made of it stays finite
+LARGEST = 1e100  # of a number: what is made of it stays finite
 DEEPEST = 32  # of a nested value: labels are made of it level by level
 
 

@@ -288,7 +288,7 @@ class Session:
             "tuned": cell.tuned,
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
-            "budget_unit": None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget),
+            "budget_unit": _unit(cell),
             "seed": cell.seed,
             "amp": cell.training["amp"],
             "git_commit": environment.get("git_commit"),
@@ -308,6 +308,15 @@ class Session:
             to_parquet(self.folder)
         known = {"ceilings": self.ceilings, "checkpoints": self.fits}
         add_session(self.folder, self.suite, self.datasets, self.result, self.environment, known)
+
+
+def _unit(cell: Cell) -> str | None:
+    """What its budget counts; None without one, and where the method cannot tell."""
+    try:
+        unit = None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget)
+    except (Exception, SystemExit):  # which is no reason to lose its row
+        return None
+    return unit if isinstance(unit, str) else None
 
 
 def _part(each: Planned) -> Structural | None:

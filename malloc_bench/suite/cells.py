@@ -23,7 +23,7 @@ from malloc_bench.data.tasks.options import pick
 from malloc_bench.data.tasks.splits import RULES, Rule, default_rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.files import file_digest
-from malloc_bench.registry import find, told
+from malloc_bench.registry import find, in_a_line, told
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
 from malloc_bench.training.fit import Training, arithmetic
 
@@ -66,11 +66,18 @@ class Part:
         """The compressor; raises ValueError also where it cannot say what a plan asks of each."""
         made, asked = self.build(), replace(self)
         try:
-            canonical_json([asked.content, asked.structural, made.takes_budget, asked.family])
-        except ValueError as error:
-            raise ValueError(f"{self.label}: {error}") from None
+            said = [asked.content, asked.structural, made.takes_budget, asked.family]
+        except ValueError:
+            raise
         except (Exception, SystemExit) as error:
-            raise ValueError(f"{self.label} cannot be planned ({told(error)})") from error
+            raise ValueError(f"{self.name} cannot be planned ({told(error)})") from error
+        if not isinstance(asked.family, str | None):
+            raise ValueError(f"{self.name}: its family is {asked.family!r}, expected text")
+        try:
+            canonical_json(said)
+        except (TypeError, ValueError) as error:
+            what = "expected parameters of numbers, text, lists or mappings of them"
+            raise ValueError(f"{self.name}: {what} ({in_a_line(error)})") from None
         return made
 
     @cached_property

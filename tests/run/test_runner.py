@@ -477,13 +477,15 @@ def test_compare_runs_only_what_is_new_and_sees_a_changed_file(
 def test_a_class_that_cannot_be_made_is_one_line(suite, tmp_path, methods, monkeypatch, capsys, body, said) -> None:
     monkeypatch.chdir(tmp_path)
     base = "Compressor" if body.startswith("scores") else "Eviction"
-    Path("odd.py").write_text(
-        f"from malloc_bench.compressors import *\nclass Odd({base}):\n    family = ''\n    {body}\n"
-    )
+    head = "from dataclasses import dataclass\nfrom malloc_bench.compressors import Compressor, Eviction\n"
+    Path("odd.py").write_text(f"{head}@dataclass(frozen=True)\nclass Odd({base}):\n    family = ''\n    {body}\n")
     for words in (["compare", "odd.py:Odd", "--suite", str(suite)], ["check", "odd.py:Odd"]):
         assert main(words) == 2
         err = capsys.readouterr().err
-        assert err.startswith("malloc-bench: Odd of odd.py cannot be made without parameters") and said in err
+        assert (
+            err.startswith(f"malloc-bench: Odd of {tmp_path / 'odd.py'} cannot be made without parameters")
+            and said in err
+        )
         assert err.count("\n") == 1
 
 
