@@ -65,7 +65,8 @@ class _Warnings(logging.Handler):
 def console() -> Console:
     from rich.console import Console
 
-    return Console()
+    found = Console()
+    return found if found.width > 0 else Console(width=80)  # COLUMNS=0 is that of no terminal
 
 
 def listing(heads: list[str], rows: list[list[str]]) -> None:

@@ -125,6 +125,7 @@ def labelled(frame: pl.DataFrame) -> pl.DataFrame:
         + pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit("")),
         pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
         pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
+        pl.col("family", "split").fill_null(""),  # of a method without one, and of what was never settled
     )
 
 
@@ -163,8 +164,9 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
 
 def title(row: Mapping[str, Any]) -> str:
     """`ml-1m · retrieval · sasrec (leave_one_out, 6,040 users)` of any row of a group."""
-    users = "" if row["n_users"] is None else f", {row['n_users']:,} users"
-    return f"{row['dataset']} · {row['task']} · {row['backbone']} ({row['split']}{users})"
+    users = "" if row["n_users"] is None else f"{row['n_users']:,} users"
+    about = ", ".join(filter(None, (row["split"], users)))
+    return f"{row['dataset']} · {row['task']} · {row['backbone']}" + (f" ({about})" if about else "")
 
 
 def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WIDTHS = {"": 7.0, "-narrow": 3.3}  # inches: of two columns, and of one
 REFERENCES = ("random", "recent")  # are drawn whatever is better
 LEAST = 3  # sizes that make a line
+SMALLEST = 1e-9  # what is less has no place on a log axis
 MOST = (34, 22)  # letters of a name, in a wide figure and in a narrow one
 CHAINS = 4  # of different first steps
 
@@ -68,7 +69,7 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
 
 
 def _chosen(board: pl.DataFrame, what: str) -> list[Curve]:
-    rows = board.filter(deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > 0) & alike().is_not_null())
+    rows = board.filter(deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > SMALLEST) & alike().is_not_null())
     best: dict[str, tuple[float, Curve]] = {}
     for (label, family), own in rows.group_by("compressor", "family", maintain_order=True):
         own = own.sort("bytes_mean").unique("bytes_mean", keep="last", maintain_order=True)

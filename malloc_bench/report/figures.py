@@ -14,7 +14,7 @@ import polars as pl
 
 from malloc_bench.registry import literal
 from malloc_bench.report.board import aggregate, groups_of, title
-from malloc_bench.report.curves import WIDTHS, curves_figure
+from malloc_bench.report.curves import SMALLEST, WIDTHS, curves_figure
 from malloc_bench.report.judge import CONSTANT, REBUILT
 from malloc_bench.report.style import COLOURS, FLOOR, OTHER, human
 from malloc_bench.results import atomic_write, digest
@@ -145,7 +145,7 @@ def _points(rows: pl.DataFrame, panel: Panel) -> list[tuple[float, float]]:
 
 
 def _measured(rows: pl.DataFrame, panel: Panel) -> pl.DataFrame:
-    return rows.filter((pl.col(panel.x) > 0) & pl.col(panel.y).is_not_null())
+    return rows.filter((pl.col(panel.x) > SMALLEST) & pl.col(panel.y).is_not_null())
 
 
 def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
