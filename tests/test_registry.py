@@ -236,6 +236,15 @@ def test_a_name_of_ours_that_was_not_read_yet_is_refused_where_it_is_taken(tmp_p
     assert f"choose another name for Mine of {tmp_path / 'mine.py'}" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["", "two words", "a\nb", "\x1b[31m", "n" * 101])
+def test_what_is_no_name(name: str, parts: Any) -> None:
+    class Mine(Recent):
+        pass
+
+    with pytest.raises(ValueError, match=r"Mine: .* is no name: expected text without blanks, at most 100"):
+        register(name)(Mine)
+
+
 def test_words_for_messages_and_figures() -> None:
     error = ValueError("first line\n   second\tline \x1b[31m")
     error.add_note("and a note")

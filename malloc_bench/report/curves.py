@@ -69,7 +69,9 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
 
 
 def _chosen(board: pl.DataFrame, what: str) -> list[Curve]:
-    rows = board.filter(deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > SMALLEST) & alike().is_not_null())
+    rows = board.filter(
+        deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > SMALLEST) & alike().is_not_null()
+    )
     best: dict[str, tuple[float, Curve]] = {}
     for (label, family), own in rows.group_by("compressor", "family", maintain_order=True):
         own = own.sort("bytes_mean").unique("bytes_mean", keep="last", maintain_order=True)

@@ -80,6 +80,11 @@ def test_what_rows_name_cannot_steer_the_terminal(
     assert width == "20" or ("[red]:smile:" in out and "\\x1b" in out)
 
 
+def test_a_terminal_of_no_width_is_one_of_eighty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert text.console().width == 80
+
+
 def test_warnings_are_one_line_without_control_characters(capsys: Capture) -> None:
     text.set_up()
     text.set_up()

@@ -122,6 +122,18 @@ def test_every_command_names_an_odd_row_and_goes_on(command, row, tmp_path, caps
     assert "Traceback" not in out + err
 
 
+def test_what_a_row_may_lack_costs_no_table(row, tmp_path, capsys):
+    """No family, no split, no date, and a size of next to nothing."""
+    for name in ("full", "h2o"):
+        put(tmp_path, row(compressor=name, split=None, created_at=None, **MEASURED | {"bytes_mean": 5e-324}))
+    put(tmp_path, row(compressor="svd", split=None, status="skipped", reason="a\nb"))
+    for words in (["leaderboard"], ["tables", "--format", "latex"], ["tables"], ["compare", "{}"]):
+        command, *more = words
+        assert main([command, str(tmp_path), *(word.format(tmp_path) for word in more)]) == 0
+    out = capsys.readouterr().out
+    assert "ml-1m · retrieval · sasrec (6,040 users)" in out and "None" not in out
+
+
 def test_a_budget_is_asked_for_in_any_way_of_writing_it():
     for text in ("0.5", "50%", "50 %", "0.50", "1/2", ".5", "5e-1"):
         assert budget_asked(text) == "50 %", text
