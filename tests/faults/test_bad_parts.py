@@ -139,7 +139,7 @@ PLANNED = {
     "takes_budget = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
     "structural = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
     "family = 7": "odd: its family is 7, expected text",
-    "k: frozenset = frozenset()": "odd: expected parameters of numbers, text, lists or mappings of them (Object of type",
+    "k: frozenset = frozenset()": "odd: expected parameters of numbers, text, lists or mappings of them (Object of",
     "k: float = float('nan')": "odd: expected parameters of numbers, text, lists or mappings of them (Out of range",
 }
 
