@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import logging
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -19,19 +21,56 @@ log = logging.getLogger(__name__)
 T = TypeVar("T", bound=type)
 
 MANY = 40  # valid names: more are no help in a line
+LONGEST = 120  # letters of a name in a figure
 
 #: kind -> name -> class. A kind is also a sub-package of ours and an entry point group.
 _parts: dict[str, dict[str, type]] = {"compressors": {}, "backbones": {}}
 _scanned: set[str] = set()
+_USER = "malloc_bench_user_"  # begins the name of a module that is a file of the user's
 
 
 class UnknownName(ValueError):
     """A name that nothing is registered under; the message lists the nearest valid ones."""
 
 
+# ---- words
+
+# what a terminal would obey, and what turns the direction of writing
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: str) -> str:
+    """Text with what a terminal would obey as escapes: a colour code reads \\x1b[31m."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def folded(text: str) -> str:
+    """Text on one line."""
+    return " ".join(text.split())
+
+
 def clipped(text: str, most: int = 60) -> str:
     """Text short enough for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def literal(text: str) -> str:
+    """A name as a figure draws it: no mathematics, no control characters, and of a length that there is room for."""
+    text = shown(folded(text))
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"  # no two the same
+    return text.replace("$", r"\$")
+
+
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, in one line; the kind of error where it says nothing."""
+    return folded(str(error)) or type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """What kind of error and all that it says, in one line of a length that one reads: `ValueError: no such slot`."""
+    said = shown(folded(" ".join([str(error), *getattr(error, "__notes__", ())])))
+    return clipped(": ".join(filter(None, (type(error).__name__, said))), 500)
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -46,6 +85,9 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f" Valid are {len(names)}, such as {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))}."
 
 
+# ---- parts
+
+
 def register(name: str) -> Callable[[T], T]:
     """Class decorator: make a `Compressor` or `Backbone` known under `name`.
 
@@ -53,13 +95,17 @@ def register(name: str) -> Callable[[T], T]:
     """
 
     def add(cls: T) -> T:
+        if not _is_name(name):
+            raise ValueError(
+                f"{place(cls)}: {clipped(repr(name))} is no name: expected text without blanks, at most 100"
+            )
         kind: str = cls.kind  # type: ignore[attr-defined]
+        if cls.__module__.split(".")[0] != "malloc_bench":
+            _scan(kind)  # a name of ours is refused here, and not when ours are read
         parts = _parts[kind]
         other = parts.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"{kind}: '{name}' is already {other.__module__}.{other.__qualname__}; choose another name"
-            )
+            raise ValueError(f"{kind}: '{name}' is already {place(other)}; choose another name for {place(cls)}")
         cls.name = name  # type: ignore[attr-defined]
         parts[name] = cls
         return cls
@@ -113,11 +159,6 @@ def _load(kind: str, entry: metadata.EntryPoint) -> None:
         log.warning("%s '%s' of %s is left out: %s", kind, entry.name, entry.value, in_a_line(error))
 
 
-def in_a_line(error: BaseException) -> str:
-    """What went wrong, in one line; the kind of error where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def load_part(spec: str) -> str:
     """Import `file.py:Class` or `module:Class`, register the class if it has not done so, and return its name.
 
@@ -134,22 +175,39 @@ def load_part(spec: str) -> str:
     except ImportError as error:
         raise ValueError(f"{where} cannot be imported: {error}") from None
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {in_a_line(error)}") from error
-    cls = getattr(module, attribute, None)
-    if not isinstance(cls, type) or getattr(cls, "kind", None) not in _parts:
-        raise ValueError(
-            f"{where} has no compressor or backbone class '{attribute}'.{suggest(attribute, vars(module))}"
-        )
+        raise ValueError(f"{where} cannot be imported: {told(error)}") from error
+    cls: Any = getattr(module, attribute, None)
+    if not _is_part(cls):
+        there = f", but {clipped(repr(cls))}" if hasattr(module, attribute) else ""
+        ours = [name for name, value in vars(module).items() if _is_part(value)]
+        raise ValueError(f"{where} has no compressor or backbone class '{attribute}'{there}.{suggest(attribute, ours)}")
     if "name" not in vars(cls):
         register(cls.__name__.lower())(cls)
-    elif cls.name in names(cls.kind) and find(cls.kind, cls.name) is not cls:  # type: ignore[attr-defined]
-        raise ValueError(f"{where}: {attribute} is named '{cls.name}', as another part is: give it a name of its own")  # type: ignore[attr-defined]
-    return cls.name  # type: ignore[attr-defined]
+    elif not _is_name(cls.name):
+        raise ValueError(f"{where}: the name of {attribute} is {clipped(repr(cls.name))}, expected text without blanks")
+    elif cls.name in names(cls.kind) and (other := find(cls.kind, cls.name)) is not cls:
+        raise ValueError(f"{where}: {attribute} is named '{cls.name}', as {place(other)} is: give it a name of its own")
+    return str(cls.name)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() and len(name.split()) == 1
+
+
+def place(cls: type) -> str:
+    """Where a class stands: `Mine of my_method.py`, or its module and name."""
+    if cls.__module__.startswith(_USER) and (file := getattr(sys.modules.get(cls.__module__), "__file__", None)):
+        return f"{cls.__qualname__} of {file}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, type) and getattr(value, "kind", None) in _parts
 
 
 def load_file(path: Path, name: str = "") -> ModuleType:
     """Import a Python file as the module `name`; the default stands in for no module that is there: not random.py's."""
-    name = name or f"malloc_bench_user_{path.stem}"
+    name = name or f"{_USER}{path.stem}"
     found = spec_from_file_location(name, path)
     assert found is not None and found.loader is not None, "a .py file"
     module = module_from_spec(found)

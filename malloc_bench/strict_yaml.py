@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def read_yaml(path: Path, most: int, kind: str, *, whole_keys: bool = False) -> 
     if not isinstance(content, dict):
         raise YamlError(f"expected keys and values, found {'nothing' if content is None else clipped(repr(content))}")
     return content
+
+
+def number_hint(value: Any) -> str:
+    """What to write in place of a number that YAML 1.1 reads as text, such as 2e-3; nothing for anything else."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    digits, e, power = repr(number).partition("e")
+    dotted = digits if "." in digits else f"{digits}.0"  # without a dot it would be text again
+    return f" (YAML reads {clipped(value)} as text: write {dotted}{e}{power})"
 
 
 def _parsed(text: str, loader: type[_Loader]) -> Any:

@@ -173,7 +173,7 @@ def test_a_class_from_a_file(file: str, parts: Any, tmp_path: Path) -> None:
         ("/nowhere/mine.py:Method", "no such file"),
         ("no.such.module:Method", "cannot be imported"),
         ("malloc_bench.compressors.windowing.recent:Recnt", "Did you mean 'Recent'"),
-        ("malloc_bench.paths:home", "has no compressor or backbone class 'home'"),
+        ("malloc_bench.paths:home", "has no compressor or backbone class 'home', but <function home at .*>.$"),
     ],
 )
 def test_a_class_that_cannot_be_had(spec: str, message: str) -> None:
@@ -186,7 +186,7 @@ def test_a_class_that_cannot_be_had(spec: str, message: str) -> None:
     [
         ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3$"),
         ("1 +", "cannot be imported: SyntaxError: invalid syntax"),
-        ("raise KeyError", "cannot be imported: KeyError: KeyError$"),
+        ("raise KeyError", "cannot be imported: KeyError$"),
         ("import nothing_of_that_name", "cannot be imported: No module named 'nothing_of_that_name'"),
         (METHOD.format(name="recent"), "cannot be imported: ValueError: compressors: 'recent' is already"),
     ],
@@ -223,10 +223,44 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_name_of_ours_that_was_not_read_yet_is_refused_where_it_is_taken(tmp_path: Path) -> None:
+    """In a fresh process: here ours have been read."""
+    (tmp_path / "mine.py").write_text(
+        "from malloc_bench import register\nfrom malloc_bench.compressors import Eviction\n"
+        "@register('recent')\nclass Mine(Eviction):\n    scores = None\n"
+    )
+    code = "import sys; from malloc_bench.cli import main; sys.exit(main(['check', 'mine.py:Mine']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "'recent' is already malloc_bench.compressors.windowing.recent.Recent" in done.stderr
+    assert f"choose another name for Mine of {tmp_path / 'mine.py'}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a\nb", "\x1b[31m", "n" * 101])
+def test_what_is_no_name(name: str, parts: Any) -> None:
+    class Mine(Recent):
+        pass
+
+    with pytest.raises(ValueError, match=r"Mine: .* is no name: expected text without blanks, at most 100"):
+        register(name)(Mine)
+
+
+def test_words_for_messages_and_figures() -> None:
+    error = ValueError("first line\n   second\tline \x1b[31m")
+    error.add_note("and a note")
+    assert registry.told(error) == "ValueError: first line second line \\x1b[31m and a note"
+    assert registry.told(KeyError()) == "KeyError" and len(registry.told(ValueError("x" * 9999))) == 500
+    long = ["a" * 200 + end for end in "xy"]
+    assert registry.literal("a $x$ \x1b") == r"a \$x\$ \x1b" and registry.literal("日本 ok") == "日本 ok"
+    assert len({*map(registry.literal, long)}) == 2 and max(len(registry.literal(each)) for each in long) == 120
+
+
 def test_a_class_that_calls_itself_as_a_shipped_one_is_refused(tmp_path):
     file = tmp_path / "same.py"
     file.write_text(
         "from malloc_bench.compressors.windowing.recent import Recent\nclass Mine(Recent):\n    name = 'recent'\n"
     )
-    with pytest.raises(ValueError, match="Mine is named 'recent', as another part is: give it a name of its own"):
+    with pytest.raises(
+        ValueError, match=r"Mine is named 'recent', as malloc_bench\..*\.Recent is: give it a name of its own"
+    ):
         registry.load_part(f"{file}:Mine")

@@ -18,6 +18,7 @@ from malloc_bench import files, results
 from malloc_bench.results import ResultsError, atomic_write, budget_text, canonical_json, cell_id, read_rows, write_row
 
 ID = cell_id({"dataset": "ml-100k"})
+NAMED = {"dataset": "ml-100k", "task": "retrieval", "backbone": "sasrec", "compressor": "h2o", "seed": 0}
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -26,7 +27,7 @@ VALUES = st.recursive(
 
 
 def a_row(**values):
-    return {"cell_id": ID, "status": "ok", "dataset": "ml-100k", "ndcg@10": 0.1} | values
+    return {"cell_id": ID, "status": "ok", **NAMED, "ndcg@10": 0.1} | values
 
 
 def backwards(value):
@@ -88,8 +89,8 @@ def test_row_round_trip_has_every_column_and_null_for_what_does_not_apply(tmp_pa
         ({"hr10": 0.1}, "no column 'hr10'. Did you mean 'hr@10'"),
         ({"status": "fine"}, "status 'fine' is none of ok, skipped, failed"),
         ({"cell_id": None}, "no cell_id"),
-        ({"mrr": "0.2"}, "mrr is '0.2', expected real"),
-        ({"seed": True}, "seed is True, expected whole"),
+        ({"mrr": "0.2"}, "mrr is '0.2', expected a number of at least 0"),
+        ({"seed": True}, "seed is True, expected a whole number"),
     ],
 )
 def test_bad_rows_are_refused(tmp_path, values, message):
@@ -177,7 +178,7 @@ def test_kill_9_leaves_whole_rows_only(tmp_path):
     code = (
         "import sys; from malloc_bench.results import write_row\n"
         "for i in range(10**6):\n"
-        "    write_row(sys.argv[1], {'cell_id': f'{i % 50:064x}', 'status': 'ok', 'reason': 'x' * i})"
+        f"    write_row(sys.argv[1], {NAMED} | {{'cell_id': f'{{i % 50:064x}}', 'status': 'ok', 'reason': 'x' * i}})"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
     while len(list(tmp_path.glob("*.json"))) < 20:
@@ -245,7 +246,7 @@ def test_folder_that_is_a_file(tmp_path):
 
 
 def test_parquet_has_stable_columns_and_types_even_when_all_is_null(tmp_path):
-    write_row(tmp_path / "rows", {"cell_id": ID, "status": "skipped", "reason": "no heads"})
+    write_row(tmp_path / "rows", a_row(status="skipped", reason="no heads"))
     empty = results.frame([]).schema
     found = pl.read_parquet(results.to_parquet(tmp_path)).schema
     assert found == empty and list(found) == list(results.COLUMNS)

@@ -203,7 +203,7 @@ def reproduce(
 def check(method: MethodArg) -> int:
     """Hold your own compressor against every promise that a compressor makes."""
     from malloc_bench import get_compressor, testing
-    from malloc_bench.registry import load_part
+    from malloc_bench.registry import load_part, told
 
     broken, checks = 0, testing.compressor_checks(get_compressor(load_part(method)))
     for each in checks:
@@ -211,7 +211,7 @@ def check(method: MethodArg) -> int:
             each()
         except Exception as error:  # whatever it is, a promise is broken
             broken += 1
-            say(f"broken: {each}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+            say(f"broken: {each}: {told(error)}")
     say(f"{len(checks) - broken} of {len(checks)} promises kept")
     return 1 if broken else 0
 

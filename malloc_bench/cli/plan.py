@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from malloc_bench.cli.arguments import Only, RunArg, pairs
 from malloc_bench.cli.text import console, say
+from malloc_bench.registry import literal
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,31 +70,34 @@ def printed(
 ) -> Iterator[str]:
     """Print a table a data set, task, split and backbone; the lines that follow. Raises ValueError."""
     from malloc_bench.measure.fleet import Plan, at_candidates, costs
-    from malloc_bench.report.board import aggregate, sections, select
+    from malloc_bench.report.board import aggregate, groups_of, of_seeds, select, title
+    from malloc_bench.report.figures import file_stems
     from malloc_bench.report.judge import deployable
-    from malloc_bench.report.render import filled, terminal
+    from malloc_bench.report.render import filled, tell, terminal
     from malloc_bench.results import frame, load_results
 
-    rows = load_results(run)
+    rows = of_seeds(load_results(run), only)
     if candidates is not None:
         rows = frame(at_candidates(rows.to_dicts(), candidates))
-    board, on, missing, written = aggregate(rows).filter(deployable()), console(), 0, []
-    every = dict(sections(board))
-    for head, group in sections(select(board, only)):
+    on, missing, written = console(), 0, []
+    every = dict(groups_of(aggregate(rows).filter(deployable())))
+    stems = file_stems({key: [title(group.row(0, named=True))] for key, group in every.items()})
+    for key, group in groups_of(select(rows, only).filter(deployable())):
+        head = title(group.row(0, named=True))
         measured = [(row, Plan(fleet, one)) for row in group.to_dicts() if (one := costs(row, fleet.events))]
         missing += len(group) - len(measured)
         if not measured:
             continue
-        ids = Plan(fleet, _ids(every[head].to_dicts(), fleet.events, head))
+        ids = Plan(fleet, _ids(every[key].to_dicts(), fleet.events, head))
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
         on.print(terminal(table, filled(table, _columns()), head, on.width))
         for line in _said(measured[0][0], [each for _, each in measured], ids):
-            on.print(line, highlight=False, markup=False)
+            tell(on, line)
         on.print()
         better = sorted(measured, key=lambda pair: -(pair[0].get("overlap@10") or pair[0].get("agreement") or 0.0))
-        written += _drawn(better, ids, prices, head, out)
+        written += _drawn(better, ids, prices, head, out / f"fleet-{stems[key]}")
     if not written:
         raise ValueError(
             f"{run} has no measured costs: run its suite with measure: {{latency: true}}, which is the default, again"
@@ -222,7 +225,7 @@ def _assumed(fleet: Fleet, prices: Path | None, missing: int) -> Iterator[str]:
 
 
 def _drawn(
-    plans: list[tuple[dict[str, Any], Plan]], ids: Plan, prices: Prices | None, head: str, out: Path
+    plans: list[tuple[dict[str, Any], Plan]], ids: Plan, prices: Prices | None, head: str, stem: Path
 ) -> list[Path]:
     from malloc_bench.measure.fleet.sweep import sweep
     from malloc_bench.report.break_even import break_even_figure
@@ -233,14 +236,14 @@ def _drawn(
     def paid(each: Plan) -> Any:
         return each.in_machines("ram") if prices is None else each.in_usd(prices, "ram")
 
-    families = {each.costs.method: row["family"] for row, each in plans if not each.costs.raw}
+    families = {literal(each.costs.method): row["family"] for row, each in plans if not each.costs.raw}
     asked = ids.fleet.requests_per_second * 86_400 / ids.fleet.users
-    found = sweep({each.costs.method: paid(each) for _, each in plans if not each.costs.raw}, paid(ids), asked)
-    curves = [Curve(ids.costs.method, REBUILT, found.asked, found.rebuilt)]
+    found = sweep({literal(each.costs.method): paid(each) for _, each in plans if not each.costs.raw}, paid(ids), asked)
+    curves = [Curve(literal(ids.costs.method), REBUILT, found.asked, found.rebuilt)]
     curves += [Curve(method, families[method], found.asked, cost) for method, cost in found.paid.items()]
     unit = "machines, states in RAM" if prices is None else "USD a month, states in RAM"
-    stem, paths = f"fleet-{re.sub(r'[^A-Za-z0-9.-]+', '_', head).strip('_')}", []
+    paths = []
     for end, width in WIDTHS.items():
-        figure = break_even_figure(curves, found.evens, asked, unit, head, width)
-        paths += [written(figure, out / f"{stem}{end}.{suffix}") for suffix in ("svg", "png")]
+        figure = break_even_figure(curves, found.evens, asked, unit, literal(head), width)
+        paths += [written(figure, stem.with_name(f"{stem.name}{end}.{suffix}")) for suffix in ("svg", "png")]
     return paths

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import codecs
 import logging
-import re
 import sys
 import unicodedata
 from typing import TYPE_CHECKING, Any
+
+from malloc_bench.registry import folded, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _PLAIN = {
     "Δ": "d",
     "×": "x",
@@ -34,11 +34,6 @@ _PLAIN = {
 def say(text: object, *, end: str = "\n", err: bool = False) -> None:
     """Print to standard output or error, with control characters from files and names shown as escapes."""
     print(shown(str(text)), end=end, file=sys.stderr if err else sys.stdout)
-
-
-def shown(text: str) -> str:
-    """Text with what a terminal would obey as escapes: a colour code reads \\x1b[31m."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def set_up() -> None:
@@ -64,13 +59,14 @@ def _degraded(error: UnicodeError) -> tuple[str, int]:
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(" ".join(record.getMessage().split()), err=True)
+        say(folded(record.getMessage()), err=True)
 
 
 def console() -> Console:
     from rich.console import Console
 
-    return Console()
+    found = Console()
+    return found if found.width > 0 else Console(width=80)  # COLUMNS=0 is that of no terminal
 
 
 def listing(heads: list[str], rows: list[list[str]]) -> None:
@@ -80,7 +76,7 @@ def listing(heads: list[str], rows: list[list[str]]) -> None:
     on = console()
     if not on.is_terminal:
         for row in [heads, *rows]:
-            say("\t".join(" ".join(each.split()) for each in row).rstrip())
+            say("\t".join(map(folded, row)).rstrip())
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):  # names are there to be copied: they are never cut

@@ -13,7 +13,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +26,7 @@ from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.compressors.encoding import shortened as shortened
 from malloc_bench.compressors.encoding import together as together
 from malloc_bench.compressors.sizing import Budget, Layout
-from malloc_bench.registry import find, suggest
+from malloc_bench.registry import find, place, suggest, told
 from malloc_bench.state import Fitted, Prefill, Sample, Stats, UserState
 
 if TYPE_CHECKING:
@@ -260,13 +260,24 @@ class Structural(Compressor):
 
 
 def get_compressor(name: str, **params: Any) -> Compressor:
-    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range."""
+    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range, and for
+
+    a class that cannot be made.
+    """
     cls = find("compressors", name)
+    if not is_dataclass(cls):
+        raise ValueError(f"{place(cls)} is no dataclass: write @dataclass(frozen=True) above it")
     valid = {f.name for f in fields(cls)}
     for key in params.keys() - valid:
         what = suggest(key, valid) if valid else " It has none."
         raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
-    return cls(**params)
+    try:
+        return cls(**params)  # type: ignore[return-value]
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        how = f"with {params}" if params else "without parameters: give each of them a default"
+        raise ValueError(f"{place(cls)} cannot be made {how} ({told(error)})") from error
 
 
 def as_compressor(step: Any) -> Compressor:

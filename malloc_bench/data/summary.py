@@ -11,6 +11,7 @@ import numpy as np
 from malloc_bench.data.dataset import Dataset
 from malloc_bench.data.load import get_dataset
 from malloc_bench.paths import home
+from malloc_bench.registry import literal
 
 LONG = (200, 500, 1000, 5000)
 CHUNK = 4_000_000  # events looked at once for repeats
@@ -82,7 +83,7 @@ def histogram(dataset: Dataset, path: Path | None = None) -> Path:
     axes.hist(lengths, bins=edges.tolist() if len(edges) > 1 else [low, low + 1], color="tab:blue")
     median = float(np.median(lengths))
     axes.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:g}")
-    axes.set(xscale="log", yscale="log", xlabel="events of a user", ylabel="users", title=dataset.card.title)
+    axes.set(xscale="log", yscale="log", xlabel="events of a user", ylabel="users", title=literal(dataset.card.title))
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150)

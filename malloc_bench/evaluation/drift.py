@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of
+from malloc_bench.evaluation.guard import Failure, failure
 from malloc_bench.evaluation.requests import Asked
 from malloc_bench.evaluation.trial import Job, checked_bytes
 from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
@@ -27,8 +27,8 @@ _UPDATES = 10  # at most: more events than that come in blocks of equal size
 @torch.no_grad()
 def drift(
     backbone: Backbone, split: Split | Impressions, jobs: Sequence[Job], steps: Sequence[int], *, seed: int = 0
-) -> tuple[dict[str, dict[str, float | int]], dict[str, str]]:
-    """Columns `drift@N`, `appended@N` and `drift_users@N` by job id, and the tracebacks of jobs that failed.
+) -> tuple[dict[str, dict[str, float | int]], dict[str, Failure]]:
+    """Columns `drift@N`, `appended@N` and `drift_users@N` by job id, and why jobs failed.
 
     Of each N in steps: the history less its newest N events is compressed, these are appended, one at a time or in
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
@@ -37,7 +37,7 @@ def drift(
     what nobody can tell of a compressed state, have no such column.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
-    failed: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
     needs = Stats()
     for job in jobs:
         needs |= job.compressor.needs
@@ -54,8 +54,8 @@ def drift(
                     lost[job.id].append(stream.kept(job))
                 except MissingStatistic:
                     silent.add(job.id)
-                except Exception:
-                    failed[job.id] = traceback.format_exc()
+                except Exception as error:
+                    failed[job.id] = failure(error)
         for each, values in lost.items():
             if values and each not in failed and each not in silent:
                 again, updated, left = np.concatenate(values, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
-from malloc_bench.evaluation.guard import InputChanged, fingerprint, undisturbed
+from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
 from malloc_bench.evaluation.trial import Job, Witnesses, attempt, total
 from malloc_bench.state import Named, Stats
@@ -56,7 +55,7 @@ class Store(Protocol):
 class Evaluation:
     """users: row of the dataset per request, [N]; length: events in the state; bytes_full [N]; values per job id.
 
-    failed: job id -> traceback. A failed job has no values. items (0: none), labels: of the candidates, [N, M], in
+    failed: by job id, why. A failed job has no values. items (0: none), labels: of the candidates, [N, M], in
     ranking only. parts: per job id, what of "bytes" is of which part of the state, [N] each.
     """
 
@@ -64,7 +63,7 @@ class Evaluation:
     length: np.ndarray
     bytes_full: np.ndarray
     values: dict[str, Values]
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Failure] = field(default_factory=dict)
     items: np.ndarray | None = None
     labels: np.ndarray | None = None
     parts: dict[str, Values] = field(default_factory=dict)
@@ -94,7 +93,7 @@ def evaluate(
     """Every job on every test target or request; the full state is always read too, as the reference of fidelity.
 
     Jobs with a backbone of their own are held against the same reference, and their budgets are shares of its bytes.
-    A job that raises is left out from there on, with its traceback in `failed`; the others go on. Only what is not in
+    A job that raises is left out from there on, with the reason in `failed`; the others go on. Only what is not in
     `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk.
     """
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
@@ -107,7 +106,7 @@ def evaluate(
     items = facts(split, needs)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
-    failed: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
     kept: list[dict[str, Values]] = []
     for number, rows in enumerate(parts):
         saved = store.load(number) if store else {}
@@ -162,7 +161,7 @@ def _chunk(
     ids: Tensor,
     jobs: list[Job],
     seed: int,
-    failed: dict[str, str],
+    failed: dict[str, Failure],
     packed: Tensor,
     items: Named | None,
 ) -> dict[str, Values]:
@@ -173,11 +172,11 @@ def _chunk(
     """
     try:
         values, broken = _together(backbone, ask(), ids, jobs, seed, packed, items)
-    except (InputChanged, BadNeeds):
+    except (InputChanged, BadNeeds) as error:
         if not jobs:
             raise  # the backbone itself
         if len(jobs) == 1:
-            failed[jobs[0].id] = traceback.format_exc()
+            failed[jobs[0].id] = failure(error)
             return _chunk(backbone, ask, ids, [], seed, failed, packed, items)
         half = len(jobs) // 2
         some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed, items)
@@ -194,14 +193,14 @@ def _together(
     seed: int,
     packed: Tensor,
     items: Named | None,
-) -> tuple[dict[str, Values], dict[str, str]]:
-    """Values by job, backbone by backbone, the one that is evaluated first; and the tracebacks of those that failed.
+) -> tuple[dict[str, Values], dict[str, Failure]]:
+    """Values by job, backbone by backbone, the one that is evaluated first; and why others failed.
 
     Raises InputChanged where something is not as it was when the jobs began.
     """
     done: list[tuple[Job, dict[str, Tensor]]] = []
     outputs: list[tuple[Backbone, Tensor]] = []
-    broken: dict[str, str] = {}
+    broken: dict[str, Failure] = {}
     whole = None  # bytes of the full state
     for model in dict.fromkeys([backbone, *(job.backbone or backbone for job in jobs)]):
         own = [job for job in jobs if (job.backbone or backbone) is model]
@@ -265,14 +264,14 @@ def _structured(parts: Mapping[str, Tensor]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _noting(broken: dict[str, str], *jobs: Job) -> Iterator[None]:
-    """What fails inside, were it by sys.exit, is the traceback of the jobs; the others go on. An interrupt is one."""
+def _noting(broken: dict[str, Failure], *jobs: Job) -> Iterator[None]:
+    """What fails inside, were it by sys.exit, is the failure of the jobs; the others go on. An interrupt is one."""
     try:
         yield
     except KeyboardInterrupt:
         raise
-    except BaseException:
-        broken.update(dict.fromkeys((job.id for job in jobs), traceback.format_exc()))
+    except BaseException as error:
+        broken.update(dict.fromkeys((job.id for job in jobs), failure(error)))
 
 
 def _remembers(compressor: Compressor) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from malloc_bench.registry import shown, told
 from malloc_bench.state import map_tensors
 
 _ROW = 512  # words
@@ -24,6 +26,18 @@ class InputChanged(RuntimeError):
 
 class ProcessChanged(RuntimeError):
     """A method changed a setting of the whole process."""
+
+
+class Failure(NamedTuple):
+    """Why a job has no values: in a line, and in full."""
+
+    reason: str
+    traceback: str
+
+
+def failure(error: BaseException) -> Failure:
+    """Of the exception that is being handled."""
+    return Failure(told(error), shown(traceback.format_exc()))
 
 
 def fingerprint(*parts: Any) -> list[tuple[Any, ...]]:

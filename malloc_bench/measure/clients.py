@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from malloc_bench.measure.stores import StoreError
+from malloc_bench.registry import in_a_line
 
 if TYPE_CHECKING:
     from malloc_bench.measure.serving import Request
@@ -82,4 +83,4 @@ def _serve(pipe: Connection, request: Request, first: int, step: int, seconds: f
             once(n)
         pipe.send((n, time.perf_counter() - began))
     except Exception as error:
-        pipe.send(" ".join(str(error).split()) or type(error).__name__)
+        pipe.send(in_a_line(error))

@@ -21,6 +21,7 @@ from malloc_bench.measure.latency import PATIENCE, Method, Models, prefilled
 from malloc_bench.measure.sampling import MOST, Ratio, Samples, in_rounds, ratio, summary, threads
 from malloc_bench.measure.stores import STORES, Store, StoreError
 from malloc_bench.measure.workload import Workload
+from malloc_bench.registry import in_a_line, told
 from malloc_bench.results import CLIENTS, REQUEST_STEPS
 from malloc_bench.state import Events, UserState
 from malloc_bench.training.fit import tune_malloc
@@ -220,8 +221,8 @@ def key(name: str, user: int) -> bytes:
 def _reason() -> str:
     """One line about the exception that is being handled."""
     error = sys.exc_info()[1]
-    text = " ".join(str(error).split())
-    return text if isinstance(error, StoreError) else f"{type(error).__name__}: {text}"
+    assert error is not None
+    return in_a_line(error) if isinstance(error, StoreError) else told(error)
 
 
 def _nothing() -> None:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from malloc_bench.registry import suggest
+from malloc_bench.registry import clipped, folded, shown, suggest
 from malloc_bench.report.judge import alike, delta, full, judged, main, one_line_a_state, tested
 from malloc_bench.report.lineage import APART, apart
-from malloc_bench.report.render import budget_label
-from malloc_bench.results import COLUMNS, complete, label
+from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +125,13 @@ def labelled(frame: pl.DataFrame) -> pl.DataFrame:
         + pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit("")),
         pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
         pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
+        pl.col("family", "split").fill_null(""),  # of a method without one, and of what was never settled
     )
+
+
+def reason_of(row: Mapping[str, Any]) -> str:
+    """Why a row did not end well, on one line."""
+    return clipped(shown(folded(row["reason"] or "")), 500) or "no reason recorded"
 
 
 def _backbone(row: Mapping[str, Any]) -> str:
@@ -159,8 +164,9 @@ def _sorted(board: pl.DataFrame) -> pl.DataFrame:
 
 def title(row: Mapping[str, Any]) -> str:
     """`ml-1m · retrieval · sasrec (leave_one_out, 6,040 users)` of any row of a group."""
-    users = "" if row["n_users"] is None else f", {row['n_users']:,} users"
-    return f"{row['dataset']} · {row['task']} · {row['backbone']} ({row['split']}{users})"
+    users = "" if row["n_users"] is None else f"{row['n_users']:,} users"
+    about = ", ".join(filter(None, (row["split"], users)))
+    return f"{row['dataset']} · {row['task']} · {row['backbone']}" + (f" ({about})" if about else "")
 
 
 def sections(board: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -177,34 +183,46 @@ def steps(label: str) -> list[str]:
     return re.split(r" \+ (?![^(]*\))", label)
 
 
-def select(board: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
-    """The rows that have, of each key of SELECTED, one of the values wanted: a name or a label; `none` is no budget.
+#: key of `--only` -> column of the board, or of rows
+SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget", "seed")}
 
-    Raises ValueError for an unknown key, or a value that no row has.
+
+def select(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+    """The board of a results frame, its rows that have, of each key of SELECTED, one of the values wanted: a name or a
+
+    label, a budget in any way of writing it, `none` for none of it; a seed is one of those that the means cover. Raises
+    ValueError for an unknown key, or a value that no row has.
     """
-    chosen = pl.lit(True)
     for key, values in wanted.items():
         if key not in SELECTED:
             raise ValueError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, SELECTED)}")
-        had = [_had(key, text) for text in board[SELECTED[key]]]
-        known = {value for each in had for value in each}
-        for value in values:
-            if value not in known:
-                raise ValueError(f"--only {key}={value}: no row has it.{suggest(value, known)}")
-        chosen &= pl.Series([not each.isdisjoint(values) for each in had], dtype=pl.Boolean)
-    return board.filter(chosen)
+    board = aggregate(of_seeds(frame, wanted))
+    chosen = [_has(board, key, values) for key, values in wanted.items() if key != "seed"]
+    return board.filter(pl.all_horizontal(pl.lit(True), *chosen))
 
 
-#: key of `--only` -> column of the board
-SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget")}
+def of_seeds(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+    """The rows of a results frame that have a seed wanted; all where none is. Raises ValueError."""
+    return frame.filter(_has(frame, "seed", wanted["seed"])) if "seed" in wanted else frame
 
 
-def _had(key: str, text: str | None) -> set[str]:
+def _has(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
+    """Which rows have one of the values; raises ValueError for a value that none has."""
+    had = [_had(key, value) for value in rows[SELECTED[key]]]
+    known = {value for each in had for value in each}
+    asked = {value: budget_asked(value) if key == "budget" else value for value in values}
+    for value, meant in asked.items():
+        if meant not in known:
+            raise ValueError(f"--only {key}={value}: no row has it.{suggest(meant, known)}")
+    return pl.Series([not each.isdisjoint(asked.values()) for each in had], dtype=pl.Boolean)
+
+
+def _had(key: str, value: str | int | None) -> set[str]:
     """What a value of a column may be asked for by: its label, and its bare names."""
+    text = "" if value is None else str(value)
     if not text:
         return {"none"}
     if key == "budget":
-        shares = [float(each) / 100 for each in text.removesuffix(" %").split(", ")] if text.endswith(" %") else []
-        return {text, *(f"{each:g}" for each in shares), *(f"1/{1 / each:g}" for each in shares)}
+        return set(budget_labels(text))
     parts = steps(text)
     return {text, *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}

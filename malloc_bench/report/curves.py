@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LEAST = 3  # sizes that make a line
 FLOORS = {CONSTANT: "a constant", "none": "no history"}
+SMALLEST = 1e-9  # what is less has no place on a log axis
 
 
 def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
@@ -48,7 +49,9 @@ def _alike(board: pl.DataFrame) -> str:
 
 
 def _by_size(board: pl.DataFrame, what: str) -> list[Curve]:
-    rows = board.filter(deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > 0) & alike().is_not_null())
+    rows = board.filter(
+        deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > SMALLEST) & alike().is_not_null()
+    )
     found = []
     for (label, family), own in rows.group_by("compressor", "family", maintain_order=True):
         own = own.sort("bytes_mean").unique("bytes_mean", keep="last", maintain_order=True)

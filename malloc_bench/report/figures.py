@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import polars as pl
 
+from malloc_bench.registry import literal
 from malloc_bench.report.bars import latency_figure, parts_figure
-from malloc_bench.report.board import sections
-from malloc_bench.report.curves import curves_figure, history_figure
+from malloc_bench.report.board import groups_of, title
+from malloc_bench.report.curves import SMALLEST, curves_figure, history_figure
 from malloc_bench.report.judge import CONSTANT, REBUILT
 from malloc_bench.report.lines import WIDTHS
 from malloc_bench.report.parts import told_apart
 from malloc_bench.report.style import COLOURS, FLOOR, OTHER, human
 from malloc_bench.report.tables import sliced
-from malloc_bench.results import atomic_write
+from malloc_bench.results import atomic_write, digest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Key = TypeVar("Key", bound=Hashable)
+
+LONGEST = 120  # letters of a file's name, before what all such files have
 MOST_NAMED = 70  # methods in a legend
 MARKERS = "os^DvPX<>ph8"
 FRONT = "#111111"
@@ -143,7 +149,7 @@ def _points(rows: pl.DataFrame, panel: Panel) -> list[tuple[float, float]]:
 
 
 def _measured(rows: pl.DataFrame, panel: Panel) -> pl.DataFrame:
-    return rows.filter((pl.col(panel.x) > 0) & pl.col(panel.y).is_not_null())
+    return rows.filter((pl.col(panel.x) > SMALLEST) & pl.col(panel.y).is_not_null())
 
 
 def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -225,11 +231,13 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
     text.
     """
     paths = []
-    for head, board in sections(sliced(*told_apart(frame))):
+    tables = {key: _literal(rows) for key, rows in groups_of(sliced(*told_apart(frame)))}
+    stems = file_stems({key: key for key in tables})
+    for key, board in tables.items():
+        head, stem = literal(title(board.row(0, named=True))), stems[key]
         blind = board["headroom"].eq(False).any()
-        title = f"{head} · no headroom, judges nothing" if blind else head
-        stem = "-".join(_slug(board[name][0]) for name in ("dataset", "task", "split", "backbone"))
-        drawn: dict[str, Figure | None] = {f"pareto-{stem}": pareto_figure(board, title)}
+        said = f"{head} · no headroom, judges nothing" if blind else head
+        drawn: dict[str, Figure | None] = {f"pareto-{stem}": pareto_figure(board, said)}
         drawn |= {
             f"{name}-{stem}{end}": draw(board, head, width)
             for name, draw in PRINTED.items()
@@ -240,21 +248,36 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
     return paths
 
 
+def _literal(board: pl.DataFrame) -> pl.DataFrame:
+    """The rows with names that can be drawn."""
+    names = ("family", "method", "compressor")
+    return board.with_columns(pl.col(name).map_elements(literal, pl.String) for name in names)
+
+
 def written(figure: Figure, path: Path) -> Path:
     """The figure in a file, whole, in the format of its suffix; the same figure makes the same file. Its path.
 
-    Raises ResultsError.
+    Letters that no font has are boxes. Raises ResultsError.
     """
     from matplotlib import rc_context
 
     buffer, suffix = BytesIO(), path.suffix[1:]
     dated = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
     settled: Any = {"svg.hashsalt": "malloc-bench", "svg.fonttype": "none", "pdf.fonttype": 42}
-    with rc_context(settled):  # the same results make the same file
+    with rc_context(settled), warnings.catch_warnings(action="ignore"):  # of what it draws as well as it can
         figure.savefig(buffer, format=suffix, dpi=200, metadata={dated: None} if dated else None)
     atomic_write(path, buffer.getvalue())
     return path
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("_")
+def file_stems(names: Mapping[Key, Sequence[str]]) -> dict[Key, str]:
+    """A name of a file for each key, made of some names: in letters that every system takes, short, no two the same."""
+    words = {
+        key: [re.sub(r"[^\w.-]+", "_", str(each), flags=re.ASCII).strip("_") for each in names[key]] for key in names
+    }
+    plain = {key: "-".join(each) for key, each in words.items()}
+    twice = Counter(plain.values())
+    return {
+        key: text if twice[text] == 1 and len(text) <= LONGEST else f"{text[:LONGEST]}-{digest(key)[:8]}"
+        for key, text in plain.items()
+    }

@@ -157,7 +157,7 @@ def _constant_note(of: str, constant: pl.DataFrame) -> str:
 
 def _both(of: str, floor: pl.DataFrame) -> tuple[str, str]:
     """A floor's metric, and the full state's."""
-    here, gone = floor.select(main(), delta()).row(0)
+    here, gone = floor.select(main(), delta()).drop_nulls().row(0)
     base = 0.5 if of == "GAUC" else 0.0
     return f"{base + here:.4f}", f"{base + here - gone:.4f}"
 

@@ -11,20 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from malloc_bench.registry import suggest
-from malloc_bench.report.board import EMPTY, GROUP, aggregate, chains_as_one, labelled, newest, sections, select
+from malloc_bench.registry import folded, shown, suggest
+from malloc_bench.report.board import (
+    EMPTY,
+    GROUP,
+    aggregate,
+    chains_as_one,
+    groups_of,
+    labelled,
+    newest,
+    reason_of,
+    sections,
+    select,
+    title,
+)
 from malloc_bench.report.judge import remark
 from malloc_bench.report.recommend import DELTA, best_per_budget
 from malloc_bench.report.render import (
     Column,
     csv,
     filled,
+    inline,
     interval,
     latex,
     markdown,
     number,
     p_value,
     significant,
+    tell,
     terminal,
     words,
 )
@@ -85,7 +99,7 @@ def unfinished(frame: pl.DataFrame) -> pl.DataFrame:
 def without_data(frame: pl.DataFrame) -> list[str]:
     """One line for all cells that are skipped for one reason: their data could not be had, or do not fit."""
     rows = filter(_lacks_data, frame.filter(pl.col("status") == "skipped").iter_rows(named=True))
-    missing = Counter((row["dataset"], row["reason"]) for row in rows)
+    missing = Counter((shown(folded(row["dataset"])), reason_of(row)) for row in rows)
     return [f"skipped: {data}, {n} cells: {reason}" for (data, reason), n in sorted(missing.items())]
 
 
@@ -96,8 +110,7 @@ def _lacks_data(row: Mapping[str, Any]) -> bool:
 def _problem(row: Mapping[str, Any]) -> str:
     at = f" at {row['budget']}" if row["budget"] else ""
     where = f"{row['dataset']}, {row['task']}, {row['backbone']}, {row['compressor_params']}{at}, seed {row['seed']}"
-    reason = (row["reason"] or "").strip() or "no reason recorded"
-    return f"{row['status']}: {where}: {reason.splitlines()[0]}"
+    return shown(folded(f"{row['status']}: {where}: {reason_of(row)}"))
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -174,13 +187,14 @@ def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.
     best: of `best_per_budget`, where it is known already.
     """
     board, faults = chains_as_one(aggregate(frame)).select(SHOWN), problems(frame)
-    firsts = dict(sections(best_per_budget(frame, folder) if best is None else best))
+    firsts = dict(groups_of(best_per_budget(frame, folder) if best is None else best))
     parts = [
-        f"## {head}\n\n{on_top(group)}{_best(firsts.get(head))}{markdown(group, filled(group, COLUMNS_SHOWN))}"
-        for head, group in sections(board)
+        f"## {inline(title(group.row(0, named=True)))}\n\n{on_top(group)}{_best(firsts.get(key))}"
+        + markdown(group, filled(group, COLUMNS_SHOWN))
+        for key, group in groups_of(board)
     ]
     notes = "".join(f"- {note}\n" for note in _notes(board)) if parts else f"{EMPTY}\n"
-    listed = "## Skipped and failed\n\n" + "".join(f"- {line}\n" for line in faults) if faults else ""
+    listed = "## Skipped and failed\n\n" + "".join(f"- {inline(line)}\n" for line in faults) if faults else ""
     return "\n".join(["# Leaderboard\n", *parts, notes, *([listed] if listed else [])])
 
 
@@ -191,7 +205,7 @@ def _best(rows: pl.DataFrame | None) -> str:
 
 def on_top(group: pl.DataFrame) -> str:
     """What must be said above a Markdown table, or nothing."""
-    return f"> **{said}**\n\n" if (said := remark(group)) else ""
+    return f"> **{inline(said)}**\n\n" if (said := remark(group)) else ""
 
 
 def caption(head: str, group: pl.DataFrame) -> str:
@@ -230,22 +244,23 @@ def print_leaderboard(
     folder: of the run, whose values by user tell ties. only: rows, as `board.select` takes them. sort: a column of
     `board.aggregate`, best or smallest first. columns: of it, in place of the usual ones. Raises ValueError.
     """
-    everything = aggregate(frame)
-    shown = tuple(map(partial(_column, everything), columns)) or IN_TERMINAL
-    board = chains_as_one(_by(select(everything, only or {}), sort))
-    best = {} if only or sort or columns else dict(sections(best_per_budget(frame, folder)))
-    for head, group in sections(board):
+    board = select(frame, only or {})
+    shown = tuple(map(partial(_column, board), columns)) or IN_TERMINAL
+    board = chains_as_one(_by(board, sort))
+    best = {} if only or sort or columns else dict(groups_of(best_per_budget(frame, folder)))
+    for key, group in groups_of(board):
+        head = title(group.row(0, named=True))
         if said := remark(group):
-            console.print(said, style="bold yellow", highlight=False, markup=False)
-        if head in best:
-            console.print(terminal(best[head], filled(best[head], BEST), f"{head}: best per budget", console.width))
+            tell(console, said, "bold yellow")
+        if (firsts := best.get(key)) is not None:
+            console.print(terminal(firsts, filled(firsts, BEST), f"{head}: best per budget", console.width))
             console.print()
         console.print(terminal(group, filled(group, shown), head, console.width))
         console.print()
     for note in (EMPTY,) if board.is_empty() else NOTES[1:3]:
-        console.print(note, style="dim", highlight=False, markup=False)
+        tell(console, note, "dim")
     for line in problems(frame):
-        console.print(line, style="red" if line.startswith("failed") else "yellow", highlight=False, markup=False)
+        tell(console, line, "red" if line.startswith("failed") else "yellow")
 
 
 def _by(board: pl.DataFrame, name: str | None) -> pl.DataFrame:

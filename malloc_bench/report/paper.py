@@ -7,10 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.board import GROUP, aggregate, groups_of, labelled, newest
+from malloc_bench.report.board import GROUP, aggregate, groups_of, labelled, newest, reason_of
 from malloc_bench.report.judge import CONSTANT, alike, deployable
 from malloc_bench.report.render import Block, Column, digits, words
-from malloc_bench.results import complete
+from malloc_bench.results import budget_labels, complete
 
 REFERENCES = ("full", "none", CONSTANT)  # on top of every block, and never the best of it
 REST = "no budget"  # the block of methods that have none, and fit in none of the others'
@@ -29,7 +29,7 @@ def at_budgets(board: pl.DataFrame) -> pl.DataFrame:
 
     A method without a budget stands for every share that its state fits in; references stand everywhere.
     """
-    asked = [_each(label) for label in board["budget"]]
+    asked = [budget_labels(label) for label in board["budget"]]
     labels = sorted({label for each in asked for label in each}, key=_order)
     shares = {label: float(label.split()[0]) / 100 for label in labels if label.endswith(" %")}
     homes = [
@@ -45,15 +45,6 @@ def at_budgets(board: pl.DataFrame) -> pl.DataFrame:
     ).explode("within", empty_as_null=True)
     order = pl.col("within").replace_strict({each: i for i, each in enumerate(everywhere)}, return_dtype=pl.Int64)
     return rows.sort(order, maintain_order=True)
-
-
-def _each(label: str | None) -> list[str]:
-    """`50 %` and `25 %` of `50, 25 %`."""
-    found, unit = [], ""
-    for part in reversed((label or "").split(", ")):
-        unit = part.partition(" ")[2] or unit
-        found += [f"{part.split()[0]} {unit}"] if part else []
-    return found[::-1]
 
 
 def _order(label: str) -> tuple[str, float]:
@@ -111,12 +102,11 @@ def _missing(frame: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
     for row in labelled(newest(complete(frame))).filter(pl.col("status") != "ok").iter_rows(named=True):
         method, own = (row["family"], row["compressor_params"]), tuple(row[name] for name in GROUP)
         usual = everywhere if row["compressor"] in REFERENCES else sorted(set(there.get(method, [REST])))
-        why = (row["reason"] or "").strip() or "no reason recorded"
         for block in [row["budget"]] if row["budget"] else [] if (*own, *method) in some else usual:
             rows.setdefault((*own, *method, block), {
                 "within": block, **dict(zip(GROUP, own)), "reference": row["compressor"] in REFERENCES,
                 "family": row["family"], "method": row["compressor"], "compressor": row["compressor_params"],
-                "reason": f"{row['status']}: {why.splitlines()[0]}",
+                "reason": f"{row['status']}: {reason_of(row)}",
             })  # fmt: skip
     schema: dict[str, Any] = {**{name: shown.schema[name] for name in ("within", *GROUP)}, "reference": pl.Boolean,
               **dict.fromkeys(("family", "method", "compressor", "reason"), pl.String)}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from malloc_bench import results
 from malloc_bench.evaluation.metrics import holm
-from malloc_bench.report.board import EMPTY, aggregate, sections, select, steps
+from malloc_bench.report.board import EMPTY, aggregate, groups_of, sections, select, steps, title
 from malloc_bench.report.judge import REBUILT, alike, deployable, full, main, remark
-from malloc_bench.report.render import filled, interval, number, significant, terminal, words
+from malloc_bench.report.render import filled, interval, number, significant, tell, terminal, words
 from malloc_bench.report.users import Users, p_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ class Limits:
     share: float | None = None
     read_ms: float | None = None
     at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "share", "read_ms", "at_least"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"a limit is a number, not {value:g}")
 
     def kept(self) -> pl.Expr:
         """Whether a row of `board.aggregate` is within all of them; a row in which one was not measured is not."""
@@ -73,7 +81,7 @@ def recommend(
     the table could be tested. folder: of the run, where those values are. only: rows to choose among, as
     `board.select` takes them. No history and what knows the reader are left out.
     """
-    return of_board(select(aggregate(frame), only or {}), limits, Users(frame, folder))
+    return of_board(select(frame, only or {}), limits, Users(frame, folder))
 
 
 def of_board(board: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
@@ -200,11 +208,7 @@ def size(text: str) -> float:
 
 def share(text: str) -> float:
     """A share above 0 and at most 1 from `1/32`, `3.125%` or `0.03`; raises ValueError."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*(%|/\s*([\d.]+))?\s*", text)
-    value = None if found is None else _number(found[1])
-    if found is not None and value is not None and found[2]:
-        below = 100.0 if found[2] == "%" else _number(found[3])
-        value = value / below if below else None
+    value = results.share(text)
     if value is None or not 0 < value <= 1:
         raise ValueError(f"'{text}' is no share: expected one above 0 and at most 1, such as 1/32, 3.125% or 0.03")
     return value
@@ -241,9 +245,7 @@ WHY = (
     "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
-UNTESTED = (
-    "Ties were not all tested: some values by user are not there, or not as written (run the suite to have them)."
-)
+UNTESTED = "Ties were not all tested: {} (run the suite to have values by user)."
 
 
 def print_recommended(
@@ -255,25 +257,26 @@ def print_recommended(
     stores: Callable[[str], str] = lambda method: "",
 ) -> None:
     """Print what `recommend` finds; stores: words on what a method keeps, by its bare name. Raises ValueError."""
-    board = select(aggregate(frame), only or {})
+    board, users = select(frame, only or {}), Users(frame, folder)
     if board.is_empty():
-        console.print(EMPTY, style="dim")
-    found = dict(sections(of_board(board, limits, Users(frame, folder))))
-    for head, rows in sections(board):
+        tell(console, EMPTY, "dim")
+    found = dict(groups_of(of_board(board, limits, users)))
+    for key, rows in groups_of(board):
+        head = title(rows.row(0, named=True))
         if said := remark(rows):
-            console.print(said, style="bold yellow", highlight=False, markup=False)
-        if head not in found:
-            console.print(f"{head}: nothing within {limits}; {nearest(rows, limits)}", highlight=False, markup=False)
+            tell(console, said, "bold yellow")
+        if key not in found:
+            tell(console, f"{head}: nothing within {limits}; {nearest(rows, limits)}")
             continue
-        best = found[head]
+        best = found[key]
         console.print(terminal(best, filled(best, COLUMNS), f"{head}: within {limits}", console.width))
         for row in best.head(3).iter_rows(named=True):
             parts = [each.split("(")[0] for each in steps(row["compressor"])]
             keeps = "; ".join(filter(None, map(stores, parts)))
             more = f"malloc-bench show {parts[0]}; malloc-bench reproduce {folder} {row['cell_ids'][:12]}"
-            line = f"{row['compressor']}: {f'stores {keeps}. ' if keeps else ''}More: {more}"
-            console.print(line, style="dim", highlight=False, markup=False)
+            tell(console, f"{row['compressor']}: {f'stores {keeps}. ' if keeps else ''}More: {more}", "dim")
         console.print()
-    untested = not all(rows["tested"].any() for rows in found.values())
-    for note in (WHY, *([UNTESTED] if untested else [])) if found else ():
-        console.print(note, style="dim", highlight=False, markup=False)
+    if found:
+        tell(console, WHY, "dim")
+    if not all(rows["tested"].any() for rows in found.values()):
+        tell(console, UNTESTED.format(users.lacking()), "dim")

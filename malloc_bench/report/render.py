@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import polars as pl
 
+from malloc_bench.registry import folded, shown
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
 FORMATS = ("md", "csv", "latex")
+SMALLEST, LARGEST = 1e-6, 1e15  # numbers that are printed without an exponent
 
 
 class Column(NamedTuple):
@@ -82,42 +86,28 @@ def interval(name: str, header: str, spec: str, rank: int = 0, scale: float = 1.
 
 
 def digits(value: float | None, spec: str, scale: float = 1.0) -> str:
-    """A number as text: blank for null and NaN, ∞ for infinity."""
+    """A number as text: blank for null and NaN, ∞ for infinity, an exponent where it has too many digits to read."""
     if value is None or math.isnan(value):
         return ""
-    return "∞" if math.isinf(value) else format(value * scale, spec)
+    if math.isinf(value * scale):
+        return "∞"
+    return format(value * scale, spec if abs(value * scale) < LARGEST else ".3g")
 
 
 def significant(name: str, header: str, rank: int = 0, scale: float = 1.0) -> Column:
-    """A column of numbers of any size with three significant digits and no exponent."""
+    """A column of numbers of any size with three significant digits."""
     return Column(header, lambda row: three_digits(row[name], scale), rank)
 
 
 def three_digits(value: float | None, scale: float = 1.0) -> str:
-    """`0.00123`, `1.23`, `123`, `12,345`: three significant digits, no exponent."""
-    if value is None or not math.isfinite(value) or value == 0:
-        return digits(value, "g")
+    """`0.00123`, `1.23`, `123`, `12,345`, `1.2e-09`: three significant digits, no exponent that need not be."""
+    if value is None or not math.isfinite(value) or abs(value * scale) < SMALLEST:
+        return digits(value, ".3g", scale)
     places = 2 - math.floor(math.log10(abs(value * scale)))
     return digits(value, f",.{max(0, places)}f", scale)
 
 
-# ---- labels
-
-
-def budget_label(budget: str | None) -> str:
-    """`50 %`, `16 slots`, `4096 bytes`, or blank, from the `budget` column."""
-    value = json.loads(budget) if budget else None
-    if isinstance(value, dict):
-        return ", ".join(f"{size} {unit}" for unit, size in value.items())
-    return "" if value is None else f"{100 * value:g} %"
-
-
 # ---- renderers
-
-
-def cells(frame: pl.DataFrame, columns: Sequence[Column]) -> list[list[str]]:
-    """The text of every cell, row by row."""
-    return [[column.text(row) for column in columns] for row in frame.iter_rows(named=True)]
 
 
 def filled(frame: pl.DataFrame, columns: Sequence[Column]) -> list[Column]:
@@ -130,14 +120,26 @@ def markdown(frame: pl.DataFrame, columns: Sequence[Column]) -> str:
     """A pipe table; text left, numbers right; the best of a column bold, the second underlined."""
     heads = [f"{column.over}: {column.header}" if column.over else column.header for column in columns]
     rule = [":--" if column.left else "--:" for column in columns]
-    rows = [[_MARKED[column.mark(row)].format(_plain(column.text(row))) for column in columns]
+    rows = [[_MARKED[column.mark(row)].format(inline(column.text(row))) for column in columns]
             for row in frame.iter_rows(named=True)]  # fmt: skip
-    lines = [list(map(_plain, heads)), rule, *rows]
+    lines = [list(map(inline, heads)), rule, *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 _MARKED = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
 _MARKED_LATEX = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
+
+
+def inline(text: str) -> str:
+    """Text that stays on its line of Markdown and in its cell, and is neither HTML nor a link."""
+    return _LIVE.sub(lambda found: _DEAD[found[0]], shown(folded(text)))
+
+
+_DEAD = {"|": r"\|", "<": "&lt;", "&": "&amp;", "](": r"]\("}
+_LIVE = re.compile(r"\||<(?=[A-Za-z/!?])|&(?=#?\w+;)|\]\(")  # `<50` and `a & b` are as they look
+
+
+_LATEX = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
 
 
 def _plain(cell: str) -> str:
@@ -233,47 +235,56 @@ def csv(frame: pl.DataFrame) -> str:
     return frame.write_csv()
 
 
+def tell(console: Console, text: str, style: str = "") -> None:
+    """Print text as it is: no markup, nothing that a terminal would obey."""
+    from rich.text import Text
+
+    console.print(Text(shown(text), style))
+
+
 def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int) -> RichTable:
-    """A rich table for a terminal of `width` characters: rank 0, and of the others, lowest first, what fits."""
+    """A rich table for a terminal of `width` characters, in columns that fit."""
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
     gap = 1 if width < 100 else 2
     table = Table(
-        title=Text(title, style="bold"),
+        title=Text(shown(title), style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, gap - 1, 0, 0),
     )
-    shown = _fitting(frame, columns, width, gap)
-    for column in shown:
+    texts = [[shown(column.text(row)) for row in frame.iter_rows(named=True)] for column in columns]
+    longest = [max(map(cell_len, each), default=0) for each in texts]
+    heads = [max(map(cell_len, _two_lines(column.header).split("\n"))) for column in columns]
+    wide = [min(max(pair), _most(c, width)) + gap for c, *pair in zip(columns, heads, longest)]
+    fitting = _fitting(columns, wide, width)
+    for column, most in ((columns[i], longest[i]) for i in fitting):
         justify: Literal["left", "right"] = "left" if column.left else "right"
-        longest = max((len(column.text(row)) for row in frame.iter_rows(named=True)), default=0)
         table.add_column(
             Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
-            overflow="fold", min_width=min(_most(column, width), longest) if column.left else None,
+            overflow="fold", min_width=min(_most(column, width), most) if column.left else None,
         )  # fmt: skip
-    for line in cells(frame, shown):
+    for line in zip(*(texts[i] for i in fitting)):
         table.add_row(*map(Text, line))
     return table
 
 
-def _fitting(frame: pl.DataFrame, columns: Sequence[Column], width: int, gap: int) -> list[Column]:
-    lines = [[column.text(row) for row in frame.iter_rows(named=True)] for column in columns]
-    wide = [max(map(len, [*_two_lines(c.header).split("\n"), *text])) for c, text in zip(columns, lines)]
-    wide = [min(each, _most(c, width)) + gap for c, each in zip(columns, wide)]
-    shown: set[int] = set()
-    for i in sorted(range(len(columns)), key=lambda i: columns[i].rank):
-        if columns[i].rank == 0 or sum(wide[j] for j in shown) + wide[i] <= width:
-            shown.add(i)
-    return [columns[i] for i in sorted(shown)]
+def _fitting(columns: Sequence[Column], wide: Sequence[int], width: int) -> list[int]:
+    """Places of the columns that have room: the first one always, of the others those of the lowest ranks."""
+    found = set(range(min(1, len(columns))))
+    for i in sorted(range(1, len(columns)), key=lambda i: columns[i].rank):
+        if sum(wide[j] for j in found) + wide[i] <= width:
+            found.add(i)
+    return sorted(found)
 
 
 def _most(column: Column, width: int) -> int:
     """Characters that a column is given before its words go on below."""
-    return column.most if width < 100 else max(column.most, width // 4)
+    return min(column.most, max(8, width // 2)) if width < 100 else max(column.most, width // 4)
 
 
 def _two_lines(header: str) -> str:

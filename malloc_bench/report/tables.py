@@ -22,6 +22,7 @@ from malloc_bench.report.render import (
     Table,
     csv,
     filled,
+    inline,
     latex,
     markdown,
     number,
@@ -283,11 +284,12 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md", folder: str
         return csv(data)
     nothing = EMPTY if frame.is_empty() else NOTHING
     blocks = list(_blocks(data, name))
-    lines = [f"{' '.join(line.split())}\n" for line in without_data(frame)]
+    lines = without_data(frame)
     if format == "latex":
         parts = [latex(b.rows, b.columns, f"{name}: {_said(b)}", b.apart, b.notes) for b in blocks]
-        return "\n".join([*(parts or [f"% {nothing}\n"]), *(f"% {line}" for line in lines)])
-    return "\n".join([f"# {name.capitalize()}\n", *lines, *(map(_section, blocks) if blocks else [f"{nothing}\n"])])
+        return "\n".join([*(parts or [f"% {nothing}\n"]), *(f"% {line}\n" for line in lines)])
+    said = [f"{inline(line)}\n" for line in lines]
+    return "\n".join([f"# {name.capitalize()}\n", *said, *(map(_section, blocks) if blocks else [f"{nothing}\n"])])
 
 
 def _blocks(data: pl.DataFrame, name: str) -> Iterator[Block]:
@@ -304,9 +306,9 @@ def _said(block: Block) -> str:
 
 
 def _section(block: Block) -> str:
-    said = f"> **{block.said}**\n\n" if block.said else ""
-    notes = "".join(f"- {note}\n" for note in block.notes)
-    return f"## {block.title}\n\n{said}{markdown(block.rows, block.columns)}" + (f"\n{notes}" if notes else "")
+    said = f"> **{inline(block.said)}**\n\n" if block.said else ""
+    notes = "".join(f"- {inline(note)}\n" for note in block.notes)
+    return f"## {inline(block.title)}\n\n{said}{markdown(block.rows, block.columns)}" + (f"\n{notes}" if notes else "")
 
 
 def _named(name: str) -> Table:

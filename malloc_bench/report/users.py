@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.evaluation import metrics
+from malloc_bench.registry import told
 from malloc_bench.results import spoilt
 
 Values = dict[str, Any]  # arrays over the users of one cell, in ascending order
@@ -49,6 +50,7 @@ class Users:
         self._rows = {row["cell_id"]: row for row in rows}
         self._folder = None if folder is None else Path(folder)
         self._read: dict[str, Values | None] = {}
+        self._faults: dict[str, str] = {}  # file -> what is wrong with it
 
     def of(self, cell: str) -> Values | None:
         """`alike` (overlap, or agreement), `main` (NDCG@10, or what averages to the GAUC) and `length` of each `user`.
@@ -59,23 +61,25 @@ class Users:
             self._read[cell] = self._load(self._rows.get(cell))
         return self._read[cell]
 
+    def lacking(self) -> str:
+        """Which values could not be had, and why: the first file, and how many more."""
+        first, *more = [f"{file} {why}" for file, why in self._faults.items()] or ["some values by user are not there"]
+        return f"{first}, and {len(more)} more" if more else first
+
     def _load(self, row: Mapping[str, Any] | None) -> Values | None:
         if self._folder is None or row is None or not row["per_user"]:
             return None
-        path = self._folder / row["per_user"]
-        if not path.is_file() or spoilt(self._folder, {"hashes": json.loads(row["hashes"] or "{}")}):
-            return None
-        frame = pl.read_parquet(path)
-        users = frame["user"].to_numpy()
-        names, numbered = np.unique(users, return_inverse=True)
-
-        def by_user(values: Any) -> np.ndarray:
-            return metrics.by_user(np.asarray(values, np.float64), numbered)
-
-        alike = by_user(frame["overlap" if "overlap" in frame.columns else "agreement"])
-        both = metrics.ndcg(frame["rank"], 10) if "rank" in frame.columns else None
-        judged = by_user(both) if both is not None else _gauc(frame, numbered)
-        return {"user": names, "alike": alike, "main": judged, "length": by_user(frame["length"])}
+        file, files = row["per_user"], json.loads(row["hashes"] or "{}")
+        if not (self._folder / file).is_file():
+            self._faults[file] = "is gone"
+        elif bad := spoilt(self._folder, {"hashes": files}):
+            self._faults[bad] = "is not what was written"
+        else:
+            try:
+                return _values(pl.read_parquet(self._folder / file))
+            except (Exception, pl.exceptions.PanicException) as error:  # whatever a file may hold that has no digest
+                self._faults[file] = f"holds no values by user ({told(error)})"
+        return None
 
     def both(
         self, cells: Sequence[str], others: Sequence[str], what: str = "alike", run: Users | None = None
@@ -98,6 +102,20 @@ class Users:
 
     def _by_seed(self, cells: Iterable[str]) -> dict[int, str]:
         return {self._rows[each]["seed"]: each for each in cells if each in self._rows}
+
+
+def _values(frame: pl.DataFrame) -> Values:
+    """Of each user, from a file of a row a target or request."""
+    users = frame["user"].to_numpy()
+    names, numbered = np.unique(users, return_inverse=True)
+
+    def by_user(values: Any) -> np.ndarray:
+        return metrics.by_user(np.asarray(values, np.float64), numbered)
+
+    alike = by_user(frame["overlap" if "overlap" in frame.columns else "agreement"])
+    both = metrics.ndcg(frame["rank"], 10) if "rank" in frame.columns else None
+    judged = by_user(both) if both is not None else _gauc(frame, numbered)
+    return {"user": names, "alike": alike, "main": judged, "length": by_user(frame["length"])}
 
 
 def _joined(one: Values, two: Values, what: str) -> Both:

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm, slices
-from malloc_bench.report.board import GROUP, aggregate, sections, select
+from malloc_bench.report.board import GROUP, aggregate, groups_of, sections, select
 from malloc_bench.report.judge import alike, main
 from malloc_bench.report.recommend import LEVEL
-from malloc_bench.report.render import Column, filled, interval, number, p_value, terminal, words
+from malloc_bench.report.render import Column, filled, interval, number, p_value, tell, terminal, words
 from malloc_bench.report.users import Both, Difference, Users, difference
 from malloc_bench.results import load_results
 
@@ -200,14 +200,14 @@ NOTE = (
 def print_verdict(found: pl.DataFrame, console: Console) -> None:
     """Print what `verdict` found: a table and two sentences for each data set and backbone."""
     if found.is_empty():
-        console.print("No pair of methods has values by user on the same users: nothing to compare.")
+        tell(console, "No pair of methods has values by user on the same users: nothing to compare.")
         return
     for (head, own), rows in found.group_by("table", "method", maintain_order=True):
         console.print(terminal(rows, filled(rows, COLUMNS), f"{head}: {own}", console.width))
         for line in sentences(rows):
-            console.print(line, highlight=False, markup=False)
+            tell(console, line)
         console.print()
-    console.print(NOTE, style="dim", highlight=False, markup=False)
+    tell(console, NOTE, "dim")
 
 
 # ---- two runs
@@ -221,7 +221,7 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     only: rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
     """
     frames = [load_results(each) for each in (one, other)]
-    boards = [select(aggregate(each), only or {}) for each in frames]
+    boards = [select(each, only or {}) for each in frames]
     key = [*GROUP, "compressor", "budget"]
     shown = [*key, "n_users", "bytes_mean", "cell_ids", main().alias("value"), alike().alias("kept"), "read_ms_p50"]
     first, second = (board.select(shown) for board in boards)
@@ -233,19 +233,36 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
         paired = {what: difference(users[1].both(mine, theirs, what, users[0])) for what in ("main", "alike")}
         plain = {"main": _less(row["value_right"], row["value"]), "alike": _less(row["kept_right"], row["kept"])}
         values = {name: each for what in paired for name, each in _columns(what, paired[what]).items()}
+        differences = {name: plain.get(name) if each is None else each for name, each in values.items()}
         found.append(
             {
                 **{name: row[name] for name in (*key, "n_users")},
-                **{name: plain.get(name) if each is None else each for name, each in values.items()},
+                **differences,
+                "equal": _equal(row, differences),
                 "p": None if paired["main"] is None else paired["main"].p,
                 "bytes_ratio": _over(row["bytes_mean_right"], row["bytes_mean"]),
                 "read_ratio": _over(row["read_ms_p50_right"], row["read_ms_p50"]),
             }
         )
-    table = pl.DataFrame(found, infer_schema_length=None)
+    reals = dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64())
+    table = pl.DataFrame(found, schema_overrides={**reals, "equal": pl.Boolean()}, infer_schema_length=None)
     if table.is_empty():
         raise ValueError(f"{one} and {other} have no method, budget, data set and backbone in common")
-    return table.with_columns(pl.Series("p_holm", holm(table["p"]), pl.Float64, nan_to_null=True))
+    parts = [rows.with_columns(_holm(rows["p"])) for _, rows in groups_of(table)]
+    return pl.concat(parts)
+
+
+def _holm(p: pl.Series) -> pl.Series:
+    return pl.Series("p_holm", holm(p), pl.Float64, nan_to_null=True)
+
+
+def _equal(row: Mapping[str, Any], differences: Mapping[str, float | None]) -> bool | None:
+    """Whether both runs have the same values; None where neither has any."""
+    sides = [(row[name], row[f"{name}_right"]) for name in ("value", "kept", "bytes_mean")]
+    if all(side == (None, None) for side in sides):
+        return None
+    differ = [differences["main"], differences["alike"], _less(*sides[2])]
+    return all((a is None) == (b is None) and not d for (a, b), d in zip(sides, differ))
 
 
 def _less(a: float | None, b: float | None) -> float | None:
@@ -270,10 +287,10 @@ RUNS = (
 def print_two_runs(found: pl.DataFrame, console: Console, most: int = 20) -> None:
     """Print what `two_runs` found: how many rows changed, and of each table the `most` that changed most."""
     for head, rows in sections(found):
-        changed = rows.filter((pl.col("main").abs() > 0) | (pl.col("alike").abs() > 0) | (pl.col("bytes_ratio") != 1))
-        sure = rows.filter(pl.col("p_holm") < LEVEL).height
-        said = f"{len(rows)} rows in both, {len(rows) - len(changed)} equal, {sure} surely of another accuracy"
-        console.print(f"{head}: {said}", highlight=False, markup=False)
+        changed, sure = rows.filter(~pl.col("equal")), rows.filter(pl.col("p_holm") < LEVEL).height
+        said = f"{len(rows)} rows in both, {rows['equal'].sum()} equal, {sure} surely of another accuracy"
+        lost = rows["equal"].null_count()
+        tell(console, f"{head}: {said}{f', {lost} without a value in either' if lost else ''}")
         if len(changed):
             first = changed.sort(pl.col("main").abs(), descending=True, nulls_last=True).head(most)
             console.print(terminal(first, filled(first, RUNS), "what changed most", console.width))

@@ -142,7 +142,10 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What manifest.json holds; nothing, with a warning, where it is not what was written."""
     try:
-        return read_sealed(folder / "manifest.json")
+        content = read_sealed(folder / "manifest.json")
+        if not all(isinstance(content.get(name, {}), dict) for name in ("datasets", "ceilings", "checkpoints")):
+            raise Damaged("datasets, ceilings and checkpoints are not keys and values")
+        return content
     except FileNotFoundError:
         return {}
     except Damaged as error:

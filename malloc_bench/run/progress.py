@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from malloc_bench.registry import shown
 from malloc_bench.suite.plan import Cost
 from malloc_bench.training import fit as training
 
@@ -142,7 +143,7 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
     console = Console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(shown(text), highlight=False, markup=False)
 
     if not console.is_terminal:
         yield _Shown(track, say, _lines(say, clock))
@@ -156,7 +157,7 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
 
         def show(track: Track) -> None:
             progress.update(bar, completed=min(track.done, total), description=str(track))
-            progress.update(now, completed=track.part, description=f"  {track.doing}")
+            progress.update(now, completed=track.part, description=f"  {shown(track.doing)}")
 
         yield _Shown(track, say, show)
 

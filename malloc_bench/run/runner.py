@@ -169,7 +169,7 @@ def compare(
     base = load_suite(suite)
     wanted = dict.fromkeys(["full", "none", name, *against])  # without its floor a table says nothing of headroom
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
-    built = [part.build() for part in parts]  # an unknown name is an error before anything runs
+    built = [part.checked() for part in parts]  # an unknown name is an error before anything runs
     broken = (
         [] if dry_run else [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
     )

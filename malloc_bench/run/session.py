@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from malloc_bench.data.tasks.trained import validating
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
+from malloc_bench.evaluation.guard import failure
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
 from malloc_bench.paths import home
 from malloc_bench.results import Row, to_parquet, write_per_user, write_row
@@ -83,9 +83,9 @@ class Session:
             yield
         except (ResultsError, LockedError, KeyboardInterrupt):
             raise
-        except BaseException:
+        except BaseException as error:
             for each in cells:
-                self._write(each, {"status": "failed", "reason": _last_line(), "traceback": traceback.format_exc()})
+                self._write(each, {"status": "failed", **failure(error)._asdict()})
 
     def _skip(self, each: Planned) -> bool:
         """Whether its row is written already: skipped as it makes no sense, or failed as its parts cannot be made."""
@@ -231,8 +231,7 @@ class Session:
         self, each: Planned, evaluation: Evaluation, columns: dict[str, dict[str, Any]], split: Split | Impressions
     ) -> dict[str, Any]:
         if each.id in evaluation.failed:
-            trace = evaluation.failed[each.id]
-            return {"status": "failed", "reason": trace.strip().splitlines()[-1], "traceback": trace}
+            return {"status": "failed", **evaluation.failed[each.id]._asdict()}
         path = f"per_user/{each.id}.parquet"
         values = per_user(evaluation, each.id, split.dataset.original_user(slice(None)))
         self.files.setdefault(each.id, {})[path] = write_per_user(self.folder / path, values)
@@ -289,7 +288,7 @@ class Session:
             "tuned": cell.tuned,
             "structural": cell.compressor.structural is not None,
             "budget": cell.budget_text,
-            "budget_unit": None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget),
+            "budget_unit": _unit(cell),
             "seed": cell.seed,
             "amp": cell.training["amp"],
             "git_commit": environment.get("git_commit"),
@@ -311,6 +310,15 @@ class Session:
         add_session(self.folder, self.suite, self.datasets, self.result, self.environment, known)
 
 
+def _unit(cell: Cell) -> str | None:
+    """What its budget counts; None without one, and where the method cannot tell."""
+    try:
+        unit = None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget)
+    except (Exception, SystemExit):  # which is no reason to lose its row
+        return None
+    return unit if isinstance(unit, str) else None
+
+
 def _part(each: Planned) -> Structural | None:
     """The structural part of a cell's compressor."""
     return each.cell.compressor.build().structural
@@ -319,7 +327,3 @@ def _part(each: Planned) -> Structural | None:
 def _digest(fitted: Fitted | None) -> list[str]:
     """The fit's sha256, where there is one."""
     return [] if fitted is None else [fitted.digest]
-
-
-def _last_line() -> str:
-    return traceback.format_exc().strip().splitlines()[-1]

@@ -23,9 +23,9 @@ from malloc_bench.data.tasks.options import pick
 from malloc_bench.data.tasks.splits import RULES, Rule, default_rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.files import file_digest
-from malloc_bench.registry import find
+from malloc_bench.registry import find, in_a_line, told
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
-from malloc_bench.training.fit import arithmetic
+from malloc_bench.training.fit import Training, arithmetic
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -61,6 +61,24 @@ class Part:
     def build(self) -> Compressor:
         """The compressor; raises ValueError as `get_compressor` does."""
         return get_compressor(self.name, **self.params)
+
+    def checked(self) -> Compressor:
+        """The compressor; raises ValueError also where it cannot say what a plan asks of each."""
+        made, asked = self.build(), replace(self)
+        try:
+            said = [asked.content, asked.structural, made.takes_budget, asked.family]
+        except ValueError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{self.name} cannot be planned ({told(error)})") from error
+        if not isinstance(asked.family, str | None):
+            raise ValueError(f"{self.name}: its family is {asked.family!r}, expected text")
+        try:
+            canonical_json(said)
+        except (TypeError, ValueError) as error:
+            what = "expected parameters of numbers, text, lists or mappings of them"
+            raise ValueError(f"{self.name}: {what} ({in_a_line(error)})") from None
+        return made
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -255,23 +273,28 @@ class Cell:
 
     @staticmethod
     def of_row(row: Mapping[str, Any]) -> Cell:
-        """The cell of a row as `results.read_rows` gives it; its `cell` must be the payload."""
+        """The cell of a row as `results.read_rows` gives it; raises ValueError where its `cell` is not the payload."""
         payload, budget = row["cell"], row["budget"]
-        return Cell(
-            suite=row["suite"],
-            dataset=row["dataset"],
-            task=pick(payload["task"], TASKS),
-            split=payload["split"] and pick(payload["split"], RULES),
-            backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
-            compressor=Part(row["compressor"], row["compressor_params"] or {}),
-            budget=None if budget is None else Budget.parse(json.loads(budget)),
-            seed=row["seed"],
-            training=payload["training"],
-            filter_seen=payload["evaluation"]["filter_seen"],
-            evaluate=payload["evaluation"].get("on", "test"),
-            data=payload["data"],
-            items=payload.get("items"),
-        )
+        try:
+            Training(**payload["training"])
+            return Cell(
+                suite=row["suite"],
+                dataset=row["dataset"],
+                task=pick(payload["task"], TASKS),
+                split=payload["split"] and pick(payload["split"], RULES),
+                backbone=Part(row["backbone"], row["backbone_params"] or {}, "backbones"),
+                compressor=Part(row["compressor"], row["compressor_params"] or {}),
+                budget=None if budget is None else Budget.parse(json.loads(budget)),
+                seed=row["seed"],
+                training=payload["training"],
+                filter_seen=payload["evaluation"]["filter_seen"],
+                evaluate=payload["evaluation"].get("on", "test"),
+                data=payload["data"],
+                items=payload.get("items"),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = "expected task, split, training, evaluation and data as a run writes them: run its suite again"
+            raise ValueError(f"row {row['cell_id']}: its cell cannot be read ({told(error)}); {what}") from error
 
 
 def _categories(dataset: Dataset) -> str | None:

@@ -17,7 +17,7 @@ from malloc_bench.data.tasks.splits import RULES, Rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.paths import shipped
 from malloc_bench.registry import clipped, suggest
-from malloc_bench.strict_yaml import YamlError, read_yaml
+from malloc_bench.strict_yaml import YamlError, number_hint, read_yaml
 from malloc_bench.training.fit import Training
 
 MAX_BYTES = 1 << 18
@@ -263,20 +263,12 @@ def expected(problem: Any) -> str:
     for old, new in (*_WORDS, ("a valid ", "a ")):
         text = text.replace(old, new)
     near = suggest(value, _choices(text)) if kind == "literal_error" and isinstance(value, str) else ""
-    return f"expected {text}, not {shown(value)}{_number_hint(kind, value)}{'.' + near if 'Did' in near else ''}"
+    hint = number_hint(value) if kind.startswith("float") else ""
+    return f"expected {text}, not {shown(value)}{hint}{'.' + near if 'Did' in near else ''}"
 
 
 def _choices(text: str) -> list[str]:
     return text.split("'")[1::2]
-
-
-def _number_hint(kind: str, value: Any) -> str:
-    """YAML 1.1 reads 2e-3 as text."""
-    try:
-        number = float(value) if isinstance(value, str) and kind.startswith("float") else None
-    except ValueError:
-        number = None
-    return "" if number is None else f" (YAML reads {value} as text: write {number!r})"
 
 
 def shown(value: Any) -> str:

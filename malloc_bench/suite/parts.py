@@ -49,7 +49,7 @@ def parts(kind: str, entries: Sequence[Any]) -> tuple[Part, ...]:
             raise Fault(where, f"{total:,} backbones, more than {MAX_BACKBONES:,}: split the suite")
         for part in expanded:
             try:
-                (Part.build if kind == "compressors" else _probe)(part)
+                (Part.checked if kind == "compressors" else _probe)(part)
             except (ValueError, TypeError, OverflowError) as error:
                 raise Fault(f"{where}.{part.name}", str(error).removeprefix(f"{part.name}: ")) from None
             made[part] = None

@@ -13,7 +13,7 @@ from malloc_bench.compressors import Budget
 from malloc_bench.data.tasks.splits import Rule
 from malloc_bench.data.tasks.tasks import Task
 from malloc_bench.registry import suggest
-from malloc_bench.results import canonical_json
+from malloc_bench.results import budget_asked, budget_label, canonical_json
 from malloc_bench.suite import file as suite_file
 from malloc_bench.suite import parts as suite_parts
 from malloc_bench.suite.cells import Cell, Part
@@ -176,16 +176,16 @@ _KEYS = {
     "split": lambda cell: {cell.split.label} if cell.split else set(),
     "backbone": lambda cell: {cell.backbone.name, cell.backbone.label},
     "compressor": lambda cell: {cell.compressor.name, cell.compressor.label},
-    "family": lambda cell: {cell.compressor.family},
-    "budget": lambda cell: {cell.budget_text or "none"},
+    "family": lambda cell: {cell.compressor.family or "none"},
+    "budget": lambda cell: {budget_label(cell.budget_text) or "none"},
     "seed": lambda cell: {str(cell.seed)},
 }
 
 
 def only(cells: Sequence[Cell], wanted: Mapping[str, str | Sequence[str]]) -> list[Cell]:
-    """The cells that have, of each key, the value wanted or one of several: a name or a label, a budget as in the suite
+    """The cells that have, of each key, the value wanted or one of several: a name or a label, a budget in any way of
 
-    (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
+    writing it (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
     """
     every = list(cells)
     for key, asked in wanted.items():
@@ -193,17 +193,9 @@ def only(cells: Sequence[Cell], wanted: Mapping[str, str | Sequence[str]]) -> li
         if key not in _KEYS:
             raise SuiteError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, _KEYS)}")
         valid = {each for cell in every for each in _KEYS[key](cell)}
-        values = [_same_budget(value) if value not in valid and key == "budget" else value for value in values]
-        for value in values:
-            if value not in valid:
-                raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(value, valid)}")
-        cells = [cell for cell in cells if not set(values).isdisjoint(_KEYS[key](cell))]
+        meant = [budget_asked(value) if key == "budget" else value for value in values]
+        for value, each in zip(values, meant):
+            if each not in valid:
+                raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(each, valid)}")
+        cells = [cell for cell in cells if not set(meant).isdisjoint(_KEYS[key](cell))]
     return list(cells)
-
-
-def _same_budget(value: str) -> str:
-    """0.250 and .25 are 0.25."""
-    try:
-        return canonical_json(float(value))
-    except ValueError:
-        return value

@@ -14,6 +14,7 @@ from malloc_bench.compressors import Budget, Compressor, TokenMethod
 from malloc_bench.compressors.base import MissingFit, methods_in
 from malloc_bench.compressors.chain.compose import Compose
 from malloc_bench.compressors.fitted.fit_keys import FitKeys
+from malloc_bench.registry import told
 from malloc_bench.state import MissingStatistic, map_tensors
 from malloc_bench.state.prefill import OBSERVED
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
@@ -39,10 +40,17 @@ _SOME = tuple(map(Budget.parse, (0.5, 0.1, {"bytes": 2500})))
 
 
 def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] | None = None) -> list[Check]:
-    """Every promise of the design on every world that the compressor supports.
+    """Every promise of the design on every world that the compressor supports; ValueError where it fails before.
 
     A structural one adapts each backbone, which must then keep what backbones promise, but for what takes training.
     """
+    try:
+        return _checks(compressor, backbones)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{compressor.name} fails before anything can be tried ({told(error)})") from error
+
+
+def _checks(compressor: Compressor, backbones: Iterable[Backbone] | None) -> list[Check]:
     checks, part, elsewhere = [], compressor.structural, None
     for world in worlds(backbones):
         plain = world.backbone
@@ -52,11 +60,8 @@ def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] |
             if plain is None:
                 continue
             world = World(world.name, part.adapted(plain).eval())
-            checks += [
-                Check(promise, (world.backbone,), world.name)
-                for promise in BACKBONE_PROMISES
-                if promise is not read_needs_every_field
-            ]
+            tried = (promise for promise in BACKBONE_PROMISES if promise is not read_needs_every_field)
+            checks += [Check(promise, (world.backbone,), world.name) for promise in tried]
         try:  # methods that rebuild from raw events cannot work on plain tensors
             world = world.fit(compressor, _budgets(compressor, some=True)[0])
             compressor.compress(world.prefill(compressor.needs, (2,)), _budgets(compressor)[0])
@@ -87,7 +92,7 @@ def broken_promises(
         try:
             check()
         except Exception as error:  # whatever it is, a promise is broken
-            broken.append(f"{check}: {type(error).__name__}: {' '.join(str(error).split())}")
+            broken.append(f"{check}: {told(error)}")
     return broken
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor
 from malloc_bench.compressors.base import methods_in
-from malloc_bench.registry import load_file
+from malloc_bench.registry import load_file, told
 from malloc_bench.state import Fitted
 from malloc_bench.testing.worlds import World, packed
 
@@ -100,7 +100,7 @@ def _main(asked: str, answer: str) -> None:
             with torch.no_grad():
                 found.append(case.read(blobs).numpy())
         except (Exception, SystemExit) as error:
-            found.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            found.append(told(error))
     Path(answer).write_bytes(pickle.dumps(found))
 
 

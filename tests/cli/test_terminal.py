@@ -12,6 +12,7 @@ import pytest
 
 from malloc_bench.cli import commands as cli
 from malloc_bench.cli import text
+from malloc_bench.results import cell_id, write_row
 
 SUITE = """
 name: toy
@@ -57,6 +58,31 @@ def test_a_file_with_control_characters_in_its_text(tmp_path: Path, capsys: Capt
         (tmp_path / "toy.yaml").write_text(SUITE.replace("synthetic", evil))
         assert cli.main(["run", "toy.yaml", "--dry-run"]) == 2
         assert "line 3: the control character U+001B is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", ["20", "200"])
+def test_what_rows_name_cannot_steer_the_terminal(
+    width: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    evil = f"a{EVIL}[red]:smile: \x9b"
+    named = {"dataset": evil, "task": "retrieval", "split": evil, "backbone": evil, "seed": 0, "n_users": 5}
+    values = {"ndcg@10": 0.1, "delta_ndcg@10": 0.0, "bytes_mean": 9.0, "ratio": 0.5, "overlap@10": 0.5}
+    for name, more in ((evil, values), ("full", values), ("x", {"status": "failed", "reason": f"{evil}\nmore"})):
+        row = {"compressor": name, "family": evil, "suite": evil, "compressor_params": {evil: evil}, **named}
+        write_row(tmp_path / "run" / "rows", {"status": "ok", **row, **more, "cell_id": cell_id([name])})
+    commands = [["leaderboard", "run"], ["recommend", "run"], ["compare", "run", "run"], ["verify", "run"]]
+    commands += [["tables", "run", "--table", "accuracy", "--format", each] for each in ("md", "csv", "latex")]
+    for words in [*commands, ["recommend", "run", "--bytes", "1"], ["leaderboard", "run", "--columns", "compressor"]]:
+        assert cli.main(words) == 0, words
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err and "\x9b" not in out + err and out, words
+    assert width == "20" or ("[red]:smile:" in out and "\\x1b" in out)
+
+
+def test_a_terminal_of_no_width_is_one_of_eighty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert text.console().width == 80
 
 
 def test_warnings_are_one_line_without_control_characters(capsys: Capture) -> None:

@@ -315,8 +315,8 @@ class Broken(Compressor):
 def test_a_job_that_breaks_its_promise_fails_and_the_others_go_on(sasrec, split, small_chunks, flaw, budget, message):
     bad = Job("bad", Broken(flaw), budget and Budget.parse(budget))
     result = evaluate(sasrec, split, [job("none"), bad, job("recent", 0.25)])
-    assert result.failed.keys() == {"bad"} and message in result.failed["bad"]
-    assert result.failed["bad"].startswith("Traceback") and "bad" not in result.values
+    assert result.failed.keys() == {"bad"} and message in result.failed["bad"].reason
+    assert result.failed["bad"].traceback.startswith("Traceback") and "bad" not in result.values
     np.testing.assert_equal(result.values, evaluate(sasrec, split, [job("none"), job("recent", 0.25)]).values)
 
 

@@ -125,9 +125,10 @@ def test_rows_have_the_metrics_of_ranking(backbone, data, result, tmp_path):
     assert bad["delta_auc"] == pytest.approx(bad["auc"] - full["auc"])
     assert 0.3 < bad["agreement"] < 0.95 and bad["logit_error"] > 0 and bad["logloss"] > full["logloss"]
     assert rows["kivi{'bits': 4}@None"]["agreement"] > rows["recent@0.25"]["agreement"]
+    named = {"dataset": "toy", "task": "ranking", "backbone": "sasrec", "compressor": "h2o", "seed": 0}
     for each, row in rows.items():
         assert not {"hr@10", "mrr", "overlap@10"} & row.keys() and 0 <= row["recall@5"] <= row["recall@50"] <= 1
-        path = write_row(tmp_path, {"cell_id": each.split("@")[0], "status": "ok", **row})
+        path = write_row(tmp_path, {"cell_id": each.split("@")[0], "status": "ok", **named, **row})
         assert json.loads(path.read_text())["gauc"] == row["gauc"]
     shown = per_user(result, "none@None", data.dataset.user_ids)
     assert shown["items"].shape == shown["labels"].shape == shown["logits"].shape == (len(data.test), 6)

@@ -135,6 +135,42 @@ def test_scores_that_are_no_numbers_fail_the_cell(tmp_path: Path) -> None:
     assert code == 1 and "scores of real slots are NaN or infinite" in rows["sasrec", "nothing"]["reason"]
 
 
+PLANNED = {
+    "takes_budget = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
+    "structural = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
+    "family = 7": "odd: its family is 7, expected text",
+    "k: frozenset = frozenset()": "odd: expected parameters of numbers, text, lists or mappings of them (Object of",
+    "k: float = float('nan')": "odd: expected parameters of numbers, text, lists or mappings of them (Out of range",
+}
+
+
+@pytest.mark.parametrize("body", PLANNED)
+def test_a_class_that_cannot_be_planned_is_an_error_before_anything_runs(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd.py").write_text(MINE.replace('"mine"', '"odd"').replace("Mine", "Odd") + f"    {body}\n")
+    Path("tiny.yaml").write_text(SUITE.format(backbones=f"[{{sasrec: {SMALL}}}]", compressors="[full]"))
+    with pytest.raises(ValueError) as error:
+        compare("odd.py:Odd", "tiny.yaml")
+    assert str(error.value).startswith(PLANNED[body]) and not Path("runs").exists()
+
+
+def test_a_class_that_is_no_dataclass_is_told_how_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = "class Plain(Compressor):\n    def compress(self, *_): ...\n"
+    (tmp_path / "plain.py").write_text(f"from malloc_bench.compressors import Compressor\n{base}")
+    with pytest.raises(ValueError, match=r"Plain of .*plain.py is no dataclass: write @dataclass\(frozen=True\)"):
+        compare(f"{tmp_path / 'plain.py'}:Plain", "smoke")
+
+
+def test_a_method_that_cannot_tell_what_its_budget_counts_keeps_its_row(tmp_path: Path) -> None:
+    for name, unit in (("raises", leaves), ("number", lambda self, budget: 5)):
+        members = {"scores": lambda self, prefill, layer: prefill.keys(layer).norm(dim=-1), "budget_unit": unit}
+        register(name)(dataclass(frozen=True)(type(name, (Eviction,), members)))
+    code, rows = rows_of(tmp_path, ["sasrec"], ["full", "raises", "number"])
+    assert code == 0 and all(rows["sasrec", name]["budget_unit"] is None for name in ("raises", "number"))
+
+
 VAULT = """
 from dataclasses import dataclass
 

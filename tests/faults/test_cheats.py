@@ -76,7 +76,7 @@ class Kept:
 
 
 def failure(flawed: Compressor, split: Split, backbone: Backbone, want: Evaluation, budget: Any = 0.5) -> str:
-    """The last line of what the flawed method's row says, run between sound ones, which are all right."""
+    """The reason that the flawed method's row gives, run between sound ones, which are all right."""
     bad = Job("bad", flawed, budget and Budget.parse(budget))
     kept = Kept()
     result = evaluate(backbone, split, [*SOUND[:3], bad, *SOUND[3:]], store=kept)
@@ -84,7 +84,7 @@ def failure(flawed: Compressor, split: Split, backbone: Backbone, want: Evaluati
     assert bad_chunks < sound[0] == sound[1] == 3
     np.testing.assert_equal(result.values, want.values)
     assert result.failed.keys() == {"bad"}
-    return result.failed["bad"].strip().splitlines()[-1]
+    return result.failed["bad"].reason
 
 
 # --- what is given is changed ---------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_an_adapted_backbone_that_fails(
     setattr(adapted, call, fails)
     result = evaluate(backbone, split, [*SOUND, Job("bad", part, None, adapted)])
     np.testing.assert_equal(result.values, want.values)
-    assert f"{error.__name__}: a fault" in result.failed["bad"]
+    assert f"{error.__name__}: a fault" in result.failed["bad"].reason
 
 
 def test_a_backbone_whose_outputs_are_no_numbers(split: Split) -> None:

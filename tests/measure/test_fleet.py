@@ -147,7 +147,7 @@ def test_candidates_are_those_that_were_measured():
     [
         ({"users": 0}, "--users: expected a number above 0, not 0"),
         ({"users": float("nan")}, "--users: expected a number above 0, not nan"),
-        ({"events": float("inf")}, "--events: expected a number above 0, not inf"),
+        ({"events": float("inf")}, "--events: expected at most 1e+15, not inf"),
         ({"requests_per_second": -1}, "--requests-per-second: expected a number of at least 0, not -1"),
         ({"ram_gb_per_machine": 0}, "--ram-gb-per-machine: expected a number above 0, not 0"),
         ({"utilisation": 1.5}, "--utilisation: expected a share of at most 1, not 1.5"),
@@ -165,9 +165,18 @@ def test_what_no_fleet_can_be(given, said):
     [
         ("usd_per_gb_month_rom: 1", "usd_per_gb_month_rom: unknown key. Did you mean 'usd_per_gb_month_ram'?"),
         ("usd_per_gb_month_ram: 1", "usd_per_gb_month_ssd: missing"),
-        ("usd_per_core_hour: cheap", "usd_per_core_hour: expected a number of at least 0, not 'cheap'"),
-        ("usd_per_core_hour: -1", "usd_per_core_hour: expected a number of at least 0, not -1"),
-        ("usd_per_core_hour: .nan", "usd_per_core_hour: expected a number of at least 0, not nan"),
+        ("usd_per_core_hour: cheap", "usd_per_core_hour: expected a number from 0 to 1e+12, not 'cheap'"),
+        ("usd_per_core_hour: -1", "usd_per_core_hour: expected a number from 0 to 1e+12, not -1"),
+        ("usd_per_core_hour: .nan", "usd_per_core_hour: expected a number from 0 to 1e+12, not nan"),
+        (
+            "usd_per_core_hour: 1e3",
+            "usd_per_core_hour: expected a number from 0 to 1e+12, not '1e3' (YAML reads 1e3 as text: write 1000.0)",
+        ),
+        (
+            "usd_per_core_hour: 1e99",
+            "usd_per_core_hour: expected a number from 0 to 1e+12, not '1e99' (YAML reads 1e99 as text: write 1.0e+99)",
+        ),
+        ("usd_per_core_hour: 1.0e+308", "usd_per_core_hour: expected a number from 0 to 1e+12, not 1e+308"),
         ("- 1", "expected keys and values, found [1]"),
         ("a: [", "line 2: "),
     ],
@@ -179,6 +188,21 @@ def test_prices_are_read_strictly(text, said, tmp_path):
     with pytest.raises(ValueError) as error:
         read_prices(path)
     assert str(error.value).startswith(f"{path}: {said}") and "\n" not in str(error.value)
+
+
+def test_prices_of_nothing_are_a_warning(tmp_path, caplog):
+    path = tmp_path / "prices.yaml"
+    path.write_text("usd_per_gb_month_ram: 0\nusd_per_gb_month_ssd: 0\nusd_per_core_hour: 0\n")
+    assert read_prices(path).usd_per_core_hour == 0
+    assert caplog.messages == [
+        f"{path}: every price is 0, so that all methods cost the same: write down what yours cost"
+    ]
+
+
+def test_a_row_that_lacks_a_part_of_its_times_still_has_costs():
+    row = {"compressor": "h2o", "measured_history": 10, "measured_bytes": 100.0, "measured_history_long": 20,
+           "measured_bytes_long": 200.0, "read_cpu_ms_p50": 1.0, "request_ms_p50": 2.0}  # fmt: skip
+    assert not costs(row, 10).by_request and costs({**row, "measured_history": 0}, 10) is None
 
 
 def test_the_shipped_prices_are_said_to_be_made_up():

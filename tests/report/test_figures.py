@@ -1,4 +1,5 @@
 import itertools
+import xml.etree.ElementTree
 
 import numpy as np
 import polars as pl
@@ -9,6 +10,7 @@ from malloc_bench.report.bars import latency_figure, parts_figure
 from malloc_bench.report.board import aggregate
 from malloc_bench.report.break_even import break_even_figure
 from malloc_bench.report.curves import curves_figure, few, history_figure
+from malloc_bench.report.figures import file_stems, write_figures
 from malloc_bench.report.lines import REFERENCES, WIDTHS, Curve
 from malloc_bench.report.parts import told_apart
 from malloc_bench.report.style import COLOURS, human
@@ -345,3 +347,24 @@ def test_break_even_marks_where_keeping_begins_to_pay(width):
     found = {line.get_gid(): line for line in axes.lines}
     assert found["even:full"].get_xdata() == [179.8] and found["asked"].get_xdata()[0] == 864
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("requests per user and day", "USD a month")
+
+
+def test_names_of_any_kind_make_figures_of_their_own_without_a_warning(row, board_of, tmp_path, recwarn):
+    odd = ["日本 🎉", "$x^{$", "a" * 300, "a" * 300 + "b", "x\x1b[31m", "_hidden", "سلام"]
+    rows = [row(compressor="full", dataset=name, **{"ndcg@10": 0.2, "bytes_mean": 1e3}) for name in odd[2:4]]
+    for name in odd:
+        for budget in (0.5, 0.25, 0.125):
+            rows.append(row(family=name, compressor=name, dataset="a/b", budget=budget,
+                            **{"ndcg@10": 0.1, "overlap@10": budget, "bytes_mean": budget * 1e3}))  # fmt: skip
+    paths = write_figures(board_of(rows), tmp_path, ("svg",))
+    assert len({path.name for path in paths}) == len(paths) and max(len(path.name) for path in paths) < 160
+    assert all(path.name.isascii() for path in paths) and not recwarn.list
+    for path in paths:
+        xml.etree.ElementTree.parse(path)
+    assert any("$x^{$" in path.read_text() for path in paths)
+
+
+def test_no_two_tables_have_one_file():
+    names = {("a b", "c"): ("a b", "c"), ("a/b", "c"): ("a/b", "c"), ("ml-1m", "c"): ("ml-1m", "c(x=1)")}
+    stems = file_stems(names)
+    assert len({*stems.values()}) == 3 and stems["ml-1m", "c"] == "ml-1m-c_x_1"

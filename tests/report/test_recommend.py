@@ -5,7 +5,9 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from malloc_bench.files import file_digest
 from malloc_bench.report.recommend import Limits, best_per_budget, print_recommended, recommend, share, size
+from malloc_bench.report.users import Users
 
 
 def state(row, name, overlap, kb, ms, *, ndcg=0.19, family="eviction", budget=0.25, **values):
@@ -146,6 +148,30 @@ def test_ties_are_not_tested_where_one_rival_has_no_values(row, board_of, with_u
     rows = [with_users(state(row, name, 0, 20, 5), np.full(20, x)) for name, x in (("a", 0.9), ("b", 0.8))]
     found = recommend(board_of(rows, state(row, "c", 0.85, 20, 5)), Limits(), tmp_path)
     assert not found["tested"].any()
+
+
+def test_a_seed_may_be_asked_for(row, board_of):
+    rows = [state(row, "good", 0.9, 20, 5, seed=0), state(row, "good", 0.7, 20, 5, seed=1)]
+    frame = board_of(rows)
+    assert recommend(frame, Limits(), only={"seed": ["1"]})["overlap@10"].to_list() == [0.7]
+    assert recommend(frame, Limits(), only={"seed": ["0", "1"], "budget": ["1/4"]})["seeds"].to_list() == [2]
+    with pytest.raises(ValueError, match=r"--only seed=2: no row has it. Valid: 0, 1."):
+        recommend(frame, Limits(), only={"seed": ["2"]})
+
+
+def test_values_by_user_that_cannot_be_had_are_named(row, board_of, with_users, tmp_path, capsys):
+    rows = [with_users(state(row, name, 0.0, 20, 5), np.linspace(0, 1, 9)) for name in ("a", "b", "c", "d")]
+    gone, spoilt, odd = (tmp_path / each["per_user"] for each in rows[:3])
+    gone.unlink()
+    spoilt.write_bytes(spoilt.read_bytes()[:-9])
+    pl.DataFrame({"user": ["x"]}).write_parquet(odd)
+    rows[2]["hashes"] = {"files": {rows[2]["per_user"]: file_digest(odd)}}
+    print_recommended(board_of(rows), Limits(), Console(width=200), tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Ties were not all tested: per_user/" in out and ", and 2 more (run the suite to have values by user)" in out
+    users = Users(board_of(rows), tmp_path)
+    assert [users.of(row["cell_id"]) for row in rows[1:3]] == [None, None] and users.of(rows[3]["cell_id"]) is not None
+    assert users.lacking() == f"{rows[1]['per_user']} is not what was written, and 1 more"
 
 
 def test_nothing_measured_is_said(row, board_of, capsys):

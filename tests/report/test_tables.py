@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from malloc_bench.report import render, tables
-from malloc_bench.results import frame, label
+from malloc_bench.results import budget_label, frame, label
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -92,15 +92,32 @@ def test_labels():
     assert label("full", "{}") == label("full", None) == "full"
     assert label("kivi", '{"bits":2,"tail":0.5}') == "kivi(bits=2, tail=0.5)"
     assert label("compose", '{"parts":["h2o",{"kivi":{"bits":2}}]}') == "h2o + kivi(bits=2)"
-    assert [render.budget_label(b) for b in (None, "0.0625", '{"bytes":4096}')] == ["", "6.25 %", "4096 bytes"]
+    assert [budget_label(b) for b in (None, "0.0625", '{"bytes":4096}')] == ["", "6.25 %", "4096 bytes"]
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.00123456, "0.00123"), (0.5, "0.500"), (12.345, "12.3"), (123456.0, "123,456"), (0.0, "0"), (None, "")],
+    [
+        (0.00123456, "0.00123"),
+        (0.5, "0.500"),
+        (12.345, "12.3"),
+        (123456.0, "123,456"),
+        (0.0, "0"),
+        (None, ""),
+        (1.23456e300, "1.23e+300"),
+        (1e-300, "1e-300"),
+        (-1e20, "-1e+20"),
+        (9.87654e14, "987,654,000,000,000"),
+    ],
 )
 def test_three_digits(value, text):
     assert render.three_digits(value) == text
+
+
+def test_no_number_is_too_long_for_its_cell():
+    for value in (1e-320, 5e-324, 1e300, 1.7e308, float("inf")):
+        cells = [render.three_digits(value, 1e-3), render.digits(value, ",.0f"), render.digits(value, "+z.4f", 100)]
+        assert max(map(len, cells)) <= 12, cells
 
 
 def test_markdown_escapes_pipes():

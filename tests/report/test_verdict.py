@@ -112,3 +112,25 @@ def test_two_runs(row, with_users, tmp_path, capsys, board_of):
     assert "2 rows in both, 1 equal, 1 surely of another accuracy" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="no row has it"):
         two_runs(*folders, {"compressor": ["gone"]})
+
+
+def test_two_runs_are_tested_within_each_table_and_null_is_not_equal(row, with_users, tmp_path, capsys):
+    rng = np.random.default_rng(2)
+    base = rng.uniform(0.2, 0.8, USERS)
+    for name, change in (("a", 0.0), ("b", 0.05)):
+        folder = tmp_path / name
+        for backbone in ("sasrec", "hstu"):
+            one = made(row, "same", 0.25, 25, base + change * rng.normal(1, 2, USERS), with_users, backbone=backbone)
+            write_row(folder / "rows", {**one, "budget": json.dumps(0.25)})
+            (folder / "per_user").mkdir(exist_ok=True)
+            (folder / one["per_user"]).write_bytes((tmp_path / one["per_user"]).read_bytes())
+        write_row(folder / "rows", row(compressor="blank", budget=0.5))
+        write_row(folder / "rows", row(compressor="half", budget=0.5, **({"bytes_mean": 5.0} if change else {})))
+    found = two_runs(tmp_path / "a", tmp_path / "b")
+    tested = found.drop_nulls("p")
+    assert len(tested) == 2 and tested["p_holm"].to_list() == tested["p"].to_list()  # one test a table
+    assert dict(found.filter(backbone="sasrec").select("compressor", "equal").iter_rows()) == {
+        "same": False, "blank": None, "half": False,
+    }  # fmt: skip
+    print_two_runs(found, Console(width=200))
+    assert "3 rows in both, 0 equal, " in (out := capsys.readouterr().out) and "1 without a value in either" in out

@@ -194,7 +194,10 @@ def test_a_file_that_a_method_reads(world: World, monkeypatch: pytest.MonkeyPatc
         assert first["hashes"]["checkpoint"] == second["hashes"]["checkpoint"]
         assert str(book) not in json.dumps(first["cell"])
     book.unlink()
-    with pytest.raises(ValueError, match=r"^scaled reads the file .*book.txt, which is not there or cannot be read$"):
+    with pytest.raises(
+        ValueError,
+        match=r"compressors\[0\]\.scaled: scaled reads the file .*book.txt, which is not there or cannot be read$",
+    ):
         run(book)
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from malloc_bench import registry
+from malloc_bench.cli import main
 from malloc_bench.compressors import TokenMethod, get_compressor
 from malloc_bench.compressors.base import Compressor
 from malloc_bench.evaluation import evaluate as evaluation
@@ -328,6 +329,14 @@ class _Greedy(TokenMethod):
 
 
 @dataclass(frozen=True)
+class _Wordy(_Broken):
+    """Says much, in several lines."""
+
+    def compress(self, prefill, budget=None, fitted=None) -> UserState:
+        raise RuntimeError("first\n  second\n\nValueError: not this\n" + "x" * 9999)
+
+
+@dataclass(frozen=True)
 class _Picky(_Broken):
     def supports(self, backbone) -> str:
         return "it has no taste for this backbone" if backbone.uses_times is False and backbone.n_items > 1 else None
@@ -337,17 +346,20 @@ def test_a_failing_cell_is_a_failed_row_and_the_others_go_on(suite: Path, tmp_pa
     register("broken")(_Broken)
     register("greedy")(_Greedy)
     register("picky")(_Picky)
-    suite.write_text(SUITE.replace("int8]", "int8, broken, greedy, picky]"))
+    register("wordy")(_Wordy)
+    suite.write_text(SUITE.replace("int8]", "int8, broken, greedy, picky, wordy]"))
     out = tmp_path / "run"
     result = run_suite(suite, out, quiet=True)
-    assert (result.ok, result.failed, result.skipped, result.exit_code) == (4, 2, 1, 1)
+    assert (result.ok, result.failed, result.skipped, result.exit_code) == (4, 3, 1, 1)
     rows = {row["compressor"]: row for row in read_rows(out / "rows")}
     assert rows["broken"]["reason"] == "RuntimeError: this method is broken"
     assert "in compress" in rows["broken"]["traceback"] and rows["broken"]["ndcg@10"] is None
     assert "the budget allows" in rows["greedy"]["reason"]
+    assert rows["wordy"]["reason"].startswith("RuntimeError: first second ValueError: not this xxx")
+    assert len(rows["wordy"]["reason"]) == 500 and "first\n  second" in rows["wordy"]["traceback"]
     assert (rows["picky"]["status"], rows["picky"]["reason"]) == ("skipped", "it has no taste for this backbone")
     again = run_suite(suite, out, quiet=True)
-    assert (again.ok, again.failed, again.skipped, again.reused) == (0, 2, 0, 5)  # failed cells are tried again
+    assert (again.ok, again.failed, again.skipped, again.reused) == (0, 3, 0, 5)  # failed cells are tried again
 
 
 def test_a_backbone_that_cannot_be_trained_fails_its_cells(suite: Path, tmp_path: Path, monkeypatch) -> None:
@@ -452,6 +464,30 @@ def test_compare_runs_only_what_is_new_and_sees_a_changed_file(
         compare("nowhere.py:Mine", suite)
     with pytest.raises(ValueError, match="no compressor or backbone class 'Yours'"):
         compare("mine.py:Yours", suite)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def __init__(self, k): pass", "missing 1 required positional argument: 'k'"),
+        ("def __init__(self): 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def __init__(self): raise SystemExit(3)", "SystemExit: 3"),
+        ("scores = 5", "Can't instantiate abstract class"),
+    ],
+)
+def test_a_class_that_cannot_be_made_is_one_line(suite, tmp_path, methods, monkeypatch, capsys, body, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = "Compressor" if body.startswith("scores") else "Eviction"
+    head = "from dataclasses import dataclass\nfrom malloc_bench.compressors import Compressor, Eviction\n"
+    Path("odd.py").write_text(f"{head}@dataclass(frozen=True)\nclass Odd({base}):\n    family = ''\n    {body}\n")
+    for words in (["compare", "odd.py:Odd", "--suite", str(suite)], ["check", "odd.py:Odd"]):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert (
+            err.startswith(f"malloc-bench: Odd of {tmp_path / 'odd.py'} cannot be made without parameters")
+            and said in err
+        )
+        assert err.count("\n") == 1
 
 
 def test_a_device_that_is_not_there(suite: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def put(folder: Path, name: str, **values: object) -> str:
     path = f"per_user/{cell}.parquet"
     known = write_per_user(folder / path, {"user": np.arange(3), "overlap": np.ones(3)})
     files = {"hashes": {"files": {path: known}}, "per_user": path}
-    write_row(folder / "rows", {"cell_id": cell, "compressor": name, "status": "ok", "ndcg@10": 0.5, **files, **values})
+    named = {"dataset": "ml-100k", "task": "retrieval", "backbone": "sasrec", "compressor": name, "seed": 0}
+    write_row(folder / "rows", {"cell_id": cell, **named, "status": "ok", "ndcg@10": 0.5, **files, **values})
     return cell
 
 
@@ -92,7 +93,7 @@ ROW, USERS, PARQUET, MANIFEST = (
         (ROW, truncate, "not readable"),
         (ROW, lambda path: path.write_text("[1]"), "not a row"),
         (ROW, lambda path: edit(path, **{"ndcg@10": 0.6}), "its digest does not match"),
-        (ROW, lambda path: edit(path, **{"ndcg@10": "much"}), "expected real"),
+        (ROW, lambda path: edit(path, **{"ndcg@10": "much"}), "expected a number of at least 0"),
         (ROW, lambda path: edit(path, schema_version=1), "schema version 1"),
         (ROW, lambda path: path.rename(path.with_stem("f" * 64)), "its name is not its cell id"),
         (ROW, Path.unlink, "gone (results.parquet has it)"),

@@ -20,8 +20,7 @@ from malloc_bench.data.tasks.splits import RULES
 from malloc_bench.data.tasks.tasks import Ranking, Retrieval
 from malloc_bench.paths import shipped
 from malloc_bench.registry import register
-from malloc_bench.report.render import budget_label
-from malloc_bench.results import frame
+from malloc_bench.results import budget_label, frame
 from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.file import MAX_BYTES, Measure, MeasureKeys, TrainingKeys
 from malloc_bench.suite.suite import Suite, SuiteError, load_suite, only
@@ -588,6 +587,8 @@ def test_only(tmp_path: Path) -> None:
         ("family", "windowing"): 12,
         ("budget", "0.25"): 8,
         ("budget", ".250"): 8,
+        ("budget", "25%"): 8,
+        ("budget", "1/4"): 8,
         ("budget", "none"): 4,
         ("budget", '{"slots":4}'): 8,
         ("seed", "1"): 14,

@@ -53,8 +53,9 @@ def costs(row: Row, events: float) -> Costs | None:
     build = 0.0 if raw else _grown(row, "prefill", events) + _grown(row, "compress", events)
     rebuild = 0.0 if row.get("method", row["compressor"]) in KEPT_WHOLE else build
     read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
-    if by_request := row.get("request_ms_p50") is not None:  # one user at a time, as measured; it grows as bytes do
-        load, unpack, one, add, pack, write = (row[f"request_{step}_ms_p50"] for step in REQUEST_STEPS)
+    steps: list[Any] = [row.get(f"request_{step}_ms_p50") for step in REQUEST_STEPS]
+    if by_request := row.get("request_ms_p50") is not None and None not in steps:
+        load, unpack, one, add, pack, write = steps  # one user at a time, as measured; it grows as bytes do
         read = (load + unpack) * moved + one * reads
         append = (load + unpack + pack + write) * moved + add * (1.0 if raw else appends)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
@@ -95,7 +96,7 @@ def at_candidates(rows: Sequence[dict[str, Any]], candidates: int) -> list[dict[
 def _bytes(row: Row, events: float) -> tuple[float, str] | None:
     """Bytes of a state of so many events, and how they grow."""
     n, most, size, largest = (row.get(name) for name in _MEASURED)
-    if n is None:
+    if not n:
         return None
     if size is not None and largest is not None and most is not None and most > n:
         slope = (largest - size) / (most - n)

@@ -11,6 +11,7 @@ from malloc_bench.measure.fleet.costs import Costs
 from malloc_bench.measure.fleet.prices import Prices
 
 GB = 1e9
+MOST = 1e15  # of any number that is asked for
 HOURS = 730.0  # of a month
 DAY = 86_400.0
 
@@ -40,8 +41,9 @@ class Fleet:
     def __post_init__(self) -> None:
         for each in fields(self):
             value, least = getattr(self, each.name), each.name in ("requests_per_second", "appends_per_second")
-            if not math.isfinite(value) or value < 0 or (value == 0 and not least):
-                word = "a number of at least 0" if least else "a number above 0"
+            if not (value == 0 and least) and not 1 / MOST <= value <= MOST:
+                low = "a number of at least 0" if least else "a number above 0"
+                word = f"at most {MOST:g}" if value > MOST else low
                 raise ValueError(f"--{each.name.replace('_', '-')}: expected {word}, not {value:g}")
         if self.utilisation > 1:
             raise ValueError(f"--utilisation: expected a share of at most 1, not {self.utilisation:g}")

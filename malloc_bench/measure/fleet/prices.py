@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from malloc_bench.registry import clipped, suggest
-from malloc_bench.strict_yaml import YamlError, read_yaml
+from malloc_bench.strict_yaml import YamlError, number_hint, read_yaml
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 16
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 1e12  # of a price
+Amount = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 
 
 class Prices(BaseModel):
@@ -31,7 +35,7 @@ class Prices(BaseModel):
 def read_prices(path: str | Path) -> Prices:
     """The prices of a YAML file; raises ValueError: one line with the file, the key and what was expected."""
     try:
-        return Prices.model_validate(read_yaml(Path(path), MAX_BYTES, "price list"))
+        prices = Prices.model_validate(read_yaml(Path(path), MAX_BYTES, "price list"))
     except YamlError as error:
         raise ValueError(f"{path}: {error}") from None
     except ValidationError as error:
@@ -42,5 +46,9 @@ def read_prices(path: str | Path) -> Prices:
         elif problem["type"] == "missing":
             what = "missing"
         else:
-            what = f"expected a number of at least 0, not {clipped(repr(problem['input']))}"
+            given = problem["input"]
+            what = f"expected a number from 0 to {MOST:g}, not {clipped(repr(given))}{number_hint(given)}"
         raise ValueError(f"{path}: {clipped(name)}: {what}") from None
+    if not any(prices.model_dump(exclude_none=True).values()):
+        log.warning("%s: every price is 0, so that all methods cost the same: write down what yours cost", path)
+    return prices

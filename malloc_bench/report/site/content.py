@@ -86,7 +86,7 @@ def _rows(runs: Sequence[Run]) -> pl.DataFrame:
     of = [
         _bare(label) if method == "compose" else method for method, label in whole.select("method", "compressor").rows()
     ]
-    return whole.with_columns(pl.Series("of", of, pl.String), pl.col("family").fill_null(""))
+    return whole.with_columns(pl.Series("of", of, pl.String))
 
 
 def _bare(label: str) -> str:

@@ -22,15 +22,19 @@ from malloc_bench.files import (
     remove_leftovers,
     sealed,
 )
-from malloc_bench.registry import suggest
+from malloc_bench.registry import clipped, suggest
+from malloc_bench.results.faults import fault
+from malloc_bench.results.labels import budget_asked, budget_label, budget_labels, budget_text, label, share
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
 __all__ = [
-    "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_text", "canonical_json", "cell_id",
-    "frame", "label", "load_results", "read_rows", "remove_leftovers", "to_parquet", "write_per_user", "write_row",
+    "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_asked", "budget_label", "budget_labels",
+    "budget_text", "canonical_json", "cell_id", "digest", "frame", "label", "load_results", "read_rows",
+    "remove_leftovers", "share",
+    "to_parquet", "write_per_user", "write_row",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,6 @@ Row = dict[str, Any]
 
 SCHEMA_VERSION = 2
 AFTER = (1, 5, 10, 20, 50, 100)  # appended events, drift is measured after
-STATUSES = ("ok", "skipped", "failed")
 STEPS = ("prefill", "compress", "append", "read")
 REQUEST_STEPS = ("load", "unpack", "read", "append", "pack", "write")
 CLIENTS = (1, 2)  # processes that ask a store at once
@@ -134,29 +137,6 @@ def differing(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
     return {} if one == other else {at: (one, other)}
 
 
-def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
-    """The `budget` column: `0.25`, `{"slots":16}`, or null where the method has no budget."""
-    if budget is None:
-        return None
-    return canonical_json(float(budget) if isinstance(budget, (int, float)) else budget)
-
-
-def label(name: str, params: str | None) -> str:
-    """`snapkv(window=16)` from a name and its parameters as JSON; a chain reads `merge_adjacent + kivi(bits=2)`."""
-    values = json.loads(params) if params else {}
-    if name == "compose" and len(values) == 1 and isinstance(chain := next(iter(values.values())), list):
-        return _show(chain)
-    return f"{name}({', '.join(f'{key}={_show(value)}' for key, value in values.items())})" if values else name
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return " + ".join(map(_show, value))
-    if isinstance(value, dict):
-        return " + ".join(label(name, json.dumps(params)) for name, params in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 # ---- files
 
 
@@ -189,15 +169,14 @@ def spoilt(rundir: str | Path, row: Row) -> str | None:
 def write_row(folder: str | Path, row: Mapping[str, Any]) -> Path:
     """Write `<folder>/<cell_id>.json`; columns not given, and NaN, become null. The same row gives the same bytes.
 
-    Raises ValueError for an unknown column, a wrong type, no cell id, or a status that is not one of STATUSES;
-    ResultsError where the file cannot be written.
+    Raises ValueError for an unknown column or what `faults.fault` finds; ResultsError where the file cannot be written.
     """
     for name in row:
         if name not in COLUMNS:
             raise ValueError(f"a row has no column '{name}'.{suggest(name, COLUMNS)}")
     whole = finite(plain(dict.fromkeys(COLUMNS) | dict(row) | {"schema_version": SCHEMA_VERSION}))
-    if fault := _fault(whole):
-        raise ValueError(f"bad row: {fault}")
+    if why := _fault(whole):
+        raise ValueError(f"bad row: {why}")
     path = Path(folder) / f"{whole['cell_id']}.json"
     atomic_write(path, sealed(whole))
     return path
@@ -206,16 +185,17 @@ def write_row(folder: str | Path, row: Mapping[str, Any]) -> Path:
 def read_rows(folder: str | Path, quarantine: bool = True) -> list[Row]:
     """All good rows of a folder, by cell id. A broken file, one that is not what was written (by its digest, and by its
 
-    cell's id), or one of another schema version, is not returned: it is named in a warning and moved to
-    `<folder>/quarantine/`, or left alone with `quarantine=False`.
+    cell's id), one that holds what no row may, or one of another schema version, is not returned: it is named in a
+    warning and moved to `<folder>/quarantine/`, or left alone with `quarantine=False`.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
-        row, fault = read_row(path)
-        if not fault:
+        row, why = read_row(path)
+        if not why:
             rows.append(row)
         else:
-            log.warning("%s %s: %s", "quarantined" if quarantine and _set_aside(path) else "left out", path, fault)
+            done = "quarantined" if quarantine and _set_aside(path) else "left out"
+            log.warning("%s %s: %s (run its suite again to have it)", done, path, why)
     return rows
 
 
@@ -233,16 +213,16 @@ def read_row(path: Path) -> tuple[Row, str | None]:
     """The row of a file and what is wrong with it."""
     try:
         row = json.loads(path.read_bytes())
+        if not isinstance(row, dict):
+            return {}, "not a row"
+        if row.get("schema_version") != SCHEMA_VERSION:
+            return {}, f"schema version {clipped(repr(row.get('schema_version')))}, this is {SCHEMA_VERSION}"
+        if why := _fault(row):
+            return {}, why
+        if row.get(DIGEST) != (_digest({name: value for name, value in row.items() if name != DIGEST}) or ""):
+            return {}, "its digest does not match"
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"not readable ({error})"
-    if not isinstance(row, dict):
-        return {}, "not a row"
-    if row.get("schema_version") != SCHEMA_VERSION:
-        return {}, f"schema version {row.get('schema_version')}, this is {SCHEMA_VERSION}"
-    if fault := _fault(row):
-        return {}, fault
-    if row.get(DIGEST) != _digest({name: value for name, value in row.items() if name != DIGEST}):
-        return {}, "its digest does not match"
     return dict.fromkeys(COLUMNS) | row, None if row["cell_id"] == path.stem else "its name is not its cell id"
 
 
@@ -255,22 +235,9 @@ def _digest(content: Any) -> str | None:
 
 def _fault(row: Row) -> str | None:
     """What is wrong with a row, or None."""
-    if not row.get("cell_id") or not isinstance(row["cell_id"], str):
-        return "no cell_id"
-    if row.get("status") not in STATUSES:
-        return f"status {row.get('status')!r} is none of {', '.join(STATUSES)}"
-    wrong = [name for name, kind in COLUMNS.items() if not _fits(row.get(name), kind)]
-    if wrong:
-        return f"{wrong[0]} is {row[wrong[0]]!r}, expected {COLUMNS[wrong[0]]}"
+    if why := fault(row, COLUMNS):
+        return why
     return "its cell_id is not that of its cell" if row.get("cell") and cell_id(row["cell"]) != row["cell_id"] else None
-
-
-def _fits(value: Any, kind: str) -> bool:
-    if value is None or kind == "json":
-        return True
-    if kind == "flag" or isinstance(value, bool):
-        return kind == "flag" and isinstance(value, bool)
-    return isinstance(value, {"text": (str,), "whole": (int,), "real": (int, float)}[kind])
 
 
 # ---- frames
@@ -340,7 +307,30 @@ def read_parquet(path: Path) -> pl.DataFrame:
     old = known is None and "schema_version" in found.columns and found["schema_version"].eq(1).all()
     if not old and known != _frame_digest(found):
         raise ResultsError(f"{path} is not what was written (its digest does not match): run again, or fetch it again")
+    if odd := _frame_fault(found):
+        raise ResultsError(f"{path}: {odd}: run again, or fetch it again")
     return complete(found)
+
+
+def _frame_fault(frame: pl.DataFrame) -> str | None:
+    """What is wrong with the first row of a frame that holds what no row may, or None."""
+    for name, kind in _schema().items():
+        if name in frame.columns and frame.schema[name] != kind:
+            return f"column {name} is {frame.schema[name]}, expected {kind}"
+    for row in frame.iter_rows(named=True):
+        if why := fault(
+            row | {name: _parsed(row.get(name)) for name, kind in COLUMNS.items() if kind == "json"}, COLUMNS
+        ):
+            return f"row {str(row.get('cell_id'))[:12]}: {why}"
+    return None
+
+
+def _parsed(text: str | None) -> Any:
+    """A nested value; what is none as it is."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _frame_digest(rows: pl.DataFrame) -> str | None:

@@ -1,0 +1,78 @@
+"""What methods and budgets are called: in tables, in rows, and by who asks for some of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from malloc_bench.files import canonical_json
+
+
+def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
+    """The `budget` column: `0.25`, `{"slots":16}`, or null where the method has no budget."""
+    if budget is None:
+        return None
+    return canonical_json(float(budget) if isinstance(budget, (int, float)) else budget)
+
+
+def budget_label(budget: str | None) -> str:
+    """`50 %`, `16 slots`, `4096 bytes`, or blank, from the `budget` column."""
+    value = json.loads(budget) if budget else None
+    if isinstance(value, dict):
+        return ", ".join(f"{size} {unit}" for unit, size in value.items())
+    return "" if value is None else f"{100 * value:g} %"
+
+
+def budget_labels(label: str | None) -> list[str]:
+    """`50 %` and `25 %` of `50, 25 %`, the label of one state under several budgets."""
+    found, unit = [], ""
+    for part in reversed((label or "").split(", ")):
+        unit = part.partition(" ")[2] or unit
+        found += [f"{part.split()[0]} {unit}"] if part else []
+    return found[::-1]
+
+
+def budget_asked(text: str) -> str:
+    """The label of a budget that somebody asks for: `25 %` of `25%`, `.250`, `1/4` and `{"slots":16}` of `16 slots`.
+
+    Other text as it is, `none` among it.
+    """
+    value = share(text)
+    if value is None:
+        try:
+            return budget_label(text)
+        except (ValueError, TypeError):
+            return text
+    return budget_label(budget_text(value))
+
+
+def share(text: str) -> float | None:
+    """A number from `1/32`, `3.125%`, `3.125 %` or `0.03`; None where it is none."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e-?\d+)?)\s*(?:(%)|/\s*([\d.]+))?\s*", text, re.ASCII)
+    try:
+        return None if found is None else float(found[1]) / (100.0 if found[2] else float(found[3] or 1.0))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def label(name: str, params: str | None) -> str:
+    """`snapkv(window=16)` from a name and its parameters as JSON; a chain reads `merge_adjacent + kivi(bits=2)`."""
+    return _named(name, json.loads(params) if params else {})
+
+
+def _named(name: str, params: Any) -> str:
+    if not isinstance(params, dict):
+        return name if params is None else f"{name}({_show(params)})"
+    if name == "compose" and len(params) == 1 and isinstance(chain := next(iter(params.values())), list):
+        return _show(chain)
+    return f"{name}({', '.join(f'{key}={_show(value)}' for key, value in params.items())})" if params else name
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return " + ".join(map(_show, value))
+    if isinstance(value, dict):
+        return " + ".join(_named(name, params) for name, params in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
