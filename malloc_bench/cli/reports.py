@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from malloc_bench.cli.arguments import Only, RunArg, pairs
+from malloc_bench.cli.arguments import Only, RunArg, pairs, run_folder
 from malloc_bench.cli.text import console, say
 
 reports = typer.Typer()
@@ -67,13 +67,13 @@ def tables(
 
 @reports.command()
 def merge(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
     out: Annotated[Path, typer.Option(help="The folder that they become.")],
 ) -> None:
     """Make one run of several: digests are checked, and cells that two have must agree."""
     from malloc_bench.run.merge import merge
 
-    say(f"{merge(runs, out) / 'leaderboard.md'}")
+    say(f"{merge([run_folder(run) for run in runs], out) / 'leaderboard.md'}")
 
 
 @reports.command()

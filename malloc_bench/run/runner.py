@@ -79,6 +79,8 @@ def _run(
         i, n = shard
         if not 1 <= i <= n:
             raise ValueError(f"shard {i}/{n}: expected I/N with 1 <= I <= N, such as 3/16")
+        if n > len(cells):
+            raise ValueError(f"shard {i}/{n}: there are {len(cells)} cells, expected at most as many parts")
         cells = cells[len(cells) * (i - 1) // n : len(cells) * i // n]  # neighbours share a backbone and its prefills
     on = _device(device)
     chosen = Tuned(suite.tuned) if suite.tuned else None

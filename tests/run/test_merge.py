@@ -71,3 +71,9 @@ def test_a_shard_is_one_of_n(tmp_path: Path, shard: str, capsys: pytest.CaptureF
     (tmp_path / "tiny.yaml").write_text(SUITE)
     assert main(["run", str(tmp_path / "tiny.yaml"), "--shard", shard, "--out", str(tmp_path / "x")]) == 2
     assert "expected I/N" in capsys.readouterr().err
+
+
+def test_no_shard_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(SUITE)
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--shard", "1/8", "--out", str(tmp_path / "x")]) == 2
+    assert "there are 7 cells, expected at most as many parts" in capsys.readouterr().err
