@@ -168,6 +168,7 @@ def _compressor(cls: type[Compressor]) -> Lines:
         ("size", _size(cls)),
         ("reads", _reads(cls)),
         ("work of compress", work),
+        *([("grows as", ", ".join(f"{what} {term}" for what, term in cls.growth.items()))] if cls.growth else []),
         *_parameters(cls),
         *(("tuned over", f"{key}: {', '.join(map(str, values))}") for key, values in cls.grid.items()),
         ("version", str(cls.version)),

@@ -55,6 +55,15 @@ def _sampling(fit: Callable[..., Fitted]) -> Callable[..., Fitted]:
     return parsed
 
 
+def grows(memory: str = "b n L d", compress: str = "0", read: str = "b n L d") -> Mapping[str, str]:
+    """A method's `growth`: leading terms of numbers stored, of FLOPs of compress, and of a read's beyond no history.
+
+    In n events, L layers, d channels of all h heads, b the share of the bytes that stays and k = b n slots of it, r
+    ranks, w newest queries, p probes, c entries of a codebook, m slots of a fixed number, s steps; 0: no matmul.
+    """
+    return {"memory": memory, "compress": compress, "read": read}
+
+
 def methods_in(compressor: Compressor) -> Iterator[Compressor]:
     """The method and all that its parameters name: the steps of a chain, an inner method, and theirs."""
     yield compressor
@@ -75,7 +84,8 @@ class Compressor(ABC):
     `malloc-bench show`), `note` (that it loses to slots by lot, and why), `version` (raise it when results change). A
     method that learns something of training users, once for all, also writes `fit`; `fit_fields` are the parameters
     that a fit depends on (None: all), `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning,
-    each with its values, at most 8 settings in all, as many as `malloc-bench tune` tries of any method.
+    each with its values, at most 8 settings in all, as many as `malloc-bench tune` tries of any method. `growth`: see
+    `grows`.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -89,6 +99,7 @@ class Compressor(ABC):
     fit_fields: ClassVar[tuple[str, ...] | None] = None
     fit_uses_budget: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    growth: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Every `compress` takes its budget as a suite writes it: 0.25, {"slots": 8}, {"bytes": 4096} or a Budget."""
@@ -188,6 +199,7 @@ class Encoder(Compressor):
     """
 
     measured: ClassVar[bool] = False
+    growth = grows(read="n L d")
 
     @property
     def takes_budget(self) -> bool:

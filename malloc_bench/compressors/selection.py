@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
@@ -26,6 +26,7 @@ class TokenMethod(Compressor):
 
     even: ClassVar[bool] = True
     remembers: ClassVar[bool] = False
+    growth = grows()
 
     def supports(self, backbone: Backbone) -> str | None:
         return None if backbone.has_slots else f"{backbone.name} keeps a memory of constant size: it has no slots"

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm
+from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
 from malloc_bench.report.judge import REBUILT, alike, deployable
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
@@ -95,10 +96,11 @@ def _to_best(block: pl.DataFrame, best: Mapping[str, Any] | None, users: Users) 
 
 
 def complexity(frame: pl.DataFrame) -> pl.DataFrame:
-    """How bytes, FLOPs and time grow with the events of a history: e in n^e between the two lengths that were measured.
+    """How bytes, FLOPs and time grow: the leading terms that a method names, in n events, L layers, d channels and what
 
-    Null where they are too near to one another. A part of each cost does not grow, which lowers e where histories are
-    short: `read FLOPs beyond none` are those that a read of no history does not take.
+    `compressors.base.grows` lists; and e in n^e between the two lengths of history that were measured. Null where they
+    are too near to one another. A part of each cost does not grow, which lowers e where histories are short: `read
+    FLOPs beyond none` are those that a read of no history does not take.
     """
     rows = aggregate(frame)
     floors = [
@@ -113,10 +115,22 @@ def complexity(frame: pl.DataFrame) -> pl.DataFrame:
         .alias(name)
         for name, (a, b) in GROWTH.items()
     ]
-    found = rows.with_columns(exponents).filter(pl.any_horizontal(pl.col(name).is_not_null() for name in GROWTH))
-    return found.select(*HEAD, "measured_history", "measured_history_long", *GROWTH)
+    said = [
+        pl.Series(name, [_said(label, what) for label in rows["compressor"]], pl.String) for name, what in SAID.items()
+    ]
+    found = rows.with_columns(exponents).with_columns(said)
+    found = found.filter(pl.any_horizontal(pl.col(name).is_not_null() for name in (*SAID, *GROWTH)))
+    return found.select(*HEAD, *SAID, "measured_history", "measured_history_long", *GROWTH)
 
 
+def _said(label: str, what: str) -> str | None:
+    """The leading terms that a method names (`compressors.base.grows`); of a chain its first step's."""
+    first = label.split(" + ")[0].split("(")[0]
+    term = find("compressors", first).growth.get(what, "") if first in names("compressors") else ""
+    return term.replace("^2", "²").replace("^3", "³") or None
+
+
+SAID = {f"said {what}": what for what in ("memory", "compress", "read")}
 READ = ("read_flops", "read_flops_long")
 #: name -> columns of the shorter and the longer history
 GROWTH = {
@@ -164,6 +178,7 @@ PAPER = {
         complexity,
         (
             *LABELS,
+            *(words(name, f"{what}: O(.)") for name, what in SAID.items()),
             number("measured_history", "n: from (events)", ",.0f"),
             number("measured_history_long", "n: to (events)", ",.0f"),
             *(number(name, f"{name}: e of n^e", ".2f") for name in GROWTH),

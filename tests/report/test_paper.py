@@ -143,7 +143,8 @@ def test_growth_between_two_lengths(row, board_of):
     times = {"read_flops": 10.0, "read_flops_long": 1e5, "read_ms_p50": 1.0, "read_ms_p50_long": 10.0}
     near = {**sizes, **times, "measured_history_long": 12}
     found = evidence.complexity(board_of(row(compressor="h2o", **sizes, **times), row(compressor="tova", **near)))
-    (one,) = found.to_dicts()
+    one, tova = found.sort("compressor").to_dicts()
+    assert (one["said compress"], tova["said compress"]) == ("h n² L", "w n L d") and tova["memory"] is None
     assert [one[name] for name in ("memory", "read FLOPs", "read ms")] == pytest.approx([1.0, 2.0, 0.5])
     assert one["compress ms"] is None and one["compressor"] == "h2o"
     text = tables.render_table(board_of(row(compressor="h2o", **sizes, **times)), "complexity")

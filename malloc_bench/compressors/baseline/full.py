@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -17,6 +17,7 @@ class Full(Compressor):
     family = "baseline"
     paper = "none: the reference"
     formula = "every slot of every layer stays"
+    growth = grows(memory="n L d", read="n L d")
     stores = "keys and values of every event in float32"
 
     @property

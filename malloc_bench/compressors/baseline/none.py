@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -19,6 +19,7 @@ class NoHistory(Compressor):
     family = "baseline"
     paper = "none: the floor"
     formula = "no slot stays; the token stands at position 0"
+    growth = grows(memory="0", read="0")
     stores = "a history length of 0"
 
     @property

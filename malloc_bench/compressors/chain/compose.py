@@ -31,6 +31,7 @@ class Compose(TokenMethod):
 
     family = "chain"
     paper = "none: combinations across families, which MALLOC (arXiv 2601.20234) leaves open"
+    growth = {}  # its steps'
     formula = "encode(keep(... keep(state))), the state from an adapted backbone if the first step is structural"
     stores = "what the last token method keeps, written as the encoder writes it"
 

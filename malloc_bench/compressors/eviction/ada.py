@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.division import Divided
 from malloc_bench.compressors.selection import ranked
 from malloc_bench.registry import register
@@ -26,6 +27,7 @@ class Ada(Divided):
     least: float = 0.2
 
     heads = True
+    growth = grows(compress="w n L d")
     paper = "Ada-KV, Feng et al., NeurIPS 2025, arXiv 2407.11550"
     formula = "of a layer's H k slots a head keeps those among the best of all heads, and at least a fifth of k"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -31,6 +32,7 @@ class CapKV(Eviction):
         "leverage favours what stands apart"
     )
     formula = "score = w v'(I + sum_j w_j v_j v_j')^-1 v, w = exp(tau (cos(k, mean query) - the largest cos))"
+    growth = grows(compress="n L d^2")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")
 

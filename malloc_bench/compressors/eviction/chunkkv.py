@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -30,6 +30,7 @@ class ChunkKV(Eviction):
     per_head = False
     paper = "ChunkKV, Liu et al., arXiv 2502.00299"
     formula = "score = mean over the slots of i's run of the sum over heads of the inner score"
+    growth = grows(compress="w n L d")
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 
     def __post_init__(self) -> None:

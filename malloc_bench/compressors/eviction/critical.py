@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.selection import Eviction, beside_slots, chosen, filled, ranked
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -27,6 +27,7 @@ class Critical(Eviction):
     family = "eviction"
     paper = "CriticalKV, Feng et al., Identify Critical KV Cache in LLM Inference, arXiv 2502.03805"
     formula = "k/2 by the inner score s, the rest by (s + 0.0001) |W_o v|_1"
+    growth = grows(compress="w n L d + n L d^2")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("values",)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState, by_heads
@@ -25,6 +26,7 @@ class ExpectedAttention(Eviction):
     family = "eviction"
     paper = "Expected Attention, Devoto et al., arXiv 2510.00636"
     formula = "score = softmax over slots of (mu.k + k'Ck / 2) x |v|, mu and C of the newest `window` queries"
+    growth = grows(compress="n L d^2")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")
 

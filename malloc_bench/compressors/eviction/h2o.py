@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -32,6 +33,7 @@ class H2O(Eviction):
     family = "eviction"
     paper = "H2O: Heavy-Hitter Oracle, Zhang et al., NeurIPS 2023, arXiv 2306.14048"
     formula = "score = mean over the queries that see a slot of |attention weight|; the newest k/2 stay (recent x k)"
+    growth = grows(compress="h n^2 L")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     version = 2
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -23,6 +24,7 @@ class H2OStream(Eviction):
     family = "eviction"
     paper = "H2O: Heavy-Hitter Oracle, Zhang et al., NeurIPS 2023, arXiv 2306.14048, algorithm 1"
     formula = "score = sum so far of |attention weight| over the queries since the slot came; the newest k/2 stay"
+    growth = grows(compress="h n^2 L")
     stores = (
         "keys, values and a float32 sum of k events per layer and head, and positions where the backbone reads them"
     )

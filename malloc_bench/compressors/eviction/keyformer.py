@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -30,6 +31,7 @@ class Keyformer(Eviction):
     family = "eviction"
     paper = "Keyformer, Adnan et al., MLSys 2024, arXiv 2403.09054"
     formula = "score = mean over newest queries t that see it of softmax((q_t.k + Gumbel) / tau_t), tau_t from 1 to tau"
+    growth = grows(compress="w n L d")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -25,6 +26,7 @@ class Leverage(Eviction):
     paper = "the leverage score of Compactor, arXiv 2507.08143, without its sketch"
     note = "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .715 / .682, slots by lot .785 / .758: it looks at no weight"
     formula = "score = x_i' (X'X + ridge tr(X'X)/d I)^-1 x_i, X the keys less their mean"
+    growth = grows(compress="n L d^2")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys",)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.division import Divided
 from malloc_bench.compressors.selection import ranked
 from malloc_bench.compressors.sizing import Budget
@@ -31,6 +32,7 @@ class LU(Divided):
     window: int = 16
 
     heads = True
+    growth = grows(compress="w n L d")
     paper = "after LU-KV, as kvpress has it: per-head budgets fitted offline"
     formula = "next slot to the head with the steepest fitted E |sum over dropped slots of w v|^2 / E |mixtures|^2"
     reads = ("values",)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.division import Divided
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
@@ -23,6 +24,7 @@ class Pyramid(Divided):
     inner: Any = "snapkv"
     beta: float = 2.0
 
+    growth = grows(compress="w n L d")
     paper = "PyramidKV, Cai et al., arXiv 2406.02069"
     formula = "share of layer l of L: from 2 - 1/beta at the bottom to 1/beta at the top; slots by the inner score"
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -26,6 +27,7 @@ class RASTP(Eviction):
     per_head = False
     paper = "RASTP, Representation-Aware Semantic Token Pruning, arXiv 2511.16943"
     formula = "score = |x|_1 (sum over heads, mean over the queries that see it, of |weight|), x the layer's input"
+    growth = grows(compress="h n^2 L")
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 
     @property

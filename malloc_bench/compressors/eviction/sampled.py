@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.eviction.random import drawn, hashed, proportional
 from malloc_bench.compressors.selection import Eviction, TokenMethod, gather, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -38,6 +38,7 @@ class Sampled(TokenMethod):
     family = "eviction"
     paper = "Horvitz and Thompson, JASA 1952; for attention MagicPIG, Chen et al., ICLR 2025, arXiv 2410.16179"
     formula = "keep i with chance p_i = min(1, c s_i), sum of p = k, s the inner score; mass = 1 / p_i"
+    growth = grows(compress="w n L d")
     stores = "keys, values and a float32 mass of k events per layer and head, positions where the backbone reads them"
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -24,6 +25,7 @@ class Scissorhands(Eviction):
     family = "eviction"
     paper = "Scissorhands, Liu et al., NeurIPS 2023, arXiv 2305.17118"
     formula = "score = number of the newest `window` queries whose |weight| on i exceeds their mean |weight|"
+    growth = grows(compress="w n L d")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, absolute_sums
@@ -28,6 +29,7 @@ class SnapKV(Eviction):
     family = "eviction"
     paper = "SnapKV, Li et al., NeurIPS 2024, arXiv 2404.14469"
     formula = "score = pool_5(mean over the newest `window` queries of |attention weight|); the window stays"
+    growth = grows(compress="w n L d")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.division import Divided
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -24,6 +25,7 @@ class Squeeze(Divided):
     inner: Any = "snapkv"
     p: float = 0.4
 
+    growth = grows(compress="w n L d")
     paper = "SqueezeAttention, Wang et al., ICLR 2025, arXiv 2404.04793"
     formula = "a layer with high mean cos(input, output) keeps p of an equal share, the others what that sets free"
 

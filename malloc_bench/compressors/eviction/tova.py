@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -22,6 +23,7 @@ class TOVA(Eviction):
     per_head = False
     paper = "TOVA, Oren et al., Transformers are Multi-State RNNs, EMNLP 2024, arXiv 2401.06104"
     formula = "score = mean over heads of |weight of the newest query|; the newest slot stays"
+    growth = grows(compress="w n L d")
     stores = "keys and values of k events per layer, and their positions where the backbone reads them"
 
     @property

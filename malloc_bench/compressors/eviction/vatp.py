@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats
@@ -21,6 +22,7 @@ class VATP(Eviction):
     family = "eviction"
     paper = "VATP, Guo et al., Attention Score is not All You Need, EMNLP 2024, arXiv 2406.12335"
     formula = "score = (sum over queries of |attention weight|) |v|_1; the newest k/2 stay"
+    growth = grows(compress="h n^2 L")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("values",)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, as_compressor
+from malloc_bench.compressors.base import Compressor, as_compressor, grows
 from malloc_bench.compressors.fitted.allocation import Curves
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
@@ -42,6 +42,7 @@ class Auto(Compressor):
     family = "fitted"
     paper = "ours; hulls and multipliers: Shoham and Gersho, IEEE TASSP 36, 1988"
     formula = "min over candidate and bytes of each layer: sum over layers of E |output gap|^2, bytes within the budget"
+    growth = grows(compress="p n L d + h p k n L + h p k^2 L", read="n L d")
     stores = "what the candidate of each layer stores; fixed bytes: the curves"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fit_keys import FitKeys
 from malloc_bench.registry import register
 
@@ -18,6 +19,7 @@ class Cartridge(FitKeys):
     probes: int = 256
     rounds: int = field(default=100, kw_only=True)
 
+    growth = grows(compress="s p k L d + h p k n L")
     family = "fitted"
     paper = "Cartridges, arXiv 2506.06266, there end to end"
     formula = "keys, log masses and values by Adam on |A V of the slots - A V|^2 over probes, from fit_omp on"

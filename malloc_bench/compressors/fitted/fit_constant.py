@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fitting import Asking, without_slots
 from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.compressors.sizing import Budget
@@ -34,6 +35,7 @@ class FitConstant(Asking):
         "softmax: logit b with sigmoid(b - own logit) ~ the history's weight, o = what explains A V best beside the "
         "token itself; SiLU: o = the mean of A V over probes"
     )
+    growth = grows(memory="L d", compress="p n L d + L d^2", read="0")
     stores = "one vector a layer and head and, with softmax, its logit; no slot, no position"
 
     @property

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.descent import refined, refining_flops
 from malloc_bench.compressors.fitted.fit_omp import FitOMP
 from malloc_bench.registry import register
@@ -26,6 +27,7 @@ class FitKeys(FitOMP):
     family = "fitted"
     paper = "ours; for language models Cartridges, arXiv 2506.06266, and Attention Matching, arXiv 2602.16284"
     formula = "keys: down dL/dk by Adam, L = |A V of the slots - A V|^2 over probes; masses and values as in fit_recent"
+    growth = grows(compress="p n L d + h p k n L + h p k^2 L")
     stores = "k fitted keys, values and, with softmax, masses a layer and head; positions where the backbone reads them"
     version = 3
     whole: ClassVar[bool] = False  # masses and values move too

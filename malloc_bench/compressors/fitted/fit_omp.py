@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fitting import FittedTokens
 from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.registry import register
@@ -38,6 +39,7 @@ class FitOMP(FittedTokens):
         "in fit_recent"
     )
     version = 5
+    growth = grows(compress="p n L d + h p k n L + h p k^2 L")
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:

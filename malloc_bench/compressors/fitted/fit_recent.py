@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fitting import FittedTokens
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill
@@ -33,6 +34,7 @@ class FitRecent(FittedTokens):
         "keys of slots n-k ... n-1; softmax: masses m >= 0 with A m ~ the history's weight, values by ridge regression "
         "of A V on the weights A m; SiLU: values by ridge regression on A; A: weights of probe tokens"
     )
+    growth = grows(compress="p n L d + p k L d + h p k^2 L")
     stores = "k keys, fitted values and, with softmax, fitted masses a layer and head; positions follow from the length"
     per_head = False
     consecutive = True

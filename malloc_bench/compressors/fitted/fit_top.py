@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fitting import FittedTokens
 from malloc_bench.compressors.fitted.solving import evened, rows_of
 from malloc_bench.compressors.selection import chosen, ranked
@@ -26,6 +27,7 @@ class FitTop(FittedTokens):
     family = "fitted"
     paper = "ours; for language models Attention Matching, arXiv 2602.16284"
     formula = "the k slots of the largest mean over probes of A^2; masses and values as in fit_recent"
+    growth = grows(compress="p n L d + p k L d + h p k^2 L")
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:

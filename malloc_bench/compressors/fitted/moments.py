@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.fitted.fitting import Asking, pair, split, without_slots
 from malloc_bench.compressors.fitted.solving import rows_of
 from malloc_bench.compressors.selection import TokenMethod
@@ -58,6 +58,7 @@ class Moments(Asking, TokenMethod):
         "rest: weight n exp(a.mu_k), answer mu_v + S_vk a, S_vk = E (v - mu_v)(k - mu_k)' to rank r; about q0 events "
         "count by exp(q0.k), and a - q0 stands for a; SiLU: sum of silu(z0) v + silu'(z0) v k'(a - q0)"
     )
+    growth = grows(compress="p n L d + n L d^2")
     stores = "what the inner method keeps; a layer and head one vector, r pairs of vectors and, with softmax, a key"
     remembers: ClassVar[bool] = True
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.fitting import Asking
 from malloc_bench.compressors.fitted.solving import evened
 from malloc_bench.compressors.quantization.codebooks import entries
@@ -44,6 +45,7 @@ class Still(Asking, TokenMethod):
         "a_j = softmax_i(u_j.k_i + w_j log age_i), key_j = g_j (a_j K) + c_j, value_j = h_j (a_j V) + d_j, "
         "mass_j = n softmax(m)_j; trained on |A V of the slots - A V|^2 over probes of training users"
     )
+    growth = grows(memory="m L d", compress="m n L d", read="m L d")
     stores = "k keys, values and, with softmax, masses a layer and head; mean positions and times where they are read"
 
     def __post_init__(self) -> None:

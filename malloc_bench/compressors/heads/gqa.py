@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from malloc_bench.backbones.block import Block
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import SharedHeads, converted, layers, narrow, outputs, refusal, swap
 from malloc_bench.registry import register
 
@@ -61,6 +61,7 @@ class GQA(FewerHeads):
 
     paper = "GQA, Ainslie et al., EMNLP 2023, arXiv 2305.13245"
     formula = "query head h reads keys and values of head floor(h x n_kv_heads / heads)"
+    growth = grows(memory="n L d / h", read="n L d")
     stores = "keys and values of every event in n_kv_heads heads"
 
     def __post_init__(self) -> None:

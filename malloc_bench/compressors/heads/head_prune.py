@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.heads.mean_heads import refusal
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -59,6 +59,7 @@ class HeadPrune(Compressor):
     family = "heads"
     paper = "after Michel et al., Are Sixteen Heads Really Better than One?, NeurIPS 2019, arXiv 1905.10650"
     formula = "importance of a head = |W_o of the head|_F x sqrt(mean |v|^2 over training users)"
+    growth = grows(read="n L d")
     stores = "keys and values of every event in the kept heads; fixed bytes: means and importance of every head"
     grid = {"keep": (0.25, 0.5, 0.75)}
     fit_fields = ()

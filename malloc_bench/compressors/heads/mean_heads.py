@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malloc_bench.compressors.base import Compressor, map_vectors
+from malloc_bench.compressors.base import Compressor, grows, map_vectors
 from malloc_bench.compressors.heads.shared import Shared
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -40,6 +40,7 @@ class MeanHeads(Compressor):
     paper = "GQA's conversion of a checkpoint, Ainslie et al., EMNLP 2023, arXiv 2305.13245, section 2.1"
     formula = "keys and values of stored head g = mean over the heads of group g; nothing is trained, so heads that "
     formula += "differ blur one another"
+    growth = grows(read="n L d")
     stores = "keys and values of every event in `heads` heads"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import Shared, SharedHeads, converted, layers, narrow, outputs, refusal, swap
 from malloc_bench.registry import register
 from malloc_bench.state import Segment
@@ -64,6 +64,7 @@ class MLA(Structural):
     family = "heads"
     paper = "DeepSeek-V2 (multi-head latent attention), 2024, arXiv 2405.04434"
     formula = "c = W x; keys = U_k c, values = U_v c: logits (U_k' q).c, output U_v (sum w c)"
+    growth = grows(memory="r n L", read="h r n L")
     stores = "one vector of width `latent` of every event in each layer"
 
     def __post_init__(self) -> None:

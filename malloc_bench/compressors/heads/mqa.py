@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.heads.gqa import FewerHeads
 from malloc_bench.registry import register
 
@@ -15,4 +16,5 @@ class MQA(FewerHeads):
 
     paper = "Fast Transformer Decoding: One Write-Head is All You Need, Shazeer 2019, arXiv 1911.02150"
     formula = "every query head reads the same keys and values"
+    growth = grows(memory="n L d / h", read="n L d")
     stores = "keys and values of every event in one head"

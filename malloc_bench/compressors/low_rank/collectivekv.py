@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import converted, layers, narrow, outputs, swap
 from malloc_bench.compressors.trimmed import refusal
 from malloc_bench.registry import register
@@ -106,6 +106,7 @@ class CollectiveKV(Structural):
     family = "low-rank"
     paper = "CollectiveKV, 2026, arXiv 2601.19178"
     formula = "k = [pool[argmax r(x)]; W x], v likewise with a pool and router of its own"
+    growth = grows(memory="n L", read="n L d")
     stores = "of every event and layer two pool numbers (int16) and 2 x heads x `own` floats; the pools are parameters"
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.low_rank.latent import Latent, LatentMethod
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -32,6 +33,7 @@ class Eigen(LatentMethod):
 
     paper = "Eigen Attention, Saxena et al., EMNLP Findings 2024, arXiv 2408.05646"
     formula = "c = ([K V] - mean) U_r, U of the covariance over training users; q.k is read as (U_k' q).c + q.mean_k"
+    growth = grows(memory="r n", compress="r n L d", read="r n L + r L d")
     stores = "r float16 coefficients a slot for all layers and fields; fixed bytes: the basis and the mean"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, map_vectors
+from malloc_bench.compressors.base import Compressor, grows, map_vectors
 from malloc_bench.compressors.low_rank.shrinkage import shrunk
 from malloc_bench.compressors.quantization.turboquant import TurboQuant
 from malloc_bench.compressors.sizing import Budget
@@ -31,6 +31,7 @@ class EOptShrink(Compressor):
     formula = (
         "s -> sqrt((s^2 - (b + 1) t^2)^2 - 4 b t^4) / s above (1 + sqrt b) t; b = n / D or D / n, t from the median"
     )
+    growth = grows(compress="n L d^2", read="n L d")
     stores = "float16 factors of the rank found, a rank a head; codes and a bfloat16 norm of every residual"
 
     def __post_init__(self) -> None:

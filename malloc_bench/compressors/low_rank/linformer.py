@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
 from malloc_bench.backbones.folded import alone
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import refusal
 from malloc_bench.registry import register
@@ -168,6 +168,7 @@ class Linformer(Structural):
     family = "low-rank"
     paper = "Linformer, Wang et al. 2020, arXiv 2006.04768"
     formula = "keys_j = sum over i < t of E[j, i] k_i, values_j = sum of F[j, i] v_i: attention over j and itself"
+    growth = grows(memory="m L d", read="m L d")
     stores = "`slots` keys and values in each layer, whatever the length of the history, also of an empty one"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.low_rank.latent import Latent, LatentMethod
 from malloc_bench.compressors.recompute.inputs import normed, refusal
 from malloc_bench.compressors.sizing import Budget
@@ -31,6 +32,7 @@ class Palu(LatentMethod):
 
     paper = "Palu, Chang et al., ICLR 2025, arXiv 2407.21118"
     formula = "[W_k W_v] ~ A B by the leading eigenvectors B of W' E[x x'] W, A = W B'; k = act(x A B_k + b)"
+    growth = grows(memory="r n L", compress="r n L d", read="r n L + r L d")
     stores = "r float16 numbers a slot and layer; fixed bytes: A and B of every layer"
     fit_fields = ()
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Channels, Prefill, Segment, Stats, UserState, Vectors
@@ -31,6 +31,7 @@ class ThinK(Compressor):
     family = "low-rank"
     paper = "ThinK, Xu et al., ICLR 2025, arXiv 2407.21018"
     formula = "channel j of keys: mean over the window of q_j^2, times mean over slots of k_j^2, the highest stay"
+    growth = grows(read="n L d")
     stores = "kept channels of every slot in the state's dtype, the list of them (uint8) for each layer and head"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.low_rank.svd import SVD, Share
 from malloc_bench.registry import register
 
@@ -22,6 +23,7 @@ class XKV(SVD):
 
     paper = "xKV, Chang et al., 2025, arXiv 2503.18893"
     formula = "[K1 K2 ...] = U [W1 W2 ...] with rank r, [V1 V2 ...] likewise: q.K1' is read as (q W1') U'"
+    growth = grows(memory="r n + r L d", compress="n L^2 d^2 + L^3 d^3", read="r n L + r L d")
     stores = (
         "an n x r factor for the keys of all layers, one for the values, an r x d one for each; int8: a scale a rank"
     )

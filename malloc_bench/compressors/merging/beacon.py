@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from malloc_bench.backbones.attention import fill
 from malloc_bench.backbones.block import Places
 from malloc_bench.backbones.probing import probe_flops
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import COLUMNS, NEVER, Banded, Trimmed, refusal, trimmed
 from malloc_bench.registry import register
@@ -208,6 +208,7 @@ class Beacon(Structural):
     paper = "Activation Beacon, Zhang et al., ICLR 2025, arXiv 2401.03462"
     formula = "after event (a + 1) chunk - 1 a token b attends to beacons 0..a-1, the chunk's events and itself; keys "
     formula += "and values of b then take the place of the chunk's"
+    growth = grows()
     stores = "keys, values and positions of a beacon for each whole chunk and of the events of the one begun"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.compressors.selection import Eviction, TokenMethod, gather, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -38,6 +38,7 @@ class CaM(TokenMethod):
     paper = "CaM: Cache Merging, Zhang et al., ICML 2024"
     formula = "v_j += b v_i / m for the m kept j that follow evicted i; b = 1 with chance min(1, a_i / mean of a_j), "
     formula += "a: attention received; mass_j = 1 + sum of b / m, v_j / mass_j"
+    growth = grows(compress="h n^2 L")
     stores = "keys, merged values and masses of k events per layer and head, positions where the backbone reads them"
 
     def __post_init__(self) -> None:

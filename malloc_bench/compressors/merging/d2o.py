@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -29,6 +29,7 @@ class D2O(Clusters):
     family = "merging"
     paper = "D2O, Wan et al., ICLR 2025, arXiv 2406.13035"
     formula = "weights in a cluster: exp(cos(k_i, k_kept)) / sum; the kept slots by the inner score"
+    growth = grows(compress="h n^2 L + k n L d")
     stores = "k merged keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, spread
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -25,6 +26,7 @@ class KMeans(Clusters):
     family = "merging"
     paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
     formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"
+    growth = grows(compress="k n L d")
     stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
     def __post_init__(self) -> None:

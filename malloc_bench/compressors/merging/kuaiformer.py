@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers
 from malloc_bench.compressors.merging.ladder import Merger, Rungs, climb, climbing
 from malloc_bench.compressors.trimmed import refusal
@@ -73,6 +73,7 @@ class KuaiFormer(Structural):
         "x_a = mean(encoder([k_i; v_i of the first layer, i in window a])) + position; attention over x_0 ... x_a, "
     )
     formula += "single events"
+    growth = grows(memory="m L d + b n L d", read="m L d + b n L d")
     stores = "keys, values and positions of a token for each window and of the newest events, at least `recent`"
 
     def __post_init__(self) -> None:

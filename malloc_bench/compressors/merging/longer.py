@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers
 from malloc_bench.compressors.merging.ladder import Merger, Rungs, climb, climbing
 from malloc_bench.compressors.trimmed import refusal
@@ -57,6 +57,7 @@ class Longer(Structural):
     formula = (
         "x_a = W [k_i; v_i of the first layer, i in run a] + b + position; attention over x_0 ... x_a, single events"
     )
+    growth = grows(memory="m L d + b n L d", read="m L d + b n L d")
     stores = "keys, values and positions of a token for each run of `merge` events and of the newest, at least `recent`"
 
     def __post_init__(self) -> None:

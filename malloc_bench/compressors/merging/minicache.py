@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.selection import filled, gather, kept_slots, ranked
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -35,6 +35,7 @@ class MiniCache(Compressor):
     family = "merging"
     paper = "MiniCache, Liu et al., NeurIPS 2024, arXiv 2405.14366"
     formula = "e = (sin((1 - t) w) e_1 + sin(t w) e_2) / sin w, w the angle between e_1 and e_2; x_l is read as |x_l| e"
+    growth = grows(read="n L d")
     stores = "one direction for two layers, a norm a layer, slot and head; retained slots whole, with their positions"
 
     def __post_init__(self) -> None:

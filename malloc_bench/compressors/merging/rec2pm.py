@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, over
 from malloc_bench.backbones.probing import probe_flops
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import refusal
 from malloc_bench.registry import register
@@ -166,6 +166,7 @@ class Rec2PM(Structural):
         "after each whole segment memory' = stack(e + W v(memory), over memory, the segment and itself); loss: the "
     )
     formula += "next item's alone, without the paper's |memory' - reference|^2, for segments are trained in turn"
+    growth = grows(memory="m L d", read="m L d")
     stores = "keys, values and positions of the memory tokens and of the events of the segment begun"
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.base import as_compressor, grows
 from malloc_bench.compressors.merging.clusters import spread
 from malloc_bench.compressors.merging.kmeans import KMeans
 from malloc_bench.compressors.selection import Eviction
@@ -28,6 +28,7 @@ class Resets(KMeans):
     family = "merging"
     paper = "ResKV as described by others: cluster means of evicted slots with log counts"
     formula = "k/2 slots by the inner score; the others in k/2 clusters of keys: means, mass = events in it"
+    growth = grows(compress="k n L d")
     stores = "k keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
     def __post_init__(self) -> None:

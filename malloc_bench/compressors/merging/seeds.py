@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.low_rank.linformer import Memory, ProjectedBackbone, ProjectedBlock
 from malloc_bench.compressors.trimmed import refusal
@@ -86,6 +86,7 @@ class Seeds(Structural):
     paper = "VISTA, Chen et al. 2025, arXiv 2510.22049"
     formula = "w_ji = exp(15 tanh(a_j k_i / 15) + r_j i), i < t; key_j = (s_j + sum of w_ji k_i) / (1 + sum of w_ji), "
     formula += "values alike: attention over j and itself"
+    growth = grows(memory="m L d", read="m L d")
     stores = "mean keys, mean values and a log weight of each seed in each layer and head, whatever the history"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -22,6 +23,7 @@ class ToMe(Clusters):
     family = "merging"
     paper = "Token Merging, Bolya et al., ICLR 2023, arXiv 2210.09461 (proportional attention)"
     formula = "a in A -> argmax over B of cos(k_a, k_b), the most similar first; key and value = mean, mass = events"
+    growth = grows(compress="n^2 L d")
     stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:

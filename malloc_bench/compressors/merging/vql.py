@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.quantization.codebooks import entries
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -31,6 +31,7 @@ class VQL(Compressor):
     family = "merging"
     paper = "VQL, arXiv 2508.17125 (abstract)"
     formula = "key = nearest entry, value = mean of the entry's events, mass = their number"
+    growth = grows(memory="m L d", compress="m n L d", read="m L d")
     stores = "of each entry in use: a one-byte code, a mean value, a count, positions and times where they are read"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, map_layers, together
+from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, grows, map_layers, together
 from malloc_bench.compressors.low_rank.svd import SVD
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -35,6 +35,7 @@ class GEAR(Encoder):
     family = "quantization"
     paper = "GEAR, Kang et al., arXiv 2403.05527"
     formula = "x ~ bits(x - s) + L R + s: s the oddest numbers, L R the truncated SVD of what the bits leave of x - s"
+    growth = grows(compress="n L^2 d^2 + L^3 d^3", read="n L d")
     stores = "the inner encoder's bytes, two float16 factors, and of each run of numbers one and its place (3 bytes)"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, map_layers, together
+from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, grows, map_layers, together
 from malloc_bench.compressors.selection import Eviction, ranked
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -35,6 +35,7 @@ class IntactKV(Encoder):
     family = "quantization"
     paper = "IntactKV, Liu et al., ACL Findings 2024, arXiv 2403.01241"
     formula = "slots of the highest score in float16, all others by the inner encoder"
+    growth = grows(compress="h n^2 L", read="n L d")
     stores = "what the inner encoder stores of every slot, a bit a slot and head that marks pivots, their float16 rows"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.quantization.codebooks import Codebooks, entries
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -28,6 +29,7 @@ class KVQuant(Codebooks):
     family = "quantization"
     paper = "KVQuant, Hooper et al., NeurIPS 2024, arXiv 2401.18079"
     formula = "x ~ nearest of the channel's 2^bits levels; the worst of every run of numbers in float16"
+    growth = grows(compress="c n L d", read="n L d")
     stores = "codes, and of each run one number and its place (3 bytes); fixed bytes: 2^bits levels of each channel"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder
+from malloc_bench.compressors.base import Encoder, grows
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import (
@@ -46,6 +46,7 @@ class KVTC(Encoder):
     family = "quantization"
     paper = "KVTC, Staniszewski and Lancucki, KV Cache Transform Coding, arXiv 2511.01815"
     formula = "code_j = round(u_j.(x - mean) / step), x all layers' and heads' keys (or values) of a slot"
+    growth = grows(memory="r n + r L d", compress="r n L d", read="r n L + r L d")
     stores = "one stream of 32-bit words for the keys of all layers and one for values; fixed bytes: bases and tables"
     measured: ClassVar[bool] = True
     fit_fields = ("bits",)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.quantization.codebooks import Codebooks, entries
 from malloc_bench.registry import register
 
@@ -25,6 +26,7 @@ class PQ(Codebooks):
     family = "quantization"
     paper = "Jegou et al., Product Quantization for Nearest Neighbor Search, TPAMI 2011"
     formula = "part i of x ~ its nearest entry in codebook i of 2^bits"
+    growth = grows(compress="c n L d", read="n L d")
     stores = (
         "a code of `bits` bits for every `group` channels; fixed bytes: 2^bits entries of each layer, field and head"
     )

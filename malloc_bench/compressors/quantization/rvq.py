@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.quantization.codebooks import Codebooks, entries
 from malloc_bench.registry import register
 from malloc_bench.state import closest
@@ -27,6 +28,7 @@ class RVQ(Codebooks):
     family = "quantization"
     paper = "Chen et al., Approximate Nearest Neighbor Search by Residual Vector Quantization, Sensors 2010"
     formula = "x ~ sum over stages of the entry nearest to what is left of x"
+    growth = grows(memory="n L", compress="c n L d", read="n L d")
     stores = "`stages` codes of `bits` bits a vector; fixed bytes: 2^bits entries a stage of each layer, field and head"
 
     def __post_init__(self) -> None:

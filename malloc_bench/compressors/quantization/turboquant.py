@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, map_vectors
+from malloc_bench.compressors.base import Encoder, grows, map_vectors
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Coded, Segment, Table, UserState, coded
@@ -28,6 +28,7 @@ class TurboQuant(Encoder):
     family = "quantization"
     paper = "TurboQuant, Zandieh et al., arXiv 2504.19874"
     formula = "code = nearest level of sqrt(d) R x / |x|; q.x is read as (R q).levels[code] |x| / sqrt(d)"
+    growth = grows(compress="n L d^2", read="n L d")
     stores = "bit-packed codes and a bfloat16 norm per vector; the rotation follows from its seed"
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.recompute.inputs import normed, refusal
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -26,6 +26,7 @@ class Hidden(Compressor):
     family = "recompute"
     paper = "KV-Direct, arXiv 2603.19664; HCache, Gao et al., EuroSys 2025, arXiv 2410.05004"
     formula = "k = act(W_k x), v = act(W_v x); without act, q.k is read as (W_k' q).x and sum w v as W_v (sum w x)"
+    growth = grows(memory="n L d", read="n L d")
     stores = "one float32 vector a slot and layer; the maps are the backbone's own"
 
     @property

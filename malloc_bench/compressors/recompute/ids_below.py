@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, as_compressor
+from malloc_bench.compressors.base import Compressor, as_compressor, grows
 from malloc_bench.compressors.recompute.inputs import refusal
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
 from malloc_bench.registry import register
@@ -29,6 +29,7 @@ class IdsBelow(Compressor):
     family = "recompute"
     paper = "none: a shallow layer's state is a function of its event"
     formula = "k = act(W_k norm(E[item] + P[position])) in the lowest layer, v likewise; above, what `inner` reads"
+    growth = grows(memory="n + n L d", read="n L d")
     stores = "an item id (int32) of every event, and the upper layers; tables and maps are the backbone's own"
 
     def __post_init__(self) -> None:

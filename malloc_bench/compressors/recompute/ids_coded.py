@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.recompute.recompute import raw_events
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -24,6 +24,7 @@ class IdsCoded(Compressor):
     family = "recompute"
     paper = "none: Duda's asymmetric numeral systems, arXiv 1311.2540, under a static model"
     formula = "bytes = ceil(sum over events of log2(1 / p(item)) / 8) and 5 for the coder's state; read as recompute"
+    growth = grows(memory="n", read="n^2 L d + n L d^2")
     stores = "a size (int32), coded item ids, times (int64) and kinds (uint8) where read; fixed bytes: counts of items"
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Events, MissingStatistic, Prefill, UserState
@@ -28,6 +28,7 @@ class Recompute(Compressor):
     family = "recompute"
     paper = "none: what caching is meant to save"
     formula = "read = prefill of all events, then read"
+    growth = grows(memory="n", read="n^2 L d + n L d^2")
     stores = "item ids (int32), times (int64) and kinds (uint8) where the backbone reads them"
 
     @property

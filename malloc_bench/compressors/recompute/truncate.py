@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.recompute.recompute import raw_events
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, slots_within
 from malloc_bench.compressors.windowing.recent import Recent
@@ -28,6 +29,7 @@ class Truncate(Recent):
     family = "recompute"
     paper = "none: the history cut short, as most deployed models do"
     formula = "read = prefill of the newest k events, then read"
+    growth = grows(memory="k", read="k^2 L d + k L d^2")
     stores = "k item ids (int32), times (int64) and kinds (uint8) where the backbone reads them"
 
     def budget_unit(self, budget: Budget) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.recompute.inputs import normed, refusal
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -31,6 +31,7 @@ class XQuant(Compressor):
     family = "recompute"
     paper = "XQuant, Tomar et al., 2025, arXiv 2508.10395"
     formula = "k = act(W_k x~), v = act(W_v x~), x~ = norm(x) rounded; across: x~_l = x~_(l-1) + rounded x_l - x~_(l-1)"
+    growth = grows(read="n L d")
     stores = "bit-packed codes of one vector a slot and layer, a scale and a zero point a group"
 
     def __post_init__(self) -> None:

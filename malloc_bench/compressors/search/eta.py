@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.search.hashed import Hashed
 from malloc_bench.registry import register
 from malloc_bench.state import ByHash, Lookup, Prefill
@@ -24,6 +25,7 @@ class ETA(Hashed):
     family = "search"
     paper = "ETA, Chen et al., End-to-End User Behavior Retrieval, 2021, arXiv 2108.04468"
     formula = "attention over the `top` slots with fewest sign(R q) != sign(R (k - mean k)), R random; reads fall alone"
+    growth = grows(memory="n L d", compress="n L d", read="m L d")
     stores = "keys and values of every event, and `bits` bits of each key"
 
     def lookup(self, prefill: Prefill, layer: int) -> Lookup:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from malloc_bench.backbones import block as plain
 from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import converted, layers, narrow, outputs, swap
 from malloc_bench.compressors.trimmed import NEVER, refusal
 from malloc_bench.registry import register
@@ -84,6 +84,7 @@ class Reformer(Structural):
     family = "search"
     paper = "Reformer, Kitaev et al., ICLR 2020, arXiv 2001.04451"
     formula = "attention over slots with argmax([R k; -R k]) = argmax([R q; -R q]) in any round; k = q / |q|"
+    growth = grows(memory="n L d", read="n L d")
     stores = "keys and values of every event, for another token may fall into any bucket: it saves no bytes"
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.search.hashed import Hashed
 from malloc_bench.registry import register
 from malloc_bench.state import ByHash, Lookup, Prefill
@@ -30,6 +31,7 @@ class SDIM(Hashed):
     formula = (
         "attention over at most `top` slots that share a bucket, `run` bits of sign(R x), with q; reads fall alone"
     )
+    growth = grows(memory="n L d", compress="n L d", read="m L d")
     stores = "keys and values of every event, and `bits` bits of each key"
 
     def __post_init__(self) -> None:

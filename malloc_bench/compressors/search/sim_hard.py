@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.search.searched import Search
 from malloc_bench.registry import register
 from malloc_bench.state import ByLabel, Dense, Lookup, Named, Prefill, Stats
@@ -24,6 +25,7 @@ class SIMHard(Search):
     family = "search"
     paper = "SIM, Pi et al., Search-based User Interest Modeling, CIKM 2020, arXiv 2006.05639"
     formula = "attention over the `top` newest slots of the token's own item category; reads fall, not bytes"
+    growth = grows(memory="n L d", read="m L d")
     stores = (
         "keys and values of every event, and once its category (1 byte up to 256 categories, else 4); the catalogue's "
         "table of categories is a column beside its embeddings, not counted"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.search.searched import Search
 from malloc_bench.registry import register
 from malloc_bench.state import ByLogit, Lookup, Prefill
@@ -23,6 +24,7 @@ class SIMSoft(Search):
     family = "search"
     paper = "SIM, Pi et al., Search-based User Interest Modeling, CIKM 2020, arXiv 2006.05639"
     formula = "attention over the `top` slots of the largest logits q.k of each token and head; reads fall, not bytes"
+    growth = grows(memory="n L d", read="n L d")
     stores = "keys and values of every event"
 
     def lookup(self, prefill: Prefill, layer: int) -> Lookup:

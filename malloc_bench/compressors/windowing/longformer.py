@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.backbones.block import Places
-from malloc_bench.compressors.base import Structural
+from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import NEVER, Banded, Trimmed, refusal
 from malloc_bench.registry import register
@@ -60,6 +60,7 @@ class Longformer(Structural):
     family = "windowing"
     paper = "Longformer, Beltagy et al. 2020, arXiv 2004.05150"
     formula = "attention over slots i with t - i <= window, or i < globals"
+    growth = grows(memory="w L d", read="w L d")
     stores = "keys, values and positions of the newest `window` and the first `globals` events, of no others"
 
     def __post_init__(self) -> None:
