@@ -114,7 +114,7 @@ def parts(name: str, history: int, probes: int, users: int) -> Iterator[list[str
         found = chain(READ["fit_omp + mxint"], probes).compress(full, Budget(fraction)).nbytes_by_part()
         held = {what: int(each.sum()) // users for what, each in found.items()}
         scales = held.get("keys scales", 0) + held.get("values scales", 0)
-        named = [held["keys"], held["values"], scales, *(held.get(x, 0) for x in ("masses", "positions", "timestamps"))]
+        named = [held["keys"], held["values"], scales, *(held.get(x, 0) for x in ("masses", "positions", "times"))]
         rest = str(held["counts"] + held["length"])
         yield [name, f"{history}", share, f"{sum(held.values())}", *map(str, named), rest]
 
