@@ -12,6 +12,7 @@ from malloc_bench.evaluation.metrics import holm
 from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
 from malloc_bench.report.judge import REBUILT, alike, deployable
+from malloc_bench.report.lines import first_step
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
 from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
@@ -125,7 +126,7 @@ def complexity(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _said(label: str, what: str) -> str | None:
     """The leading terms that a method names (`compressors.base.grows`); of a chain its first step's."""
-    first = label.split(" + ")[0].split("(")[0]
+    first = first_step(label)
     term = find("compressors", first).growth.get(what, "") if first in names("compressors") else ""
     return term.replace("^2", "²").replace("^3", "³") or None
 
