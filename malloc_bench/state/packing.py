@@ -13,30 +13,43 @@ from malloc_bench.state.vectors import Ragged
 
 
 def stored_bytes(part: Ragged, users: Sequence[int]) -> list[bytes]:
-    """The stored rows and columns of each of the given users, head after head."""
-    which, heads = torch.tensor(users, dtype=torch.long), part.data.shape[1]
-    data = part.data.detach().index_select(0, which.to(part.data.device)).cpu()
-    rows, cols = (
-        None if x is None else x.cpu().expand(len(part.data), heads).index_select(0, which)
-        for x in (part.rows, part.cols)
-    )
-    assert rows is not None
+    """The stored rows and columns of each of the given users, head after head.
+
+    In numpy: a state is some fifty small arrays, and there each step of torch costs more than the copy itself.
+    """
+    data, which = _array(part.data), list(users)
+    rows, cols = _array(part.rows), None if part.cols is None else _array(part.cols)
+    if which != list(range(len(data))):
+        rows = rows[which] if len(rows) == len(data) else rows
+        cols = cols[which] if cols is not None and len(cols) == len(data) else cols
+        data = data[which]
     if (alike := _alike(rows, cols, data.shape[3])) is not None:
-        kept, cells = data[:, :, : alike[0], : alike[1]], torch.tensor([heads * prod(alike)] * len(which))
-    elif cols is None:  # whole rows: copied as such
-        kept, cells = data[_rows(rows, data.shape[2])], rows.long().sum(1) * data.shape[3]
+        flat = data[:, :, : alike[0], : alike[1]].tobytes()
+        size = data.shape[1] * prod(alike) * data.itemsize
+        return [flat[i * size : (i + 1) * size] for i in range(len(which))]
+    rows = np.broadcast_to(rows, data.shape[:2])
+    cols = None if cols is None else np.broadcast_to(cols, data.shape[:2])
+    if cols is None:  # whole rows: copied as such
+        kept, cells = data[_first(data.shape[2], rows)], rows.sum(1, dtype=np.int64) * data.shape[3]
     else:
-        kept, cells = data[_cells(rows, cols, data.shape)], (rows.long() * cols.long()).sum(1)
-    flat = kept.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if kept.numel() else b""
-    ends = (cells * data.element_size()).cumsum(0).tolist()
+        kept, cells = data[_cells(rows, cols, data.shape)], (rows.astype(np.int64) * cols).sum(1)
+    flat, ends = kept.tobytes(), (cells * data.itemsize).cumsum().tolist()
     return [flat[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def _alike(rows: Tensor, cols: Tensor | None, width: int) -> tuple[int, int] | None:
-    """Rows and columns, [B or 1, H or 1], where all users and heads have as many, as the one user of a request: these
+def _array(x: Tensor) -> np.ndarray:
+    """The numbers, or the bits of floats that numpy does not know."""
+    x = x.detach().cpu()
+    try:
+        return x.numpy()
+    except TypeError:
+        return x.view({1: torch.uint8, 2: torch.int16}[x.element_size()]).numpy()
 
+
+def _alike(rows: np.ndarray, cols: np.ndarray | None, width: int) -> tuple[int, int] | None:
+    """Rows and columns, [B or 1, H or 1], where all users and heads have as many, as the one user of a request: these
     need no mask."""
-    found = [width if x is None else _one(x.numpy()) for x in (rows, cols)]
+    found = [width if x is None else _one(x) for x in (rows, cols)]
     return None if None in found else (found[0], found[1])  # type: ignore[return-value]
 
 
@@ -45,17 +58,17 @@ def _one(x: np.ndarray) -> int | None:
     return int(x.flat[0]) if x.size == 1 or (x.size and (x == x.flat[0]).all()) else None
 
 
-def _rows(rows: Tensor, size: int) -> Tensor:
-    """True in the leading rows [..., H] of [..., H, size]."""
-    return torch.arange(size) < rows.unsqueeze(-1)
+def _first(size: int, count: np.ndarray) -> np.ndarray:
+    """True in the leading count [...] of [..., size]."""
+    return np.arange(size) < count[..., None]
 
 
-def _cells(rows: Tensor, cols: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """True in the leading rows x cols [..., H] of shape [..., H, R, C]; row-major, as they are stored."""
-    real = _rows(rows, shape[-2]).unsqueeze(-1)
+def _cells(rows: np.ndarray, cols: np.ndarray | None, shape: Sequence[int]) -> np.ndarray:
+    """True in the leading rows x cols [B, H] of shape [B, H, R, C]; row-major, as they are stored."""
+    real = _first(shape[2], rows)[..., None]
     if cols is not None:
-        real = real & (torch.arange(shape[-1]) < cols.unsqueeze(-1)).unsqueeze(-2)
-    return real.expand(tuple(shape))
+        real = real & _first(shape[3], cols)[:, :, None]
+    return np.broadcast_to(real, tuple(shape))
 
 
 class Reader:
@@ -77,19 +90,21 @@ class Reader:
         """The next array [B, H, max rows, max cols]; heads, dtype and device (without cols: the width) as `like` has
         them, rows and cols [B or 1, H or 1]."""
         users, heads, width = len(self.blobs), like.shape[1], like.shape[3]
-        rows, cols = rows.cpu(), None if cols is None else cols.cpu()
-        alike = _alike(rows, cols, width) if users else None
+        sizes = _array(rows), None if cols is None else _array(cols)
+        alike = _alike(*sizes, width) if users else None
         if alike is not None and min(alike) >= 0:
             flat = self._take([heads * prod(alike) * like.element_size()] * users)
             new = torch.frombuffer(flat, dtype=like.dtype) if flat else torch.empty(0, dtype=like.dtype)
             return new.view(users, heads, *alike).to(like.device)
-        rows, wide = rows.expand(users, heads), torch.tensor([[width]]) if cols is None else cols.expand(users, heads)
-        self.refuse((rows < 0) | (wide < 0), "has arrays of negative size")
-        flat = self._take((rows.double() * wide).sum(1).mul(like.element_size()).tolist())  # float64 does not wrap
-        size = int(rows.max()) if rows.numel() else 0, int(wide.max()) if users else width
-        out = torch.zeros(users, heads, *size, dtype=like.dtype)
+        high = np.broadcast_to(sizes[0], (users, heads))
+        wide = np.broadcast_to(np.array([[width]]) if sizes[1] is None else sizes[1], (users, heads))
+        self.refuse(torch.from_numpy((high < 0) | (wide < 0)), "has arrays of negative size")
+        flat = self._take(((high.astype(float) * wide).sum(1) * like.element_size()).tolist())  # float64 does not wrap
+        most = [int(x.max()) if x.size else none for x, none in ((high, 0), (wide, width))]
+        out = torch.zeros(users, heads, *most, dtype=like.dtype)
         if flat:
-            out[_cells(rows, None if cols is None else wide, out.shape)] = torch.frombuffer(flat, dtype=like.dtype)
+            real = torch.from_numpy(_cells(high, None if cols is None else wide, out.shape).copy())
+            out[real] = torch.frombuffer(flat, dtype=like.dtype)
         return out.to(like.device)
 
     def _take(self, sizes: Sequence[float]) -> bytearray:

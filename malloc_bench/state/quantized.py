@@ -61,22 +61,28 @@ class Quantized(Vectors):
         wide = self.wide[..., 0, 0].long()
         yield Ragged(self.wide, one, None, "scales")
         yield Ragged(self.codes, count)
+        some = bool(wide.any())
         for numbers in (self.scale, self.zero):
             if numbers is not None:
-                narrow = numbers.clamp(-_HALF.max, _HALF.max).half()  # only rows that fit are stored from it
-                yield Ragged(narrow, groups * (1 - wide), None, "scales")
-                yield Ragged(numbers, groups * wide, None, "scales")
+                narrow = (
+                    numbers.clamp(-_HALF.max, _HALF.max) if some else numbers
+                )  # only rows that fit are stored of it
+                yield Ragged(narrow.half(), groups * (1 - wide) if some else groups, None, "scales")
+                if some:
+                    yield Ragged(numbers, groups * wide, None, "scales")
 
     def load(self, read: Read, count: Tensor | None) -> Quantized:
         flag = read.numbers(self.wide[..., 0, 0], 1, "has a flag of wide scales that is neither 0 nor 1").long()
         wide = flag[..., None, None].to(self.wide.dtype)
         count = all_rows(self.codes) if count is None else count
         codes = read(self.codes, count)
-        groups = self.groups(count).expand(flag.shape)
+        groups, some = self.groups(count).expand(flag.shape), bool(flag.any())
 
         def numbers(like: Tensor | None) -> Tensor | None:
             if like is None:
                 return None
+            if not some:
+                return read(like.half(), groups).float()
             narrow, full = read(like.half(), groups * (1 - flag)).float(), read(like, groups * flag)
             size = max(narrow.shape[2], full.shape[2])
             narrow, full = (F.pad(x, (0, 0, 0, size - x.shape[2])) for x in (narrow, full))
