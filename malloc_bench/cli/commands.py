@@ -17,7 +17,7 @@ from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
 from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
-from malloc_bench.cli.text import console, grid, listing, plain, say, set_up, shown
+from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
 from malloc_bench.paths import home
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def list_(
 
     heads, rows = describe.listing(kind, words or [], grouped=console().is_terminal and not as_json)
     if as_json:
-        say(json.dumps([dict(zip(heads, row)) for row in rows], indent=1, ensure_ascii=False))
+        say_json([dict(zip(heads, row)) for row in rows])
     else:
         listing(heads, rows)
 
@@ -174,8 +174,7 @@ def show(name: NameArg, as_json: AsJson = False) -> None:
 
     found = describe.show(name)
     if as_json:
-        said = [{"name": name, "kind": kind, "lines": [list(line) for line in lines]} for kind, lines in found]
-        say(json.dumps(said, indent=1, ensure_ascii=False))
+        say_json([{"name": name, "kind": kind, "lines": [list(line) for line in lines]} for kind, lines in found])
         return
     on = console()
     for kind, lines in found:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import json
 import logging
 import sys
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
-from malloc_bench.registry import folded, shown
+from malloc_bench.registry import CONTROL, folded, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,11 @@ _PLAIN = {
 def say(text: object, *, end: str = "\n", err: bool = False) -> None:
     """Print to standard output or error, with control characters from files and names shown as escapes."""
     print(shown(str(text)), end=end, file=sys.stderr if err else sys.stdout)
+
+
+def say_json(value: object) -> None:
+    """Print as JSON, with the same characters as its own escapes."""
+    say(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=1, ensure_ascii=False)))
 
 
 def set_up() -> None:

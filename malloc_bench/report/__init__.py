@@ -19,13 +19,14 @@ def write_report(rundir: str | Path) -> list[Path]:
     ResultsError where a file cannot be written.
     """
     from malloc_bench.report import figures, leaderboard, page, recommend
+    from malloc_bench.report.users import Users
 
     rundir = Path(rundir)
     frame = load_results(rundir)
     for path in filter(None, (spoilt(rundir, {"hashes": json.loads(each)}) for each in frame["hashes"].drop_nulls())):
         log.warning("%s is not what was written: run the suite again to make it anew", rundir / path)
     paths = [to_parquet(rundir)] if any((rundir / "rows").glob("*.json")) else []
-    best = recommend.best_per_budget(frame, rundir)
+    best = recommend.best_per_budget(frame, Users(frame, rundir))
     for name, text in (
         ("leaderboard.md", leaderboard.to_markdown(frame, rundir, best)),
         ("leaderboard.csv", leaderboard.to_csv(frame)),

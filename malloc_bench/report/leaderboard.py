@@ -26,7 +26,7 @@ from malloc_bench.report.board import (
     title,
 )
 from malloc_bench.report.judge import remark
-from malloc_bench.report.recommend import DELTA, best_per_budget
+from malloc_bench.report.recommend import DELTA, best_per_budget, untested
 from malloc_bench.report.render import (
     Column,
     csv,
@@ -42,6 +42,7 @@ from malloc_bench.report.render import (
     terminal,
     words,
 )
+from malloc_bench.report.users import Users
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -187,7 +188,7 @@ def to_markdown(frame: pl.DataFrame, folder: str | Path | None = None, best: pl.
     best: of `best_per_budget`, where it is known already.
     """
     board, faults = chains_as_one(aggregate(frame)).select(SHOWN), problems(frame)
-    firsts = dict(groups_of(best_per_budget(frame, folder) if best is None else best))
+    firsts = dict(groups_of(best_per_budget(frame, Users(frame, folder)) if best is None else best))
     parts = [
         f"## {inline(title(group.row(0, named=True)))}\n\n{on_top(group)}{_best(firsts.get(key))}"
         + markdown(group, filled(group, COLUMNS_SHOWN))
@@ -247,7 +248,8 @@ def print_leaderboard(
     board = select(frame, only or {})
     shown = tuple(map(partial(_column, board), columns)) or IN_TERMINAL
     board = chains_as_one(_by(board, sort))
-    best = {} if only or sort or columns else dict(groups_of(best_per_budget(frame, folder)))
+    users = Users(frame, folder)
+    best = {} if only or sort or columns else dict(groups_of(best_per_budget(frame, users)))
     for key, group in groups_of(board):
         head = title(group.row(0, named=True))
         if said := remark(group):
@@ -257,6 +259,8 @@ def print_leaderboard(
             console.print()
         console.print(terminal(group, filled(group, shown), head, console.width))
         console.print()
+    if said := untested(best, users):
+        tell(console, said, "dim")
     for note in (EMPTY,) if board.is_empty() else NOTES[1:3]:
         tell(console, note, "dim")
     for line in problems(frame):

@@ -172,13 +172,13 @@ def nearest(rows: pl.DataFrame, limits: Limits) -> str:
     return f"the smallest state: {best['compressor']}, {best['bytes_mean'] / 1e3:.3g} KB"
 
 
-def best_per_budget(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.DataFrame:
+def best_per_budget(frame: pl.DataFrame, users: Users) -> pl.DataFrame:
     """The best method of each table at each budget (a share) of its suite, and `ties`, the names of those that tie.
 
     `within` is the budget as a label, `limit` as a share; other columns as `recommend` has them. Methods without a
-    budget compete where their state is small enough.
+    budget compete where their state is small enough. users: of the frame's rows.
     """
-    board, users, found = aggregate(frame), Users(frame, folder), []
+    board, found = aggregate(frame), []
     shares = {float(v) for each in frame["budget"].drop_nulls().unique() if isinstance(v := json.loads(each), float)}
     for share in sorted(shares, reverse=True):
         for _, rows in sections(of_board(board, Limits(share=share), users)):
@@ -245,7 +245,13 @@ WHY = (
     "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
-UNTESTED = "Ties were not all tested: {} (run the suite to have values by user)."
+
+
+def untested(found: Mapping[tuple[object, ...], pl.DataFrame], users: Users) -> str | None:
+    """Why ties were not tested in some tables, in a line; None where they were."""
+    if all(rows["tested"].any() for rows in found.values()):
+        return None
+    return f"Ties were not all tested: {users.lacking()} (run the suite to have values by user)."
 
 
 def print_recommended(
@@ -278,5 +284,5 @@ def print_recommended(
         console.print()
     if found:
         tell(console, WHY, "dim")
-    if not all(rows["tested"].any() for rows in found.values()):
-        tell(console, UNTESTED.format(users.lacking()), "dim")
+    if said := untested(found, users):
+        tell(console, said, "dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -128,3 +129,10 @@ def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path: Path, capsy
     assert cli.main(["run", "toy.yaml", "--quiet"]) != 0
     out, err = capsys.readouterr()
     assert "MALLOC_BENCH_HOME" in out + err
+
+
+def test_json_for_programs_has_any_name(capsys: Capture) -> None:
+    text.say_json([{EVIL: '\x85\u202e\ud800é\n"'}])
+    said = capsys.readouterr().out
+    assert json.loads(said) == [{EVIL: '\x85\u202e\ud800é\n"'}] and "é" in said
+    assert not any(sign in said for sign in "\x1b\x85\u202e")

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from malloc_bench.files import file_digest
+from malloc_bench.report import leaderboard as lb
 from malloc_bench.report.recommend import Limits, best_per_budget, print_recommended, recommend, share, size
 from malloc_bench.report.users import Users
 
@@ -87,10 +88,10 @@ def test_seeds_are_pooled_and_users_count_once(row, board_of, with_users, tmp_pa
 
 
 def test_best_of_each_budget(row, board_of):
-    found = best_per_budget(board_of(rows_of(row)))
+    found = best_per_budget(frame := board_of(rows_of(row)), Users(frame, None))
     said = found.select("within", "compressor", "bytes_mean").rows()
     assert said == [("25 %", "good", 20e3), ("4 %", "good", 4e3)]
-    assert best_per_budget(board_of([])).is_empty()
+    assert best_per_budget(frame := board_of([]), Users(frame, None)).is_empty()
 
 
 def test_what_is_printed_says_how_to_see_more_and_what_comes_near(row, board_of, capsys):
@@ -169,6 +170,8 @@ def test_values_by_user_that_cannot_be_had_are_named(row, board_of, with_users, 
     print_recommended(board_of(rows), Limits(), Console(width=200), tmp_path)
     out = " ".join(capsys.readouterr().out.split())
     assert "Ties were not all tested: per_user/" in out and ", and 2 more (run the suite to have values by user)" in out
+    lb.print_leaderboard(board_of(rows), Console(width=200), tmp_path)
+    assert "Ties were not all tested: per_user/" in " ".join(capsys.readouterr().out.split())
     users = Users(board_of(rows), tmp_path)
     assert [users.of(row["cell_id"]) for row in rows[1:3]] == [None, None] and users.of(rows[3]["cell_id"]) is not None
     assert users.lacking() == f"{rows[1]['per_user']} is not what was written, and 1 more"

@@ -125,6 +125,14 @@ def test_the_same_results_give_the_same_bytes(site, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_pages_of_what_is_gone_are_removed_and_no_others(site, tmp_path):
+    (site / "notes.html").write_text("<p>my own</p>")
+    assert (site / "method-tova.html").is_file()
+    write_site(tmp_path / "results" / "two", site)
+    assert not (site / "method-tova.html").exists() and (site / "method-h2o.html").is_file()
+    assert (site / "notes.html").read_text() == "<p>my own</p>"
+
+
 def test_names_that_differ_have_pages_that_differ():
     names = ["h2o", "H2O", "h2o!", "h-2o", "", "日本", "日", "a" * 80, "a" * 81]
     assert len({file_of("of", name) for name in names}) == len(names) and file_of("of", "h2o") == "method-h2o.html"

@@ -14,6 +14,7 @@ import polars as pl
 from malloc_bench.report.page.content import content
 from malloc_bench.report.recommend import best_per_budget
 from malloc_bench.report.style import COLOURS
+from malloc_bench.report.users import Users
 
 _HERE = Path(__file__).parent
 
@@ -24,7 +25,7 @@ def to_html(frame: pl.DataFrame, folder: str | Path, best: pl.DataFrame | None =
     best: of `best_per_budget`, where it is known already.
     """
     run = Path(folder).resolve().name.encode(errors="replace").decode()
-    best = best_per_budget(frame, folder) if best is None else best
+    best = best_per_budget(frame, Users(frame, folder)) if best is None else best
     shown = content(frame, best) | {"run": run, "colours": COLOURS}
     parts = {
         "vega": f'(() => {{"use strict"; {_file("vendor/vega.bundle.js")}}})()',  # its names would clash with ours

@@ -13,10 +13,13 @@ from malloc_bench.results import ResultsError, atomic_write, load_results
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
+MARK = b'<meta name="generator" content="malloc-bench site">'
 
 
 def write_site(folder: str | Path, out: str | Path) -> list[Path]:
     """Write the pages of all runs below `folder` (or of the run that it is) to `out`; their paths, `index.html` first.
+
+    Pages of an earlier site in `out` that this one does not have are removed.
 
     A run that is not what was written is left out, with a warning and a line on the first page. Raises
     FileNotFoundError where there is no run, ResultsError where a file cannot be written.
@@ -34,6 +37,10 @@ def write_site(folder: str | Path, out: str | Path) -> list[Path]:
         path = Path(out) / page.file
         atomic_write(path, template.render(page=page, style=style).encode("utf-8", "replace"))
         written.append(path)
+    for path in set(Path(out).glob("*.html")) - set(written):
+        with path.open("rb") as file:
+            if MARK in file.read(1000):  # of a method or data set that no run has any more
+                path.unlink()
     return written
 
 
