@@ -88,10 +88,11 @@ def test_seeds_are_pooled_and_users_count_once(row, board_of, with_users, tmp_pa
 
 
 def test_best_of_each_budget(row, board_of):
-    found = best_per_budget(frame := board_of(rows_of(row)), Users(frame, None))
+    frame, empty = board_of(rows_of(row)), board_of([])
+    found = best_per_budget(frame, Users(frame, None))
     said = found.select("within", "compressor", "bytes_mean").rows()
     assert said == [("25 %", "good", 20e3), ("4 %", "good", 4e3)]
-    assert best_per_budget(frame := board_of([]), Users(frame, None)).is_empty()
+    assert best_per_budget(empty, Users(empty, None)).is_empty()
 
 
 def test_what_is_printed_says_how_to_see_more_and_what_comes_near(row, board_of, capsys):
