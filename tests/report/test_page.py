@@ -167,6 +167,7 @@ def test_null_is_blank_and_floors_are_marked(opened):
     assert "" in column(tab, "delta_ndcg@10") and "null" not in tab.locator("#rows").inner_text()
     tab.fill("#filters [type=search]", "none")
     assert tab.locator(ROW).first.locator(".tag").inner_text() == "floor"
+    assert column(tab, "compressor")[0] == "none floor"
 
 
 # ---- table and filters
@@ -362,6 +363,30 @@ def test_every_control_and_table_has_a_name(opened):
     for at in range(figures.count()):
         said = figures.nth(at).get_attribute("aria-describedby")
         assert tab.locator(f"#{said}").inner_text()
+
+
+def test_what_a_screen_reader_is_told(opened):
+    """The browser's own tree of accessible names and roles, which screen readers read aloud."""
+    tab = opened()
+    settle(tab)
+    read = tab.locator("body").aria_snapshot
+    page_read = read().replace("''", "'")  # as YAML writes it
+    order = ['region "Best at each budget"', 'region "Filters"', 'region "Plots"', 'grid "All rows"']
+    assert sorted(order, key=page_read.index) == order and 'link "Skip to the table"' in page_read.splitlines()[0]
+    assert """img "Memory: fidelity (overlap@10 above no history's) over state (bytes a user)"'""" in page_read
+    assert "- img:" not in page_read  # ticks
+    assert 'columnheader "fidelity"' in page_read
+    name = column(tab, "compressor")[0]
+    assert f'checkbox "Compare {name}"' in page_read and f'gridcell "{name}"' in page_read
+    tab.fill("#filters [type=search]", "snapkv")
+    said = read()
+    assert f"status: {shown(tab)} of " in said and 'button "Remove the filter method contains: snapkv"' in said
+    tab.locator(ROW).first.locator("input").click()
+    assert 'complementary "Chosen to compare"' in read()
+    tab.locator(ROW).first.locator("[tabulator-field=fidelity]").click()
+    said = tab.locator("#dialog").aria_snapshot()
+    assert said.startswith('- dialog "snapkv') and 'button "Close"' in said and "rowheader" in said
+    tab.keyboard.press("Escape")
 
 
 # ---- light, dark, phone, paper

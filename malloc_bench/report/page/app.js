@@ -147,7 +147,8 @@ function tableColumns() {
     title: "method", field: "compressor", frozen: true, width: narrow() ? 150 : 36 + widthOf("method", rows.map((row) => row.compressor), 330), ...sorters(true),
     formatter: (cell) => {
       const row = cell.getData();
-      return el("span", { title: `${row.compressor} (${row.family})` }, dot(colourOf(row.family)), row.compressor, row.kind && row.kind !== row.method ? el("span", { class: "tag" }, row.kind) : "");
+      return el("span", { title: `${row.compressor} (${row.family})` }, dot(colourOf(row.family)), row.compressor,
+        ...(row.kind && row.kind !== row.method ? [" ", el("span", { class: "tag" }, row.kind)] : [])); // the space is for who hears it
     },
   };
   const choose = {

@@ -165,6 +165,9 @@ async function embed(id, place, made) {
   if (made.height) spec.height = made.height;
   const { view } = await vegaEmbed(place, spec, { actions: false, ast: true, config, logLevel: 1,
     renderer: made.data.rows.length > 1500 ? "canvas" : "svg", tooltip: { theme: "custom" } });
+  view.description([$(`${id}-title`)?.innerText, [made.y, made.x].filter(given).join(" over ")].filter(given).join(": "));
+  place.setAttribute("role", "img"); // its name is read, in place of every tick
+  place.querySelector("svg, canvas").setAttribute("aria-hidden", "true");
   view.addEventListener("click", (event, item) => { if (given(item?.datum?.id)) openCell(rows[item.datum.id]); });
   if (view.getState().signals.brush !== undefined) view.addSignalListener("brush", (name, box) => brushed(id, box));
   return view;
