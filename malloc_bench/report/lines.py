@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -61,20 +62,31 @@ def short(label: str, small: bool) -> str:
 
 def sheet(width: float, height: float, title: str) -> tuple[Figure, Axes, float]:
     """An empty figure of a width in inches, its axes and its size of font; a narrow one goes without its title."""
+    figure, (axes,), font = sheets(1, width, height, title)
+    return figure, axes, font
+
+
+def sheets(number: int, width: float, height: float, title: str) -> tuple[Figure, list[Axes], float]:
+    """As `sheet`, of so many panels of that height: two side by side in a wide figure, one below the other else."""
     from matplotlib.figure import Figure
 
     small = width < 5
-    figure, font = Figure(figsize=(width, height), layout="constrained"), 6.5 if small else 8.5
-    axes = figure.subplots()
-    axes.tick_params(labelsize=font - 0.5)
-    axes.xaxis.label.set_fontsize(font)
-    axes.yaxis.label.set_fontsize(font)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    across = 1 if small else min(number, 2)
+    down = -(-number // across)
+    figure, font = Figure(figsize=(width, height * down), layout="constrained"), 6.5 if small or across > 1 else 8.5
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in every[number:]:
+        axes.remove()
+    for axes in every[:number]:
+        axes.tick_params(labelsize=font - 0.5)
+        axes.xaxis.label.set_fontsize(font)
+        axes.yaxis.label.set_fontsize(font)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     if not small:
         fits = width * 72 / max(len(title), 1) / 0.62  # in one line
-        figure.suptitle(title, fontsize=min(font + 1, fits), x=0.01, ha="left")
-    return figure, axes, font
+        figure.suptitle(title, fontsize=min(9.5, fits), x=0.01, ha="left")
+    return figure, every[:number], font
 
 
 def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: str = "o") -> None:
@@ -89,14 +101,15 @@ def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: s
             curve.x, curve.y, color=colour, ls=dash, lw=width / 2 if thin else width, marker="" if thin else marker,
             ms=2.5, gid=f"line:{curve.label}",
         )  # fmt: skip
-    _name(axes, curves, font, left)
+    lay_out(axes.figure)  # type: ignore[arg-type]
+    name_ends(axes, curves, font, left)
 
 
 def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
-    """Ones and threes of a log axis as `human` says them; ones alone of over four decades, more within one."""
+    """Ones and threes of a log axis as `human` says them; ones alone of over three decades, more within one."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    steps = (1, 2, 5) if high / low < 10 else (1, 3) if high / low < 1e4 else (1,)
+    steps = (1, 2, 5) if high / low < 10 else (1, 3) if high / low < 1e3 else (1,)
     ticks = [
         each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2
     ]
@@ -113,20 +126,30 @@ def _look(curve: Curve) -> tuple[str, Any]:
     return COLOURS.get(curve.family, OTHER), DASHES.get(curve.family, "-")
 
 
-def _name(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
+def lay_out(figure: Figure) -> None:
+    """Give panels their real sizes, which names need."""
+    with warnings.catch_warnings(action="ignore"):  # of letters that no font has
+        figure.draw_without_rendering()
+
+
+def name_ends(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
     """Each line's name beside its left or right end, moved apart where two would touch; axes grow to hold them."""
     (across, x_of), (along, y_of) = (_scale(axes.get_xscale()), _scale(axes.get_yscale()))
-    small, end, size = font < 7, 0 if left else -1, axes.figure.get_size_inches()  # type: ignore[union-attr]
+    small, end = font < 7, 0 if left else -1
+    width, tall = np.array(axes.get_window_extent().size) / axes.figure.dpi  # as laid out so far
+    if not curves:
+        return
     names = [short(curve.label, small) for curve in curves]
-    low, high = across(min(c.x[0] for c in curves)), across(max(c.x[-1] for c in curves))
-    share = min(0.6, max(map(len, names)) * font * 0.62 / 72 / (size[0] * 0.86) + 0.06)
-    room, rest = (high - low) * share / (1 - share), (high - low) * 0.04
+    low, high = across(axes.dataLim.intervalx)
+    share = min(0.6, max(map(len, names)) * font * 0.58 / 72 / width + 0.05)
+    span = max(high - low, 0.1)
+    room, rest = span * share / (1 - share), span * 0.04
     axes.set_xlim(*map(x_of, (low - room, high + rest) if left else (low - rest, high + room)))
     order = sorted(range(len(curves)), key=lambda i: -curves[i].y[end])
     ends = along(np.array([curves[i].y[end] for i in order]))
     for _ in range(2):  # names that stand beyond the lines make the axis longer, and letters taller on it
         low, high = along(np.array(axes.get_ylim()))
-        height = (high - low) * font / 72 / (size[1] * 0.78) * 1.15
+        height = (high - low) * font / 72 / tall * 1.3
         places = apart(ends, height)
         axes.set_ylim(*map(y_of, (min(low, places.min() - height / 2), max(high, places.max() + height / 2))))
     for i, place in zip(order, places):

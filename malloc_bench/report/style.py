@@ -29,6 +29,19 @@ DASHES = {
     "recurrent": (0, (8, 2)),
     "search": (0, (3, 2, 1, 2, 1, 2)),
 }
+MARKS = {
+    "chain": "o",
+    "fitted": "D",
+    "merging": "P",
+    "low-rank": "s",
+    "quantization": "^",
+    "eviction": "v",
+    "windowing": "X",
+    "recompute": "<",
+    "heads": "p",
+    "recurrent": "h",
+    "search": ">",
+}
 #: what the bytes of a state hold, in the order in which they are stacked
 PARTS = {
     "keys": "#0072B2",

@@ -4,16 +4,18 @@ import xml.etree.ElementTree
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.text import Text
 
 from malloc_bench.report import figures, write_report
 from malloc_bench.report.bars import latency_figure, parts_figure
 from malloc_bench.report.board import aggregate
 from malloc_bench.report.break_even import break_even_figure
-from malloc_bench.report.curves import curves_figure, few, history_figure
+from malloc_bench.report.curves import FLOORS, curves_figure, few, history_figure
 from malloc_bench.report.figures import file_stems, write_figures
 from malloc_bench.report.lines import REFERENCES, WIDTHS, Curve
+from malloc_bench.report.pareto import NAMED, front, pareto_figure
 from malloc_bench.report.parts import told_apart
-from malloc_bench.report.style import COLOURS, human
+from malloc_bench.report.style import COLOURS, MARKS, human
 from malloc_bench.report.tables import SLICES, sliced
 from malloc_bench.results import frame, write_row
 
@@ -29,85 +31,120 @@ def board(suite):
     return aggregate(suite).filter(pl.col("backbone") == "sasrec")
 
 
+def drawn_panels(figure):
+    figure.draw_without_rendering()
+    return {(axes.get_xlabel(), axes.get_ylabel()): axes for axes in figure.axes}
+
+
+SIZE = "state (bytes a user)"
+
+
 def test_panels_and_lines(board):
-    figure = figures.pareto_figure(board, "sasrec")
-    assert len(figure.axes) == 3
-    for axes in figure.axes:
+    wide = drawn_panels(pareto_figure(board, "sasrec"))
+    assert list(wide) == [(x, y) for x in (SIZE, "read (ms, p50)") for y in ("fidelity", "NDCG@10")]
+    assert list(drawn_panels(pareto_figure(board, "sasrec", 3.3))) == [key for key in wide if key[1] == "fidelity"]
+    for axes in wide.values():
         assert axes.get_xscale() == "log"
         assert {line.get_gid() for line in lines(axes, "family")} == {f"family:{family}" for family in FAMILIES}
-        assert len(lines(axes, "method")) == 12  # kivi's three widths are one method; full and the floors are none
-        assert [len(lines(axes, kind)) for kind in ("full", "none", "random", "front")] == [1, 1, 1, 1]
+        assert [len(lines(axes, kind)) for kind in ("full", "none", "front")] == [1, 1, 1]
         (none,) = lines(axes, "none")
         assert len(set(none.get_ydata())) == 1
-    assert [axes.get_xlabel() for axes in figure.axes] == ["state (bytes per user)"] * 2 + ["read (ms, p50)"]
 
 
 def test_points_are_the_numbers_of_the_board(board):
-    axes = figures.pareto_figure(board, "x").axes[0]
-    (snapkv,) = [line for line in lines(axes, "method") if line.get_gid() == "method:snapkv"]
-    rows = board.filter(pl.col("method") == "snapkv")
-    assert sorted(snapkv.get_xdata()) == sorted(rows["bytes_mean"])
-    assert sorted(snapkv.get_ydata()) == sorted(rows["ndcg@10"])
+    axes = drawn_panels(pareto_figure(board, "x"))[SIZE, "NDCG@10"]
+    (evicted,) = [line for line in lines(axes, "family") if line.get_gid() == "family:eviction"]
+    rows = board.filter(pl.col("family") == "eviction")
+    assert sorted(evicted.get_xdata()) == sorted(rows["bytes_mean"])
+    assert sorted(evicted.get_ydata()) == sorted(rows["ndcg@10"])
     (full,) = lines(axes, "full")
     assert list(full.get_xdata()) == [133_000]
 
 
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_what_is_on_the_front_is_named_and_no_two_names_touch(board, width):
+    figure = pareto_figure(board, "x", width)
+    for axes in drawn_panels(figure).values():
+        (line,) = lines(axes, "front")
+        on_front = set(zip(line.get_xdata(), line.get_ydata()))
+        names, boxes = names_of(axes)
+        assert "no history" in names and 2 <= len(names) <= NAMED + len(FLOORS)
+        where = [text.xy for text in axes.texts if text.get_text() not in FLOORS.values()]
+        assert all((float(x), float(y)) in on_front for x, y in where)
+        drawn_points = [axes.transData.transform(point)[0] for point in on_front]
+        assert max(box.x1 for box in boxes) < max(drawn_points)
+
+
+def test_an_interval_is_that_of_the_row(board):
+    axes = drawn_panels(pareto_figure(board, "x"))[SIZE, "NDCG@10"]
+    bars = {gid: each for each in axes.collections if (gid := str(each.get_gid())).startswith("bar:")}
+    assert bars
+    for gid, bar in bars.items():
+        (path,) = bar.get_segments()
+        rows = board.filter(pl.col("compressor") == gid.removeprefix("bar:"))
+        ends = [(row["ndcg@10"] - row["delta_ndcg@10"] + row["delta_ndcg@10_lo"]) for row in rows.iter_rows(named=True)]
+        assert any(abs(float(path[0][1]) - each) < 1e-9 for each in ends), gid
+
+
 def test_flops_stand_in_for_latency(board):
-    figure = figures.pareto_figure(board.with_columns(pl.lit(None, pl.Float64).alias("read_ms_p50")), "x")
-    assert figure.axes[2].get_xlabel() == "read (FLOPs)" and len(lines(figure.axes[2], "method")) == 12
+    figure = pareto_figure(board.with_columns(pl.lit(None, pl.Float64).alias("read_ms_p50")), "x")
+    assert ("read (FLOPs)", "NDCG@10") in drawn_panels(figure)
 
 
 def test_without_any_cost_of_a_read_no_panel_shows_it(board):
     nothing = pl.lit(None, pl.Float64)
-    figure = figures.pareto_figure(board.with_columns(read_ms_p50=nothing, read_flops=nothing), "x")
-    assert [axes.get_title() for axes in figure.axes] == [
-        "Accuracy against memory", "Overlap@10 with the full state against memory",
-    ]  # fmt: skip
+    figure = pareto_figure(board.with_columns(read_ms_p50=nothing, read_flops=nothing), "x")
+    assert list(drawn_panels(figure)) == [(SIZE, "fidelity"), (SIZE, "NDCG@10")]
 
 
 def test_ratios_to_the_full_state_stand_before_milliseconds(board):
     """Milliseconds on the wall tell a busy machine's mood."""
-    figure = figures.pareto_figure(board.with_columns(read_ratio=pl.col("read_ms_p50") / 2), "x")
-    assert figure.axes[2].get_xlabel() == "read (× full)"
+    figure = pareto_figure(board.with_columns(read_ratio=pl.col("read_ms_p50") / 2), "x")
+    assert ("read (× full)", "NDCG@10") in drawn_panels(figure)
 
 
-def test_methods_of_a_family_have_their_own_markers_and_labels(board):
-    figure = figures.pareto_figure(board, "x")
-    for family in FAMILIES:
-        colour = COLOURS[family]
-        markers = [line.get_marker() for line in lines(figure.axes[0], "method") if line.get_color() == colour]
-        assert len(set(markers)) == len(markers) > 0
+def test_families_are_told_apart_by_colour_and_by_mark_and_alone_are_in_the_legend(board):
+    figure = pareto_figure(board, "x")
+    looks = [(line.get_color(), line.get_marker()) for line in lines(figure.axes[0], "family")]
+    for each in zip(*looks):
+        assert len(set(each)) == len(looks)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"full state", "none (floor)", "random (floor)", "kivi", "merge_adjacent + kivi(bits=2)", *FAMILIES} <= set(
-        labels
-    )
+    assert sorted(labels) == sorted({"full state", "front", *FAMILIES})
+    assert set(MARKS) == {*COLOURS, "chain"} and len(set(MARKS.values())) == len(MARKS)
 
 
-def test_tick_labels_do_not_overlap(board):
-    figure = figures.pareto_figure(board, "x")
-    figure.draw_without_rendering()
-    for axes in figure.axes:
+@pytest.mark.parametrize("width", WIDTHS.values())
+def test_tick_labels_do_not_overlap(board, width):
+    figure = pareto_figure(board, "x", width)
+    for axes in drawn_panels(figure).values():
         low, high = axes.get_xlim()
         boxes = [
             tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high
         ]
         assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
-        assert axes.get_window_extent().x1 <= figure.legends[0].get_window_extent().x0
+        assert axes.get_window_extent().y0 >= figure.legends[0].get_window_extent().y1
 
 
-def test_floors_without_a_budget_are_levels(row, board_of):
+def test_floors_are_levels(row, board_of):
     rows = [("full", 100.0, 0.2), ("none", 4.0, 0.1), ("fit_constant", 8.0, 0.17), ("h2o", 20.0, 0.15)]
     board = aggregate(board_of([row(compressor=name, bytes_mean=x, **{"ndcg@10": y}) for name, x, y in rows]))
-    figure = figures.pareto_figure(board, "x")
+    figure = pareto_figure(board, "x")
     level = {line.get_gid(): set(line.get_ydata()) for line in figure.axes[0].lines}
-    assert level["none"] == {0.1} and level["fit_constant"] == {0.17} and "method:fit_constant" not in level
-    assert "fit_constant (floor)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert level["none"] == {0.1} and level["fit_constant"] == {0.17}
+    assert names_of(drawn_panels(figure)[SIZE, "NDCG@10"])[0].count("a constant") == 1
+
+
+def test_what_cannot_be_deployed_is_not_drawn(row, board_of):
+    rows = [("full", 100.0, 0.2, "baseline"), ("oracle", 20.0, 0.3, "ceiling"), ("h2o", 20.0, 0.15, "eviction")]
+    made = [row(compressor=name, bytes_mean=x, family=kind, **{"ndcg@10": y}) for name, x, y, kind in rows]
+    figure = pareto_figure(aggregate(board_of(made)), "x")
+    assert {line.get_gid() for line in lines(figure.axes[0], "family")} == {"family:eviction"}
 
 
 def test_front_is_what_nothing_beats():
     points = [(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.3)]
-    assert figures.front(points) == [(1, 0.5), (2, 0.7), (3, 0.9)]
-    assert figures.front([]) == []
+    assert front(points) == [(1, 0.5), (2, 0.7), (3, 0.9)]
+    assert front([]) == []
 
 
 def test_human_units():
@@ -118,14 +155,14 @@ def test_human_units():
 
 def test_sparse_results_still_draw(row, board_of):
     only = board_of(row(family="eviction", compressor="h2o", **{"ndcg@10": 0.1}), row(family="new", compressor="mine"))
-    figures.pareto_figure(aggregate(only), "x").draw_without_rendering()
+    assert pareto_figure(aggregate(only), "x") is None
 
 
 def test_without_any_cost_measured_the_others_still_draw(row, board_of):
     """A level that spans an axis without points must not be taken for one."""
     cells = [("full", 100.0, 0.2), ("none", 4.0, 0.1), ("h2o", 20.0, 0.15)]
     rows = [row(compressor=name, bytes_mean=size, **{"ndcg@10": gain}) for name, size, gain in cells]
-    figures.pareto_figure(aggregate(board_of(rows)), "x").draw_without_rendering()
+    pareto_figure(aggregate(board_of(rows)), "x").draw_without_rendering()
 
 
 def test_ranking_is_drawn_by_gauc_and_agreement(row, board_of):
@@ -135,30 +172,32 @@ def test_ranking_is_drawn_by_gauc_and_agreement(row, board_of):
             delta_gauc_lo=gauc - 0.71, delta_gauc_hi=gauc - 0.69, read_flops=size, **{"ndcg@10": 0.5})
         for name, size, gauc, alike in cells
     ]  # fmt: skip
-    figure = figures.pareto_figure(aggregate(board_of(rows)), "x")
-    assert [axes.get_ylabel() for axes in figure.axes] == ["GAUC", "agreement", "GAUC"]
-    (bars,) = figure.axes[0].containers
-    assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.67, 0.69])
+    figure = pareto_figure(aggregate(board_of(rows)), "x")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["agreement", "GAUC"] * 2
+    (bar,) = figure.axes[1].collections
+    assert bar.get_segments()[0][:, 1] == pytest.approx([0.67, 0.69])
 
 
 def test_the_same_results_make_the_same_files(suite, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "PRINTED", {"latency": latency_figure})
+    monkeypatch.setattr(figures, "PRINTED", {"pareto": pareto_figure, "latency": latency_figure})
     one = suite.filter(pl.col("backbone") == "hstu")
     first, again = (figures.write_figures(one, tmp_path / name, formats=("svg",)) for name in "ab")
     stem = "ml-1m-retrieval-leave_one_out-hstu"
-    assert [path.name for path in first] == [f"pareto-{stem}.svg", f"latency-{stem}.svg", f"latency-{stem}-narrow.svg"]
+    assert [path.name for path in first] == [
+        f"{name}-{stem}{end}.svg" for name in ("pareto", "latency") for end in WIDTHS
+    ]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert b"<text" in first[1].read_bytes()  # and text is text
 
 
 @pytest.mark.parametrize(("end", "said"), [(0.001, True), (-0.001, False)])
 def test_a_figure_without_headroom_says_so(row, board_of, end, said, tmp_path, monkeypatch):
-    titles, draw = [], figures.pareto_figure
-    monkeypatch.setattr(figures, "pareto_figure", lambda board, title: titles.append(title) or draw(board, title))
+    titles = []
+    monkeypatch.setattr(figures, "PRINTED", {"any": lambda board, title, width: titles.append(title)})
     floor = {"ndcg@10": 0.19, "delta_ndcg@10": -0.01, "delta_ndcg@10_lo": -0.02, "delta_ndcg@10_hi": end}
     rows = row(compressor="full", bytes_mean=9, **{"ndcg@10": 0.2}), row(compressor="none", bytes_mean=1, **floor)
     figures.write_figures(board_of(*rows), tmp_path, formats=("svg",))
-    assert ["no headroom" in title for title in titles] == [said]
+    assert ["no headroom" in title for title in titles] == [said] * len(WIDTHS)
 
 
 def test_write_report(suite, row, tmp_path):
@@ -172,30 +211,13 @@ def test_write_report(suite, row, tmp_path):
         "leaderboard.csv",
         "leaderboard.tex",
         "report.html",
-        f"{stem}.png",
-        f"{stem}.svg",
+        *(f"{stem}{end}.{suffix}" for end in WIDTHS for suffix in ("png", "svg")),
     }
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_results_no_figures(tmp_path):
     assert figures.write_figures(frame([]), tmp_path) == []
-
-
-def test_of_very_many_methods_a_legend_names_those_on_a_front(board, monkeypatch):
-    def named():
-        return {text.get_text() for text in figures.pareto_figure(board, "x").legends[0].get_texts()}
-
-    every = named()
-    monkeypatch.setattr(figures, "MOST_NAMED", 1)
-    few, gone = named(), every - named()
-    assert gone and few < every
-    methods = board.filter(~pl.col("method").is_in(["full", *figures.FLOORS]))
-    for name in gone:  # another of its family is as small and better, or as good and smaller
-        own = methods.with_columns(figures._name()).filter(pl.col("name") == name)
-        rest = methods.filter(pl.col("family") == own["family"][0])
-        for x, y in own.select("bytes_mean", "ndcg@10").iter_rows():
-            assert (x, y) not in figures.front(list(rest.select("bytes_mean", "ndcg@10").iter_rows()))
 
 
 def boxes_of(texts):
@@ -219,7 +241,7 @@ def drawn(figure, width):
 def names_of(axes):
     """What is written beside lines: no two names touch."""
     names = [each for each in axes.texts if each.arrow_patch is not None]
-    boxes = sorted((each.get_window_extent() for each in names), key=lambda box: box.y0)
+    boxes = sorted((Text.get_window_extent(each) for each in names), key=lambda box: box.y0)  # without its line
     assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
     return [each.get_text() for each in names], boxes
 
