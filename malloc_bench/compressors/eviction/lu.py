@@ -88,11 +88,12 @@ class LU(Divided):
 def _slopes(loss: Tensor) -> Tensor:
     """What each further share saves, [H, P] from [H, P + 1], of the largest convex curves below: falling, >= 0."""
     curve = loss.cummin(1).values
-    points = torch.arange(curve.shape[1], dtype=curve.dtype)
+    points = torch.arange(curve.shape[1], dtype=curve.dtype, device=curve.device)
     fall = (curve[:, :, None] - curve[:, None]) / (points[None] - points[:, None]).clamp(min=1)  # [H, from, to]
-    out, at = torch.zeros_like(curve[:, 1:]), torch.zeros(len(curve), dtype=torch.long)
+    heads = torch.arange(len(curve), device=curve.device)
+    out, at = torch.zeros_like(curve[:, 1:]), torch.zeros_like(heads)
     for to in range(1, curve.shape[1]):  # the steepest way down from where the hull stands
-        steps = fall[torch.arange(len(curve)), at].masked_fill(points <= at[:, None], -torch.inf)
+        steps = fall[heads, at].masked_fill(points <= at[:, None], -torch.inf)
         best, end = steps.max(1)
         out[:, to - 1] = best
         at = torch.where(end == to, end, at)
