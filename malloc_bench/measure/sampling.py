@@ -22,7 +22,7 @@ Call = Callable[[], object]
 log = logging.getLogger(__name__)
 
 MOST = 1000  # rounds
-_ENOUGH = 500  # samples below which a 99th percentile says nothing
+ENOUGH = 500  # samples below which a 99th percentile says nothing
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def summary(seconds: Sequence[float], users: int = 1) -> dict[str, float | None]
     if not len(seconds):
         return {"p50": None, "p95": None, "p99": None}
     p50, p95, p99 = (float(x) * 1000 / users for x in np.percentile(seconds, (50, 95, 99)))
-    return {"p50": p50, "p95": p95, "p99": p99 if len(seconds) >= _ENOUGH else None}
+    return {"p50": p50, "p95": p95, "p99": p99 if len(seconds) >= ENOUGH else None}
 
 
 @contextlib.contextmanager

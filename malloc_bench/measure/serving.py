@@ -17,8 +17,8 @@ import torch
 from malloc_bench.backbones import Backbone
 from malloc_bench.measure.clients import rate
 from malloc_bench.measure.environment import cores, load
-from malloc_bench.measure.latency import PATIENCE, Method, Models, prefilled
-from malloc_bench.measure.sampling import MOST, Ratio, Samples, in_rounds, ratio, summary, threads
+from malloc_bench.measure.latency import Method, Models, prefilled
+from malloc_bench.measure.sampling import ENOUGH, MOST, Ratio, Samples, in_rounds, ratio, summary, threads
 from malloc_bench.measure.stores import STORES, Store, StoreError
 from malloc_bench.measure.workload import Workload
 from malloc_bench.registry import in_a_line, told
@@ -27,6 +27,8 @@ from malloc_bench.state import Events, UserState
 from malloc_bench.training.fit import tune_malloc
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 30  # times the seconds that are asked for, until the slowest 1 % is known and the ratio is sure
 
 
 @dataclass(eq=False)
@@ -119,7 +121,8 @@ def requests(
     and why a cell has none, in one line, where its state or the store failed.
 
     In rounds over all cells, beside the full state's requests; then each cell's rate at 1 and 2 client processes, on a
-    CPU. Everything is warm: what is read was written just before. seconds, repeats: as in `latency`, of each C.
+    CPU. Everything is warm: what is read was written just before. seconds: of sampling for each cell and C, up to
+    PATIENCE times as many until there is a p99 and the ratio is tight; repeats: samples at least.
     """
     tune_malloc()
     failed: dict[str, str] = {}
@@ -182,8 +185,10 @@ def _served(
     pairs = {name: {"": request(name, ""), "own": request(name, name)} for name in methods if name not in failed}
 
     def enough(name: str, samples: Mapping[str, Samples], spent: float) -> bool:
-        sure = ratio(samples["own"].wall, samples[""].wall).tight
-        return spent >= (seconds if sure else PATIENCE * seconds) or len(samples[""]) >= MOST
+        if spent >= PATIENCE * seconds or len(samples[""]) >= MOST:
+            return True
+        many = spent >= seconds and len(samples[""]) >= ENOUGH
+        return many and ratio(samples["own"].wall, samples[""].wall).tight
 
     def fails(name: str) -> None:
         failed[name] = _reason()

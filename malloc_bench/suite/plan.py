@@ -88,7 +88,7 @@ def make_plan(
         train = epochs * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
         seconds, asked = suite.measure.seconds, len(suite.measure.candidates) * (suite.measure.store is not None)
-        measured = timed * (2 * seconds * suite.measure.latency + (4 * seconds + 1) * asked)
+        measured = timed * (2 * seconds * suite.measure.latency + (min(30 * seconds, 15) + 2 * seconds + 1) * asked)
         result.costs[group_key(cell)] = Cost(train, judge, measured, epochs)
     return result
 

@@ -41,7 +41,7 @@ def cells(*names):
 def test_every_cell_is_served(store, installed):
     installed(store)
     names = ("full", "none", "recent", "kivi", "svd", "recompute", "truncate")
-    found, failed = requests(make(), cells(*names), SMALL, (1, 5), store, seconds=0.02, repeats=7)
+    found, failed = requests(make(), cells(*names), SMALL, (1, 5), store, seconds=0.002, repeats=7)
     assert not failed and list(found) == list(names)
     for by_candidates in found.values():
         assert list(by_candidates) == [1, 5]
@@ -140,7 +140,7 @@ def test_a_server_that_dies_in_the_middle_is_one_line_of_every_cell(installed, m
 
     monkeypatch.setattr(STORES["redis"], "put", dying)
     began = time.monotonic()
-    found, failed = requests(make(), cells("full", "recent", "recompute"), SMALL, (1, 5), "redis", seconds=0.5)
+    found, failed = requests(make(), cells("full", "recent", "recompute"), SMALL, (1, 5), "redis", seconds=0.02)
     assert found == {} and failed.keys() == {"full", "recent", "recompute"}
     assert all(reason.startswith("redis: ") and "\n" not in reason for reason in failed.values())
     assert time.monotonic() - began < 20 and len(caplog.records) <= 2
@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_no_process_and_no_folder(how, installed, tmp_path):
         clients.time = types.SimpleNamespace(perf_counter=lambda: 0.0)  # they go on for ever
         clients.PATIENCE, said = 99, clients._said
         clients._said = lambda *given: [print("clients", flush=True), said(*given)][1]
-        requests(make(), cells("full"), SMALL, (1,), sys.argv[2], seconds=0.1)
+        requests(make(), cells("full"), SMALL, (1,), sys.argv[2], seconds=0.02)
     """
     for store in ("redis", "lmdb"):
         environment = {**os.environ, "MALLOC_BENCH_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
