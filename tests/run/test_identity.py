@@ -18,7 +18,6 @@ from malloc_bench import registry
 from malloc_bench.data.sources import cards
 from malloc_bench.measure import STORES, StoreError
 from malloc_bench.results import read_rows
-from malloc_bench.run import runner
 from malloc_bench.run.runner import reproduce, run_suite
 from malloc_bench.suite import cells, suite
 from malloc_bench.training import fit as training
