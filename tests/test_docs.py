@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow  # reports of ten runs, with their figures
 def test_the_commands_of_the_pages_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reports: None
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("MALLOC_BENCH_HOME", str(place / "home"))

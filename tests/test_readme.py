@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from malloc_bench import registry
+from malloc_bench.cli.commands import main
+
+Typed = Callable[[str], str]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {
@@ -37,50 +40,53 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A line of the README, in an empty folder."""
-    words = line.split("#")[0].split()
-    assert words[0] == "malloc-bench"
-    return subprocess.run(
-        [sys.executable, "-m", "malloc_bench.cli", *words[1:]], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def typed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """typed(line): what a line of the README prints, which ends well; in `folder`, whose parts are gone afterwards."""
+    monkeypatch.chdir(folder)
+    registry.names("compressors"), registry.names("backbones")  # those of ours stay known
+    monkeypatch.setattr(registry, "_parts", {kind: dict(parts) for kind, parts in registry._parts.items()})
+
+    def run(line: str) -> str:
+        words = line.split("#")[0].split()
+        assert words[0] == "malloc-bench"
+        code, said = main(words[1:]), capsys.readouterr()
+        assert code == 0, said.out + said.err
+        return said.out
+
+    return run
 
 
-def test_the_snippet_is_compared_with_baselines(folder: Path) -> None:
+def test_the_snippet_is_compared_with_baselines(typed: Typed) -> None:
     (line,) = re.findall(r"^malloc-bench compare my_method.*$", README, re.M)
-    done = typed(line.replace("--suite quick", "--suite tiny.yaml"), folder)
-    assert done.returncode == 0, done.stderr
+    out = typed(line.replace("--suite quick", "--suite tiny.yaml"))
     for name in ("my_method", "snapkv", "recent", "full"):
-        assert re.search(rf"^\W*{name}\b", done.stdout, re.M), done.stdout
-    assert not re.search(r"^\W*knorm\b", done.stdout, re.M)
-    assert re.search(r"[+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]", done.stdout)
-    assert "5 ok" in done.stdout and "0 failed" in done.stdout
+        assert re.search(rf"^\W*{name}\b", out, re.M), out
+    assert not re.search(r"^\W*knorm\b", out, re.M)
+    assert re.search(r"[+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]", out)
+    assert "5 ok" in out and "0 failed" in out
 
 
-def test_the_snippet_keeps_every_promise(folder: Path) -> None:
+def test_the_snippet_keeps_every_promise(typed: Typed) -> None:
     (line,) = re.findall(r"^malloc-bench check my_method.*$", README, re.M)
-    done = typed(line, folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    typed(line)
 
 
 @pytest.mark.parametrize("name", ["Unusual", "Shallow"])
-def test_the_other_snippets_keep_every_promise(name: str, folder: Path) -> None:
+def test_the_other_snippets_keep_every_promise(name: str, folder: Path, typed: Typed) -> None:
     (code,) = [
         code for code in re.findall(r"```py\n(.*?)```", README + PAGES["parts.md"], re.S) if f"class {name}(" in code
     ]
     (folder / "snippet.py").write_text(code)
-    done = typed(f"malloc-bench check snippet.py:{name}", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kept, total = re.findall(r"^(\d+) of (\d+) promises", done.stdout, re.M)[0]
+    out = typed(f"malloc-bench check snippet.py:{name}")
+    kept, total = re.findall(r"^(\d+) of (\d+) promises", out, re.M)[0]
     assert kept == total and int(total) > 50
 
 
-def test_every_command_of_the_table_is_there() -> None:
+def test_every_command_of_the_table_is_there(typed: Typed) -> None:
     table = re.findall(r"^\| `malloc-bench ([a-z]+)", README, re.M)
-    known = subprocess.run(
-        [sys.executable, "-m", "malloc_bench.cli", "--help"], capture_output=True, text=True, check=True
-    )
-    assert len(table) > 8 and all(f" {name} " in known.stdout for name in table)
+    known = typed("malloc-bench --help")
+    assert len(table) > 8 and all(f" {name} " in known for name in table)
 
 
 def commands() -> list[str]:

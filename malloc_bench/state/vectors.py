@@ -22,10 +22,10 @@ class Ragged(NamedTuple):
 
     def nbytes(self) -> Tensor:
         """Stored bytes of each user, [B] int64."""
-        heads, width = self.data.shape[1], self.data.shape[3]
-        cols = torch.full_like(self.rows, width) if self.cols is None else self.cols
-        cells = (self.rows.long() * cols.long()).expand(len(self.data), heads)
-        return cells.sum(1) * self.data.element_size()
+        users, heads, _, width = self.data.shape
+        cells = self.rows.long() * (width if self.cols is None else self.cols.long())
+        cells = cells.sum(1) if cells.shape[1] == heads else cells[:, 0] * heads
+        return (cells * self.data.element_size()).expand(users)
 
 
 class Read(Protocol):

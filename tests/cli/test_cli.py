@@ -452,7 +452,7 @@ def test_check(broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -
 # ---- the whole way
 
 
-def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.MonkeyPatch, reports: None) -> None:
     """As a user would, with the real runner, on the smoke suite with fewer epochs."""
     monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
     suite = yaml.safe_load(load_suite("smoke").path.read_text())

@@ -166,8 +166,8 @@ WORLDS = (  # lsrm attends as sasrec does
     "tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads", "marm-2-heads", "climber-times-2-heads",
     "gated_delta-2-heads",
 )  # fmt: skip
-FEW = ("sasrec-2-heads", "hstu-times")  # every method, and each variant and chain in one of them; `make test-slow`: all
-FAR = ("hstu-2-heads", "marm-2-heads", "climber-times-2-heads")  # each method always in one of them, drawn by its name
+FEW = ("sasrec-2-heads", "hstu-times")  # each method, variant and chain in one of them, drawn by its name,
+FAR = ("hstu-2-heads", "marm-2-heads", "climber-times-2-heads")  # each method in one of these; `make test-slow`: in all
 
 NOT_ON_TENSORS = ("squeeze", "rastp", "recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
 
@@ -179,7 +179,8 @@ def label(method):
 
 
 def matrix():
-    """Every method in every world; what has been there with other parameters, and chains, at first in one."""
+    """Every method in every world; at first in one of FEW, and unless it has been there with other parameters or is a
+    chain, on tensors, behind a memory and in one of FAR."""
     known = set()
     for method in METHODS:
         first = method[0] not in known and method[0] != "compose"
@@ -189,7 +190,7 @@ def matrix():
         for world in WORLDS:
             if world == "tensors" and method[0] in NOT_ON_TENSORS:
                 continue  # rebuilds from raw events or a backbone's maps, which plain tensors do not have
-            quick = world in (FEW if first else (one,)) or (first and (world not in FAR or world == drawn))
+            quick = world == one or (first and world not in FEW and (world not in FAR or world == drawn))
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(method, world, marks=marks, id=f"{label(method)}-{world}")
 

@@ -54,14 +54,13 @@ def dataset(name: str, **options: Any) -> Dataset:
 
 @contextmanager
 def world(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """A cache of its own, chunks of 150 users, and no leaderboard or figures: they are made of the rows.
+    """A cache of its own, and chunks of 150 users.
 
     The data are generated once, and no garbage is collected before latency: it is not judged here.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_BENCH_HOME", str(home))
         patch.setattr(evaluation, "_USERS", 150)
-        patch.setattr(runner, "write_report", lambda folder: None)
         patch.setattr(runner, "get_dataset", dataset)
         patch.setattr(gc, "collect", lambda: 0)
         yield patch

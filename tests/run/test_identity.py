@@ -18,7 +18,6 @@ from malloc_bench import registry
 from malloc_bench.data.sources import cards
 from malloc_bench.measure import STORES, StoreError
 from malloc_bench.results import read_rows
-from malloc_bench.run import runner
 from malloc_bench.run.runner import reproduce, run_suite
 from malloc_bench.suite import cells, suite
 from malloc_bench.training import fit as training
@@ -36,7 +35,6 @@ class World:
         (folder / "cards").mkdir()
         monkeypatch.setenv("MALLOC_BENCH_DATA", str(folder))
         monkeypatch.setattr(cards, "shipped", lambda kind: folder / "cards")
-        monkeypatch.setattr(runner, "write_report", lambda folder: None)  # a second a run, of which nothing is asked
         draw, lines = np.random.default_rng(0), ["userId,movieId,rating,timestamp"]
         for user in range(1, 41):
             for place, item in enumerate(draw.permutation(30)[:16], 1):

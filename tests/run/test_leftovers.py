@@ -12,7 +12,6 @@ import pytest
 from malloc_bench.data import get_dataset
 from malloc_bench.files import ResultsError
 from malloc_bench.report import write_report
-from malloc_bench.run import runner
 from malloc_bench.run.folder import remove_dead
 from malloc_bench.run.runner import compare, run_suite
 from malloc_bench.suite.plan import checkpoint_folder
@@ -33,7 +32,6 @@ measure: {latency: false, flops: false}
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(runner, "write_report", lambda folder: None)
     return tmp_path / "home"
 
 

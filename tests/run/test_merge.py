@@ -6,6 +6,7 @@ import pytest
 
 from malloc_bench.cli import main
 from malloc_bench.results import ResultsError, load_results, read_rows, write_row
+from malloc_bench.run import merge as merging
 from malloc_bench.run.merge import merge
 from malloc_bench.run.runner import run_suite
 
@@ -33,7 +34,9 @@ def shards(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch
     return [tmp_path / f"part{i}" for i in (1, 2, 3)]
 
 
-def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path) -> None:
+def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Path] = []
+    monkeypatch.setattr(merging, "write_report", reported.append)
     assert main(["merge", *map(str, shards), "--out", str(tmp_path / "merged")]) == 0
     got, want = read_rows(tmp_path / "merged" / "rows"), read_rows(tmp_path / "whole" / "rows")
     assert [row["cell_id"] for row in got] == [row["cell_id"] for row in want] and len(want) == 7
@@ -41,7 +44,7 @@ def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path) -> None:
         assert one["bytes_mean"] == other["bytes_mean"] and one["ndcg@10"] == pytest.approx(other["ndcg@10"])
         assert (tmp_path / "merged" / one["per_user"]).exists()
     assert len(load_results(tmp_path / "merged")) == 7
-    assert (tmp_path / "merged" / "leaderboard.md").exists()
+    assert reported == [tmp_path / "merged"]
     again = run_suite(tmp_path / "tiny.yaml", tmp_path / "merged", quiet=True)
     assert (again.reused, again.ok) == (7, 0)
 

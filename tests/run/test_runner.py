@@ -23,7 +23,8 @@ from malloc_bench.compressors import TokenMethod, get_compressor
 from malloc_bench.compressors.base import Compressor
 from malloc_bench.evaluation import evaluate as evaluation
 from malloc_bench.registry import register
-from malloc_bench.results import ResultsError, read_rows, write_row
+from malloc_bench.report.leaderboard import to_markdown
+from malloc_bench.results import ResultsError, load_results, read_rows, write_row
 from malloc_bench.run import folder as run_folder
 from malloc_bench.run import runner
 from malloc_bench.run.folder import LockedError, locked
@@ -84,7 +85,9 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(suite: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(
+    suite: Path, tmp_path: Path, reports: None
+) -> None:
     out = tmp_path / "run"
     first = run_suite(suite, out, quiet=True)
     assert (first.ok, first.failed, first.skipped, first.reused, first.exit_code) == (4, 0, 0, 0, 0)
@@ -120,7 +123,7 @@ def test_a_generated_data_set_is_judged_by_its_ceilings(suite: Path, tmp_path: P
         assert row["ceiling_none_hr@10"] < row["ceiling_window_hr@10"] <= row["ceiling_full_hr@10"]
     windows = [rows[name]["ceiling_window_hr@10"] for name in ("recent", "full")]
     assert windows[0] < windows[1] < rows["full"]["ceiling_full_hr@10"]  # the state holds 29 events, histories more
-    assert "HR@10 of its ceiling (%)" in (tmp_path / "run" / "leaderboard.md").read_text()
+    assert "HR@10 of its ceiling (%)" in to_markdown(load_results(tmp_path / "run"))
 
 
 def test_rows_say_what_they_are(suite: Path, tmp_path: Path) -> None:
@@ -517,5 +520,5 @@ def test_both_tasks_in_one_run_with_the_split_that_the_data_allow(suite: Path, t
     one = next(row["cell_id"] for row in rows if row["gauc"] and row["compressor"] == "knorm")
     assert reproduce(tmp_path / "run", one) == []
     assert run_suite(suite, tmp_path / "run", quiet=True).reused == 8
-    text = (tmp_path / "run" / "leaderboard.md").read_text()
+    text = to_markdown(load_results(tmp_path / "run"))
     assert "ΔGAUC" in text and "ΔNDCG@10" in text and "agreement" in text

@@ -84,7 +84,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_BENCH_HOME", str(folder / "home"))
         patch.setattr(runner, "get_dataset", small)
-        patch.setattr(runner, "write_report", lambda folder: None)  # of the rows
         patch.setattr("gc.collect", lambda: 0)  # before each latency, which is not judged here
         yield folder / "run"
 
