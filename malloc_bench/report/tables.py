@@ -14,6 +14,7 @@ from malloc_bench.report.board import EMPTY, GROUP, aggregate, newest, sections,
 from malloc_bench.report.evidence import HEAD, LABELS, PAPER
 from malloc_bench.report.judge import full, main, remark
 from malloc_bench.report.leaderboard import BUDGET_OF, without_data
+from malloc_bench.report.models import TABLE as MODELS
 from malloc_bench.report.parts import TABLE as PARTS
 from malloc_bench.report.render import (
     FORMATS,
@@ -259,6 +260,7 @@ TABLES = {
         ),
     ),
     "parts": PARTS,
+    "models": MODELS,
     **PAPER,
 }
 

@@ -182,3 +182,28 @@ def test_requests_have_a_row_for_every_number_of_candidates(row, board_of):
     columns = ("compressor", "measured_candidates", "request_ms_p50", "request_timing", "store")
     assert found.select(columns).rows() == [("recent", 1, 2.0, "busy", "redis"), ("recent", 64, 9.0, None, "redis")]
     assert tables.table(board_of(rows[-1]), "requests").is_empty()
+
+
+def test_models_are_ranked_within_a_data_set_and_told_by_size(row, board_of):
+    def full(backbone, params, ndcg, loss, **values):
+        sizes = {"params": params, "bytes_full": 2e3, "prefill_flops": 3e6, "measured_history": 63}
+        scores = {"ndcg@10": ndcg, "logloss": loss}
+        return row(compressor="full", backbone=backbone, n_users=10, **sizes, **scores, **values)
+
+    rows = [
+        full("hstu", 3_000_000, 0.2, 0.5, seed=0),
+        full("hstu", 3_000_000, 0.4, 0.5, seed=1),
+        full("sasrec", 1_000_000, 0.1, 0.4),
+        full("sasrec", 2_000_000, 0.9, 0.4, dataset="beauty"),
+        row(compressor="h2o", backbone="sasrec", **{"ndcg@10": 0.99}),
+    ]
+    data = tables.table(board_of(rows), "models")
+    assert data.select("dataset", "backbone", "params", "seeds", "ndcg@10_rank", "logloss_rank").rows() == [
+        ("beauty", "sasrec", 2e6, 1, 1, 1),
+        ("ml-1m", "sasrec", 1e6, 1, 2, 1),
+        ("ml-1m", "hstu", 3e6, 2, 1, 2),
+    ]
+    assert data["ndcg@10"].to_list()[2] == pytest.approx(0.3) and data["prefill_mflops"].to_list()[2] == 3
+    said = tables.render_table(board_of(rows), "models")
+    assert "| hstu | 2 | 3.00 | 2.00 | 3.00 |" in said and "**0.3000**" in said and "**0.4000**" in said
+    assert "FLOPs: of one user with 63 events." in said and "HR@10" not in said
