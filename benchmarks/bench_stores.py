@@ -85,7 +85,8 @@ def fitted(y: Sequence[float], *x: Sequence[float]) -> list[tuple[float, float]]
     found, *_ = np.linalg.lstsq(a, b, rcond=None)
     free = len(b) - a.shape[1]
     spread = ((b - a @ found) ** 2).sum() / free if free > 0 else np.nan
-    return list(zip(found.tolist(), np.sqrt(np.diag(np.linalg.pinv(a.T @ a)) * spread).tolist()))
+    solved = np.linalg.pinv(a)  # of a'a, whose condition is squared, the intercept would be lost
+    return list(zip(found.tolist(), np.sqrt((solved**2).sum(1) * spread).tolist()))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,3 +111,14 @@ def test_least_squares_and_its_standard_errors_by_hand(script) -> None:
     found = script("bench_stores").fitted([2.0, 2.0, 4.0, 8.0], [0.0, 1.0, 2.0, 3.0], [1.0] * 4)
     (slope, error), (start, _) = found
     assert (slope, start) == pytest.approx((2.0, 1.0)) and error == pytest.approx((2 / 5) ** 0.5)
+
+
+def test_a_slopes_error_is_that_of_a_line_with_an_intercept(script) -> None:
+    """By the closed form, at sizes of gigabytes, where a'a is singular to float64."""
+    x = np.array([1e3, 1e6, 1e8, 1e9, 4e9])
+    y = 1.7 * x + 5e5 + np.array([3e5, -4e5, 2e6, -1e6, 1e6])
+    (slope, error), (_, _) = script("bench_stores").fitted(y, x, np.ones(5))
+    centred = x - x.mean()
+    expected = (centred @ y) / (centred @ centred)
+    rest = y - y.mean() - expected * centred
+    assert slope == pytest.approx(expected) and error == pytest.approx((rest @ rest / 3 / (centred @ centred)) ** 0.5)

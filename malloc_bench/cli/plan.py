@@ -69,7 +69,7 @@ def printed(
     out: Path,
 ) -> Iterator[str]:
     """Print a table a data set, task, split and backbone; the lines that follow. Raises ValueError."""
-    from malloc_bench.measure.fleet import Plan, at_candidates, costs
+    from malloc_bench.measure.fleet import Plan, at_candidates, costs, slopes
     from malloc_bench.report.board import aggregate, groups_of, of_seeds, select, title
     from malloc_bench.report.figures import file_stems
     from malloc_bench.report.judge import deployable
@@ -84,11 +84,13 @@ def printed(
     stems = file_stems({key: [title(group.row(0, named=True))] for key, group in every.items()})
     for key, group in groups_of(select(rows, only).filter(deployable())):
         head = title(group.row(0, named=True))
-        measured = [(row, Plan(fleet, one)) for row in group.to_dicts() if (one := costs(row, fleet.events))]
+        moved = slopes(whole := every[key].to_dicts())
+        found = ((row, costs(row, fleet.events, moved.get(row["compressor"]))) for row in group.to_dicts())
+        measured = [(row, Plan(fleet, one)) for row, one in found if one]
         missing += len(group) - len(measured)
         if not measured:
             continue
-        ids = Plan(fleet, _ids(every[key].to_dicts(), fleet.events, head))
+        ids = Plan(fleet, _ids(whole, fleet.events, head))
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
@@ -108,10 +110,11 @@ def printed(
 
 def _ids(rows: list[dict[str, Any]], events: float, head: str) -> Costs:
     """Of keeping ids and rebuilding the state for every read: as measured, or made up of the full state's costs."""
-    from malloc_bench.measure.fleet import costs, rebuilt
+    from malloc_bench.measure.fleet import costs, rebuilt, slopes
 
     by = {row["method"]: row for row in rows}
-    found = costs(by[KEEPS_IDS], events) if KEEPS_IDS in by else None
+    ids = by.get(KEEPS_IDS)
+    found = None if ids is None else costs(ids, events, slopes(rows).get(ids["compressor"]))
     found = found or (rebuilt(by["full"], events) if "full" in by else None)
     if found is None:
         raise ValueError(
@@ -216,7 +219,8 @@ def _assumed(fleet: Fleet, prices: Path | None, missing: int) -> Iterator[str]:
         f"Assumed: machines of {fleet.cores_per_machine:g} cores with {fleet.ram_gb_per_machine:g} GB of RAM or "
         f"{fleet.ssd_gb_per_machine:g} GB of SSD for states (1 GB = 1e9 bytes), cores at work {fleet.utilisation:.0%} "
         f"of the time; states compressed again, prefill and all, after {fleet.rebuild_every:g} new events of a user "
-        "(full and raw ids never); a month of 730 hours."
+        "(full, none and raw ids never); one more byte takes to load, unpack, pack and write what it does between a "
+        "method's own budgets, or from none to full; a month of 730 hours."
     )
     yield f"Prices: {prices}." if prices is not None else "No prices were given: bytes, cores and machines only."
     if missing:

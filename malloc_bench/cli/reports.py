@@ -19,7 +19,9 @@ def recommend(
     bytes: Annotated[str | None, typer.Option(help="The most a user's state may take: 5KB.")] = None,
     budget: Annotated[str | None, typer.Option(help="The same as a share of the full state's: 1/32, 3%.")] = None,
     read_ms: Annotated[float | None, typer.Option(min=0.0, help="The most that a read may take (p50).")] = None,
-    at_least: Annotated[str | None, typer.Option(help="Of the full state's accuracy, what must be kept: 98%.")] = None,
+    at_least: Annotated[
+        str | None, typer.Option(help="Of the full state's accuracy, what its interval must keep: 98%.")
+    ] = None,
     only: Only = None,
 ) -> None:
     """Which methods no other beats within your limits of bytes, time and accuracy."""

@@ -43,8 +43,10 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
 
     Adds `seeds` (how many the means cover), `seeds_total`, `cell_ids` (theirs, apart by blanks), `method` (the bare
-    name), and within each dataset, task, split and backbone what `judge.judged` says. Over several seeds interval ends
-    are averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers to average.
+    name), `read_ms` (a read over the full state's, round by round, times the full state's: what other work on a machine
+    moves least), and within each dataset, task, split and backbone what `judge.judged` says. Over several seeds
+    interval ends are averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers
+    to average.
     """
     ok = pl.col("status") == "ok"
     means = (
@@ -69,12 +71,14 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
         .rename({"compressor": "method", "compressor_params": "compressor"})
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
+    full_read = pl.col("read_ms_p50").filter(pl.col("method") == "full").first()
     board = tested(one_line_a_state(means, GROUP), noisy).with_columns(
         *(pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name) for name in _REALS if "delta_" in name),
         (1 / pl.col("ratio")).alias("smaller_x"),
         (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
         *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
         (pl.col("read_flops") / 1e6).alias("read_mflops"),
+        pl.coalesce(pl.col("read_ratio") * full_read.over(GROUP), "read_ms_p50").alias("read_ms"),
     )
     board = board.with_columns(
         pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")

@@ -35,14 +35,14 @@ def pareto(frame: pl.DataFrame) -> pl.DataFrame:
     for _, rows in groups_of(aggregate(frame)):
         able = rows.filter(deployable() & (pl.col("method") != "none") & alike().is_not_null())
         able = able.with_columns(alike().alias("alike"))
-        read = "read_ms_p50" if able["read_ms_p50"].is_not_null().any() else "read_flops"
+        read = "read_ms" if able["read_ms"].is_not_null().any() else "read_flops"
         costs = {"by_bytes": ("bytes_mean",), "by_read": (read,), "by_all": ("bytes_mean", read)}
         on = able.with_columns(pl.Series(name, front(able, *each), pl.Boolean) for name, each in costs.items())
         parts.append(on.filter(pl.any_horizontal(*costs)).sort("bytes_mean", nulls_last=True, maintain_order=True))
     whole = pl.concat(parts) if parts else aggregate(frame).with_columns(
         alike().alias("alike"), *(pl.lit(None, pl.Boolean).alias(name) for name in ("by_bytes", "by_read", "by_all"))
     )  # fmt: skip
-    numbers = ("bytes_mean", "smaller_x", "read_ms_p50", "read_ratio", "read_mflops", "fidelity", "alike")
+    numbers = ("bytes_mean", "smaller_x", "read_ms", "read_ratio", "read_mflops", "fidelity", "alike")
     return whole.select(*HEAD, *numbers, "by_bytes", "by_read", "by_all")
 
 
@@ -149,7 +149,7 @@ PAPER = {
             *LABELS,
             significant("bytes_mean", "state (KB/user)", scale=1e-3),
             number("smaller_x", "× smaller", ".1f"),
-            significant("read_ms_p50", "read (ms, p50)"),
+            significant("read_ms", "read (ms)"),
             number("read_ratio", "read (× full)", ".2f"),
             significant("read_mflops", "read (MFLOPs)"),
             number("fidelity", "fidelity", ".3f"),

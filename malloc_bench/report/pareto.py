@@ -114,7 +114,8 @@ def named(kept: pl.DataFrame, panel: Panel) -> list[tuple[str, str, tuple[float,
     reached = front(_points(kept, panel))
     held: dict[str, float] = {}
     first: dict[str, tuple[str, str, tuple[float, float]]] = {}
-    for at, until in zip(reached, [*reached[1:], (reached[-1][0] * 2, 0.0)] if reached else []):
+    last = max((x for x, _ in _points(kept, panel)), default=0.0)  # the best stays so at a higher cost
+    for at, until in zip(reached, [*reached[1:], (last, 0.0)]):
         if at in who:
             label, family = who[at]
             held[label] = held.get(label, 0.0) + math.log(until[0] / at[0])

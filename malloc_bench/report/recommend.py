@@ -15,7 +15,7 @@ import polars as pl
 from malloc_bench import results
 from malloc_bench.evaluation.metrics import holm
 from malloc_bench.report.board import EMPTY, aggregate, groups_of, sections, select, steps, title
-from malloc_bench.report.judge import REBUILT, alike, deployable, full, main, remark
+from malloc_bench.report.judge import REBUILT, alike, delta, deployable, full, remark
 from malloc_bench.report.render import filled, interval, number, significant, tell, terminal, words
 from malloc_bench.report.users import Users, p_of
 
@@ -29,8 +29,8 @@ _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2
 
 @dataclass(frozen=True)
 class Limits:
-    """What a state may cost. size: bytes a user; share: of the full state's bytes; read_ms: a read's median;
-    at_least: share of the full state's NDCG@10 (or GAUC above 0.5) to keep. None: no limit."""
+    """What a state may cost. size: bytes a user; share: of the full state's bytes; read_ms: of a read, see `board`;
+    at_least: share of the full state's NDCG@10 (or GAUC above 0.5), see `sure`. None: no limit."""
 
     size: float | None = None
     share: float | None = None
@@ -45,15 +45,14 @@ class Limits:
 
     def kept(self) -> pl.Expr:
         """Whether a row of `board.aggregate` is within all of them; a row in which one was not measured is not."""
-        share = pl.when(full() > 0).then(main() / full())
         at_most = (
             (pl.col("bytes_mean"), self.size),
             (pl.col("ratio"), self.share),
-            (pl.col("read_ms_p50"), self.read_ms),
+            (pl.col("read_ms"), self.read_ms),
         )
         tests = [(value <= limit * (1 + 1e-9)).fill_null(False) for value, limit in at_most if limit is not None]
         if self.at_least is not None:
-            tests.append(((share >= self.at_least) | (pl.col("method") == "full")).fill_null(False))
+            tests.append(((sure() >= self.at_least) | (pl.col("method") == "full")).fill_null(False))
         return pl.all_horizontal(pl.lit(True), *tests)
 
     def __str__(self) -> str:
@@ -62,8 +61,13 @@ class Limits:
             f"{100 * self.share:.4g} % of the full state's bytes" if self.share is not None else "",
             f"{self.read_ms:g} ms a read" if self.read_ms is not None else "",
         ]
-        least = f"keeping {100 * self.at_least:.4g} % of its accuracy" if self.at_least is not None else ""
+        least = f"surely keeping {100 * self.at_least:.4g} % of its accuracy" if self.at_least is not None else ""
         return ", ".join(filter(None, (" and ".join(filter(None, said)), least))) or "any size"
+
+
+def sure() -> pl.Expr:
+    """Share of the full state's accuracy at the lower end of its interval, or of the mean where there is none."""
+    return pl.when(full() > 0).then(1 + pl.coalesce(delta("_lo"), delta()) / full())
 
 
 def recommend(
@@ -92,7 +96,7 @@ def of_board(board: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
 
 
 def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
-    cost = next((c for c in ("read_ms_p50", "read_flops") if rows[c].is_not_null().any()), "read_flops")
+    cost = next((c for c in ("read_ms", "read_flops") if rows[c].is_not_null().any()), "read_flops")
     size = pl.col("bytes_mean").fill_null(0.0)
     rows = (
         rows.filter(limits.kept() & deployable() & (pl.col("method") != "none") & alike().is_not_null())
@@ -158,16 +162,16 @@ def nearest(rows: pl.DataFrame, limits: Limits) -> str:
     can = rows.filter(deployable() & (pl.col("method") != "none") & pl.col("bytes_mean").is_not_null())
     if can.is_empty():
         return "no method's state was measured"
-    kept = pl.when(full() > 0).then(main() / full()).alias("kept")
+    kept = sure().alias("kept")
     small = can.filter(replace(limits, at_least=None).kept()).with_columns(kept).drop_nulls("kept")
     if len(small):
         best = small.sort("kept", descending=True).row(0, named=True)
-        return f"{best['compressor']} keeps {100 * best['kept']:.1f} % in {best['bytes_mean'] / 1e3:.3g} KB"
-    if limits.read_ms is not None and not can["read_ms_p50"].is_not_null().any():
+        return f"{best['compressor']} surely keeps {100 * best['kept']:.1f} % in {best['bytes_mean'] / 1e3:.3g} KB"
+    if limits.read_ms is not None and not can["read_ms"].is_not_null().any():
         return "no read was timed"
     if limits.read_ms is not None and len(can.filter(replace(limits, at_least=None, read_ms=None).kept())):
-        best = can.drop_nulls("read_ms_p50").sort("read_ms_p50").row(0, named=True)
-        return f"the fastest read: {best['compressor']}, {best['read_ms_p50']:.3g} ms"
+        best = can.drop_nulls("read_ms").sort("read_ms").row(0, named=True)
+        return f"the fastest read: {best['compressor']}, {best['read_ms']:.3g} ms"
     best = can.sort("bytes_mean").row(0, named=True)
     return f"the smallest state: {best['compressor']}, {best['bytes_mean'] / 1e3:.3g} KB"
 
@@ -232,7 +236,7 @@ COLUMNS = (
     number("agreement", "agreement", ".3f"),
     DELTA,
     number("read_ratio", "read (× full)", ".2f", rank=2),
-    significant("read_ms_p50", "read (ms, p50)", rank=3),
+    significant("read_ms", "read (ms)", rank=3),
     significant("read_mflops", "read (MFLOPs)", rank=3),
     significant("compress_ms_p50", "compress (ms, p50)", rank=4),
     number("smaller_x", "× smaller", ".1f", rank=5),
@@ -242,7 +246,8 @@ COLUMNS = (
 WHY = (
     "Best: keeps most of the full state's order of all that keep a state. Ties: not significantly worse (paired over "
     "users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as good in order, "
-    "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
+    "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). Read (ms): over the "
+    "full state's, round by round, times the full state's median. "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
 
@@ -284,5 +289,7 @@ def print_recommended(
         console.print()
     if found:
         tell(console, WHY, "dim")
+        if unsure := sorted({each for rows in found.values() for each in rows["timing"].drop_nulls()} - {"ok"}):
+            tell(console, f"Times of a machine that did other work, or that vary: {'; '.join(unsure)}.", "yellow")
     if said := untested(found, users):
         tell(console, said, "dim")

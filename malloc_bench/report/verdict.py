@@ -217,13 +217,14 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     """Rows that two runs both have, by data set, backbone, method and budget: the second against the first.
 
     `main` and `alike` are the second's less the first's, paired over users where values by user are there (then with
-    interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's.
-    only: rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
+    interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's,
+    `read_ratio` of reads, each over its own run's full state's. only: rows, as `board.select` takes them. Raises
+    ValueError where the two have nothing in common.
     """
     frames = [load_results(each) for each in (one, other)]
     boards = [select(each, only or {}) for each in frames]
     key = [*GROUP, "compressor", "budget"]
-    shown = [*key, "n_users", "bytes_mean", "cell_ids", main().alias("value"), alike().alias("kept"), "read_ms_p50"]
+    shown = [*key, "n_users", "bytes_mean", "cell_ids", main().alias("value"), alike().alias("kept"), "read_ratio"]
     first, second = (board.select(shown) for board in boards)
     rows = first.join(second, on=key, how="inner", nulls_equal=True, maintain_order="left")
     users = [Users(frame, folder) for frame, folder in zip(frames, (one, other))]
@@ -241,7 +242,7 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
                 "equal": _equal(row, differences),
                 "p": None if paired["main"] is None else paired["main"].p,
                 "bytes_ratio": _over(row["bytes_mean_right"], row["bytes_mean"]),
-                "read_ratio": _over(row["read_ms_p50_right"], row["read_ms_p50"]),
+                "read_ratio": _over(row["read_ratio_right"], row["read_ratio"]),
             }
         )
     reals = dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64())

@@ -179,8 +179,7 @@ def ignores_the_batch(compressor: Compressor, world: World) -> None:
     for budget in _budgets(compressor, some=True):
         together = world.made(compressor, budget)
         outputs, sizes = world.read(together), together.nbytes().tolist()
-        for user, one in enumerate(single):
-            alone = compressor.compress(one, budget)
+        for user, alone in enumerate(compressor.compress(one, budget) for one in single):
             assert int(alone.nbytes()) == sizes[user], f"user {user} at {budget}"
             close(world.read(alone, [user])[0], outputs[user], f"user {user} at {budget}", _apart(compressor))
 

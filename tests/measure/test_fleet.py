@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices, at_candidates, costs, read_prices, rebuilt
+from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices, at_candidates, costs, read_prices, rebuilt, slopes
+from malloc_bench.measure.fleet.costs import MOVING
 from malloc_bench.measure.fleet.fleet import at, break_even
 from malloc_bench.measure.fleet.sweep import sweep
 from malloc_bench.paths import shipped
@@ -34,7 +35,7 @@ def test_totals_by_hand():
     assert kept.usd_month(PRICES, "ram") == pytest.approx(500 * 3 + 30 * 0.02 * 730)  # 1,938
     assert kept.usd_month(PRICES, "ssd") == pytest.approx(500 * 0.1 + 30 * 0.02 * 730)
     assert ids.usd_month(PRICES, "ram") == pytest.approx(4 * 3 + 420 * 0.02 * 730)  # 6,144
-    assert kept.kwh_month(PRICES, "ram") == pytest.approx((500 * 0.5 + 30 * 10) * 0.730)
+    assert kept.kwh_month(PRICES, "ram") == pytest.approx((500 * 0.5 + 30 * 0.5 * 10) * 0.730)
     assert kept.kwh_month(PRICES.model_copy(update={"watts_per_core": None}), "ram") is None
 
 
@@ -104,11 +105,27 @@ def test_costs_of_a_row_by_hand():
 def test_requests_are_costs_where_they_were_measured():
     steps = {"load": 1.0, "unpack": 2.0, "read": 4.0, "append": 8.0, "pack": 16.0, "write": 32.0}
     row = {**BATCH, "request_ms_p50": 63.0, **{f"request_{step}_ms_p50": x for step, x in steps.items()}}
-    found = costs(row, 200)  # twice the bytes, reads 1.25 times as long, appends alike
+    found = costs(row, 200)  # 1,000 bytes more, reads 1.25 times as long, appends alike
     assert found.by_request
-    assert found.read == pytest.approx((1 + 2) * 2 + 4 * 1.25)
-    assert found.append == pytest.approx((1 + 2 + 16 + 32) * 2 + 8)
+    assert found.read == pytest.approx(1 + 2 + 4 * 1.25) and found.append == pytest.approx(1 + 2 + 16 + 32 + 8)
+    slope = dict(zip(MOVING, (0.001, 0.002, 0.003, 0.004)))
+    found = costs(row, 200, slope)
+    assert found.read == pytest.approx(2 + 4 + 4 * 1.25)
+    assert found.append == pytest.approx(2 + 4 + 19 + 36 + 8)
+    assert costs(row, 101, dict.fromkeys(MOVING, 0.0)) == costs(row, 101)
     assert found.build == costs(BATCH, 200).build
+
+
+def test_what_a_byte_takes_is_a_methods_own_or_that_of_the_full_state():
+    def row(name, size, load, unpack):
+        steps = dict(zip(MOVING, (load, unpack, 7.0, 7.0)))
+        return {"compressor": name, "measured_history": 100, "measured_bytes": size, "bytes_p99": size, **steps}
+
+    own = [row("recent", 100.0, 1.0, 9.0), row("recent", 300.0, 2.0, 8.0), row("recent", 500.0, 3.0, 7.0)]
+    found = slopes([row("none", 0.0, 0.0, 1.0), row("full", 1000.0, 1.0, 3.0), row("kivi", 50.0, 5.0, 5.0), *own])
+    assert list(found["recent"].values()) == pytest.approx([1 / 200, 0, 0, 0])  # what falls is noise
+    assert list(found["kivi"].values()) == pytest.approx([0.001, 0.002, 0, 0]) == list(found["full"].values())
+    assert slopes([row("kivi", 50.0, 5.0, 5.0)]) == {"kivi": {}} and slopes([BATCH]) == {}
 
 
 def test_noise_neither_shrinks_a_time_nor_makes_a_read_more_than_proportional():

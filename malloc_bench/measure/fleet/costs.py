@@ -12,8 +12,10 @@ from malloc_bench.results import REQUEST_STEPS
 
 RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
 KEPT_WHOLE = ("full", "none")  # append makes them what compressing again would
+MOVING = tuple(f"request_{step}_ms_p50" for step in ("load", "unpack", "pack", "write"))  # what bytes are moved by
 
 Row = Mapping[str, Any]  # of results, or means over seeds of them
+Slopes = Mapping[str, float]  # step of MOVING -> milliseconds of one more byte
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Costs:
     by_request: bool
 
 
-def costs(row: Row, events: float) -> Costs | None:
+def costs(row: Row, events: float, per_byte: Slopes | None = None) -> Costs | None:
     """Of a method's row, for users of so many events; None where its bytes or its times were not measured.
 
     Between the two lengths that were measured, and beyond them, everything follows the line through both; where one was
-    measured, or the row is older than measured bytes, bytes and times are in proportion to events, or constant.
+    measured, or the row is older than measured bytes, bytes and times are in proportion to events, or constant. What
+    more bytes take to load, unpack, pack and write is `per_byte`, see `slopes`; None: nothing.
     """
     kept = _bytes(row, events)
     if kept is None or row.get("read_cpu_ms_p50") is None:
@@ -55,10 +58,42 @@ def costs(row: Row, events: float) -> Costs | None:
     read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
     steps: list[Any] = [row.get(f"request_{step}_ms_p50") for step in REQUEST_STEPS]
     if by_request := row.get("request_ms_p50") is not None and None not in steps:
-        load, unpack, one, add, pack, write = steps  # one user at a time, as measured; it grows as bytes do
-        read = (load + unpack) * moved + one * reads
-        append = (load + unpack + pack + write) * moved + add * (1.0 if raw else appends)
+        more = size - before[0] if before else 0.0  # bytes beyond those of the requests that were measured
+        slope = per_byte or {}
+        load, unpack, pack, write = (max(0.0, row[each] + slope.get(each, 0.0) * more) for each in MOVING)
+        _, _, one, add, _, _ = steps  # one user at a time, as measured
+        read = load + unpack + one * reads
+        append = load + unpack + pack + write + add * (1.0 if raw else appends)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
+
+
+def slopes(rows: Sequence[Row]) -> dict[str, Slopes]:
+    """Milliseconds that one more byte takes in each of the MOVING steps, by method, from the rows of one backbone.
+
+    By least squares over the method's own budgets; of one size, what the full state takes beyond no history. Never less
+    than nothing.
+    """
+    points: dict[str, list[Row]] = {}
+    for row in rows:
+        if None not in (*(row.get(each) for each in MOVING), _measured(row)):
+            points.setdefault(row["compressor"], []).append(row)
+    plain = _slope([row for name in KEPT_WHOLE for row in points.get(name, [])])
+    return {name: _slope(own) if len({_measured(row) for row in own}) > 1 else plain for name, own in points.items()}
+
+
+def _slope(rows: Sequence[Row]) -> Slopes:
+    size = [_measured(row) or 0.0 for row in rows]
+    middle = sum(size) / max(len(size), 1)
+    spread = sum((each - middle) ** 2 for each in size)
+    if not spread:
+        return {}
+    return {step: max(0.0, sum((at - middle) * row[step] for at, row in zip(size, rows)) / spread) for step in MOVING}
+
+
+def _measured(row: Row) -> float | None:
+    """Bytes of the state that requests were measured with."""
+    found = _bytes(row, row["measured_history"]) if row.get("measured_history") else None
+    return None if found is None else found[0]
 
 
 def rebuilt(full: Row, events: float) -> Costs | None:

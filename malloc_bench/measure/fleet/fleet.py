@@ -78,11 +78,11 @@ class Plan:
         return at(self.in_usd(prices, memory), self._asked)
 
     def kwh_month(self, prices: Prices, memory: str) -> float | None:
-        """None without watts of the cores and of the memory."""
+        """None without watts of the cores, while they work, and of the memory."""
         per_gb, per_core = getattr(prices, f"watts_per_gb_{memory}"), prices.watts_per_core
         if per_gb is None or per_core is None:
             return None
-        return (self.bytes / GB * per_gb + self.cores * per_core) * HOURS / 1000
+        return (self.bytes / GB * per_gb + self.cores * self.fleet.utilisation * per_core) * HOURS / 1000
 
     def in_machines(self, memory: str) -> Lines:
         """Machines, parts of them too: those of memory, and those of cores."""
