@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, Compressor, get_compressor
@@ -105,12 +106,21 @@ class Part:
         Empty where it cannot be made without weights. Raises ValueError or TypeError where the parameters make none.
         """
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 return [get_backbone(self.name, 1, has_time, **self.params) for has_time in (False, True)]
         except (ValueError, TypeError):
             raise
         except (Exception, SystemExit):  # torch's refusal to look into a tensor without data, or a fault: its rows say
             return []
+
+
+class _Unfilled(TorchFunctionMode):
+    """Lets tensors without data be: to fill one with noise, torch imports its compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        filled = next(iter((*args, *(kwargs or {}).values())), None)
+        noise = getattr(func, "__name__", "").endswith(("normal_", "uniform_"))  # xavier's and kaiming's too
+        return filled if noise and getattr(filled, "is_meta", False) else func(*args, **(kwargs or {}))
 
 
 def content(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -672,3 +674,10 @@ def test_requests_are_measured_through_a_store_with_one_or_several_candidates(tm
     assert load(tmp_path, measure={"candidates": 7}).measure.candidates == (7,)
     measure = load(tmp_path, measure={"store": "redis", "candidates": [1, 128]}).measure
     assert (measure.store, measure.candidates) == ("redis", (1, 128))
+
+
+def test_reading_a_suite_imports_no_compiler() -> None:
+    """It would take seconds of every command; in a process of its own, as others here import it."""
+    code = "import sys; from malloc_bench.suite import load_suite; load_suite('structural'); "
+    code += "print([name for name in ('torch._dynamo', 'matplotlib', 'scipy', 'pandas') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
