@@ -299,7 +299,7 @@ def test_recommend(smoke: Any, capsys: Capture) -> None:
     limits = ["--bytes", "1KB", "--at-least", "50%", "--only", "family=eviction"]
     assert cli.main(["recommend", "runs/smoke", *limits]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "within 1 KB, keeping 50 % of its accuracy" in shown and "snapkv" in shown and "stores" in shown
+    assert "within 1 KB, surely keeping 50 % of its accuracy" in shown and "snapkv" in shown and "stores" in shown
     for wrong, said in (
         (["--bytes", "5XB"], "'5XB' is no size"),
         (["--budget", "2"], "'2' is no share"),
