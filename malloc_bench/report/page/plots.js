@@ -159,6 +159,7 @@ async function embed(id, place, made) {
   const config = {
     background: "transparent", font, view: { stroke: null },
     axis: { labelColor: soft, titleColor: soft, gridColor: grid, domainColor: grid, tickColor: grid, titleFontWeight: 500, labelFontSize: 11.5, titleFontSize: 12 },
+    axisX: { labelBound: true }, // else the last label may be cut at the edge
     legend: { labelColor: ink, labelFontSize: 12, titleColor: soft, labelLimit: place.clientWidth - 40 },
   };
   spec.datasets = made.data; // without any a log axis has no end
