@@ -11,7 +11,7 @@ import polars as pl
 from malloc_bench.evaluation.metrics import holm
 from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
-from malloc_bench.report.judge import REBUILT, alike, deployable
+from malloc_bench.report.judge import alike, deployable
 from malloc_bench.report.lines import first_step
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
@@ -59,7 +59,7 @@ def significance(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.Da
     users, parts = Users(frame, folder), []
     rows = at_budgets(aggregate(frame)).filter(pl.col("method") != "full")
     for _, block in rows.group_by(*GROUP, "within", maintain_order=True):
-        able = block.filter(competes() & (pl.col("family") != REBUILT) & alike().is_not_null())
+        able = block.filter(competes() & alike().is_not_null())
         able = able.sort(-alike(), pl.col("bytes_mean").fill_null(0.0), maintain_order=True)
         best = able.row(0, named=True) if len(able) else None
         parts.append(block.with_columns(_to_best(block, best, users)))

@@ -280,7 +280,8 @@ def print_recommended(
             tell(console, f"{head}: nothing within {limits}; {nearest(rows, limits)}")
             continue
         best = found[key]
-        console.print(terminal(best, filled(best, COLUMNS), f"{head}: within {limits}", console.width))
+        asked = [each._replace(rank=0) if "(ms)" in each.header and limits.read_ms else each for each in COLUMNS]
+        console.print(terminal(best, filled(best, asked), f"{head}: within {limits}", console.width))
         for row in best.head(3).iter_rows(named=True):
             parts = [each.split("(")[0] for each in steps(row["compressor"])]
             keeps = "; ".join(filter(None, map(stores, parts)))

@@ -109,7 +109,7 @@ def test_families_are_told_apart_by_colour_and_by_mark_and_alone_are_in_the_lege
     for each in zip(*looks):
         assert len(set(each)) == len(looks)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(labels) == sorted({"full state", "front", *FAMILIES})
+    assert sorted(labels) == sorted({"full state", "front of kept states", *FAMILIES})
     assert set(MARKS) == {*COLOURS, "chain"} and len(set(MARKS.values())) == len(MARKS)
 
 
