@@ -39,7 +39,7 @@ def panels(board: pl.DataFrame, small: bool) -> list[Panel]:
     by = {"bytes_mean": ("state (bytes a user)", 1), cost: (costs[cost], 2 if cost == "read_flops" else None)}
     judged = (kept,) if small and board[kept].is_not_null().any() else (kept, good)
     found = [Panel(x, y, *said) for x, said in by.items() for y in judged]
-    return [each for each in found if _points(board, each)]
+    return [each for each in found if _points(board.filter(pl.col("method") != "none"), each)]  # a level needs ends
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -68,8 +68,7 @@ class Quantized(Vectors):
                     numbers.clamp(-_HALF.max, _HALF.max) if some else numbers
                 )  # only rows that fit are stored of it
                 yield Ragged(narrow.half(), groups * (1 - wide) if some else groups, None, "scales")
-                if some:
-                    yield Ragged(numbers, groups * wide, None, "scales")
+                yield Ragged(numbers, groups * wide if some else one - 1, None, "scales")  # zstd frames it
 
     def load(self, read: Read, count: Tensor | None) -> Quantized:
         flag = read.numbers(self.wide[..., 0, 0], 1, "has a flag of wide scales that is neither 0 nor 1").long()
@@ -77,13 +76,15 @@ class Quantized(Vectors):
         count = all_rows(self.codes) if count is None else count
         codes = read(self.codes, count)
         groups, some = self.groups(count).expand(flag.shape), bool(flag.any())
+        none = torch.zeros(1, 1, dtype=torch.long, device=flag.device)
 
         def numbers(like: Tensor | None) -> Tensor | None:
             if like is None:
                 return None
+            narrow = read(like.half(), groups * (1 - flag) if some else groups).float()
+            full = read(like, groups * flag if some else none)
             if not some:
-                return read(like.half(), groups).float()
-            narrow, full = read(like.half(), groups * (1 - flag)).float(), read(like, groups * flag)
+                return narrow
             size = max(narrow.shape[2], full.shape[2])
             narrow, full = (F.pad(x, (0, 0, 0, size - x.shape[2])) for x in (narrow, full))
             return torch.where(wide.bool(), full, narrow)

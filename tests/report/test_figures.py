@@ -158,6 +158,10 @@ def test_sparse_results_still_draw(row, board_of):
     assert pareto_figure(aggregate(only), "x") is None
 
 
+def test_no_history_alone_is_no_figure(row, board_of):
+    assert pareto_figure(aggregate(board_of(row(compressor="none", bytes_mean=4.0, **{"ndcg@10": 0.1}))), "x") is None
+
+
 def test_without_any_cost_measured_the_others_still_draw(row, board_of):
     """A level that spans an axis without points must not be taken for one."""
     cells = [("full", 100.0, 0.2), ("none", 4.0, 0.1), ("h2o", 20.0, 0.15)]

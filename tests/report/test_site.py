@@ -1,5 +1,6 @@
 """The site: links that resolve, hostile names that stay text, and nothing from elsewhere."""
 
+import os
 import re
 from html.parser import HTMLParser
 
@@ -128,6 +129,9 @@ def test_the_same_results_give_the_same_bytes(site, tmp_path):
 def test_pages_of_what_is_gone_are_removed_and_no_others(site, tmp_path):
     (site / "notes.html").write_text("<p>my own</p>")
     assert (site / "method-tova.html").is_file()
+    (site / "folder.html").mkdir()
+    (site / "gone.html").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(site / "pipe.html")
     write_site(tmp_path / "results" / "two", site)
     assert not (site / "method-tova.html").exists() and (site / "method-h2o.html").is_file()
     assert (site / "notes.html").read_text() == "<p>my own</p>"

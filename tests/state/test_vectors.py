@@ -5,7 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malloc_bench.state import Dense, Quantized, low_rank, pack_bits, quantize, unpack_bits
+from malloc_bench.state import (
+    Dense,
+    Quantized,
+    Segment,
+    Slots,
+    UserState,
+    low_rank,
+    pack_bits,
+    quantize,
+    unpack_bits,
+    zipped,
+)
 from malloc_bench.testing.worlds import close
 
 
@@ -191,3 +202,25 @@ def test_joined_segments_read_alike(trained):
             assert all(len(layer) == 1 for layer in one.layers)
             close(world.read(one), world.read(grown), f"{name} on {case}", 1e-5)
             close(world.read(one.unpack([one.pack(u) for u in range(len(LENGTHS))])), world.read(one), "unpacked", 1e-5)
+
+
+def test_scales_of_one_user_change_nothing_for_another_behind_zstd():
+    """A frame is written of each array, empty ones too: that some user has wide scales must not add one."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 8, 4)
+    x[1] = 1 + x[1] * 1e-3  # nearly equal values, whose scale float16 cannot hold
+    count, mask = torch.full((2, 1), 8, dtype=torch.int32), torch.ones(2, 1, 8, dtype=torch.bool)
+
+    def state(i):
+        coded = quantize(x[i], mask[i], 8, 4, "slots")
+        assert coded.wide.flatten().tolist() == i
+        segment = Segment({"keys": zipped(coded, count[i].long(), 3)}, Slots(count[i]))
+        return UserState(((segment,),), count[i][:, 0])
+
+    both, alone = state([0, 1]), [state([0]), state([1])]
+    blobs = [each.pack(0) for each in alone]
+    assert [both.pack(0), both.pack(1)] == blobs and both.nbytes().tolist() == list(map(len, blobs))
+    dense = both.layers[0][0].fields["keys"].dense()
+    for template in (both, *alone):
+        again = template.unpack(blobs).layers[0][0].fields["keys"].dense()
+        assert torch.equal(again, dense)

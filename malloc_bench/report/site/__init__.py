@@ -38,6 +38,8 @@ def write_site(folder: str | Path, out: str | Path) -> list[Path]:
         atomic_write(path, template.render(page=page, style=style).encode("utf-8", "replace"))
         written.append(path)
     for path in set(Path(out).glob("*.html")) - set(written):
+        if path.is_symlink() or not path.is_file():
+            continue
         with path.open("rb") as file:
             if MARK in file.read(1000):  # of a method or data set that no run has any more
                 path.unlink()
