@@ -64,10 +64,8 @@ class Quantized(Vectors):
         some = bool(wide.any())
         for numbers in (self.scale, self.zero):
             if numbers is not None:
-                narrow = (
-                    numbers.clamp(-_HALF.max, _HALF.max) if some else numbers
-                )  # only rows that fit are stored of it
-                yield Ragged(narrow.half(), groups * (1 - wide) if some else groups, None, "scales")
+                fits = numbers.clamp(-_HALF.max, _HALF.max) if some else numbers  # only rows that fit are stored of it
+                yield Ragged(fits.half(), groups * (1 - wide) if some else groups, None, "scales")
                 yield Ragged(numbers, groups * wide if some else one - 1, None, "scales")  # zstd frames it
 
     def load(self, read: Read, count: Tensor | None) -> Quantized:
