@@ -678,6 +678,6 @@ def test_requests_are_measured_through_a_store_with_one_or_several_candidates(tm
 
 def test_reading_a_suite_imports_no_compiler() -> None:
     """It would take seconds of every command; in a process of its own, as others here import it."""
-    code = "import sys; from malloc_bench.suite import load_suite; load_suite('structural'); "
+    code = "import sys; from malloc_bench.suite import load_suite; load_suite('quick'); "
     code += "print([name for name in ('torch._dynamo', 'matplotlib', 'scipy', 'pandas') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
