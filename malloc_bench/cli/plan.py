@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from malloc_bench.registry import literal
 if TYPE_CHECKING:
     import polars as pl
 
-    from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices
+    from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices, Slopes
 
 plans = typer.Typer()
 
@@ -90,7 +90,7 @@ def printed(
         missing += len(group) - len(measured)
         if not measured:
             continue
-        ids = Plan(fleet, _ids(whole, fleet.events, head))
+        ids = Plan(fleet, _ids(whole, moved, fleet.events, head))
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
@@ -108,13 +108,13 @@ def printed(
     yield from map(str, written)
 
 
-def _ids(rows: list[dict[str, Any]], events: float, head: str) -> Costs:
+def _ids(rows: list[dict[str, Any]], moved: Mapping[str, Slopes], events: float, head: str) -> Costs:
     """Of keeping ids and rebuilding the state for every read: as measured, or made up of the full state's costs."""
-    from malloc_bench.measure.fleet import costs, rebuilt, slopes
+    from malloc_bench.measure.fleet import costs, rebuilt
 
     by = {row["method"]: row for row in rows}
     ids = by.get(KEEPS_IDS)
-    found = None if ids is None else costs(ids, events, slopes(rows).get(ids["compressor"]))
+    found = None if ids is None else costs(ids, events, moved.get(ids["compressor"]))
     found = found or (rebuilt(by["full"], events) if "full" in by else None)
     if found is None:
         raise ValueError(

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from malloc_bench.results import REQUEST_STEPS
 
 RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
@@ -61,9 +63,8 @@ def costs(row: Row, events: float, per_byte: Slopes | None = None) -> Costs | No
         more = size - before[0] if before else 0.0  # bytes beyond those of the requests that were measured
         slope = per_byte or {}
         load, unpack, pack, write = (max(0.0, row[each] + slope.get(each, 0.0) * more) for each in MOVING)
-        _, _, one, add, _, _ = steps  # one user at a time, as measured
-        read = load + unpack + one * reads
-        append = load + unpack + pack + write + add * (1.0 if raw else appends)
+        read = load + unpack + row["request_read_ms_p50"] * reads  # one user at a time, as measured
+        append = load + unpack + pack + write + row["request_append_ms_p50"] * (1.0 if raw else appends)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
 
 
@@ -75,22 +76,21 @@ def slopes(rows: Sequence[Row]) -> dict[str, Slopes]:
     """
     points: dict[str, list[Row]] = {}
     for row in rows:
-        if None not in (*(row.get(each) for each in MOVING), _measured(row)):
+        if None not in (*(row.get(each) for each in MOVING), _at_requests(row)):
             points.setdefault(row["compressor"], []).append(row)
     plain = _slope([row for name in KEPT_WHOLE for row in points.get(name, [])])
-    return {name: _slope(own) if len({_measured(row) for row in own}) > 1 else plain for name, own in points.items()}
+    return {name: _slope(own) if len({_at_requests(row) for row in own}) > 1 else plain for name, own in points.items()}
 
 
 def _slope(rows: Sequence[Row]) -> Slopes:
-    size = [_measured(row) or 0.0 for row in rows]
-    middle = sum(size) / max(len(size), 1)
-    spread = sum((each - middle) ** 2 for each in size)
-    if not spread:
+    size = [_at_requests(row) or 0.0 for row in rows]
+    if len(set(size)) < 2:
         return {}
-    return {step: max(0.0, sum((at - middle) * row[step] for at, row in zip(size, rows)) / spread) for step in MOVING}
+    found, _ = np.polyfit(size, [[row[step] for step in MOVING] for row in rows], 1)
+    return dict(zip(MOVING, np.maximum(found, 0.0).tolist()))
 
 
-def _measured(row: Row) -> float | None:
+def _at_requests(row: Row) -> float | None:
     """Bytes of the state that requests were measured with."""
     found = _bytes(row, row["measured_history"]) if row.get("measured_history") else None
     return None if found is None else found[0]
