@@ -94,7 +94,9 @@ def printed(
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
-        on.print(terminal(table, filled(table, _columns()), head, on.width))
+        longest = measured[0][0]["measured_history_long"] or measured[0][0]["measured_history"]
+        far = f": EXTRAPOLATED, {fleet.events / longest:.3g} × the longest measured" if fleet.events > longest else ""
+        on.print(terminal(table, filled(table, _columns()), head + far, on.width))
         for line in _said(measured[0][0], [each for _, each in measured], ids):
             tell(on, line)
         on.print()
@@ -196,9 +198,8 @@ def _said(row: dict[str, Any], plans: list[Plan], ids: Plan) -> Iterator[str]:
     yield f"{line}."
     if not n <= events <= most:
         yield (
-            f"EXTRAPOLATED to {events:,.0f} events, {events / most:.3g} times the longest that was measured, along the "
-            "line through both lengths, noise and all; prefill with attention grows faster than a line, so that "
-            "recompute and rebuilding cost at least this."
+            f"EXTRAPOLATED to {events:,.0f} events, {events / most:.3g} times the longest that was measured: bytes "
+            "along the line through both lengths, times by FLOPs; overlap and agreement are of the run's own users."
         )
     growths = {each.costs.method: each.costs.growth for each in plans}
     constant = [method for method, growth in growths.items() if growth.startswith("constant")]

@@ -257,7 +257,7 @@ def print_leaderboard(
         if (firsts := best.get(key)) is not None:
             console.print(terminal(firsts, filled(firsts, BEST), f"{head}: best per budget", console.width))
             console.print()
-        console.print(terminal(group, filled(group, shown), head, console.width))
+        console.print(terminal(group, filled(group, shown), head, console.width, None if sort else "budget"))
         console.print()
     if said := untested(best, users):
         tell(console, said, "dim")

@@ -139,14 +139,6 @@ _DEAD = {"|": r"\|", "<": "&lt;", "&": "&amp;", "](": r"]\("}
 _LIVE = re.compile(r"\||<(?=[A-Za-z/!?])|&(?=#?\w+;)|\]\(")  # `<50` and `a & b` are as they look
 
 
-_LATEX = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
-
-
-def _plain(cell: str) -> str:
-    """Text that stays within its cell of a pipe table."""
-    return " ".join(cell.split("\n")).replace("|", r"\|")
-
-
 _LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -242,35 +234,57 @@ def tell(console: Console, text: str, style: str = "") -> None:
     console.print(Text(shown(text), style))
 
 
-def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int) -> RichTable:
-    """A rich table for a terminal of `width` characters, in columns that fit."""
+def terminal(
+    frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int, apart: str | None = None
+) -> RichTable:
+    """A rich table for a terminal of `width` characters, in columns that fit; below it, what had no room.
+
+    apart: the header of a column whose values stand above their lines where it has no room.
+    """
     from rich import box
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
     gap = 1 if width < 100 else 2
-    table = Table(
-        title=Text(shown(title), style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, gap - 1, 0, 0),
-    )
     texts = [[shown(column.text(row)) for row in frame.iter_rows(named=True)] for column in columns]
     longest = [max(map(cell_len, each), default=0) for each in texts]
     heads = [max(map(cell_len, _two_lines(column.header).split("\n"))) for column in columns]
     wide = [min(max(pair), _most(c, width)) + gap for c, *pair in zip(columns, heads, longest)]
     fitting = _fitting(columns, wide, width)
+    table = Table(
+        title=Text(shown(title), style="bold"),
+        title_justify="left",
+        caption=_no_room([each for i, each in enumerate(columns) if i not in fitting and each.header != apart]),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, gap - 1, 0, 0),
+    )
     for column, most in ((columns[i], longest[i]) for i in fitting):
         justify: Literal["left", "right"] = "left" if column.left else "right"
         table.add_column(
             Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
             overflow="fold", min_width=min(_most(column, width), most) if column.left else None,
         )  # fmt: skip
-    for line in zip(*(texts[i] for i in fitting)):
-        table.add_row(*map(Text, line))
+    lines = zip(*(texts[i] for i in fitting))
+    hidden = [texts[i] for i, each in enumerate(columns) if each.header == apart and i not in fitting]
+    above = hidden[0] if hidden else [""] * len(frame)
+    for value, group in itertools.groupby(zip(above, lines), key=lambda pair: pair[0]):
+        table.add_section()
+        if value:
+            table.add_row(Text(f"at {value}", style="italic"))
+        for _, line in group:
+            table.add_row(*map(Text, line))
     return table
+
+
+def _no_room(columns: Sequence[Column]) -> str | None:
+    """Which columns a terminal is too narrow for."""
+    if not columns:
+        return None
+    first = ", ".join(column.header.split(" [")[0] for column in sorted(columns, key=lambda each: each.rank)[:6])
+    return f"No room for: {first}" + (f" and {len(columns) - 6} more" if len(columns) > 6 else "")
 
 
 def _fitting(columns: Sequence[Column], wide: Sequence[int], width: int) -> list[int]:

@@ -7,6 +7,7 @@ from malloc_bench.measure.fleet import Costs, Fleet, Plan, Prices, at_candidates
 from malloc_bench.measure.fleet.costs import MOVING
 from malloc_bench.measure.fleet.fleet import at, break_even
 from malloc_bench.measure.fleet.sweep import sweep
+from malloc_bench.measure.fleet.times import flops_at, pace, times
 from malloc_bench.paths import shipped
 
 #: 1e6 users, 864 requests and 86.4 events a day each
@@ -108,6 +109,8 @@ def test_requests_are_costs_where_they_were_measured():
     found = costs(row, 200)  # 1,000 bytes more, reads 1.25 times as long, appends alike
     assert found.by_request
     assert found.read == pytest.approx(1 + 2 + 4 * 1.25) and found.append == pytest.approx(1 + 2 + 16 + 32 + 8)
+    raw = costs({**row, "append_cpu_ms_p50": None}, 200)  # a prefill's growth of 1 ms a user of a batch, added
+    assert raw.raw and raw.read == pytest.approx(1 + 2 + 4 + 4 * 0.25)
     slope = dict(zip(MOVING, (0.001, 0.002, 0.003, 0.004)))
     found = costs(row, 200, slope)
     assert found.read == pytest.approx(2 + 4 + 4 * 1.25)
@@ -123,14 +126,48 @@ def test_what_a_byte_takes_is_a_methods_own_or_that_of_the_full_state():
 
     own = [row("recent", 100.0, 1.0, 9.0), row("recent", 300.0, 2.0, 8.0), row("recent", 500.0, 3.0, 7.0)]
     found = slopes([row("none", 0.0, 0.0, 1.0), row("full", 1000.0, 1.0, 3.0), row("kivi", 50.0, 5.0, 5.0), *own])
-    assert list(found["recent"].values()) == pytest.approx([1 / 200, 0, 0, 0])  # what falls is noise
-    assert list(found["kivi"].values()) == pytest.approx([0.001, 0.002, 0, 0]) == list(found["full"].values())
-    assert slopes([row("kivi", 50.0, 5.0, 5.0)]) == {"kivi": {}} and slopes([BATCH]) == {}
+    still = {"read": 0.0, "append": 0.0}
+    assert found["recent"] == pytest.approx({**dict(zip(MOVING, (1 / 200, 0, 0, 0))), **still})  # what falls is noise
+    assert found["kivi"] == pytest.approx({**dict(zip(MOVING, (0.001, 0.002, 0, 0))), **still}) == found["full"]
+    assert slopes([row("kivi", 50.0, 5.0, 5.0)]) == {"kivi": still} and slopes([BATCH]) == {"recent": still}
 
 
 def test_noise_neither_shrinks_a_time_nor_makes_a_read_more_than_proportional():
     assert costs({**BATCH, "read_ms_p50_long": 1.0}, 10_000).read == 2.0
     assert costs({**BATCH, "read_ms_p50_long": 400.0}, 10_000).read == pytest.approx(2.0 * 100)
+
+
+FLOPS = {
+    "prefill_flops": 1.1e6,
+    "prefill_flops_long": 3.9e6,
+    "read_flops": 2e4,
+    "read_flops_long": 4e4,
+}  # 1e4 n + 10 n^2
+
+
+def test_beyond_what_was_measured_times_grow_with_work():
+    """By hand: at 1,100 events a prefill is 23.1 MFLOPs, a read 2e4 + 100 x 1000 = 1.2e5 FLOPs."""
+    row = {**BATCH, **FLOPS}
+    assert flops_at(row, "prefill", 1100, True) == pytest.approx(23.1e6)
+    assert flops_at(row, "read", 1100, False) == pytest.approx(1.2e5)
+    # between both a prefill took 32 ms of 2.8 MFLOPs, more than its share 40 / 3.9 of the longest's: the share is taken
+    assert times(row, "prefill", 1100) == pytest.approx((40 + 40 / 3.9 * 19.2) / 8)
+    assert flops_at(row, "prefill", 1100, False) == pytest.approx(1.1e6 + 1.4e4 * 1000)  # a line
+    assert times(row, "read", 1100) == pytest.approx((6 + 2 / 2e4 * 8e4) / 4)
+    flat = {**row, "read_ms_p50_long": 4.0}  # noise: as if history cost nothing
+    assert times(flat, "read", 1100) == 1.0
+    assert times(flat, "read", 1100, pace=2e-5) == pytest.approx((4 + 2e-5 * 8e4) / 4)
+    assert times(flat, "read", 1100, pace=1.0) == pytest.approx(3.0)  # never more than in proportion: 1.2e5 / 4e4
+    assert times({**row, "read_flops_long": 2e4}, "read", 1e6) == 1.5  # the same work: as long as at the longest
+    assert times(row, "read", 200) == pytest.approx(1.25)  # between both FLOPs are not asked
+
+
+def test_what_a_flop_takes_is_the_full_states_beyond_no_history():
+    full = {**BATCH, **FLOPS, "compressor": "full", "method": "full"}
+    none = {**full, "compressor": "none", "method": "none", "read_ms_p50_long": 3.0, "read_flops_long": 1e4}
+    assert pace(full, none, "read") == pytest.approx(3 / 3e4)
+    assert pace(full, none, "append") == pace(full, None, "read") == pace(none, full, "read") == 0.0
+    assert slopes([full, none, BATCH])["recent"] == {"read": pytest.approx(3 / 3e4), "append": 0.0}
 
 
 def test_rows_that_are_older_than_measured_bytes():

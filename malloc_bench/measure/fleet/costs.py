@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from malloc_bench.measure.fleet.times import Row, pace, times
 from malloc_bench.results import REQUEST_STEPS
 
 RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
 KEPT_WHOLE = ("full", "none")  # append makes them what compressing again would
 MOVING = tuple(f"request_{step}_ms_p50" for step in ("load", "unpack", "pack", "write"))  # what bytes are moved by
 
-Row = Mapping[str, Any]  # of results, or means over seeds of them
-Slopes = Mapping[str, float]  # step of MOVING -> milliseconds of one more byte
+Slopes = Mapping[str, float]  # milliseconds: step of MOVING -> of one more byte; `read`, `append` -> of one more FLOP
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Costs:
     by_request: bool
 
 
-def costs(row: Row, events: float, per_byte: Slopes | None = None) -> Costs | None:
+def costs(row: Row, events: float, per_more: Slopes | None = None) -> Costs | None:
     """Of a method's row, for users of so many events; None where its bytes or its times were not measured.
 
-    Between the two lengths that were measured, and beyond them, everything follows the line through both; where one was
-    measured, or the row is older than measured bytes, bytes and times are in proportion to events, or constant. What
-    more bytes take to load, unpack, pack and write is `per_byte`, see `slopes`; None: nothing.
+    Bytes follow the line through the two lengths that were measured, times see `times`; where one was measured, or the
+    row is older than measured bytes, both are in proportion to events, or constant. What more bytes take to load,
+    unpack, pack and write, and more FLOPs at least, is `per_more`, see `slopes`; None: nothing.
     """
     kept = _bytes(row, events)
     if kept is None or row.get("read_cpu_ms_p50") is None:
@@ -53,17 +53,19 @@ def costs(row: Row, events: float, per_byte: Slopes | None = None) -> Costs | No
     size, growth = kept
     raw = row.get("append_cpu_ms_p50") is None
     before = _bytes(row, row["measured_history"])
-    moved = size / before[0] if before and before[0] else 1.0
-    reads, appends = (_times(row, step, events, None if raw else moved) for step in ("read", "append"))
+    slope = per_more or {}
+    grown = None if raw else partial(_grown_bytes, row)
+    reads, appends = (times(row, step, events, grown, slope.get(step, 0.0)) for step in ("read", "append"))
     build = 0.0 if raw else _grown(row, "prefill", events) + _grown(row, "compress", events)
     rebuild = 0.0 if row.get("method", row["compressor"]) in KEPT_WHOLE else build
     read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
     steps: list[Any] = [row.get(f"request_{step}_ms_p50") for step in REQUEST_STEPS]
     if by_request := row.get("request_ms_p50") is not None and None not in steps:
         more = size - before[0] if before else 0.0  # bytes beyond those of the requests that were measured
-        slope = per_byte or {}
         load, unpack, pack, write = (max(0.0, row[each] + slope.get(each, 0.0) * more) for each in MOVING)
-        read = load + unpack + row["request_read_ms_p50"] * reads  # one user at a time, as measured
+        read = load + unpack + row["request_read_ms_p50"]  # one user at a time, as measured
+        # what a prefill takes more is no multiple of what a request of one user takes beside it
+        read += (row["read_ms_p50"] if raw else row["request_read_ms_p50"]) * (reads - 1)
         append = load + unpack + pack + write + row["request_append_ms_p50"] * (1.0 if raw else appends)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
 
@@ -72,14 +74,22 @@ def slopes(rows: Sequence[Row]) -> dict[str, Slopes]:
     """Milliseconds that one more byte takes in each of the MOVING steps, by method, from the rows of one backbone.
 
     By least squares over the method's own budgets; of one size, what the full state takes beyond no history. Never less
-    than nothing.
+    than nothing. `read` and `append`: what one more FLOP takes, of the full state beyond no history.
     """
     points: dict[str, list[Row]] = {}
     for row in rows:
         if None not in (*(row.get(each) for each in MOVING), _at_requests(row)):
             points.setdefault(row["compressor"], []).append(row)
     plain = _slope([row for name in KEPT_WHOLE for row in points.get(name, [])])
-    return {name: _slope(own) if len({_at_requests(row) for row in own}) > 1 else plain for name, own in points.items()}
+    full, empty = (
+        next((row for row in rows if row.get("method", row["compressor"]) == name), None) for name in KEPT_WHOLE
+    )
+    paces = {step: pace(full, empty, step) for step in ("read", "append")}
+    found: dict[str, Slopes] = {}
+    for name in dict.fromkeys(row["compressor"] for row in rows):
+        own = points.get(name, [])
+        found[name] = {**(_slope(own) if len({_at_requests(row) for row in own}) > 1 else plain), **paces}
+    return found
 
 
 def _slope(rows: Sequence[Row]) -> Slopes:
@@ -149,27 +159,18 @@ def _bytes(row: Row, events: float) -> tuple[float, str] | None:
     return one * events / n, f"{one / n:.4g} bytes an event (assumed)"
 
 
+def _grown_bytes(row: Row, events: float) -> float:
+    """How many times more bytes than at the measured history a state of so many events has."""
+    before, after = (_bytes(row, n) for n in (row["measured_history"], events))
+    return after[0] / before[0] if after and before and before[0] else 1.0
+
+
 _MEASURED = ("measured_history", "measured_history_long", "measured_bytes", "measured_bytes_long")
 
 
 def _grown(row: Row, step: str, events: float) -> float:
     """CPU milliseconds of a step at so many events; 0 where it was not measured."""
-    return (row.get(f"{step}_cpu_ms_p50") or 0.0) * _times(row, step, events)
-
-
-def _times(row: Row, step: str, events: float, moved: float | None = None) -> float:
-    """How many times longer than at the measured history a step takes: by its wall time there and at the longest.
-
-    moved: how many times more bytes it works on, of a kept state, between which and 1 noise is held.
-    """
-    n, most = row["measured_history"], row.get("measured_history_long")
-    one, long = row.get(f"{step}_ms_p50"), row.get(f"{step}_ms_p50_long")
-    if one and long and most is not None and most > n:
-        found = 1 + max(0.0, long / one - 1) / (most - n) * (events - n)  # noise shrinks no time
-    else:
-        found = events / n
-    low, high = (0.0, math.inf) if moved is None else sorted((1.0, moved))
-    return min(max(found, low), high)
+    return (row.get(f"{step}_cpu_ms_p50") or 0.0) * times(row, step, events)
 
 
 def _name(row: Row) -> str:

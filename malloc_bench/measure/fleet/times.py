@@ -1,0 +1,65 @@
+"""How much longer a step takes on a longer history, from its wall times and FLOPs at the two that were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Grown = Callable[[float], float]
+Row = Mapping[str, Any]  # of results, or means over seeds of them
+
+
+def times(row: Row, step: str, events: float, grown: Grown | None = None, pace: float = 0.0) -> float:
+    """How many times longer than at the measured history a step takes.
+
+    Until the longest history that was measured, along the line through both; beyond it by its FLOPs (by that line where
+    they are not counted), each of which takes what it took between both, at least `pace` milliseconds and at most its
+    share of the longest's whole time: noise between two near lengths is not stretched over a far one. Without two
+    lengths, in proportion to events.
+
+    grown: of a kept state, how many times more bytes it has at so many events; noise is held between that and 1.
+    """
+    n, long = row["measured_history"], row.get("measured_history_long")
+    first, last = row.get(f"{step}_ms_p50"), row.get(f"{step}_ms_p50_long")
+    if not (first and last and long is not None and long > n):
+        low, high = (0.0, math.inf) if grown is None else sorted((1.0, grown(events)))
+        return min(max(events / n, low), high)
+    last = max(first, last)  # noise shrinks no time
+    if grown is not None:
+        last = min(last, first * max(1.0, grown(long)))
+    slope = (last - first) / (long - n)
+    if events <= long:
+        return float(max(0.0, 1 + slope / first * (events - n)))
+    before, after = (row.get(f"{step}_flops{end}") for end in ("", "_long"))
+    if not before or not after:
+        slope = slope if grown is None else min(slope, last / long)
+        return float((last + slope * (events - long)) / first)
+    more = max(0.0, flops_at(row, step, events, grown is None) - after)
+    each = min(max((last - first) / (after - before), pace), last / after) if after > before else 0.0
+    return float((last + each * more) / first)
+
+
+def flops_at(row: Row, step: str, events: float, bends: bool) -> float:
+    """FLOPs of a step on a history of so many events: of a line through both lengths, exact for reads of slots.
+
+    bends: of a parabola through no events, exact for prefills, where the work grew faster than that line.
+    """
+    n, long = float(row["measured_history"]), float(row["measured_history_long"])
+    before, after = row[f"{step}_flops"], row[f"{step}_flops_long"]
+    bend = (after / long - before / n) / (long - n)
+    if bends and bend > 0:
+        return (before / n - bend * n) * events + bend * events**2
+    return before + (after - before) / (long - n) * (events - n)
+
+
+def pace(full: Row | None, empty: Row | None, step: str) -> float:
+    """Milliseconds that one FLOP takes of the full state's longest step beyond the same step without history, or 0."""
+    if full is None or empty is None:
+        return 0.0
+    (slow, many), (quick, few) = (
+        (row.get(f"{step}_ms_p50_long"), row.get(f"{step}_flops_long")) for row in (full, empty)
+    )
+    if slow is None or quick is None or many is None or few is None or many <= few:
+        return 0.0
+    return float(max(0.0, (slow - quick) / (many - few)))
