@@ -288,7 +288,7 @@ def _refuse(message: str) -> int:
 
 def _plan(result: RunResult, quiet: bool) -> None:
     """The cells, which of them are done, and how long the others may take."""
-    from malloc_bench.run.progress import duration
+    from malloc_bench.run.progress import PHASES, duration
 
     if not quiet:
         for each in result.plan:
@@ -301,10 +301,11 @@ def _plan(result: RunResult, quiet: bool) -> None:
     if result.probe is None:
         how = f"very roughly {duration(result.estimate)} on 2 cores"
     else:
-        train, judge, timing = (
-            duration(sum(getattr(c, k) for c in result.costs.values())) for k in ("train", "evaluate", "measure")
-        )
-        parts = f"training at most {train}, evaluation {judge}, measuring {timing}"
+        costs = result.costs.values()
+        train, judge, drift, timing = (sum(getattr(c, k) for c in costs) for k in PHASES)
+        parts = f"training at most {duration(train)}, evaluation {duration(judge)}, "
+        parts += f"drift {duration(drift)}, " if drift else ""
+        parts += f"measuring {duration(timing)}"
         how = f"about {duration(result.estimate)} here ({parts}; probed for {duration(result.probe)})"
     say(f"{len(result.plan)} cells: {result.reused} done, {also}{left} to run: {how}")
 
@@ -316,7 +317,7 @@ def _finish(result: RunResult, quiet: bool) -> None:
 
         print_leaderboard(_asked(result), console(), result.folder)
     counts = f"{result.ok} ok, {result.skipped} skipped, {result.failed} failed, {result.reused} done before"
-    words = {"train": "training", "evaluate": "evaluation", "measure": "measuring"}
+    words = {"train": "training", "evaluate": "evaluation", "drift": "drift", "measure": "measuring"}
     spent = ", ".join(f"{words[part]} {seconds:.0f}" for part, seconds in result.times.items() if seconds >= 0.5)
     took = f"{result.seconds:.0f} s{f' ({spent})' if spent else ''}"
     say(f"{counts}, in {took}: {result.folder}/leaderboard.md, results.parquet, figures/")

@@ -156,8 +156,11 @@ def show(name: str) -> list[tuple[str, Lines]]:
 
 def _compressor(cls: type[Compressor]) -> Lines:
     from malloc_bench.compressors import Compressor
+    from malloc_bench.state import Stats
 
-    work = "none that is matmul-like" if cls.flops is Compressor.flops else _doc(cls.flops) or "see its file"
+    own = "none that is matmul-like" if cls.flops is Compressor.flops else _doc(cls.flops) or "see its file"
+    method = _default(cls)
+    work = f"{own}, beside gathering what it reads" if method is not None and method.needs != Stats() else own
     return [
         ("", _doc(cls)),
         ("family", cls.family),

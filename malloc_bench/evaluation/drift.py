@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +21,18 @@ from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
 
 USERS = 256  # at most, whose hashes come first
 _CHUNK = 64  # users
-_UPDATES = 10  # at most: more events than that come in blocks of equal size
+UPDATES = 10  # at most: more events than that come in blocks of equal size
 
 
 @torch.no_grad()
 def drift(
-    backbone: Backbone, split: Split | Impressions, jobs: Sequence[Job], steps: Sequence[int], *, seed: int = 0
+    backbone: Backbone,
+    split: Split | Impressions,
+    jobs: Sequence[Job],
+    steps: Sequence[int],
+    *,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, dict[str, float | int]], dict[str, Failure]]:
     """Columns `drift@N`, `appended@N` and `drift_users@N` by job id, and why jobs failed.
 
@@ -34,7 +40,7 @@ def drift(
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
     whole history keeps, less what the updated state keeps: the drift. appended: what a state keeps that is left as it
     was made, the N events behind it as they come. Users with more than N events. Jobs that keep raw events, or need
-    what nobody can tell of a compressed state, have no such column.
+    what nobody can tell of a compressed state, have no such column. report: told how much of all is done.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
@@ -42,12 +48,18 @@ def drift(
     for job in jobs:
         needs |= job.compressor.needs
     items = facts(split, needs)
-    for n in steps:
+    if not jobs:
+        return found, failed
+    parts = {n: _chunks(backbone, split, n) for n in steps}
+    done, total = 0, sum(map(len, parts.values())) * len(jobs)
+    for n, chunks in parts.items():
         lost: dict[str, list[np.ndarray]] = {job.id: [] for job in jobs}
         silent: set[str] = set()
-        for rows in _chunks(backbone, split, n):
+        for rows in chunks:
             stream = _Stream(backbone, split, rows, n, needs, seed, items)
             for job in jobs:
+                report(done, total)
+                done += 1
                 if job.id in failed or job.id in silent:
                     continue
                 try:
@@ -94,7 +106,7 @@ class _Stream:
         self.ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
         history = self.asked.history
         self.before = history.each(lambda x: x, history.count - n)
-        step = -(-n // _UPDATES)
+        step = -(-n // UPDATES)
         self.blocks = [_part(history, left, min(step, left)) for left in range(n, 0, -step)]
         full = backbone.prefill(self.before).state
         self.sizes = [full.nbytes()]  # of the full state, before and after each block

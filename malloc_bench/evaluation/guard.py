@@ -58,12 +58,17 @@ def _sums(x: Tensor) -> Iterator[int]:
 
 
 def _environment() -> dict[Any, Any]:
-    """As it is kept, which is not decoded name by name at every look."""
-    return dict(getattr(os.environ, "_data", os.environ))
+    """As it is kept, which is not decoded name by name at every look; without what torch's compiler puts there."""
+    kept = getattr(os.environ, "_data", os.environ)
+    return {name: value for name, value in kept.items() if not os.fsencode(name).startswith(_COMPILERS)}
+
+
+_COMPILERS = (b"TORCHINDUCTOR_", b"TRITON_")
 
 
 def _set_environment(was: dict[Any, Any]) -> None:
-    os.environ.clear()
+    for name in _environment().keys() - was.keys():
+        del os.environ[os.fsdecode(name)]
     os.environ.update({os.fsdecode(name): os.fsdecode(value) for name, value in was.items()})
 
 

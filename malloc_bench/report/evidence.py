@@ -174,6 +174,10 @@ PAPER = {
             p_value("p_best", "p to it (Holm)"),
         ),
         by_user=True,
+        notes=(
+            "Intervals are each row's own, at 95 %; p are corrected (Holm) for all of a table's rows, and to the best "
+            "for those of a budget: an interval may leave out 0 where p is 1.",
+        ),
     ),
     "complexity": Table(
         complexity,
@@ -183,6 +187,12 @@ PAPER = {
             number("measured_history", "n: from (events)", ",.0f"),
             number("measured_history_long", "n: to (events)", ",.0f"),
             *(number(name, f"{name}: e of n^e", ".2f") for name in GROWTH),
+        ),
+        notes=(
+            "O(.): leading terms of n events, L layers, d channels, a share b of them kept, and the method's "
+            "parameters; of a chain its first step's.",
+            "e: slope between both lengths, in logarithms. What does not grow lowers it, and so does noise of times "
+            "below a millisecond: an e of ms near 0 or below says that no growth was seen between these lengths.",
         ),
     ),
 }

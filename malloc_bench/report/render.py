@@ -54,6 +54,7 @@ class Table(NamedTuple):
     columns: Sequence[Column] = ()
     blocks: Callable[[pl.DataFrame], Iterator[Block]] | None = None
     by_user: bool = False  # `make` takes the folder too
+    notes: Sequence[str] = ()  # below all of it
 
 
 def words(name: str, header: str, rank: int = 0, most: int = 80) -> Column:

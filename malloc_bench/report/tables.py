@@ -299,8 +299,10 @@ def _blocks(data: pl.DataFrame, name: str) -> Iterator[Block]:
     if chosen.blocks is not None:
         yield from chosen.blocks(data)
         return
-    for head, group in sections(data):
-        yield Block(head, group, filled(group, chosen.columns), remark(group))
+    found = list(sections(data))
+    for n, (head, group) in enumerate(found, 1):
+        notes = chosen.notes if n == len(found) else ()
+        yield Block(head, group, filled(group, chosen.columns), remark(group), notes)
 
 
 def _said(block: Block) -> str:

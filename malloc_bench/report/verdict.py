@@ -11,7 +11,7 @@ import polars as pl
 
 from malloc_bench.evaluation.metrics import holm, slices
 from malloc_bench.report.board import GROUP, aggregate, groups_of, sections, select
-from malloc_bench.report.judge import alike, main
+from malloc_bench.report.judge import alike, main, remark
 from malloc_bench.report.recommend import LEVEL
 from malloc_bench.report.render import Column, filled, interval, number, p_value, tell, terminal, words
 from malloc_bench.report.users import Both, Difference, Users, difference
@@ -36,7 +36,8 @@ def verdict(frame: pl.DataFrame, folder: str | Path, method: str, against: Seque
     (over the table), `wins` and `losses` of users, and by history length; `main`: the same of NDCG@10 or the GAUC. A
     baseline without a budget is held against the method's values at its bytes, between its budgets by interpolation in
     log bytes, a smaller one against its smallest state. Rows with `budget` "all" have the mean over log bytes where
-    both have states: the area between their curves over its width. Pairs without values by user are left out.
+    both have states: the area between their curves over its width. Pairs without values by user are left out. `said`:
+    what must be known of the table first; headroom: whether it can judge at all, see `judge.judged`.
     """
     users = Users(frame, folder)
     found: list[dict[str, Any]] = []
@@ -48,7 +49,8 @@ def verdict(frame: pl.DataFrame, folder: str | Path, method: str, against: Seque
                 pairs += _pairs(mine, _curve(rows, other), users, {"method": own, "against": other})
         for row, p in zip(pairs, holm(each["p"] for each in pairs)):
             key = dict(zip(GROUP, rows.select(GROUP).row(0)))
-            found.append({**key, "n_users": rows["n_users"][0], "table": head, **row, "p_holm": float(p)})
+            said = {"said": remark(rows), "headroom": rows["headroom"][0]}
+            found.append({**key, "n_users": rows["n_users"][0], "table": head, **row, **said, "p_holm": float(p)})
     return pl.DataFrame(found, infer_schema_length=None)
 
 
@@ -162,11 +164,14 @@ def sentences(rows: pl.DataFrame) -> list[str]:
     ):
         sure, change = sizes_of.filter(pl.col("p_holm") < LEVEL), sizes_of["alike"].sort().to_list()
         won, lost = (sure.filter(test).height for test in (pl.col("alike") > 0, pl.col("alike") < 0))
-        sizes = f"{len(change)} size{'s' * (len(change) > 1)}"
         size = " to ".join(f"{each:+.3f}" for each in dict.fromkeys((change[0], change[-1])))
-        worse = f"{' and worse' if won else f'worse than {other}'} at {lost}" if lost else ""
-        better = f"better than {other} at {won}" if won else ""
-        said = f"{better}{worse} of {sizes}" if won or lost else f"not to be told apart from {other}'s at {sizes}"
+        one, sizes = len(change) == 1, f"{len(change)} sizes"
+        counted = [
+            f"{word} than {other} at {'its only size' if one else f'{n} of {sizes}'}"
+            for word, n in (("better", won), ("worse", lost))
+            if n
+        ]
+        said = " and ".join(counted) or f"not to be told apart from {other}'s at {'its only size' if one else sizes}"
         parts.append(f"{said} ({size})")
     if not parts:
         return []
@@ -203,8 +208,10 @@ def print_verdict(found: pl.DataFrame, console: Console) -> None:
         tell(console, "No pair of methods has values by user on the same users: nothing to compare.")
         return
     for (head, own), rows in found.group_by("table", "method", maintain_order=True):
+        if rows["said"][0]:
+            tell(console, rows["said"][0], "bold yellow")
         console.print(terminal(rows, filled(rows, COLUMNS), f"{head}: {own}", console.width))
-        for line in sentences(rows):
+        for line in sentences(rows) if rows["headroom"][0] is not False else ():
             tell(console, line)
         console.print()
     tell(console, NOTE, "dim")

@@ -72,7 +72,9 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1))
     for key, cost in result.costs.items():
         train, judge = found.get(key[:-1], usual)
-        result.costs[key] = replace(cost, train=cost.train * train, evaluate=cost.evaluate * judge)
+        result.costs[key] = replace(
+            cost, train=cost.train * train, evaluate=cost.evaluate * judge, drift=cost.drift * judge
+        )
     return time.perf_counter() - started
 
 

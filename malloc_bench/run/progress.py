@@ -12,7 +12,7 @@ from malloc_bench.suite.plan import Cost
 from malloc_bench.training import fit as training
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
-PHASES = ("train", "evaluate", "measure")
+PHASES = ("train", "evaluate", "drift", "measure")
 
 
 class Watch(Protocol):
@@ -24,14 +24,16 @@ class Watch(Protocol):
 
     def chunk(self, done: int, total: int) -> None: ...
 
+    def drift(self, done: int, total: int) -> None: ...
+
     def measure(self, cells: int) -> None: ...
 
 
 class Track:
     """How far a run is, in seconds of its plan's rough costs, and the wall-clock seconds of each phase.
 
-    A group goes through training (of one backbone or of several), chunks of users, and measuring; what a phase had
-    left when the next begins was not needed.
+    A group goes through training (of one backbone or of several), chunks of users, drift, and measuring; what a phase
+    had left when the next begins was not needed.
     """
 
     def __init__(self, total: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,6 +63,10 @@ class Track:
     def chunk(self, done: int, total: int) -> None:
         self.doing = f"evaluate: users, chunk {done}/{total}"
         self._to("evaluate", done / total)
+
+    def drift(self, done: int, total: int) -> None:
+        self.doing = f"drift: appended events, part {done}/{total}"
+        self._to("drift", done / total)
 
     def measure(self, cells: int) -> None:
         self.doing = f"measure: latency and FLOPs of {cells} cells"
@@ -121,6 +127,10 @@ class _Shown:
 
     def chunk(self, done: int, total: int) -> None:
         self.track.chunk(done, total)
+        self.show(self.track)
+
+    def drift(self, done: int, total: int) -> None:
+        self.track.drift(done, total)
         self.show(self.track)
 
     def measure(self, cells: int) -> None:

@@ -151,7 +151,9 @@ class Session:
         )
         columns = accuracy(evaluation, [each.id for each in todo])
         gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
-        lost, broken = drift(backbone, asked, gone_on, self.suite.measure.drift, seed=cell.seed)
+        lost, broken = drift(
+            backbone, asked, gone_on, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift
+        )
         evaluation.failed.update(broken)
         for job, drifts in lost.items():
             columns[job] |= drifts

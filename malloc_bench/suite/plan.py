@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.data import Dataset
+from malloc_bench.evaluation.drift import UPDATES, USERS
 from malloc_bench.paths import home
 from malloc_bench.results import Row, cell_id, spoilt
 from malloc_bench.suite.cells import Cell
@@ -35,10 +36,11 @@ class Cost:
     evaluate: float
     measure: float
     epochs: int = 0
+    drift: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.train + self.evaluate + self.measure
+        return self.train + self.evaluate + self.drift + self.measure
 
 
 @dataclass
@@ -89,7 +91,9 @@ def make_plan(
         judge = 2 + len(group) * data.n_users * 5e-4
         seconds, asked = suite.measure.seconds, len(suite.measure.candidates) * (suite.measure.store is not None)
         measured = timed * (2 * seconds * suite.measure.latency + (min(30 * seconds, 15) + 2 * seconds + 1) * asked)
-        result.costs[group_key(cell)] = Cost(train, judge, measured, epochs)
+        # a state is compressed twice, then updated by one event or block of events after another
+        updates = sum(min(n, UPDATES) + 2 for n in suite.measure.drift) * min(USERS, data.n_users)
+        result.costs[group_key(cell)] = Cost(train, judge, measured, epochs, len(group) * updates * 5e-4)
     return result
 
 

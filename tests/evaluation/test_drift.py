@@ -70,8 +70,10 @@ def test_columns(trained, synthetic):
         Job("h2o", get_compressor("h2o"), Budget(0.3)), Job("dedup", get_compressor("dedup"), Budget(0.3)),
         Job("recompute", get_compressor("recompute")), Job("fit", get_compressor("fit_recent", probes=8), Budget(0.3)),
     ]  # fmt: skip
-    found, failed = drift(backbone, synthetic, jobs, (1, 10))
+    told: list[tuple[int, int]] = []
+    found, failed = drift(backbone, synthetic, jobs, (1, 10), report=lambda *part: told.append(part))
     assert not failed
+    assert [done for done, _ in told] == list(range(len(told))) and {total for _, total in told} == {len(told)}
     assert found["full"] == {
         f"{name}@{n}": value for n in (1, 10) for name, value in (("drift", 0), ("appended", 1), ("drift_users", 256))
     }

@@ -25,7 +25,7 @@ from malloc_bench.data.tasks.splits import Split, leave_one_out
 from malloc_bench.data.worlds.synthetic import generate
 from malloc_bench.evaluation import evaluate as evaluation
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation, Job, evaluate
-from malloc_bench.evaluation.guard import fingerprint, undisturbed
+from malloc_bench.evaluation.guard import ProcessChanged, fingerprint, undisturbed
 from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState, Vectors, map_tensors
 from malloc_bench.state.vectors import Ragged, Read
 
@@ -459,6 +459,17 @@ def test_random_numbers_and_the_gradient_mode_go_on_as_if_nothing_had_been() -> 
         random.random(), torch.rand(3), np.random.rand(3)
         torch.set_grad_enabled(not torch.is_grad_enabled())
     assert drawn() == want and torch.is_grad_enabled()
+
+
+def test_what_torchs_compiler_writes_into_the_environment_is_no_methods_doing(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with undisturbed():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/somewhere"
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == "/somewhere"
+    monkeypatch.setenv("KEPT", "1")
+    with pytest.raises(ProcessChanged, match="the environment"), undisturbed():
+        os.environ.update(KEPT="2", NEW="3")
+    assert os.environ["KEPT"] == "1" and "NEW" not in os.environ
 
 
 @dataclass(frozen=True)

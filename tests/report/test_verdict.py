@@ -78,13 +78,26 @@ def test_sentences_are_made_from_the_numbers(rows, board_of, tmp_path, capsys):
     assert first.startswith(
         "At equal bytes mine keeps the full state's order better than other at 2 of 2 sizes (+0.040 to +0.100)"
     )
-    assert "worse than coded at 1 of 1 size (" in first and "not to be told apart from alike's at 2 sizes" in first
+    assert "worse than coded at its only size (" in first and "not to be told apart from alike's at 2 sizes" in first
     assert second.startswith("Over the whole range of bytes that is, on average, ") and "+0.070 [" in second
     print_verdict(found, Console(width=80))
     out = capsys.readouterr().out
     assert "mine" in out and "(Holm)" in out and max(map(len, out.splitlines())) <= 80
     print_verdict(verdict(frame, tmp_path / "gone", "mine", ["other"]), Console(width=80))
     assert "nothing to compare" in capsys.readouterr().out
+
+
+def test_a_table_without_headroom_gets_no_verdict(row, with_users, board_of, tmp_path, capsys):
+    change = {"delta_ndcg@10": -0.001, "delta_ndcg@10_lo": -0.003, "delta_ndcg@10_hi": 0.001}
+    base = np.full(USERS, 0.5)
+    frame = board_of(
+        made(row, "mine", 0.25, 25, base + 0.1, with_users), made(row, "other", 0.25, 25, base, with_users),
+        made(row, "none", None, 0.001, base, with_users, **change),
+    )  # fmt: skip
+    found = verdict(frame, tmp_path, "mine", ["other"])
+    print_verdict(found, Console(width=200))
+    text = capsys.readouterr().out
+    assert text.startswith("No headroom: ") and "+0.100" in text and "At equal bytes" not in text
 
 
 def test_two_runs(row, with_users, tmp_path, capsys, board_of):

@@ -37,14 +37,26 @@ def test_all_phases_count_and_the_rest_is_told_by_the_pace():
     assert track.done == pytest.approx(40 + 25) and "chunk 1/2" in track.doing
     clock.now = 60.0
     track.measure(3)
-    assert track.done == pytest.approx(90)
+    assert track.done == pytest.approx(90)  # of a group without drift
     track.group("second", Cost(0.0, 100.0, 0.0))
     assert track.done == pytest.approx(100) and track.left() == pytest.approx(60)
     assert str(track) == "50% after 60 s, about 60 s left"
     clock.now = 70.0
     track.chunk(4, 4)
     assert track.done == pytest.approx(200) and track.left() == 0
-    assert track.times() == {"train": 40.0, "evaluate": 30.0, "measure": 0.0}
+    assert track.times() == {"train": 40.0, "evaluate": 30.0, "drift": 0.0, "measure": 0.0}
+
+
+def test_drift_is_a_phase_of_its_own():
+    clock = Clock()
+    track = Track(200.0, clock)
+    track.group("one", Cost(0.0, 50.0, 50.0, drift=100.0))
+    clock.now = 50.0
+    track.drift(1, 4)
+    assert track.done == pytest.approx(50 + 25) and track.doing == "drift: appended events, part 1/4"
+    clock.now = 150.0
+    track.measure(3)
+    assert track.done == pytest.approx(150) and track.times()["drift"] == 100.0
 
 
 def test_a_group_without_a_cost_does_no_harm():

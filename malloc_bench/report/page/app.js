@@ -35,7 +35,7 @@ function drawBest() {
     const found = data.best.find((each) => each.limit === limit && rows[each.row].group === group);
     if (!found) return el("td", {});
     const row = rows[found.row], kept = text(row, "fidelity") || text(row, alikeName(row));
-    const ties = found.ties === null ? "" : found.ties.length ? ` · ties with ${found.ties.length}` : " · alone";
+    const ties = found.ties === null ? "" : found.ties.length ? ` · ties with ${found.ties.length}` : " · no ties";
     return el("td", { "data-label": `≤ ${within}`, title: (found.ties ?? []).join("\n") }, button(row.compressor, () => openCell(row), { class: "link" }),
       el("small", {}, `${kept} · ${text(row, "× smaller")}× smaller${ties}`));
   };
