@@ -49,10 +49,12 @@ def latency_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figur
     the rows of one table of `board.aggregate`; None where nothing was timed."""
     bars = []
     timed = board.filter(pl.col("read_ms_p50").is_not_null())
-    for row in _shown(timed, few(timed)[0]):
+    states, share = few(timed)
+    for row in _shown(timed, states):
         parts = {step: row[f"{step}_ms_p50"] or 0.0 for step in STEPS}
         bars.append(Bar(row["compressor"], parts, three_digits(sum(parts.values()))))
-    return _stacked(bars, STEPS, "ms a user (p50)", title, width)
+    said = "ms a user (p50)" + (f"; states ≤ {share} of bytes" if share else "")
+    return _stacked(bars, STEPS, said, title, width)
 
 
 def _shown(rows: pl.DataFrame, states: pl.DataFrame) -> list[dict[str, Any]]:

@@ -43,8 +43,9 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
 
     Adds `seeds` (how many the means cover), `seeds_total`, `cell_ids` (theirs, apart by blanks), `method` (the bare
-    name), `read_ms` (a read over the full state's, round by round, times the full state's: what other work on a machine
-    moves least), and within each dataset, task, split and backbone what `judge.judged` says. Over several seeds
+    name), `alike_lo` and `alike_hi` (the least and the most that a seed keeps of the full state's order), `read_ms` (a
+    read over the full state's, round by round, times the full state's: what other work on a machine moves least), and
+    within each dataset, task, split and backbone what `judge.judged` says. Over several seeds
     interval ends are averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers
     to average.
     """
@@ -65,6 +66,8 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             .alias("digests"),
             pl.col("cell_id").filter(ok).sort_by(pl.col("seed").filter(ok)).str.join(" ").alias("cell_ids"),
             *(_worst(pl.col(name).filter(ok)).alias(name) for name in ("timing", "request_timing")),
+            alike().filter(ok).min().alias("alike_lo"),
+            alike().filter(ok).max().alias("alike_hi"),
             *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
         )
         .filter(pl.col("seeds") > 0)

@@ -22,9 +22,9 @@ SMALLEST = 1e-9  # what is less has no place on a log axis
 def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure | None:
     """The figure of one table from its rows of `board.aggregate`; None where no method has LEAST sizes.
 
-    Of every family the method with the largest mean over log bytes, of chains the best few with different first steps,
-    and slots by lot and the newest as references; the levels of no history and of a constant; fidelity where there is a
-    floor, else overlap or agreement.
+    Of every family the method with the largest mean over log bytes, of chains the best few that begin in different
+    families, in the colours of these, and slots by lot and the newest as references; the levels of no history and of a
+    constant; fidelity where there is a floor, else overlap or agreement.
     """
     what = "fidelity" if board["fidelity"].is_not_null().any() else _alike(board)
     curves = _by_size(board, what)
@@ -37,7 +37,8 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
     figure, axes, font = sheet(width, 2.7 if width < 5 else 3.6, title)
     axes.set_xscale("log")
     human_ticks(axes.xaxis, ends[0], ends[1], 1)
-    axes.set_xlabel("state (bytes a user)")
+    seeds = max((int(n) for n in board["seeds"]), default=1) if any(each.ends is not None for each in curves) else 0
+    axes.set_xlabel("state (bytes a user)" + (f"; bars: the range of {seeds} seeds" if seeds else ""))
     axes.set_ylabel(f"{what} {'to' if what == 'fidelity' else 'with'} the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
     draw(axes, curves, font, left=True)
@@ -52,12 +53,17 @@ def _by_size(board: pl.DataFrame, what: str) -> list[Curve]:
     rows = board.filter(
         deployable() & pl.col(what).is_not_null() & (pl.col("bytes_mean") > SMALLEST) & alike().is_not_null()
     )
+    floor = board.filter(pl.col("method") == "none").select(alike()).to_series().max()
+    scale = 1 / (1 - float(floor)) if what == "fidelity" else 1.0  # type: ignore[arg-type]
     found = []
     for (label, family), own in rows.group_by("compressor", "family", maintain_order=True):
         own = own.sort("bytes_mean").unique("bytes_mean", keep="last", maintain_order=True)
         if len(own) < LEAST or family == REBUILT:
             continue
-        curve = Curve(str(label), str(family), own["bytes_mean"].to_numpy(), own[what].to_numpy())
+        kept = own.select(what, alike().alias("alike"), "alike_lo", "alike_hi").to_numpy().T
+        low, high = (kept[0] + (end - kept[1]) * scale for end in kept[2:])
+        ends = (low, high) if own["seeds"].to_numpy().min() > 1 else None
+        curve = Curve(str(label), str(family), own["bytes_mean"].to_numpy(), kept[0], ends)
         found.append((curve.label, str(family), _mean(curve), curve))
     return best_of_families(found)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from malloc_bench.registry import find, names
 from malloc_bench.report.style import COLOURS, DASHES, FLOOR, OTHER, human
 
 if TYPE_CHECKING:
@@ -20,16 +21,18 @@ T = TypeVar("T")
 WIDTHS = {"": 7.0, "-narrow": 3.3}  # inches: of two columns, and of one
 REFERENCES = ("random", "recent")  # are drawn whatever is better
 MOST = (34, 22)  # letters of a name, in a wide figure and in a narrow one
-CHAINS = 4  # of different first steps
+CHAINS = 4  # of different families
 
 
 class Curve(NamedTuple):
-    """A line: its name, the family that it looks like (None: a level, thin and grey), where it goes, x ascending."""
+    """A line: its name, its family (None: a level, thin and grey), where it goes, x ascending, and between which ends
+    each y was found."""
 
     label: str
     family: str | None
     x: np.ndarray
     y: np.ndarray
+    ends: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def first_step(label: str) -> str:
@@ -37,13 +40,19 @@ def first_step(label: str) -> str:
     return label.split(" + ")[0].split("(")[0]
 
 
+def looks_like(label: str, family: str) -> str:
+    """The family of a method, of a chain that of its first step where it is known here."""
+    first = first_step(label)
+    return find("compressors", first).family if family == "chain" and first in names("compressors") else family
+
+
 def best_of_families(found: Iterable[tuple[str, str, Any, T]]) -> list[T]:
-    """Of (label, family, how good, what): what is best in each family, of chains the best few with different first
-    steps, and the references."""
+    """Of (label, family, how good, what): what is best in each family alone, the best few chains whose first steps are
+    of different families, and the references."""
     best: dict[str, tuple[Any, T]] = {}
     for label, family, good, what in found:
         first = first_step(label)
-        key = first if first in REFERENCES else f"{family} {first}" if family == "chain" else family
+        key = first if first in REFERENCES else f"chain {looks_like(label, family)}" if family == "chain" else family
         if key not in best or good > best[key][0]:
             best[key] = good, what
     chains = sorted((key for key in best if key.startswith("chain ")), key=lambda key: best[key][0], reverse=True)
@@ -91,16 +100,18 @@ def sheets(number: int, width: float, height: float, title: str) -> tuple[Figure
 
 def draw(axes: Axes, curves: Sequence[Curve], font: float, left: bool, marker: str = "o") -> None:
     """The lines, and beside one end of each its name."""
-    dashes = iter(DASHES.values())
     for curve in curves:
         colour, dash = _look(curve)
-        if curve.family == "chain" and colour != FLOOR:
-            dash = next(dashes)
         thin, width = curve.family is None, 1.2 if font < 7 else 1.7
         axes.plot(
             curve.x, curve.y, color=colour, ls=dash, lw=width / 2 if thin else width, marker="" if thin else marker,
             ms=2.5, gid=f"line:{curve.label}",
         )  # fmt: skip
+        if curve.ends is not None:
+            axes.errorbar(
+                curve.x, curve.y, [curve.y - curve.ends[0], curve.ends[1] - curve.y], fmt="none", ecolor=colour,
+                elinewidth=width / 2, capsize=1.5, capthick=width / 2,
+            )  # fmt: skip
     lay_out(axes.figure)  # type: ignore[arg-type]
     name_ends(axes, curves, font, left)
 
@@ -123,7 +134,7 @@ def _look(curve: Curve) -> tuple[str, Any]:
     """Its colour, and its dashes."""
     if curve.family is None or first_step(curve.label) in REFERENCES:
         return FLOOR, (0, (4, 2)) if curve.family is None else (0, (1.5, 1.5))
-    return COLOURS.get(curve.family, OTHER), DASHES.get(curve.family, "-")
+    return COLOURS.get(looks_like(curve.label, curve.family), OTHER), DASHES.get(curve.family, "-")
 
 
 def lay_out(figure: Figure) -> None:
@@ -139,9 +150,9 @@ def name_ends(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> N
     width, tall = np.array(axes.get_window_extent().size) / axes.figure.dpi  # as laid out so far
     if not curves:
         return
-    names = [short(curve.label, small) for curve in curves]
+    shown = [short(curve.label, small) for curve in curves]
     low, high = across(axes.dataLim.intervalx)
-    share = min(0.6, max(map(len, names)) * font * 0.58 / 72 / width + 0.05)
+    share = min(0.6, max(map(len, shown)) * font * 0.58 / 72 / width + 0.05)
     span = max(high - low, 0.1)
     room, rest = span * share / (1 - share), span * 0.04
     axes.set_xlim(*map(x_of, (low - room, high + rest) if left else (low - rest, high + room)))
@@ -158,7 +169,7 @@ def name_ends(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> N
         line["relpos"] = (1, 0.5) if left else (0, 0.5)  # the side of the name that the line begins at
         at = (0.01 if left else 1.05 - share, float(y_of(place)))
         axes.annotate(
-            names[i], (curves[i].x[end], curves[i].y[end]), xytext=at, textcoords=axes.get_yaxis_transform(),
+            shown[i], (curves[i].x[end], curves[i].y[end]), xytext=at, textcoords=axes.get_yaxis_transform(),
             fontsize=font, color=colour, va="center", arrowprops=line,
         )  # fmt: skip
 

@@ -93,7 +93,7 @@ def _front(axes: Axes, panel: Panel, board: pl.DataFrame, font: float) -> None:
     ends = _xy([*reached, (max(x for x, _ in _points(kept, panel)), reached[-1][1])] if reached else [])
     axes.step(*ends, where="post", color=FRONT, lw=0.8, zorder=2.5, gid="front")  # the best stays so at a higher cost
     low, high = axes.dataLim.intervalx
-    curves = [Curve(label, family, *map(np.array, _xy([at]))) for label, family, at in named(kept, panel)]
+    curves = [Curve(label, family, np.array([x]), np.array([y])) for label, family, (x, y) in named(kept, panel)]
     for curve in curves:
         own = kept.filter((pl.col("compressor") == curve.label) & (pl.col(panel.x) == curve.x[0]))
         colour, bars = COLOURS.get(str(curve.family), OTHER), _bars(own, panel)

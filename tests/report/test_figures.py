@@ -137,7 +137,11 @@ def test_floors_are_levels(row, board_of):
 def test_what_cannot_be_deployed_is_not_drawn(row, board_of):
     rows = [("full", 100.0, 0.2, "baseline"), ("oracle", 20.0, 0.3, "ceiling"), ("h2o", 20.0, 0.15, "eviction")]
     made = [row(compressor=name, bytes_mean=x, family=kind, **{"ndcg@10": y}) for name, x, y, kind in rows]
-    figure = pareto_figure(aggregate(board_of(made)), "x")
+    chain = {"steps": ["oracle_evict", "int8"]}
+    made.append(row(compressor="compose", compressor_params=chain, family="chain", bytes_mean=9.0, **{"ndcg@10": 0.4}))
+    board = aggregate(board_of(made))
+    assert "oracle_evict + int8" in set(board["compressor"])
+    figure = pareto_figure(board, "x")
     assert {line.get_gid() for line in lines(figure.axes[0], "family")} == {"family:eviction"}
 
 
@@ -263,6 +267,24 @@ def test_curves_name_each_line_at_its_end_and_no_two_names_touch(board, width):
     assert {"random", "recent"} <= set(said) and any("merge_adjacent +" in each for each in said)
     assert len(ends(axes, 0)) == len(said) >= 6
     assert max(box.x1 for box in boxes) < min(ends(axes, 0)) + 2  # no name lies on a line
+
+
+def test_a_chain_looks_like_its_first_step_and_seeds_are_bars(row, board_of):
+    """Of two chains that begin in one family the better is drawn."""
+    rows = []
+    for first, kept in (("h2o", 0.5), ("tova", 0.6), ("svd", 0.4)):
+        steps = {"steps": [first, "int8"]}
+        for seed, (n, size) in itertools.product((0, 1), enumerate((10.0, 20.0, 40.0))):
+            at = {"budget": size / 100, "bytes_mean": size, "seed": seed, "overlap@10": kept + 0.1 * n + 0.02 * seed}
+            rows.append(row(compressor="compose", compressor_params=steps, family="chain", **at))
+    axes = drawn(curves_figure(aggregate(board_of(rows)), "x"), 7.0)
+    lines = {line.get_gid(): line for line in axes.lines if str(line.get_gid()).startswith("line:")}
+    colours = {name: line.get_color() for name, line in lines.items()}
+    assert colours == {"line:tova + int8": COLOURS["eviction"], "line:svd + int8": COLOURS["low-rank"]}
+    ((x, low), (_, high)), *_ = axes.collections[0].get_segments()
+    assert x == 10.0 and (low, high) == pytest.approx((0.6, 0.62))
+    assert lines["line:tova + int8"].get_ydata()[0] == pytest.approx(0.61)
+    assert axes.get_xlabel().endswith("the range of 2 seeds")
 
 
 def test_no_curves_without_sizes(board):

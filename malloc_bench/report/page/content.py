@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 
 from malloc_bench.report.board import GROUP, title
-from malloc_bench.report.judge import REBUILT
+from malloc_bench.report.judge import KNOWS, REBUILT
 from malloc_bench.report.leaderboard import CEILINGS, NOTES, unfinished
 from malloc_bench.report.page.columns import COLUMNS
 from malloc_bench.report.parts import PREFIX, colour, told_apart
@@ -83,7 +84,9 @@ def _kind(row: dict[str, Any]) -> str:
     """What must be said beside a method's name, or nothing."""
     if row["method"] in ("none", "fit_constant", "random"):
         return "floor"
-    return row["family"] if row["family"] in ("ceiling", REBUILT) else "full" if row["method"] == "full" else ""
+    if row["family"] == "ceiling" or re.search(KNOWS, row["compressor"]):
+        return "ceiling"
+    return REBUILT if row["family"] == REBUILT else "full" if row["method"] == "full" else ""
 
 
 def _brief(values: pl.Series) -> list[Any]:
