@@ -93,8 +93,11 @@ def sheets(number: int, width: float, height: float, title: str) -> tuple[Figure
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     if not small:
-        fits = width * 72 / max(len(title), 1) / 0.62  # in one line
-        figure.suptitle(title, fontsize=min(9.5, fits), x=0.01, ha="left")
+        head = figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
+        with warnings.catch_warnings(action="ignore"):  # of letters that no font has
+            for _ in range(3):  # in one line; small letters are not as narrow as their size says
+                share = head.get_window_extent().width / figure.bbox.width
+                head.set_fontsize(head.get_fontsize() * min(1.0, 0.97 / max(share, 1e-9)))
     return figure, every[:number], font
 
 

@@ -190,7 +190,7 @@ def low_ranks(
     x = torch.where(mask.unsqueeze(-1), side_by_side(fields, own), 0.0)
     basis = principal(x, mask) if basis is None else basis
     width = min(max(int(rank.max()), 1) if rank.numel() else 1, basis.shape[3])
-    basis = basis[..., :width]
+    basis, rank = basis[..., :width], rank.clamp(max=width)
     if basis.shape[2] == x.shape[3]:
         left, right = x @ basis, basis.mT
     else:  # the basis is of slots: rows of `right` are made as long as those of the other way, 1

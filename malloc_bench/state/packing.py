@@ -71,6 +71,9 @@ def _cells(rows: np.ndarray, cols: np.ndarray | None, shape: Sequence[int]) -> n
     return np.broadcast_to(real, tuple(shape))
 
 
+_WIDE = 64  # times the largest array that users may share a padded one with
+
+
 class Reader:
     """Reads ragged arrays back, all users at once, in the order in which they were packed.
 
@@ -101,6 +104,10 @@ class Reader:
         self.refuse(torch.from_numpy((high < 0) | (wide < 0)), "has arrays of negative size")
         flat = self._take(((high.astype(float) * wide).sum(1) * like.element_size()).tolist())  # float64 does not wrap
         most = [int(x.max()) if x.size else none for x, none in ((high, 0), (wide, width))]
+        if prod(most) > _WIDE * max(float((high.astype(float) * wide).max(initial=0)), 2**16):
+            self.refuse(
+                torch.ones(users, 1, dtype=torch.bool), f"of arrays of up to {most[0]} rows and {most[1]} columns"
+            )
         out = torch.zeros(users, heads, *most, dtype=like.dtype)
         if flat:
             real = torch.from_numpy(_cells(high, None if cols is None else wide, out.shape).copy())

@@ -66,6 +66,7 @@ class Measure:
 
 Whole = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Names = Annotated[list[str], Field(min_length=1)]
 Entries = Annotated[list[Any], Field(min_length=1)]
 
@@ -102,7 +103,7 @@ class MeasureKeys(_Strict):
         Measure.candidates
     )
     store: Literal["lmdb", "redis", "dict"] | None = None
-    seconds: Positive = Measure.seconds
+    seconds: Seconds = Measure.seconds
     budgets: Entries | None = None
     drift: Annotated[tuple[Literal[1, 5, 10, 20, 50, 100], ...], Field(strict=False)] = ()
 

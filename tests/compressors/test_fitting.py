@@ -117,6 +117,12 @@ def test_masses_are_non_negative_least_squares():
             assert got <= best * 1.05 + 1e-3
 
 
+def test_masses_of_weights_whose_squares_overflow():
+    a = noise(1, 2, 9, 4, seed=4).exp()
+    total = a.sum(-1, keepdim=True)
+    torch.testing.assert_close(masses(a * 1e30, total * 1e30), masses(a, total), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "case", ["sasrec-2-heads", "hstu-times-2-heads", "marm-2-heads", "sasrec-mla", "climber-times-2-heads"]
 )

@@ -232,3 +232,13 @@ if __name__ == "__main__":
     for what, count in fuzz(options.blobs, options.seed).most_common():
         print(f"{count:6d}  {what}")
     print(f"{options.blobs} blobs of {len(kinds())} kinds of state in {time.perf_counter() - started:.0f} s")
+
+
+def test_a_tall_array_beside_a_wide_one_is_refused() -> None:
+    """What each user's bytes fill is small, what both would share is 10 GB."""
+    from malloc_bench.state.packing import Reader
+
+    rows, cols = torch.tensor([[50_000], [1]]), torch.tensor([[1], [50_000]])
+    like = torch.zeros(1, 1, 0, 0, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"user 0 \(200000 bytes\) of arrays of up to 50000 rows and 50000 columns"):
+        Reader([bytes(200_000)] * 2)(like, rows, cols)

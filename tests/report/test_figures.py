@@ -349,6 +349,10 @@ def test_bars_are_stacked_below_the_full_state(whole, width, draw, parts):
     assert len(legend.get_texts()) == parts and legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
 
 
+def test_a_title_of_wide_letters_fits_its_figure(whole):
+    drawn(curves_figure(whole, "W" * 300, 7.0), 7.0)
+
+
 def test_a_long_title_fits_its_figure(whole):
     drawn(latency_figure(whole, "ml-100k · retrieval · " + "gated_delta(dim=64, heads=2, layers=2) " * 3, 7.0), 7.0)
 

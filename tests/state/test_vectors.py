@@ -159,6 +159,14 @@ def test_low_rank_of_something_of_that_rank_loses_nothing():
     close(low_rank(x, mask_of([30, 30], 30), torch.tensor([[8], [8]])).dense(), x, "full rank", 1e-5)
 
 
+def test_low_rank_of_more_ranks_than_slots_has_as_many_as_slots():
+    x = noise(2, 1, 3, 8)
+    mask = mask_of([3, 3], 3)
+    some, full = (low_rank(x, mask, torch.tensor([[most], [2]])) for most in (7, 3))
+    assert torch.equal(some.dense(), full.dense())
+    assert torch.equal(some.left.rank, full.left.rank)
+
+
 def test_low_rank_ignores_numbers_beyond_a_users_rank():
     x, mask = noise(2, 1, 9, 6), mask_of([9, 9], 9)
     both = low_rank(x, mask, torch.tensor([[5], [2]]))

@@ -148,6 +148,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"sgd_lr": 0}}, "training.sgd_lr: expected greater than 0, not 0"),
     ({"training": {"sgd_rate": 0.1}}, "training.sgd_rate: unknown key. Did you mean 'sgd_lr'?"),
     ({"measure": {"seconds": float("inf")}}, "measure.seconds: expected a finite number, not inf"),
+    ({"measure": {"seconds": 1e300}}, "measure.seconds: expected less than or equal to 86400, not 1e+300"),
     ({"budgets": [0.5, 0]}, "budgets[1]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not 0"),
     ({"budgets": [float("nan")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not nan"),
     ({"budgets": [float("inf")]}, "budgets[0]: a budget is a fraction above 0, {slots: N} or {bytes: N}, not inf"),

@@ -12,6 +12,7 @@ from malloc_bench.state import Probes, Segment
 ROUNDS = 40  # of the non-negative least squares
 _GOLDEN = 0.6180339887498949
 _MANY, _CACHE = 20, 1 << 20  # slots; bytes of matrices that stay near the core over all rounds
+_LARGE = 1e15  # of weights
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:
@@ -141,6 +142,10 @@ def masses(weights: Tensor, total: Tensor) -> Tensor:
 
     Accelerated projected gradient on columns of length 1; begins with the same mass for all.
     """
+    unit = torch.maximum(weights.amax((-2, -1), keepdim=True), total.amax((-2, -1), keepdim=True))
+    if weights.numel() and bool((unit > _LARGE).any()):  # whose squares have no place in float32
+        unit = unit.clamp(min=1.0)
+        weights, total = weights / unit, total / unit
     size = weights.square().sum(-2).sqrt().clamp(min=1e-20)  # [..., K]
     gram = weights.mT @ weights / size.unsqueeze(-1) / size.unsqueeze(-2)
     wanted = (weights.mT @ total).squeeze(-1) / size
