@@ -97,7 +97,7 @@ def sheets(number: int, width: float, height: float, title: str) -> tuple[Figure
         with warnings.catch_warnings(action="ignore"):  # of letters that no font has
             for _ in range(3):  # in one line; small letters are not as narrow as their size says
                 share = head.get_window_extent().width / figure.bbox.width
-                head.set_fontsize(head.get_fontsize() * min(1.0, 0.97 / max(share, 1e-9)))
+                head.set_fontsize(float(head.get_fontsize()) * min(1.0, 0.97 / max(share, 1e-9)))
     return figure, every[:number], font
 
 
