@@ -11,6 +11,7 @@ import numpy as np
 
 from malloc_bench.registry import find, names
 from malloc_bench.report.style import COLOURS, DASHES, FLOOR, OTHER, human
+from malloc_bench.results import first_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,11 +34,6 @@ class Curve(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     ends: tuple[np.ndarray, np.ndarray] | None = None
-
-
-def first_step(label: str) -> str:
-    """The bare name of a method, or of a chain's first step."""
-    return label.split(" + ")[0].split("(")[0]
 
 
 def looks_like(label: str, family: str) -> str:

@@ -76,3 +76,8 @@ def _show(value: Any) -> str:
     if isinstance(value, dict):
         return " + ".join(_named(name, params) for name, params in value.items())
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def first_step(label: str) -> str:
+    """The bare name of a method, or of a chain's first step, from the label of either."""
+    return label.split(" + ")[0].split("(")[0]

@@ -274,3 +274,11 @@ def test_a_sweep_goes_around_where_keeping_begins_to_pay():
     for own, lines in ((found.paid["kept"], paid["kept"]), (found.rebuilt, ids.in_usd(PRICES, "ram"))):
         np.testing.assert_allclose(own[[0, -1]], [at(lines, found.asked[i]) for i in (0, -1)])
         assert at(lines, requests) == pytest.approx(cost)
+
+
+def test_compressing_bends_only_where_the_method_says_so():
+    """From 100 to 300 events FLOPs grow 13 times: n^2 + n/10 of h2o; of svd, whose terms are linear in n, a line."""
+    rising = {**BATCH, "compress_ms_p50_long": 26.0, "compress_flops": 1e6, "compress_flops_long": 1.3e7}
+    square = costs({**rising, "compressor": "h2o"}, 1100).build - costs({**BATCH, "compressor": "h2o"}, 1100).build
+    line = costs({**rising, "compressor": "svd + int8"}, 1100).build - costs(BATCH, 1100).build
+    assert line == pytest.approx(0.5 * (26 - 2 + 26 / 1.3e7 * 4.8e7)) and square > 2 * line

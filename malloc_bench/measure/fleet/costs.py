@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from malloc_bench.measure.fleet.times import Row, pace, times
-from malloc_bench.results import REQUEST_STEPS
+from malloc_bench.registry import find, names
+from malloc_bench.results import REQUEST_STEPS, first_step
 
 RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
 KEPT_WHOLE = ("full", "none")  # append makes them what compressing again would
@@ -170,7 +171,14 @@ _MEASURED = ("measured_history", "measured_history_long", "measured_bytes", "mea
 
 def _grown(row: Row, step: str, events: float) -> float:
     """CPU milliseconds of a step at so many events; 0 where it was not measured."""
-    return (row.get(f"{step}_cpu_ms_p50") or 0.0) * times(row, step, events)
+    bends = step != "compress" or _bends(row)
+    return (row.get(f"{step}_cpu_ms_p50") or 0.0) * times(row, step, events, bends=bends)
+
+
+def _bends(row: Row) -> bool:
+    """Whether the work of compressing may grow with the square of a history: not where the method names other terms."""
+    first = first_step(row["compressor"])
+    return first not in names("compressors") or "n^2" in find("compressors", first).growth.get("compress", "n^2")
 
 
 def _name(row: Row) -> str:

@@ -10,7 +10,9 @@ Grown = Callable[[float], float]
 Row = Mapping[str, Any]  # of results, or means over seeds of them
 
 
-def times(row: Row, step: str, events: float, grown: Grown | None = None, pace: float = 0.0) -> float:
+def times(
+    row: Row, step: str, events: float, grown: Grown | None = None, pace: float = 0.0, bends: bool = True
+) -> float:
     """How many times longer than at the measured history a step takes.
 
     Until the longest history that was measured, along the line through both; beyond it by its FLOPs (by that line where
@@ -18,7 +20,8 @@ def times(row: Row, step: str, events: float, grown: Grown | None = None, pace: 
     share of the longest's whole time: noise between two near lengths is not stretched over a far one. Without two
     lengths, in proportion to events.
 
-    grown: of a kept state, how many times more bytes it has at so many events; noise is held between that and 1.
+    grown: of a kept state, how many times more bytes it has at so many events; noise is held between that and 1. bends:
+    whether FLOPs of what is no read of a kept state may grow faster than a line, see `flops_at`.
     """
     n, long = row["measured_history"], row.get("measured_history_long")
     first, last = row.get(f"{step}_ms_p50"), row.get(f"{step}_ms_p50_long")
@@ -35,7 +38,7 @@ def times(row: Row, step: str, events: float, grown: Grown | None = None, pace: 
     if not before or not after:
         slope = slope if grown is None else min(slope, last / long)
         return float((last + slope * (events - long)) / first)
-    more = max(0.0, flops_at(row, step, events, grown is None) - after)
+    more = max(0.0, flops_at(row, step, events, bends and grown is None) - after)
     each = min(max((last - first) / (after - before), pace), last / after) if after > before else 0.0
     return float((last + each * more) / first)
 
