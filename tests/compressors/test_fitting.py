@@ -310,6 +310,14 @@ def test_the_more_is_fitted_the_less_is_wrong(case, trained):
 
 
 def test_bad_parameters():
-    for params in ({"probes": 0}, {"ridge": 0.0}, {"horizon": ()}, {"horizon": (-1,)}, {"which": "rare"}):
+    assert get_compressor("fit_recent", horizon=3).ask == get_compressor("fit_recent", horizon=[0, 1, 2]).ask
+    for params in (
+        {"probes": 0},
+        {"ridge": 0.0},
+        {"horizon": ()},
+        {"horizon": 0},
+        {"horizon": (-1,)},
+        {"which": "rare"},
+    ):
         with pytest.raises(ValueError):
             get_compressor("fit_recent", **params)

@@ -27,7 +27,7 @@ class FitConstant(Asking):
 
     probes: int = 64
     which: str = "drawn"
-    horizon: tuple[int, ...] = (0,)
+    horizon: int | tuple[int, ...] = (0,)
 
     family = "fitted"
     paper = "ours: a floor, as `none` is one"

@@ -26,7 +26,7 @@ class FitOMP(FittedTokens):
 
     probes: int = 64
     ridge: float = 1e-3
-    horizon: tuple[int, ...] = (0,)
+    horizon: int | tuple[int, ...] = (0,)
     which: str = field(default="drawn", metadata={"unsaid": "drawn"})
 
     family = "fitted"

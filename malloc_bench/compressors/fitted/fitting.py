@@ -19,19 +19,22 @@ from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, User
 
 
 class Asking(Compressor):
-    """Looks at what probes ask and get; fields of a subclass: probes, which, horizon, see `Ask`."""
+    """Looks at what probes ask and get; fields of a subclass: probes, which, horizon, see `Ask`; a horizon of h is that
+    of the next h requests."""
 
     probes: int
     which: str
-    horizon: tuple[int, ...]
+    horizon: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "horizon", tuple(self.horizon))  # a suite's list
+        if not isinstance(self.horizon, int):
+            object.__setattr__(self, "horizon", tuple(self.horizon))  # a suite's list
         _ = self.ask
 
     @property
     def ask(self) -> Ask:
-        return Ask(self.probes, self.which, self.horizon)
+        next_ones = self.horizon
+        return Ask(self.probes, self.which, tuple(range(next_ones)) if isinstance(next_ones, int) else next_ones)
 
     @property
     def needs(self) -> Stats:

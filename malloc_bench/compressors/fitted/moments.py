@@ -49,7 +49,7 @@ class Moments(Asking, TokenMethod):
     about: About = "query"
     probes: int = 16
     which: str = "drawn"
-    horizon: tuple[int, ...] = (0,)
+    horizon: int | tuple[int, ...] = (0,)
 
     grid = {"rank": (0, 1, 2, 4), "about": get_args(About)}
     family = "fitted"

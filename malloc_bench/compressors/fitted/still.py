@@ -37,7 +37,7 @@ class Still(Asking, TokenMethod):
     rate: float = 0.05
     probes: int = 64
     which: str = "drawn"
-    horizon: tuple[int, ...] = (0,)
+    horizon: int | tuple[int, ...] = (0,)
 
     family = "fitted"
     paper = "Still, arXiv 2606.07878, for language models, end to end; here layer by layer, as small as can be"
