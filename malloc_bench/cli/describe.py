@@ -160,7 +160,9 @@ def _compressor(cls: type[Compressor]) -> Lines:
 
     own = "none that is matmul-like" if cls.flops is Compressor.flops else _doc(cls.flops) or "see its file"
     method = _default(cls)
-    work = f"{own}, beside gathering what it reads" if method is not None and method.needs != Stats() else own
+    work = (
+        f"{own.rstrip('.')}, beside gathering what it reads" if method is not None and method.needs != Stats() else own
+    )
     return [
         ("", _doc(cls)),
         ("family", cls.family),

@@ -94,10 +94,10 @@ def printed(
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
-        longest = measured[0][0]["measured_history_long"] or measured[0][0]["measured_history"]
-        far = f": EXTRAPOLATED, {fleet.events / longest:.3g} × the longest measured" if fleet.events > longest else ""
-        on.print(terminal(table, filled(table, _columns()), head + far, on.width))
-        for line in _said(measured[0][0], [each for _, each in measured], ids):
+        near = measured[0][0]["measured_history"], measured[0][0]["measured_history_long"]
+        inside = near[0] <= fleet.events <= (near[1] or near[0])
+        on.print(terminal(table, filled(table, _columns()), head + ("" if inside else ": EXTRAPOLATED"), on.width))
+        for line in _said([row for row, _ in measured], [each for _, each in measured], ids):
             tell(on, line)
         on.print()
         better = sorted(measured, key=lambda pair: -(pair[0].get("overlap@10") or pair[0].get("agreement") or 0.0))
@@ -187,8 +187,9 @@ def _columns() -> list[Any]:
     ]
 
 
-def _said(row: dict[str, Any], plans: list[Plan], ids: Plan) -> Iterator[str]:
+def _said(rows: list[dict[str, Any]], plans: list[Plan], ids: Plan) -> Iterator[str]:
     """What a section's numbers were measured at, and what follows of it."""
+    row = rows[0]
     events, by = ids.fleet.events, sum(each.costs.by_request for each in plans)
     n, most, many = row["measured_history"], row["measured_history_long"], row["measured_candidates"]
     most = most or n
@@ -198,13 +199,17 @@ def _said(row: dict[str, Any], plans: list[Plan], ids: Plan) -> Iterator[str]:
     yield f"{line}."
     if not n <= events <= most:
         yield (
-            f"EXTRAPOLATED to {events:,.0f} events, {events / most:.3g} times the longest that was measured: bytes "
-            "along the line through both lengths, times by FLOPs; overlap and agreement are of the run's own users."
+            f"EXTRAPOLATED to {events:,.0f} events, {events / (most if events > most else n):.3g} times the "
+            f"{'longest' if events > most else 'shorter'} that was measured: bytes along the line through both lengths "
+            "(of a share in proportion), times by FLOPs where they were counted; overlap and agreement are of the "
+            "run's users."
         )
     growths = {each.costs.method: each.costs.growth for each in plans}
     constant = [method for method, growth in growths.items() if growth.startswith("constant")]
     linear = [f"{method} {growths[method]}" for method in ("full", ids.costs.method) if method in growths]
     yield f"Bytes: {', '.join(linear)}" + (f"; constant: {', '.join(constant)}." if constant else ".")
+    if wrong := sum(each.get("timing") not in (None, "ok") for each in rows):
+        yield f"TIMES of {wrong} of {len(rows)} methods are of a busy machine, or vary: measure again on a quiet one."
     if ids.costs.method != KEEPS_IDS:
         yield "The run has no recompute: it is made up of the full state's prefill and read."
 

@@ -49,7 +49,7 @@ def leaderboard(
     from malloc_bench.report.leaderboard import print_leaderboard
     from malloc_bench.results import load_results
 
-    names = [each.strip() for each in (columns or "").split(",") if each.strip()]
+    names = [] if columns is None else [each.strip() for each in columns.split(",")]
     print_leaderboard(load_results(run), console(), run, only=pairs(only or []), sort=sort, columns=names)
 
 

@@ -52,8 +52,11 @@ def latency_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figur
     states, share = few(timed)
     for row in _shown(timed, states):
         parts = {step: row[f"{step}_ms_p50"] or 0.0 for step in STEPS}
-        bars.append(Bar(row["compressor"], parts, three_digits(sum(parts.values()))))
+        over = f" at {100 * row['ratio']:.2g} %" if row.get("over") else ""
+        bars.append(Bar(row["compressor"] + over, parts, three_digits(sum(parts.values()))))
     said = "ms a user (p50)" + (f"; states ≤ {share} of bytes" if share else "")
+    busy = timed["timing"].str.contains("busy").any()
+    said += "; BUSY machine" if busy else ""
     return _stacked(bars, STEPS, said, title, width)
 
 

@@ -37,8 +37,8 @@ def curves_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
     figure, axes, font = sheet(width, 2.7 if width < 5 else 3.6, title)
     axes.set_xscale("log")
     human_ticks(axes.xaxis, ends[0], ends[1], 1)
-    seeds = max((int(n) for n in board["seeds"]), default=1) if any(each.ends is not None for each in curves) else 0
-    axes.set_xlabel("state (bytes a user)" + (f"; bars: the range of {seeds} seeds" if seeds else ""))
+    bars = any(each.ends is not None for each in curves)
+    axes.set_xlabel("state (bytes a user)" + ("; bars: the range of seeds" if bars else ""))
     axes.set_ylabel(f"{what} {'to' if what == 'fidelity' else 'with'} the full state")
     axes.grid(True, axis="y", color="#e6e6e6", lw=0.6)
     draw(axes, curves, font, left=True)

@@ -11,7 +11,7 @@ import polars as pl
 from malloc_bench.evaluation.metrics import holm
 from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
-from malloc_bench.report.judge import alike, deployable
+from malloc_bench.report.judge import REBUILT, alike, deployable
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
 from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
@@ -28,15 +28,19 @@ LEAST_GROWTH = 1.5  # lengths nearer to one another say nothing of growth
 def pareto(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows that no other beats in what they keep of the full state's order and in bytes, in the cost of a read, or
 
-    in all three together (`recommend.front`), in each group; smallest first. No history and ceilings are left out.
+    in all three together (`recommend.front`), in each group; smallest first. No history, ceilings, and ids, which are
+    rebuilt for every read, are left out; where no read was measured so are fronts by it.
     """
     parts = []
+    kept = deployable() & (pl.col("method") != "none") & (pl.col("family") != REBUILT) & alike().is_not_null()
     for _, rows in groups_of(aggregate(frame)):
-        able = rows.filter(deployable() & (pl.col("method") != "none") & alike().is_not_null())
-        able = able.with_columns(alike().alias("alike"))
-        read = "read_ms" if able["read_ms"].is_not_null().any() else "read_flops"
+        able = rows.filter(kept).with_columns(alike().alias("alike"))
+        read = next((cost for cost in ("read_ms", "read_flops") if able[cost].is_not_null().any()), None)
         costs = {"by_bytes": ("bytes_mean",), "by_read": (read,), "by_all": ("bytes_mean", read)}
-        on = able.with_columns(pl.Series(name, front(able, *each), pl.Boolean) for name, each in costs.items())
+        on = able.with_columns(
+            pl.lit(None, pl.Boolean).alias(name) if None in each else pl.Series(name, front(able, *each), pl.Boolean)  # type: ignore[arg-type]
+            for name, each in costs.items()
+        )
         parts.append(on.filter(pl.any_horizontal(*costs)).sort("bytes_mean", nulls_last=True, maintain_order=True))
     whole = pl.concat(parts) if parts else aggregate(frame).with_columns(
         alike().alias("alike"), *(pl.lit(None, pl.Boolean).alias(name) for name in ("by_bytes", "by_read", "by_all"))
@@ -158,6 +162,10 @@ PAPER = {
                 for name, header in (("by_bytes", "for its bytes"), ("by_read", "for its read"), ("by_all", "for both"))
             ),
         ),
+        notes=(
+            "Read (ms): over the full state's, round by round, times the full state's median, as `recommend` has it; "
+            "FLOPs stand in where no read was timed. Of states that are kept: raw ids are rebuilt for every read.",
+        ),
     ),
     "significance": Table(
         significance,
@@ -191,7 +199,8 @@ PAPER = {
             "O(.): leading terms of n events, L layers, d channels, a share b of them kept, and the method's "
             "parameters; of a chain its first step's.",
             "e: slope between both lengths, in logarithms. What does not grow lowers it, and so does noise of times "
-            "below a millisecond: an e of ms near 0 or below says that no growth was seen between these lengths.",
+            "below a millisecond: an e of ms near 0 or below says that no growth was seen between these lengths. O(.) "
+            "is of long histories: where n is below d, p or m other parts of the work lead.",
         ),
     ),
 }

@@ -125,15 +125,15 @@ COLUMNS_SHOWN = (
     words("compressor", "compressor", most=19),
     words("family", "family", rank=7),
     Column("seeds ok", _seeds, rank=4),
-    words("budget", "budget", rank=3, most=9),
+    words("budget", "budget", most=9),
     BUDGET_OF,
     significant("bytes_mean", "state (KB/user)", scale=1e-3),
     number("smaller_x", "× smaller", ".1f", rank=5),
     number("smaller_f16_x", "× smaller than float16", ".1f", rank=8),
     number("share_at_floor", "at floor (% users)", ".0f", rank=9, scale=100),
     number("fidelity", "fidelity", ".3f"),
-    number("overlap@10", "overlap@10", ".3f"),
-    number("agreement", "agreement", ".3f"),
+    number("overlap@10", "overlap@10", ".3f", rank=3),  # fidelity says as much
+    number("agreement", "agreement", ".3f", rank=3),
     number("above_constant", "above a constant", ".3f", rank=7),
     number("gauc", "GAUC", ".4f", rank=3),
     interval("delta_gauc", "ΔGAUC [95 % interval]", "+z.4f", rank=6),
@@ -257,7 +257,7 @@ def print_leaderboard(
         if (firsts := best.get(key)) is not None:
             console.print(terminal(firsts, filled(firsts, BEST), f"{head}: best per budget", console.width))
             console.print()
-        console.print(terminal(group, filled(group, shown), head, console.width, None if sort else "budget"))
+        console.print(terminal(group, filled(group, shown), head, console.width))
         console.print()
     if said := untested(best, users):
         tell(console, said, "dim")
@@ -273,7 +273,8 @@ def _by(board: pl.DataFrame, name: str | None) -> pl.DataFrame:
         return board
     _column(board, name)
     better = re.match(
-        r"(hr|ndcg|recall|overlap|appended)@|mrr|g?auc$|delta_|agree|fidel|above|of_|smaller|lossless", name
+        r"(hr|ndcg|recall|overlap|appended)@|mrr|g?auc$|delta_|agree|alike|fidel|above|of_|smaller|lossless|requests_per",
+        name,
     )
     descending = [*(False for _ in GROUP), better is not None]
     return board.sort(*GROUP, name, descending=descending, nulls_last=True, maintain_order=True)

@@ -119,10 +119,13 @@ def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
     """Ones and threes of a log axis as `human` says them; ones alone of over three decades, more within one."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    steps = (1, 2, 5) if high / low < 10 else (1, 3) if high / low < 1e3 else (1,)
-    ticks = [
-        each for power in range(-6, 13) for step in steps if low * 0.8 <= (each := step * 10.0**power) <= high * 1.2
-    ]
+    finest = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    every = ((1,), (1, 3), (1, 2, 5), finest)[2 if high / low < 10 else 1 if high / low < 1e3 else 0 :]
+    for steps in every:  # the finer where a coarse one has but one tick
+        numbers = (step * 10.0**power for power in range(-6, 13) for step in steps)
+        ticks = [each for each in numbers if low * 0.8 <= each <= high * 1.2]
+        if len(ticks) > 1:
+            break
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: human(value, unit)))
     axis.set_minor_locator(NullLocator())

@@ -151,6 +151,7 @@ def _legend(figure: Figure, board: pl.DataFrame, font: float, small: bool) -> No
     handles = [
         Line2D([], [], color=FRONT, marker="*", ms=font, ls="none", label="full state"),
         Line2D([], [], color=FRONT, lw=0.8, label="front of kept states"),
+        Line2D([], [], color=FRONT, marker="|", ms=font, ls="none", label="95 %, paired"),
     ]
     for family in _methods(board)["family"].unique().sort():
         colour, mark = COLOURS.get(family, OTHER), MARKS.get(family, "o")

@@ -83,7 +83,8 @@ def recommend(
     seeds pooled, Holm), or beaten by none in order, bytes and cost of a read together: `smaller`, `cheaper read`,
     `rebuilds` (the family recompute); `p_best`, null where values by user are missing; and `tested`: whether all of
     the table could be tested. folder: of the run, where those values are. only: rows to choose among, as
-    `board.select` takes them. No history and what knows the reader are left out.
+    `board.select` takes them. No history and what knows the reader are left out. In a table without headroom accuracy
+    is no limit.
     """
     return of_board(select(frame, only or {}), limits, Users(frame, folder))
 
@@ -95,7 +96,13 @@ def of_board(board: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     return pl.concat(found) if found else _section(board.clear(), limits, users)
 
 
+def judges(rows: pl.DataFrame) -> bool:
+    """Whether accuracy says anything in a table: not where the full state does not beat no history."""
+    return len(rows) == 0 or rows["headroom"][0] is not False
+
+
 def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
+    limits = limits if judges(rows) else replace(limits, at_least=None)
     cost = next((c for c in ("read_ms", "read_flops") if rows[c].is_not_null().any()), "read_flops")
     size = pl.col("bytes_mean").fill_null(0.0)
     rows = (
@@ -118,7 +125,7 @@ def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     ties = pl.col("kept") & (pl.col("p_best") >= LEVEL)
     if best is not None:
         ties |= pl.col("kept") & (pl.col("alike") == best["alike"])
-    smaller = pl.lit(best is not None) & (pl.col("bytes_mean") < (best or {}).get("bytes_mean", 0.0))
+    smaller = pl.lit(best is not None) & (pl.col("bytes_mean") < ((best or {}).get("bytes_mean") or 0.0))
     standing = (
         pl.when(pl.int_range(pl.len()) == 0).then(pl.when("kept").then(pl.lit("best")).otherwise(pl.lit("rebuilds")))
         .when(ties).then(pl.lit("ties"))
@@ -276,10 +283,17 @@ def print_recommended(
         head = title(rows.row(0, named=True))
         if said := remark(rows):
             tell(console, said, "bold yellow")
+        if limits.at_least is not None and not judges(rows):
+            tell(console, "Accuracy is no limit here: --at-least was left aside.", "bold yellow")
         if key not in found:
             tell(console, f"{head}: nothing within {limits}; {nearest(rows, limits)}")
             continue
         best = found[key]
+        if set(best["standing"]) == {"rebuilds"}:
+            tell(
+                console,
+                f"No kept state is within {limits}; {nearest(rows.filter(pl.col('family') != REBUILT), limits)}.",
+            )
         asked = [each._replace(rank=0) if "(ms)" in each.header and limits.read_ms else each for each in COLUMNS]
         console.print(terminal(best, filled(best, asked), f"{head}: within {limits}", console.width))
         for row in best.head(3).iter_rows(named=True):

@@ -235,13 +235,8 @@ def tell(console: Console, text: str, style: str = "") -> None:
     console.print(Text(shown(text), style))
 
 
-def terminal(
-    frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int, apart: str | None = None
-) -> RichTable:
-    """A rich table for a terminal of `width` characters, in columns that fit; below it, what had no room.
-
-    apart: the header of a column whose values stand above their lines where it has no room.
-    """
+def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: int) -> RichTable:
+    """A rich table for a terminal of `width` characters, in columns that fit; below it, what had no room."""
     from rich import box
     from rich.cells import cell_len
     from rich.table import Table
@@ -256,7 +251,7 @@ def terminal(
     table = Table(
         title=Text(shown(title), style="bold"),
         title_justify="left",
-        caption=_no_room([each for i, each in enumerate(columns) if i not in fitting and each.header != apart]),
+        caption=_no_room([each for i, each in enumerate(columns) if i not in fitting]),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -268,15 +263,8 @@ def terminal(
             Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
             overflow="fold", min_width=min(_most(column, width), most) if column.left else None,
         )  # fmt: skip
-    lines = zip(*(texts[i] for i in fitting))
-    hidden = [texts[i] for i, each in enumerate(columns) if each.header == apart and i not in fitting]
-    above = hidden[0] if hidden else [""] * len(frame)
-    for value, group in itertools.groupby(zip(above, lines), key=lambda pair: pair[0]):
-        table.add_section()
-        if value:
-            table.add_row(Text(f"at {value}", style="italic"))
-        for _, line in group:
-            table.add_row(*map(Text, line))
+    for line in zip(*(texts[i] for i in fitting)):
+        table.add_row(*map(Text, line))
     return table
 
 

@@ -12,7 +12,7 @@ from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
 from malloc_bench.report.board import EMPTY, GROUP, aggregate, newest, sections, share_of
 from malloc_bench.report.evidence import HEAD, LABELS, PAPER
-from malloc_bench.report.judge import full, main, remark
+from malloc_bench.report.judge import deployable, full, main, remark
 from malloc_bench.report.leaderboard import BUDGET_OF, without_data
 from malloc_bench.report.models import TABLE as MODELS
 from malloc_bench.report.parts import TABLE as PARTS
@@ -80,12 +80,15 @@ def resources(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
-    """How small each method gets: its smallest lossless state, its smallest state, and what is kept there."""
+    """How small each method gets: its smallest lossless state, its smallest state, and what is kept there.
+
+    What knows the tokens that will read is left out.
+    """
     measured = aggregate(frame).with_columns(pl.when(full() > 0).then(main() / full()).alias("kept"))
     smallest = pl.col("bytes_mean").arg_min()
     lossless = pl.col("lossless").fill_null(False)
     return (
-        measured.filter(pl.col("method") != "full")
+        measured.filter(deployable() & (pl.col("method") != "full"))
         .group_by(*GROUP, "family", "method", maintain_order=True)
         .agg(
             pl.col("n_users").max(),

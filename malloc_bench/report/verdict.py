@@ -36,8 +36,9 @@ def verdict(frame: pl.DataFrame, folder: str | Path, method: str, against: Seque
     (over the table), `wins` and `losses` of users, and by history length; `main`: the same of NDCG@10 or the GAUC. A
     baseline without a budget is held against the method's values at its bytes, between its budgets by interpolation in
     log bytes, a smaller one against its smallest state. Rows with `budget` "all" have the mean over log bytes where
-    both have states: the area between their curves over its width. Pairs without values by user are left out. `said`:
-    what must be known of the table first; headroom: whether it can judge at all, see `judge.judged`.
+    both have states: the area between their curves over its width. Pairs without values by user are left out.
+    `smaller`: the baseline is smaller than all of the method's states; `said`: what must be known of the table first;
+    headroom: whether it can judge at all, see `judge.judged`.
     """
     users = Users(frame, folder)
     found: list[dict[str, Any]] = []
@@ -75,11 +76,11 @@ def _pairs(mine: Curve, other: Curve, users: Users, names: Mapping[str, str]) ->
             both = {what: users.both(mine.cells[i], cells, what) for what in ("alike", "main")}
         else:
             both = {what: _at(mine, size, cells, users, what) for what in ("alike", "main")}
-        at = {"budget": budget, "bytes": size}
+        at = {"budget": budget, "bytes": size, "smaller": bool(mine.size) and size < mine.size[0] / 1.1}
         if row := _row(both["alike"], both["main"]):
             rows.append({**names, **at, **row})
     if (area := _area(mine, other, users)) is not None and (row := _row(area, None)):
-        rows.append({**names, "budget": "all", "bytes": None, **row})
+        rows.append({**names, "budget": "all", "bytes": None, "smaller": False, **row})
     return rows
 
 
@@ -166,6 +167,8 @@ def sentences(rows: pl.DataFrame) -> list[str]:
         won, lost = (sure.filter(test).height for test in (pl.col("alike") > 0, pl.col("alike") < 0))
         size = " to ".join(f"{each:+.3f}" for each in dict.fromkeys((change[0], change[-1])))
         one, sizes = len(change) == 1, f"{len(change)} sizes"
+        smaller = sizes_of["smaller"].all()
+        other = f"{other} (which is smaller)" if smaller else other
         counted = [
             f"{word} than {other} at {'its only size' if one else f'{n} of {sizes}'}"
             for word, n in (("better", won), ("worse", lost))
@@ -225,8 +228,8 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
 
     `main` and `alike` are the second's less the first's, paired over users where values by user are there (then with
     interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's,
-    `read_ratio` of reads, each over its own run's full state's. only: rows, as `board.select` takes them. Raises
-    ValueError where the two have nothing in common.
+    `read_ratio` of reads, each over its own run's full state's; `only_one` and `only_other`: how many rows the other
+    run has not. only: rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
     """
     frames = [load_results(each) for each in (one, other)]
     boards = [select(each, only or {}) for each in frames]
@@ -254,6 +257,8 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
         )
     reals = dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64())
     table = pl.DataFrame(found, schema_overrides={**reals, "equal": pl.Boolean()}, infer_schema_length=None)
+    only_in = {name: len(board) - len(rows) for name, board in zip(("only_one", "only_other"), boards)}
+    table = table.with_columns(pl.lit(n).alias(name) for name, n in only_in.items())
     if table.is_empty():
         raise ValueError(f"{one} and {other} have no method, budget, data set and backbone in common")
     parts = [rows.with_columns(_holm(rows["p"])) for _, rows in groups_of(table)]
@@ -303,3 +308,6 @@ def print_two_runs(found: pl.DataFrame, console: Console, most: int = 20) -> Non
             first = changed.sort(pl.col("main").abs(), descending=True, nulls_last=True).head(most)
             console.print(terminal(first, filled(first, RUNS), "what changed most", console.width))
         console.print()
+    one, other = found.select("only_one", "only_other").row(0)
+    if one or other:
+        tell(console, f"Not compared: {one} rows of the first run and {other} of the second, which the other has not.")

@@ -1,5 +1,7 @@
 """The fleet plan against sums done by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -160,6 +162,45 @@ def test_beyond_what_was_measured_times_grow_with_work():
     assert times(flat, "read", 1100, pace=1.0) == pytest.approx(3.0)  # never more than in proportion: 1.2e5 / 4e4
     assert times({**row, "read_flops_long": 2e4}, "read", 1e6) == 1.5  # the same work: as long as at the longest
     assert times(row, "read", 200) == pytest.approx(1.25)  # between both FLOPs are not asked
+
+
+@pytest.mark.parametrize("more", [{}, FLOPS, {"append_cpu_ms_p50": None}, {"budget": None, "measured_bytes": 2000.0}])
+def test_costs_grow_with_events_from_one_on(more):
+    """Nothing is free below what was measured, and nothing jumps where it was."""
+    steps = dict.fromkeys(("load", "unpack", "append", "pack", "write"), 0.5)
+    row = {**BATCH, **FLOPS, **more, "request_ms_p50": 9.0, **{f"request_{s}_ms_p50": x for s, x in steps.items()}}
+    for each in (row, {**row, "request_read_ms_p50": 6.0}):
+        found = [costs(each, n) for n in (1, 10, 99, 100, 101, 200, 299, 300, 301, 1000, 100_000)]
+        assert all(one.bytes > 0 and one.read > 0 and (one.raw or one.append > 0) for one in found)
+        for one, two in itertools.pairwise(found):
+            assert one.bytes <= two.bytes and one.read <= two.read * (1 + 1e-9) and one.build <= two.build * (1 + 1e-9)
+        for i in (2, 3, 6, 7):
+            assert found[i + 1].read == pytest.approx(found[i].read, rel=0.05)
+
+
+def test_states_of_a_share_stay_in_their_share():
+    """Of 2 slots of 94 and 6 of 199 a line makes none at 20, and too many at 5,000."""
+    row = {
+        **BATCH,
+        "measured_history": 94,
+        "measured_history_long": 199,
+        "measured_bytes": 2.0,
+        "measured_bytes_long": 6.0,
+    }
+    assert [costs(row, n).bytes for n in (1, 47, 94, 199, 1990)] == pytest.approx([2 / 94, 1, 2, 6, 60])
+    none = costs({**BATCH, "compressor": "none", "method": "none"}, 200)
+    assert none.build == none.rebuild == 0
+
+
+def test_more_candidates_read_as_many_times_what_history_adds():
+    """At most in proportion to FLOPs: 1.5 times of 6 ms at 200 events of 100."""
+    row = {**BATCH, **FLOPS, "request_ms_p50": 9.0, "measured_candidates": 8, "batch_candidates": 1}
+    row |= {
+        f"request_{s}_ms_p50": x
+        for s, x in zip(("load", "unpack", "append", "pack", "write", "read"), [0.0] * 5 + [6.0])
+    }
+    assert costs(row, 200).read == pytest.approx(6 + min(8 * 4 * 0.25, 6 * 0.5))
+    assert costs({**row, "measured_candidates": 1}, 200).read == pytest.approx(6 + 4 * 0.25)
 
 
 def test_what_a_flop_takes_is_the_full_states_beyond_no_history():

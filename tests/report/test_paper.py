@@ -149,7 +149,7 @@ def test_growth_between_two_lengths(row, board_of):
     assert one["compress ms"] is None and one["compressor"] == "h2o"
     text = tables.render_table(board_of(row(compressor="h2o", **sizes, **times)), "complexity")
     assert "| 10 | 1,000 | 1.00 | 2.00 | 0.50 |" in text
-    assert text.count("e: slope between both lengths") == 1 and text.rstrip().endswith("between these lengths.")
+    assert text.count("e: slope between both lengths") == 1 and text.rstrip().endswith("other parts of the work lead.")
 
 
 def test_growth_of_a_read_beyond_one_of_no_history(row, board_of):

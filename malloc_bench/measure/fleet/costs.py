@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from malloc_bench.measure.fleet.times import Row, pace, times
+from malloc_bench.measure.fleet.times import Row, flops_at, pace, times
 from malloc_bench.registry import find, names
 from malloc_bench.results import REQUEST_STEPS, first_step
 
@@ -44,8 +44,9 @@ class Costs:
 def costs(row: Row, events: float, per_more: Slopes | None = None) -> Costs | None:
     """Of a method's row, for users of so many events; None where its bytes or its times were not measured.
 
-    Bytes follow the line through the two lengths that were measured, times see `times`; where one was measured, or the
-    row is older than measured bytes, both are in proportion to events, or constant. What more bytes take to load,
+    Bytes follow the line through the two lengths that were measured, beyond them those of a share are in proportion to
+    events; times see `times`; where one was measured, or the row is older than measured bytes, both are in proportion,
+    or constant. What more bytes take to load,
     unpack, pack and write, and more FLOPs at least, is `per_more`, see `slopes`; None: nothing.
     """
     kept = _bytes(row, events)
@@ -57,18 +58,42 @@ def costs(row: Row, events: float, per_more: Slopes | None = None) -> Costs | No
     slope = per_more or {}
     grown = None if raw else partial(_grown_bytes, row)
     reads, appends = (times(row, step, events, grown, slope.get(step, 0.0)) for step in ("read", "append"))
-    build = 0.0 if raw else _grown(row, "prefill", events) + _grown(row, "compress", events)
-    rebuild = 0.0 if row.get("method", row["compressor"]) in KEPT_WHOLE else build
+    method = row.get("method", row["compressor"])
+    build = _grown(row, "prefill", events) + _grown(row, "compress", events)
+    build = 0.0 if raw or method == "none" else build  # nothing is made of nothing
+    rebuild = 0.0 if method in KEPT_WHOLE else build
     read, append = row["read_cpu_ms_p50"] * reads, (row.get("append_cpu_ms_p50") or 0.0) * appends
     steps: list[Any] = [row.get(f"request_{step}_ms_p50") for step in REQUEST_STEPS]
     if by_request := row.get("request_ms_p50") is not None and None not in steps:
         more = size - before[0] if before else 0.0  # bytes beyond those of the requests that were measured
         load, unpack, pack, write = (max(0.0, row[each] + slope.get(each, 0.0) * more) for each in MOVING)
         read = load + unpack + row["request_read_ms_p50"]  # one user at a time, as measured
-        # what a prefill takes more is no multiple of what a request of one user takes beside it
-        read += (row["read_ms_p50"] if raw else row["request_read_ms_p50"]) * (reads - 1)
-        append = load + unpack + pack + write + row["request_append_ms_p50"] * (1.0 if raw else appends)
+        read += _more(row, "read", events, reads, grown)
+        append = load + unpack + pack + write + row["request_append_ms_p50"]
+        append += 0.0 if raw else _more(row, "append", events, appends, grown)
     return Costs(_name(row), size, read, append, rebuild, build, raw, growth, by_request)
+
+
+def _more(row: Row, step: str, events: float, times: float, grown: Callable[[float], float] | None) -> float:
+    """Milliseconds that a step of a request of one user takes more than at the measured history.
+
+    What it takes a user of a batch, as many times as more candidates read (a prefill they share), at most in proportion
+    to FLOPs: what a request of one user takes beside does not grow.
+    """
+    more = (row.get(f"{step}_ms_p50") or 0.0) * (times - 1)
+    if grown is None:
+        return more
+    more *= (
+        row["measured_candidates"] / row.get("batch_candidates", row["measured_candidates"]) if step == "read" else 1
+    )
+    known = (
+        row.get(f"{step}_flops")
+        and row.get(f"{step}_flops_long")
+        and row["measured_history_long"] > row["measured_history"]
+    )
+    share = flops_at(row, step, events, False) / row[f"{step}_flops"] if known else grown(events)
+    most = row[f"request_{step}_ms_p50"] * (share - 1)
+    return min(more, max(most, 0.0)) if more > 0 else max(more, min(most, 0.0))
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, Slopes]:
@@ -131,7 +156,7 @@ def at_candidates(rows: Sequence[dict[str, Any]], candidates: int) -> list[dict[
         if first == candidates:
             found.append(row)
         elif str(candidates) in by:
-            found.append({**row, **by[str(candidates)], "measured_candidates": candidates})
+            found.append({**row, **by[str(candidates)], "measured_candidates": candidates, "batch_candidates": first})
         else:
             found.append({**row, "read_cpu_ms_p50": None})
     if candidates not in known:
@@ -147,7 +172,10 @@ def _bytes(row: Row, events: float) -> tuple[float, str] | None:
     if size is not None and largest is not None and most is not None and most > n:
         slope = (largest - size) / (most - n)
         growth = "constant" if slope == 0 else f"{slope:.4g} bytes an event"
-        return max(0.0, size + slope * (events - n)), growth
+        line = size + slope * (events - n)
+        if slope and str(row.get("budget")).endswith("%") and not n <= events <= most:
+            return (size * events / n if events < n else largest * events / most), growth  # whole slots make no line
+        return max(line, size * events / n if slope > 0 and events < n else 0.0), growth
     one = size
     if (
         size is None and most is not None and most > n

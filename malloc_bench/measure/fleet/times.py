@@ -15,10 +15,10 @@ def times(
 ) -> float:
     """How many times longer than at the measured history a step takes.
 
-    Until the longest history that was measured, along the line through both; beyond it by its FLOPs (by that line where
-    they are not counted), each of which takes what it took between both, at least `pace` milliseconds and at most its
-    share of the longest's whole time: noise between two near lengths is not stretched over a far one. Without two
-    lengths, in proportion to events.
+    Between the two histories that were measured, along the line through both. Shorter and longer ones by FLOPs (by that
+    line where they are not counted, at least in proportion), each of which takes what it took between both, at least
+    `pace` milliseconds and at most its share of the whole time: noise between two near lengths is not stretched over a
+    far one. Without two lengths, in proportion to events.
 
     grown: of a kept state, how many times more bytes it has at so many events; noise is held between that and 1. bends:
     whether FLOPs of what is no read of a kept state may grow faster than a line, see `flops_at`.
@@ -32,15 +32,18 @@ def times(
     if grown is not None:
         last = min(last, first * max(1.0, grown(long)))
     slope = (last - first) / (long - n)
-    if events <= long:
-        return float(max(0.0, 1 + slope / first * (events - n)))
-    before, after = (row.get(f"{step}_flops{end}") for end in ("", "_long"))
-    if not before or not after:
-        slope = slope if grown is None else min(slope, last / long)
-        return float((last + slope * (events - long)) / first)
-    more = max(0.0, flops_at(row, step, events, bends and grown is None) - after)
-    each = min(max((last - first) / (after - before), pace), last / after) if after > before else 0.0
-    return float((last + each * more) / first)
+    line = 1 + slope / first * (events - n)
+    if n <= events <= long:
+        return float(line)
+    at, end, whole = (n, "", first) if events < n else (long, "_long", last)
+    here = row.get(f"{step}_flops{end}")
+    if not here or not row.get(f"{step}_flops") or not row.get(f"{step}_flops_long"):
+        share = whole / first * events / at  # of the whole time
+        bound = max if events < n else min
+        return float(line if grown is None and events > n else bound(line, share))
+    more = row[f"{step}_flops_long"] - row[f"{step}_flops"]
+    each = min(max((last - first) / more, pace), whole / here) if more > 0 else 0.0
+    return float((whole + each * (flops_at(row, step, events, bends and grown is None) - here)) / first)
 
 
 def flops_at(row: Row, step: str, events: float, bends: bool) -> float:
@@ -52,8 +55,8 @@ def flops_at(row: Row, step: str, events: float, bends: bool) -> float:
     before, after = row[f"{step}_flops"], row[f"{step}_flops_long"]
     bend = (after / long - before / n) / (long - n)
     if bends and bend > 0:
-        return (before / n - bend * n) * events + bend * events**2
-    return before + (after - before) / (long - n) * (events - n)
+        return max(0.0, (before / n - bend * n) * events + bend * events**2)
+    return max(0.0, before + (after - before) / (long - n) * (events - n))
 
 
 def pace(full: Row | None, empty: Row | None, step: str) -> float:
