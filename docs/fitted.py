@@ -1,4 +1,4 @@
-"""Writes docs/fitted.md from committed rows: results/fitted_small, fit_ablations, and tables of results/benchmarks.
+"""Writes docs/fitted.md from committed rows: fitted_small, fit_ablations and horizon of results/, and its benchmarks.
 
 python docs/fitted.py            --check: says whether the page is what the rows say, and writes nothing
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from malloc_bench.report.board import aggregate
 from malloc_bench.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -128,10 +129,24 @@ constant explains most of what a held-out item gets, one linear direction most o
 of a stack reads most by query. So the finding is about backbones and data as much as about the method: on these
 data, of five backbones {headroom} reading by query to be seen in NDCG@10 above that constant.
 
+## How long it lasts
+
+The adversary is a generated world in which each answer hangs on one old event, another one at each next position
+(`malloc-bench run horizon`, HSTU, three seeds; the full state's HR@10 is {horizon_full}, {horizon_best} is possible).
+A state is left as it was made while events come. Its probes stood at the positions of the next h requests
+(`horizon`); overlap@10 at the last of these requests, and in brackets at the first one looked at beyond:
+
+{horizon}
+
+At one known position every answer is the same for all who ask: a constant keeps {horizon_constant}, and
+{horizon_constant_later} one event later; no history {horizon_none}, the newest {horizon_slots} slots {horizon_newest}.
+A fit holds to the end of its horizon and not one event longer, and the horizon costs slots: of those tried it takes
+{enough} requests to keep .8.
+
 ## Limits
 
-- A fit knows the positions it was made for. Where attention hangs on distance, probes should stand at those of
-  later requests too: `horizon`; `suites/horizon.yaml` asks what that is worth.
+- A fit knows the positions it was made for. Where attention hangs on distance, probes must stand at those of all
+  later requests that the state should serve (above).
 - Items that come to the catalogue later were no probes. Readers that were none are answered as well (above), but all
   of them were in training.
 - Fitting costs up to two prefills for 200 events, under half of one for 2,000. A state that is read once is not
@@ -220,6 +235,42 @@ def ablations() -> str:
     return "\n".join(lines)
 
 
+HORIZONS = {1: 0, 2: 1, 6: 5, 21: 20, 51: 50}  # requests -> events behind a state at the last of them
+
+
+def horizon() -> dict[str, str]:
+    """What fits to the next h requests keep at the last of them, and one look beyond it; and what bounds them."""
+    found = aggregate(load_results(ROOT / "results" / "horizon"))
+    slots = pl.col("budget").str.extract(r"^(\d+) slots").cast(pl.Int64)
+    asked = pl.col("compressor").str.extract(r"horizon=(\d+)").cast(pl.Int64).fill_null(1)
+    fits = found.filter(pl.col("method") == "fit_omp").with_columns(slots.alias("slots"), asked.alias("h"))
+    kept = {(row["h"], row["slots"]): row for row in fits.iter_rows(named=True)}
+    sizes = sorted({size for _, size in kept})
+    at = {0: "overlap@10"} | {n: f"appended@{n}" for n in (1, 5, 20, 50)}
+    beyond = dict(zip(HORIZONS, [*list(HORIZONS.values())[1:], None]))
+
+    def cell(h: int, size: int) -> str:
+        row, past = kept[h, size], beyond[h]
+        return f"{row[at[HORIZONS[h]]]:.3f}" + ("" if past is None else f" ({row[at[past]]:.3f})")
+
+    lines = ["| requests | " + " | ".join(f"{n} slots" for n in sizes) + " |", "|--:|" + "--:|" * len(sizes)]
+    lines += [f"| {h} | " + " | ".join(cell(h, size) for size in sizes) + " |" for h in HORIZONS]
+    enough = {h: next((n for n in sizes if kept[h, n][at[HORIZONS[h]]] >= 0.8), None) for h in HORIZONS}
+    one = {name: found.filter(pl.col("method") == name).row(0, named=True) for name in ("full", "fit_constant", "none")}
+    newest = found.filter((pl.col("method") == "recent") & (slots == sizes[-2])).row(0, named=True)
+    return {
+        "horizon": "\n".join(lines),
+        "enough": ", ".join(f"{n or 'more'} for {h}" for h, n in enough.items()),
+        "horizon_full": f"{one['full']['hr@10']:.3f}",
+        "horizon_best": f"{one['full']['ceiling_full_hr@10']:.3f}",
+        "horizon_none": f"{one['none']['overlap@10']:.3f}",
+        "horizon_constant": f"{one['fit_constant']['overlap@10']:.3f}",
+        "horizon_constant_later": f"{one['fit_constant']['appended@1']:.3f}",
+        "horizon_newest": f"{newest['overlap@10']:.3f}",
+        "horizon_slots": str(sizes[-2]),
+    }
+
+
 def ceiling() -> str:
     """Of fits to the very items that read, at 1/64."""
     found = pl.read_csv(ROOT / "results" / "fit_ablations" / "leaderboard.csv", infer_schema_length=None)
@@ -250,6 +301,7 @@ def page() -> str:
         ceiling=ceiling(),
         where=committed("where.md"),
         why=committed("why.md"),
+        **horizon(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
     )
 

@@ -168,11 +168,16 @@ def list_(
 
 
 @app.command()
-def show(name: NameArg, as_json: AsJson = False) -> None:
+def show(
+    name: NameArg,
+    as_json: AsJson = False,
+    run: Annotated[Path | None, typer.Option(help="A run: what its fits make of each budget (auto).")] = None,
+    only: Only = None,
+) -> None:
     """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""
     from malloc_bench.cli import describe
 
-    found = describe.show(name)
+    found = describe.show(name) if run is None else describe.explained(name, run, pairs(only or []))
     if as_json:
         say_json([{"name": name, "kind": kind, "lines": [list(line) for line in lines]} for kind, lines in found])
         return

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +152,26 @@ def show(name: str) -> list[tuple[str, Lines]]:
         known = {*registry.names("compressors"), *registry.names("backbones"), *list_datasets(), *suites}
         raise UnknownName(f"nothing is named '{clipped(name)}'. Did you mean {near(name[:100], known)}?")
     return shown
+
+
+def explained(name: str, run: Path, only: Mapping[str, Sequence[str]]) -> list[tuple[str, Lines]]:
+    """(kind, [(cell, a line)]) of what a method makes of a run's budgets by what it learned; raises ValueError."""
+    from malloc_bench import load_run
+    from malloc_bench.results import read_rows
+    from malloc_bench.suite import suite
+    from malloc_bench.suite.cells import Cell
+
+    loaded = load_run(run)
+    rows = read_rows(loaded.folder / "rows", quarantine=False)
+    cells = [Cell.of_row(row) for row in rows]
+    asked = suite.only(cells, {**only, "compressor": [name]})
+    lines: Lines = []
+    for row, cell in zip(rows, cells):
+        said = loaded.explained(row["cell_id"]) if cell in asked else ()
+        lines += [(str(cell) if not n else "", line) for n, line in enumerate(said)]
+    if not lines:
+        raise ValueError(f"{run}: {name} makes nothing of a budget by what it learned, or has no row here")
+    return [("plan", lines)]
 
 
 def _compressor(cls: type[Compressor]) -> Lines:

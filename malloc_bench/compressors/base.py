@@ -73,6 +73,17 @@ def methods_in(compressor: Compressor) -> Iterator[Compressor]:
                 yield from methods_in(part)
 
 
+def said(compressor: Compressor) -> str:
+    """`fit_keys(probes=128) + mxint`: a method's name, and what its parameters are where they are not the defaults."""
+    inner = [each for each in methods_in(compressor) if each is not compressor]
+    if inner:
+        return " + ".join(map(said, inner))
+    given = {each.name: getattr(compressor, each.name) for each in fields(compressor)}  # type: ignore[arg-type]
+    plain = {each.name: each.default for each in fields(compressor)}  # type: ignore[arg-type]
+    own = ", ".join(f"{name}={value}" for name, value in given.items() if value != plain[name])
+    return f"{compressor.name}({own})" if own else compressor.name
+
+
 class MissingFit(ValueError):
     """A method that learns from training users was to compress before it did."""
 
@@ -153,6 +164,10 @@ class Compressor(ABC):
         same sample comes to the same fit: what is random is seeded. Its bytes are fixed bytes of the method.
         """
         raise TypeError(f"{type(self).__name__} learns nothing")
+
+    def explain(self, fitted: Fitted, budget: Any) -> Sequence[str]:
+        """What the method makes of a budget with a fit, in words, a line each; most have nothing to say."""
+        return ()
 
     def fit_parts(self) -> Mapping[str, Compressor]:
         """The parts of the method that are fitted, each by itself, by the name under which it finds its fit."""

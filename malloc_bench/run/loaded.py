@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from malloc_bench.backbones import Backbone
+from malloc_bench.compressors import Compressor
 from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
@@ -22,7 +23,7 @@ from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import read_manifest
 from malloc_bench.run.models import trained
 from malloc_bench.run.runner import one_row
-from malloc_bench.state import Events, Prefill, UserState
+from malloc_bench.state import Events, Fitted, Prefill, UserState
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.plan import checkpoint_folder
 
@@ -84,12 +85,7 @@ class Run:
     def states(self, which: Which, users: int = 32) -> States:
         """Test users of a cell, those with the longest histories, compressed as the run did it; fits are reused."""
         cell = self.cell(which)
-        split = self.split(cell)
-        backbone, weights = trained(cell, split.dataset, self.folder)
-        plain = trained(cell.plain, split.dataset, self.folder)[0]
-        method = cell.compressor.build()
-        fits = home() / "checkpoints" / checkpoint_folder(cell).name / "fits"
-        fitted = Fits(backbone, plain, split, fits, weights, cell.seed).of(method, cell.budget)[0]
+        split, method, backbone, plain, fitted = self._fitted(cell)
         rows = chunks(backbone, split)[-1][-users:]
         asked = asked_of(backbone, split, rows, cell.filter_seen)
         ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
@@ -100,6 +96,21 @@ class Run:
         prefill = replace(prefill, whole=full.full_bytes())
         state = method.compress(prefill, cell.budget, fitted)
         return States(state, full.state, prefill, asked.tokens, backbone)
+
+    def explained(self, which: Which) -> Sequence[str]:
+        """What a cell's method makes of its budget with what it has learned, in words; fits are reused."""
+        cell = self.cell(which)
+        _, method, _, _, fitted = self._fitted(cell)
+        return () if fitted is None else method.explain(fitted, cell.budget)
+
+    def _fitted(self, cell: Cell) -> tuple[Split | Impressions, Compressor, Backbone, Backbone, Fitted | None]:
+        """A cell's data, its method, the backbone that it adapts and the plain one, and what it has learned."""
+        split, method = self.split(cell), cell.compressor.build()
+        backbone, weights = trained(cell, split.dataset, self.folder)
+        plain = trained(cell.plain, split.dataset, self.folder)[0]
+        place = home() / "checkpoints" / checkpoint_folder(cell).name / "fits"
+        fitted, _ = Fits(backbone, plain, split, place, weights, cell.seed).of(method, cell.budget)
+        return split, method, backbone, plain, fitted
 
 
 def load_run(folder: str | Path) -> Run:

@@ -113,3 +113,24 @@ def test_a_run_without_measured_costs_is_one_line(run, tmp_path, capsys) -> None
     assert main(["run", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
     assert main(["plan", str(tmp_path / "run"), *ASKED]) == 2
     assert "has no measured costs: run its suite with measure: {latency: true}" in capsys.readouterr().err
+
+
+def test_show_prints_what_a_budget_gets_of_what_was_learned(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    auto = (
+        "{auto: {candidates: [[{fit_omp: {probes: 8, which: drawn}}, mxint], [recent, {mxint: {bits: 8}}]], tests: 4}}"
+    )
+    text = SUITE.replace("[full, none, recent, recompute]", f"[full, recent, {auto}]").replace("layers: 1", "layers: 2")
+    text = text.replace("[0.25, {slots: 4}]", "[0.25, 0.125]").replace(
+        "users: 2, seconds: 0.01, store: dict, candidates: [1, 8]", "latency: false"
+    )
+    (tmp_path / "small.yaml").write_text(text)
+    run = str(tmp_path / "run")
+    assert main(["run", str(tmp_path / "small.yaml"), "--out", run, "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["show", "auto", "--run", run, "--only", "budget=1/4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shares = [float(line.split("%")[0].rsplit(" ", 1)[1]) for line in lines if "of the bytes" in line]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2) and " at 0.25, seed 0" in " ".join(lines)
+    assert main(["show", "recent", "--run", run]) == 2
+    assert "recent makes nothing of a budget by what it learned" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, as_compressor, grows
+from malloc_bench.compressors.base import Compressor, as_compressor, grows, said
 from malloc_bench.compressors.fitted.allocation import Curves
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
@@ -119,6 +119,10 @@ class Auto(Compressor):
         assert part is not None
         chosen = Curves.of(fitted["lost"], fitted["spent"]).divided(part)
         return tuple((self.candidates[candidate], share) for candidate, share in chosen)
+
+    def explain(self, fitted: Fitted, budget: Any) -> Sequence[str]:
+        plan = self.planned(fitted, budget)
+        return [f"layer {i}: {share:.1%} of the bytes, {said(method)}" for i, (method, share) in enumerate(plan, 1)]
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         if budget is None:
