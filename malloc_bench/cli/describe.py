@@ -157,12 +157,12 @@ def show(name: str) -> list[tuple[str, Lines]]:
 def explained(name: str, run: Path, only: Mapping[str, Sequence[str]]) -> list[tuple[str, Lines]]:
     """(kind, [(cell, a line)]) of what a method makes of a run's budgets by what it learned; raises ValueError."""
     from malloc_bench import load_run
-    from malloc_bench.results import read_rows
+    from malloc_bench.results import rows_of
     from malloc_bench.suite import suite
     from malloc_bench.suite.cells import Cell
 
     loaded = load_run(run)
-    rows = read_rows(loaded.folder / "rows", quarantine=False)
+    rows = rows_of(loaded.folder)
     cells = [Cell.of_row(row) for row in rows]
     asked = suite.only(cells, {**only, "compressor": [name]})
     lines: Lines = []

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_asked", "budget_label", "budget_labels",
     "budget_text", "canonical_json", "cell_id", "digest", "first_step", "frame", "label", "load_results", "read_rows",
-    "remove_leftovers", "share", "to_parquet", "write_per_user", "write_row",
+    "remove_leftovers", "rows_of", "share", "to_parquet", "write_per_user", "write_row",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -291,6 +291,18 @@ def load_results(rundir: str | Path) -> pl.DataFrame:
     if (rundir / "results.parquet").is_file():
         return read_parquet(rundir / "results.parquet")
     raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
+
+
+def rows_of(rundir: str | Path) -> list[Row]:
+    """The rows of a run folder, or, where only its `results.parquet` is left, as in a commit, those of that.
+
+    Raises ResultsError where that file is not what was written, FileNotFoundError where the folder has neither.
+    """
+    if found := read_rows(Path(rundir) / "rows", quarantine=False):
+        return found
+    nested = [name for name, kind in COLUMNS.items() if kind == "json"]
+    rows = load_results(rundir).iter_rows(named=True)
+    return [row | {name: _parsed(row[name]) for name in nested} for row in rows]
 
 
 def to_parquet(rundir: str | Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
-from malloc_bench.results import COLUMNS, Row, read_rows, spoilt, write_row
+from malloc_bench.results import COLUMNS, Row, rows_of, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
 from malloc_bench.run.manifest import joined
 
@@ -31,17 +31,19 @@ JUDGED = (
 def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Rows, per-user values, raw times and manifests of `runs` in the folder `out`, and its report.
 
-    Every row is held against its digest, as are the files that belong to it. A cell that two runs have must have come
-    to the same accuracy and bytes, to rounding; the first run's row is kept, but a finished one goes before a failed
-    or skipped one. Raises ResultsError that names the runs and the cell.
+    A folder may be what is committed of a run: `results.parquet` and the manifest. Every row is held against its
+    digest, as are the files that belong to it. A cell that two runs have must have come to the same accuracy and bytes,
+    to rounding; the first run's row is kept, but a finished one goes before a failed or skipped one. Raises
+    ResultsError that names the runs and the cell.
     """
     rows: dict[str, Row] = {}
     owner: dict[str, Path] = {}
     folder = Path(out)
     for run in map(Path, runs):
-        found = read_rows(run / "rows", quarantine=False)
-        if not found:
-            raise ResultsError(f"{run} holds no rows: is it the folder of a run?")
+        try:
+            found = rows_of(run)
+        except FileNotFoundError as error:
+            raise ResultsError(f"{run} holds no rows: is it the folder of a run?") from error
         for row in found:
             known = rows.get(each := row["cell_id"])
             if known is not None and known["status"] == row["status"] == "ok" and (why := _differs(known, row)):

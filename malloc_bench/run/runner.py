@@ -17,7 +17,7 @@ from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
-from malloc_bench.results import COLUMNS, Row, differing, read_rows
+from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
 from malloc_bench.run.estimate import probed
 from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
@@ -225,9 +225,10 @@ def one_row(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> Row:
 
     Raises ValueError where no row, or more than one, is meant.
     """
-    every = read_rows(Path(run) / "rows", quarantine=False)
-    if not every:
-        raise ValueError(f"{run} holds no rows/*.json, which say how to compute a cell again: run its suite first")
+    try:
+        every = rows_of(run)
+    except FileNotFoundError as error:
+        raise ValueError(f"{run} holds no rows, which say how to compute a cell again: run its suite first") from error
     if isinstance(which, str):
         rows = [row for row in every if row["cell_id"].startswith(which)]
         said = f"have an id that begins with '{which}'"

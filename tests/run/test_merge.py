@@ -8,7 +8,7 @@ from malloc_bench.cli import main
 from malloc_bench.results import ResultsError, load_results, read_rows, write_row
 from malloc_bench.run import merge as merging
 from malloc_bench.run.merge import merge
-from malloc_bench.run.runner import run_suite
+from malloc_bench.run.runner import one_row, run_suite
 
 SUITE = """
 name: tiny
@@ -47,6 +47,18 @@ def test_merged_shards_are_the_run(shards: list[Path], tmp_path: Path, monkeypat
     assert reported == [tmp_path / "merged"]
     again = run_suite(tmp_path / "tiny.yaml", tmp_path / "merged", quiet=True)
     assert (again.reused, again.ok) == (7, 0)
+
+
+def test_what_is_committed_of_a_run_is_merged_and_reproduced(shards: list[Path], tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("results.parquet", "manifest.json"):
+        (kept / name).write_bytes((shards[0] / name).read_bytes())
+    whole = load_results(merge(shards, tmp_path / "joined"))
+    assert load_results(merge([kept, *shards[1:]], tmp_path / "some")).equals(whole)
+    row = whole.filter(status="ok", compressor="recent").row(0, named=True)
+    where = next(each for each in (kept, *shards[1:]) if row["cell_id"] in load_results(each)["cell_id"].to_list())
+    assert one_row(where, row["cell_id"])["digest"] == row["digest"]
 
 
 def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> None:
