@@ -16,7 +16,8 @@ from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
 from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
 from malloc_bench.report.users import Users, difference, p_of
-from malloc_bench.results import STEPS, first_step
+from malloc_bench.results import STEPS
+from malloc_bench.results.labels import first_step
 
 HEAD = (*GROUP, "n_users", "note", "family", "compressor", "budget")
 LABELS = (words("family", "family"), words("compressor", "compressor"), words("budget", "budget"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from malloc_bench.registry import find, names
 from malloc_bench.report.style import COLOURS, DASHES, FLOOR, OTHER, human
-from malloc_bench.results import first_step
+from malloc_bench.results.labels import first_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

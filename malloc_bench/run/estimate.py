@@ -21,10 +21,13 @@ from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.evaluation.evaluate import Job, evaluate
 from malloc_bench.evaluation.guard import undisturbed
+from malloc_bench.measure.sampling import ENOUGH as ENOUGH_SAMPLES
+from malloc_bench.measure.workload import Workload
 from malloc_bench.run.fits import USERS, Fits
 from malloc_bench.run.models import fresh
 from malloc_bench.suite.cells import Cell
-from malloc_bench.suite.plan import Planned, RunResult, group_key, groups
+from malloc_bench.suite.file import Measure
+from malloc_bench.suite.plan import Planned, RunResult, group_key, groups, request_seconds
 from malloc_bench.training.fit import Progress, Training, fit, validation_auc, validation_ndcg
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ GROUPS = 4  # probed at most; others are scaled by them
 BUDGETS = 1  # of each method
 STEPS = 4  # of training, the first not counted
 FEW, SOME = 32, 96  # users: what is spent on each is told from what is spent once a cell, its 32 packed users included
+REQUESTS = 2.5 * ENOUGH_SAMPLES  # times a read and an append: of the method and of the full state, packing and all
 SAMPLE = 16  # users that methods are fitted to
 
 
@@ -42,10 +46,11 @@ class _Enough(Exception):
     """The steps that were to be timed are over."""
 
 
-def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.device) -> float | None:
+def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.device, asked: Measure) -> float | None:
     """Put what a short probe of this machine says in place of the plan's rough costs; the seconds that it took.
 
-    None where the plan is short, or nothing could be timed: the costs are then as they were.
+    None where the plan is short, or nothing could be timed: the costs are then as they were. asked: what the suite
+    measures.
     """
     if result.estimate < ENOUGH:
         return None
@@ -53,7 +58,7 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike
     for cell, members in groups([each for each in result.plan if not each.cell.impossible]):
         first.setdefault(group_key(cell)[:-1], (cell, members))
-    found: dict[Any, tuple[float, float]] = {}
+    found: dict[Any, tuple[float, float, float]] = {}
     largest = sorted(first.items(), key=lambda item: -result.costs[group_key(item[1][0])].total)[:GROUPS]
     for n, (key, (cell, members)) in enumerate(largest):
         cost, until = result.costs[group_key(cell)], started + PROBE * (n + 1) / len(largest)
@@ -61,33 +66,40 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
             continue
         try:
             with undisturbed():
-                train, judge = _group(cell, members, datasets[cell.dataset], device, until)
+                train, judge, served = _group(cell, members, datasets[cell.dataset], device, until, asked)
         except Exception:  # whatever it is, the run will say it
             log.debug("no probe of %s", cell, exc_info=True)
             continue
         epochs = cost.epochs or 1
-        found[key] = train * epochs / max(cost.train, 1e-9) if cost.train else 1.0, judge / max(cost.evaluate, 1e-9)
+        rough = served / request_seconds(asked) if asked.store else 1.0
+        training = train * epochs / max(cost.train, 1e-9) if cost.train else 1.0
+        found[key] = training, judge / max(cost.evaluate, 1e-9), rough
     if not found:
         return None
-    usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1))
+    usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1, 2))
     for key, cost in result.costs.items():
-        train, judge = found.get(key[:-1], usual)
+        train, judge, served = found.get(key[:-1], usual)
         result.costs[key] = replace(
-            cost, train=cost.train * train, evaluate=cost.evaluate * judge, drift=cost.drift * judge
+            cost,
+            train=cost.train * train,
+            evaluate=cost.evaluate * judge,
+            drift=cost.drift * judge,
+            measure=cost.measure * served,
         )
     return time.perf_counter() - started
 
 
 def _group(
-    cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, until: float
-) -> tuple[float, float]:
-    """Seconds of an epoch of training, and of the evaluation of all members."""
+    cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, until: float, asked: Measure
+) -> tuple[float, float, float]:
+    """Seconds of an epoch of training, of the evaluation of all members, and of one cell's requests."""
     assert cell.split is not None, "settled"
     split = cell.task.cut(data, cell.split)
     backbone = fresh(cell, split.dataset).to(device)
     with tempfile.TemporaryDirectory() as folder:
         train = _epoch(backbone, split, Training(**cell.training), Path(folder), until)
-        return train, _evaluation(backbone, split, cell, members, Path(folder), until)
+        judge = _evaluation(backbone, split, cell, members, Path(folder), until)
+    return train, judge, _requests(backbone, int(np.median(_lengths(backbone, split))), asked) if asked.store else 0.0
 
 
 def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, folder: Path, until: float) -> float:
@@ -128,7 +140,9 @@ def _evaluation(
         if not each.cell.compressor.structural:
             by_method.setdefault(each.cell.compressor, []).append(each)
     tests, rng = len(split.test), np.random.default_rng(zlib.crc32(str(cell).encode()))  # other methods of each group
-    order, numbers = rng.permutation(tests), [min(n, tests) for n in (FEW, SOME)]
+    length, numbers = _lengths(backbone, split), [min(n, tests) for n in (FEW, SOME)]
+    # a chunk holds users of one length: these are as long as costs what all do on average, between a line and a square
+    order = np.argsort(np.abs(length - np.sqrt(np.square(length).mean())), kind="stable")
     fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
 
     def taken(jobs: list[Job], sizes: Sequence[int] = numbers) -> np.ndarray:
@@ -157,6 +171,25 @@ def _evaluation(
         covered += len(own)
     whole = float(base[1]) / max(numbers[1], 1) * tests
     return whole + total * len(members) / max(covered, 1)
+
+
+def _lengths(backbone: Backbone, split: Split | Impressions) -> np.ndarray:
+    """Events of each test request's history, as far as the backbone reads."""
+    test = split.test
+    return np.minimum(test.at - split.dataset.offsets[test.users], backbone.max_length).clip(1)
+
+
+@torch.no_grad()
+def _requests(backbone: Backbone, history: int, asked: Measure) -> float:
+    """Seconds of one cell's requests: by what the full state's take without a store."""
+    total = 0.0
+    for candidates in asked.candidates:
+        work = Workload(1, min(asked.history or history, backbone.max_length - 1), candidates)
+        events, tokens, new = work.events(backbone.n_items, next(backbone.parameters()).device)
+        state = backbone.eval().prefill(events).state
+        one = min(_timed(lambda: (backbone.read(tokens, state), backbone.append(state, new))) for _ in range(3))  # noqa: B023
+        total += request_seconds(replace(asked, candidates=(candidates,)), REQUESTS * one)
+    return total
 
 
 def _job(fits: Fits, each: Planned) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -156,7 +157,16 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
         console.print(shown(text), highlight=False, markup=False)
 
     if not console.is_terminal:
-        yield _Shown(track, say, _lines(say, clock))
+        show, ended = _lines(say, clock), threading.Event()
+        # what takes long says nothing by itself: the same line comes again
+        beat = threading.Thread(
+            target=lambda: [show(track) for _ in iter(lambda: ended.wait(EVERY), True)], daemon=True
+        )
+        beat.start()
+        try:
+            yield _Shown(track, say, show)
+        finally:
+            ended.set()
         return
     from rich.progress import BarColumn, Progress, TextColumn
 

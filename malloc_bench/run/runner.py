@@ -97,7 +97,7 @@ def _run(
     if dry_run:
         rows = [] if fresh else read_rows(folder / "rows", quarantine=False)
         result = make_plan(cells, datasets, folder, rows, suite)
-        result.probe = probed(result, datasets, on)
+        result.probe = probed(result, datasets, on, suite.measure)
         return result
     if suite.measure.store is not None:
         STORES[suite.measure.store].check()  # before hours of training

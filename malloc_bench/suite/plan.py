@@ -14,6 +14,7 @@ from malloc_bench.evaluation.drift import UPDATES, USERS
 from malloc_bench.paths import home
 from malloc_bench.results import Row, cell_id, spoilt
 from malloc_bench.suite.cells import Cell
+from malloc_bench.suite.file import Measure
 from malloc_bench.suite.suite import Suite
 
 log = logging.getLogger(__name__)
@@ -89,12 +90,18 @@ def make_plan(
         timed = sum(suite.measure.covers(member.cell.budget) for member in group)
         train = epochs * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
-        seconds, asked = suite.measure.seconds, len(suite.measure.candidates) * (suite.measure.store is not None)
-        measured = timed * (2 * seconds * suite.measure.latency + (min(30 * seconds, 15) + 2 * seconds + 1) * asked)
+        asked = request_seconds(suite.measure) * (suite.measure.store is not None)
+        measured = timed * (2 * suite.measure.seconds * suite.measure.latency + asked)
         # a state is compressed twice, then updated by one event or block of events after another
         updates = sum(min(n, UPDATES) + 2 for n in suite.measure.drift) * min(USERS, data.n_users)
         result.costs[group_key(cell)] = Cost(train, judge, measured, epochs, len(group) * updates * 5e-4)
     return result
+
+
+def request_seconds(measure: Measure, sampling: float = 15.0) -> float:
+    """Of one cell's requests, by each number of candidates; sampling: until enough were taken for a p99."""
+    taken = max(measure.seconds, min(30 * measure.seconds, sampling))
+    return len(measure.candidates) * (taken + 2 * measure.seconds + 1)  # then at 1 and 2 clients
 
 
 def _epochs(cell: Cell) -> int:

@@ -1,8 +1,11 @@
 """How far a run says it is: one number over training, evaluation and measuring, by a clock of our own."""
 
+import time
+
 import pytest
 from rich.console import Console
 
+from malloc_bench.run import progress
 from malloc_bench.run.progress import Track, duration, watching
 from malloc_bench.suite.plan import Cost
 from malloc_bench.training.fit import Progress
@@ -93,3 +96,15 @@ def test_quiet_says_nothing_and_a_terminal_gets_a_bar(capsys, monkeypatch):
         watch.group("a [b] c", Cost(1.0, 9.0, 0.0))
         watch.chunk(1, 2)
     assert "a [b] c" in capsys.readouterr().err
+
+
+def test_a_silent_phase_says_its_line_again(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    with watching(False, 100.0) as watch:
+        watch.group("some", Cost(1.0, 9.0, 90.0))
+        watch.measure(3)
+        time.sleep(0.5)  # nothing is told
+    said = capsys.readouterr().err
+    assert said.count("measure: latency and FLOPs of 3 cells") > 2
+    time.sleep(0.1)
+    assert not capsys.readouterr().err  # and it ends with the run

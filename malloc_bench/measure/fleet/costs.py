@@ -12,7 +12,8 @@ import numpy as np
 
 from malloc_bench.measure.fleet.times import Row, flops_at, pace, times
 from malloc_bench.registry import find, names
-from malloc_bench.results import REQUEST_STEPS, first_step
+from malloc_bench.results import REQUEST_STEPS
+from malloc_bench.results.labels import first_step
 
 RAW_EVENT = 12  # bytes of an id (int32) and a time (int64)
 KEPT_WHOLE = ("full", "none")  # append makes them what compressing again would
