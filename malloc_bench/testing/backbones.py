@@ -175,7 +175,7 @@ def batch_and_padding_do_not_matter(backbone: Backbone) -> None:
         alone = map_tensors(lambda x: x[:, :n] if x.dim() == 2 else x, alone)  # noqa: B023
         mine = backbone.prefill(alone).state
         token = map_tensors(lambda x: x.index_select(0, row), tokens)  # noqa: B023
-        close(backbone.read(token, mine)[0], outputs[user], "alone", 1e-5)
+        close(backbone.read(token, mine)[0], outputs[user], "alone", 1e-4)  # of float32, whose kernels CPUs choose
         assert int(mine.nbytes()) == int(state.nbytes()[user])
 
 

@@ -45,7 +45,7 @@ def test_blocks_do_not_change_results(case, trained, monkeypatch):
     monkeypatch.setattr(attention, "_CELLS", 1)
     for module in (block, hstu, climber):
         monkeypatch.setattr(module, "BLOCK", 7)
-    close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-6)
+    close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-5)
     close(backbone(history), plain, "plain pass, 7 queries at a time", 1e-5)
     again = backbone.prefill(history, stats=stats)
     for layer in prefill.layers:

@@ -175,11 +175,11 @@ def used_silently(folder: Path, reference: Path, said: list[str]) -> str | None:
                 return path
         if file_digest(folder / "run" / row["per_user"]) != row["hashes"]["files"][row["per_user"]]:
             return row["per_user"]
-    for place in ("home", "run"):
-        for path in reference.glob(f"{place}/checkpoints/*/model.safetensors"):
-            own = folder / path.relative_to(reference)
-            if own.exists() and place == "run" and file_digest(own) != file_digest(path):
-                return str(own)
+    used = {row["hashes"]["checkpoint"] for name, row in found.items() if name not in rows_before(folder)}
+    for path in reference.glob("run/checkpoints/*/model.safetensors"):  # a copy that no new row needs stays as it is
+        own = folder / path.relative_to(reference)
+        if own.exists() and own.parent.name in used and file_digest(own) != file_digest(path):
+            return str(own)
     manifests = [json.loads((each / "run" / "manifest.json").read_text()) for each in (folder, reference)]
     if not said and any(manifests[0][key] != manifests[1][key] for key in ("datasets", "suite")):
         return "manifest"
