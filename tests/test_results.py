@@ -89,7 +89,7 @@ def test_row_round_trip_has_every_column_and_null_for_what_does_not_apply(tmp_pa
         ({"hr10": 0.1}, "no column 'hr10'. Did you mean 'hr@10'"),
         ({"status": "fine"}, "status 'fine' is none of ok, skipped, failed"),
         ({"cell_id": None}, "no cell_id"),
-        ({"mrr": "0.2"}, "mrr is '0.2', expected a number of at least 0"),
+        ({"mrr": "0.2"}, "mrr is '0.2', expected a number from 0 to 1"),
         ({"seed": True}, "seed is True, expected a whole number"),
     ],
 )

@@ -13,6 +13,8 @@ from malloc_bench.registry import clipped
 STATUSES = ("ok", "skipped", "failed")
 NAMED = ("dataset", "task", "backbone", "compressor", "seed")  # no cell is without
 SIGNED = ("delta_", "drift@")  # columns of differences: no other number lies below 0
+#: columns of shares and of metrics, none above 1
+SHARES = ("hr@", "ndcg@", "mrr", "auc", "gauc", "recall@", "overlap@", "agreement", "appended@", "share_at_floor")
 DELTAS = ("ndcg@10", "gauc", "auc")  # metrics whose difference to the full state is a column
 LARGEST = 1e100  # of a number: what is made of it stays finite
 DEEPEST = 32  # of a nested value: labels are made of it level by level
@@ -36,6 +38,9 @@ def fault(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
             return f"{name} is missing"
         if why := _wrong(name, value, special.get(name, kind)) or _wrong(name, value, inside.get(name, {})):
             return why
+    n, longest = row.get("measured_history"), row.get("measured_history_long")
+    if n is not None and longest is not None and longest < n:
+        return f"measured_history_long is {longest}, less than measured_history, {n}"
     for name in DELTAS:  # a difference is one of two numbers, an interval one of a difference
         for one, of in ((f"delta_{name}{end}", f"delta_{name}" if end else name) for end in ("", "_lo", "_hi")):
             if row.get(one) is not None and row.get(of) is None:
@@ -52,6 +57,7 @@ def _wrong(where: str, value: Any, kind: Any) -> str | None:
         return None
     if isinstance(kind, str):
         kind = "signed" if kind == "real" and where.startswith(SIGNED) else kind
+        kind = "share" if kind == "real" and where.startswith(SHARES) else kind
         expected, fits = _KINDS[kind]
         return None if fits(value) else f"{where} is {clipped(repr(value))}, expected {expected}"
     if not isinstance(value, Mapping):
@@ -75,6 +81,10 @@ def _whole(value: Any) -> bool:
 
 def _signed(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _share(value: Any) -> bool:
+    return _signed(value) and 0 <= value <= 1 + 1e-6
 
 
 def _text(value: Any) -> bool:
@@ -122,6 +132,7 @@ def _below(text: Any) -> bool:
 #: kind -> what is expected, in words, and whether a value is that
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("text", _text),
+    "share": ("a number from 0 to 1", _share),
     "whole": ("a whole number of at least 0", _whole),
     "real": ("a number of at least 0", lambda value: _signed(value) and value >= 0),
     "signed": ("a number", _signed),

@@ -12,7 +12,14 @@ from malloc_bench.cli import main
 from malloc_bench.files import DIGEST, ResultsError, atomic_write, digest, sealed
 from malloc_bench.results import COLUMNS, SCHEMA_VERSION, budget_asked, frame, load_results, read_rows
 
-MEASURED = {"ndcg@10": 0.2, "delta_ndcg@10": 0.0, "bytes_mean": 100.0, "ratio": 1.0, "overlap@10": 1.0}
+MEASURED = {
+    "ndcg@10": 0.2,
+    "delta_ndcg@10": 0.0,
+    "bytes_mean": 100.0,
+    "ratio": 1.0,
+    "overlap@10": 1.0,
+    "measured_history": 9,
+}
 ODD = [
     ("budget", "often", "budget is 'often', expected a share such as 0.25"),
     ("budget", [0.5], "budget is [0.5], expected a share"),
@@ -26,7 +33,7 @@ ODD = [
     ("slices", {"<50": {"ndcg@10": "good"}}, "slices.<50.ndcg@10 is 'good', expected a number of at least 0"),
     ("requests", {"many": {}}, "a key of requests is 'many', expected a whole number"),
     ("requests", {"8": {"request_ms_p50": "fast"}}, "requests.8.request_ms_p50 is 'fast', expected a number"),
-    ("ndcg@10", "0.2", "ndcg@10 is '0.2', expected a number of at least 0"),
+    ("ndcg@10", "0.2", "ndcg@10 is '0.2', expected a number from 0 to 1"),
     ("ndcg@10", None, "delta_ndcg@10 is 0.0, but ndcg@10 is missing"),
     ("bytes_mean", -1, "bytes_mean is -1, expected a number of at least 0"),
     ("bytes_mean", 1e300, "bytes_mean is 1e+300, expected a number of at least 0"),
@@ -81,6 +88,8 @@ def written(rows, path):
         ("hashes", "no json", "hashes is 'no json', expected keys and values"),
         ("bytes_mean", -1.0, "bytes_mean is -1.0, expected a number of at least 0"),
         ("status", "fine", "status 'fine' is none of"),
+        ("overlap@10", 1.5, "overlap@10 is 1.5, expected a number from 0 to 1"),
+        ("measured_history_long", 1, "measured_history_long is 1, less than measured_history"),
     ],
 )
 def test_a_parquet_with_an_odd_row_is_refused_and_named(column, value, said, row, tmp_path):

@@ -93,7 +93,7 @@ ROW, USERS, PARQUET, MANIFEST = (
         (ROW, truncate, "not readable"),
         (ROW, lambda path: path.write_text("[1]"), "not a row"),
         (ROW, lambda path: edit(path, **{"ndcg@10": 0.6}), "its digest does not match"),
-        (ROW, lambda path: edit(path, **{"ndcg@10": "much"}), "expected a number of at least 0"),
+        (ROW, lambda path: edit(path, **{"ndcg@10": "much"}), "expected a number from 0 to 1"),
         (ROW, lambda path: edit(path, schema_version=1), "schema version 1"),
         (ROW, lambda path: path.rename(path.with_stem("f" * 64)), "its name is not its cell id"),
         (ROW, Path.unlink, "gone (results.parquet has it)"),
