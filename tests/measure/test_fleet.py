@@ -178,6 +178,15 @@ def test_costs_grow_with_events_from_one_on(more):
             assert found[i + 1].read == pytest.approx(found[i].read, rel=0.05)
 
 
+def test_a_row_that_lacks_any_one_number_has_costs_or_none():
+    steps = dict.fromkeys(("load", "unpack", "read", "append", "pack", "write"), 0.5)
+    row = {**BATCH, **FLOPS, "request_ms_p50": 9.0, **{f"request_{s}_ms_p50": x for s, x in steps.items()}}
+    for name in set(row) - {"compressor", "method"}:
+        for n in (10, 200, 5000):
+            found = costs({**row, name: None}, n)
+            assert found is None or (found.read >= 0 and found.bytes >= 0)
+
+
 def test_states_of_a_share_stay_in_their_share():
     """Of 2 slots of 94 and 6 of 199 a line makes none at 20, and too many at 5,000."""
     row = {

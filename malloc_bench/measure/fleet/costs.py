@@ -47,8 +47,8 @@ def costs(row: Row, events: float, per_more: Slopes | None = None) -> Costs | No
 
     Bytes follow the line through the two lengths that were measured, beyond them those of a share are in proportion to
     events; times see `times`; where one was measured, or the row is older than measured bytes, both are in proportion,
-    or constant. What more bytes take to load,
-    unpack, pack and write, and more FLOPs at least, is `per_more`, see `slopes`; None: nothing.
+    or constant. What more bytes take to load, unpack, pack and write, and more FLOPs at least, is `per_more`, see
+    `slopes`; None: nothing.
     """
     kept = _bytes(row, events)
     if kept is None or row.get("read_cpu_ms_p50") is None:
@@ -84,14 +84,11 @@ def _more(row: Row, step: str, events: float, times: float, grown: Callable[[flo
     more = (row.get(f"{step}_ms_p50") or 0.0) * (times - 1)
     if grown is None:
         return more
-    more *= (
-        row["measured_candidates"] / row.get("batch_candidates", row["measured_candidates"]) if step == "read" else 1
-    )
-    known = (
-        row.get(f"{step}_flops")
-        and row.get(f"{step}_flops_long")
-        and row["measured_history_long"] > row["measured_history"]
-    )
+    if step == "read":
+        candidates = row.get("measured_candidates") or 1
+        more *= candidates / (row.get("batch_candidates") or candidates)
+    longer = (row.get("measured_history_long") or 0) > row["measured_history"]
+    known = longer and row.get(f"{step}_flops") and row.get(f"{step}_flops_long")
     share = flops_at(row, step, events, False) / row[f"{step}_flops"] if known else grown(events)
     most = row[f"request_{step}_ms_p50"] * (share - 1)
     return min(more, max(most, 0.0)) if more > 0 else max(more, min(most, 0.0))
