@@ -141,8 +141,8 @@ since, which every state has), and in brackets at the first one looked at beyond
 
 At one known position every answer is the same for all who ask: a constant keeps {horizon_constant}, and
 {horizon_constant_later} one event later; no history {horizon_none}, the newest {horizon_slots} slots {horizon_newest}.
-A fit holds to the end of its horizon and not one event longer, and the horizon costs slots: of those tried it takes
-{enough} requests to keep .8.
+With slots enough a fit holds to the end of its horizon; at the first position looked at beyond it, one event later
+for the first row, much of it is lost. The horizon costs slots: of those tried it takes {enough} requests to keep .8.
 
 ## Limits
 

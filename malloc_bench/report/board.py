@@ -45,9 +45,8 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     Adds `seeds` (how many the means cover), `seeds_total`, `cell_ids` (theirs, apart by blanks), `method` (the bare
     name), `alike_lo` and `alike_hi` (the least and the most that a seed keeps of the full state's order), `read_ms` (a
     read over the full state's, round by round, times the full state's: what other work on a machine moves least), and
-    within each dataset, task, split and backbone what `judge.judged` says. Over several seeds
-    interval ends are averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers
-    to average.
+    within each dataset, task, split and backbone what `judge.judged` says. Over several seeds interval ends are
+    averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers to average.
     """
     ok = pl.col("status") == "ok"
     means = (

@@ -158,11 +158,12 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
 
     if not console.is_terminal:
         show, ended = _lines(say, clock), threading.Event()
-        # what takes long says nothing by itself: the same line comes again
-        beat = threading.Thread(
-            target=lambda: [show(track) for _ in iter(lambda: ended.wait(EVERY), True)], daemon=True
-        )
-        beat.start()
+
+        def beat() -> None:  # what takes long says nothing by itself: the same line comes again
+            while not ended.wait(EVERY):
+                show(track)
+
+        threading.Thread(target=beat, daemon=True).start()
         try:
             yield _Shown(track, say, show)
         finally:

@@ -203,19 +203,17 @@ def reproduce(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> list
     numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
     same = [name for name in row if name.startswith((*numbers, "delta", "bytes_", "ratio", "status"))]
     same = [name for name in same if COLUMNS[name] != "json"]  # older rows have none
+    return differing_values(row, again, same)
+
+
+def differing_values(row: Row, again: Row, same: Sequence[str]) -> list[str]:
+    """Of some columns those that differ by more than one user's near tie, as lines; a warning names the others."""
     differs = {
         name: f"{name}: {row[name]} then, {again[name]} now" for name in same if not _equal(row[name], again[name])
     }
-    one = 1 / max(int(row["n_users"] or 1), 1)
-    near = [
-        name
-        for name in differs
-        if not name.startswith(("bytes_", "ratio", "status", "logit"))
-        and isinstance(a := row[name], float)
-        and isinstance(b := again[name], float)
-        and abs(a - b) < one
-    ]
-    if near:
+    exact, one = ("bytes_", "ratio", "status", "logit"), 1 / max(int(row["n_users"] or 1), 1)
+    judged = [name for name in differs if not name.startswith(exact) and None not in (row[name], again[name])]
+    if near := [name for name in judged if abs(row[name] - again[name]) < one]:
         log.warning("a near tie was turned by rounding: %s", "; ".join(differs.pop(name) for name in near))
     return list(differs.values())
 

@@ -230,3 +230,17 @@ def test_latex_compiles(hostile, two_sets, suite, tmp_path):
 
 def test_a_near_letter_stands_for_what_latex_has_not():
     assert render.escape("é ﬁ 日 \x1b") == "é fi ? ?"
+
+
+def test_a_front_by_reads_is_of_kept_states_whose_reads_were_measured(row, board_of):
+    size = {"bytes_mean": 10.0, "overlap@10": 0.9}
+    rows = [
+        row(compressor="full", family="baseline", bytes_mean=100.0, **{"overlap@10": 1.0}),
+        row(compressor="h2o", **size),
+        row(compressor="recompute", family="recompute", bytes_mean=1.0, **{"overlap@10": 1.0}),
+    ]
+    found = {each["compressor"]: each for each in evidence.pareto(board_of(*rows)).to_dicts()}
+    assert set(found) == {"full", "h2o"} and found["h2o"]["by_bytes"] and found["h2o"]["by_read"] is None
+    rows[1] |= {"read_flops": 5.0}
+    found = {each["compressor"]: each for each in evidence.pareto(board_of(*rows)).to_dicts()}
+    assert found["h2o"]["by_read"]

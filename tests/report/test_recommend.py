@@ -202,3 +202,18 @@ def test_nothing_measured_is_said(row, board_of, capsys):
     assert "no method's state was measured" in " ".join(capsys.readouterr().out.split())
     print_recommended(board_of([]), Limits(), Console(width=100))
     assert "No finished cells yet." in capsys.readouterr().out
+
+
+def test_without_headroom_accuracy_is_no_limit_and_ids_alone_are_said_to_be(row, board_of):
+    def printed(rows, limits):
+        console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+        print_recommended(board_of(rows), limits, console)
+        return console.export_text()
+
+    rows = rows_of(row)
+    strict = Limits(size=25e3, at_least=0.99)
+    text = printed(rows, strict)
+    assert "No kept state is within 25 KB, surely keeping 99 % of its accuracy" in text and "left aside" not in text
+    rows[1] = state(row, "none", 0.1, 0, 1, ndcg=0.199, family="baseline", budget=None)
+    assert "--at-least was left aside" in (text := printed(rows, strict)) and "No kept state" not in text
+    assert standings(recommend(board_of(rows), strict))["good"] == "best"

@@ -121,10 +121,15 @@ def test_two_runs(row, with_users, tmp_path, capsys, board_of):
     assert found["same"]["alike"] == 0 and found["same"]["main"] == 0 and found["same"]["bytes_ratio"] == 1
     assert found["new"]["alike"] == pytest.approx(-0.3, abs=1e-6) and found["new"]["p_holm"] < 0.05
     assert found["new"]["bytes_ratio"] == pytest.approx(24.7 / 25)
+    assert (found["new"]["only_one"], found["new"]["only_other"]) == (0, 0)
     print_two_runs(two_runs(*folders), Console(width=80))
     assert "2 rows in both, 1 equal, 1 surely of another accuracy" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="no row has it"):
         two_runs(*folders, {"compressor": ["gone"]})
+    gone = next(path for path in (folders[1] / "rows").iterdir() if json.loads(path.read_text())["compressor"] == "new")
+    gone.unlink()
+    print_two_runs(two_runs(*folders), Console(width=120))
+    assert "Not compared: 1 rows of the first run and 0 of the second" in " ".join(capsys.readouterr().out.split())
 
 
 def test_two_runs_are_tested_within_each_table_and_null_is_not_equal(row, with_users, tmp_path, capsys):

@@ -522,3 +522,13 @@ def test_both_tasks_in_one_run_with_the_split_that_the_data_allow(suite: Path, t
     assert run_suite(suite, tmp_path / "run", quiet=True).reused == 8
     text = to_markdown(load_results(tmp_path / "run"))
     assert "ΔGAUC" in text and "ΔNDCG@10" in text and "agreement" in text
+
+
+def test_a_near_tie_of_one_user_is_reproduced_and_said(caplog):
+    """Of 100 users one may turn; bytes, and what one lacks, may not differ at all."""
+    row = {"n_users": 100, "mrr": 0.5, "ndcg@10": 0.2, "bytes_mean": 40.0, "gauc": None}
+    again = {**row, "mrr": 0.5 + 2e-8, "ndcg@10": 0.22, "bytes_mean": 40.0001, "gauc": 0.5}
+    found = runner.differing_values(row, again, list(row))
+    assert [line.split(":")[0] for line in found] == ["ndcg@10", "bytes_mean", "gauc"]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("a near tie was turned by rounding: mrr: 0.5 then")
