@@ -92,11 +92,11 @@ class Compressor(ABC):
     """A smaller state from a full one; it knows the state only, never a backbone.
 
     Class attributes: `family` (its line in tables and figures), `paper`, `formula` and `stores` (in words, for
-    `malloc-bench show`), `note` (that it loses to slots by lot, and why), `version` (raise it when results change). A
-    method that learns something of training users, once for all, also writes `fit`; `fit_fields` are the parameters
-    that a fit depends on (None: all), `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning,
-    each with its values, at most 8 settings in all, as many as `malloc-bench tune` tries of any method. `growth`: see
-    `grows`.
+    `malloc-bench show`), `note` (that it loses to slots by lot, and why), `version` (raise it when results change;
+    `version_placed` where they change behind backbones that read positions alone). A method that learns something of
+    training users, once for all, also writes `fit`; `fit_fields` are the parameters that a fit depends on (None: all),
+    `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning, each with its values, at most 8
+    settings in all, as many as `malloc-bench tune` tries of any method. `growth`: see `grows`.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -107,6 +107,7 @@ class Compressor(ABC):
     stores: ClassVar[str] = "see its source"
     note: ClassVar[str] = ""
     version: ClassVar[int] = 1
+    version_placed: ClassVar[int] = 1
     fit_fields: ClassVar[tuple[str, ...] | None] = None
     fit_uses_budget: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}

@@ -65,7 +65,7 @@ class Fits:
 
     def _key(self, compressor: Compressor, budget: Budget | None) -> dict[str, Any]:
         """All that a fit depends on; data, split and structural part are in the backbone's folder, its weights here."""
-        about = content(compressor)
+        about = content(compressor, self.backbone.uses_positions)
         if compressor.fit_fields is not None:
             about["params"] = {name: about["params"][name] for name in compressor.fit_fields}
         asked = None if budget is None else budget.value()

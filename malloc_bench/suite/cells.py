@@ -95,6 +95,11 @@ class Part:
         return _identity(cls, asdict(config), getattr(config, "files", ()))
 
     @cached_property
+    def content_placed(self) -> dict[str, Any]:
+        """`content` of a compressor behind a backbone that reads positions."""
+        return content(self.build(), placed=True)
+
+    @cached_property
     def structural(self) -> dict[str, Any] | None:
         """The content of what the backbone is adapted by and trained with; None: by nothing."""
         return content(self.build().structural)
@@ -123,14 +128,18 @@ class _Unfilled(TorchFunctionMode):
         return filled if noise and getattr(filled, "is_meta", False) else func(*args, **(kwargs or {}))
 
 
-def content(value: Any) -> Any:
-    """Name, version and all parameters of a compressor and its parts, see `Part.content`; plain values as they are."""
+def content(value: Any, placed: bool = False) -> Any:
+    """Name, version and all parameters of a compressor and its parts, see `Part.content`; plain values as they are.
+
+    placed: for a backbone that reads the positions of slots, of which a method may have a version of its own.
+    """
     if isinstance(value, Compressor):
         # a parameter that came later says by which value rows from before it go on being what they were
         known = [f.name for f in fields(value) if getattr(value, f.name) != f.metadata.get("unsaid", MISSING)]  # type: ignore[arg-type]
-        params = {name: content(getattr(value, name)) for name in known}
-        return _identity(type(value), params, value.files)
-    return [content(each) for each in value] if isinstance(value, list | tuple) else value
+        params = {name: content(getattr(value, name), placed) for name in known}
+        about = _identity(type(value), params, value.files)
+        return about | ({"version_placed": value.version_placed} if placed and value.version_placed > 1 else {})
+    return [content(each, placed) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _identity(cls: type, params: dict[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:
@@ -245,7 +254,7 @@ class Cell:
             "task": self.task.value(),
             "split": self.split and self.split.value(),
             "backbone": self.backbone.content,
-            "compressor": self.compressor.content,
+            "compressor": self.compressor.content_placed if self._by_place else self.compressor.content,
             "budget": None if self.budget is None else self.budget.value(),
             "seed": self.seed,
             "training": self.training,
@@ -268,6 +277,10 @@ class Cell:
         data = {**dataset.identity(), **({"categories": _categories(dataset)} if uses else {})}
         items = _categories(dataset) if self._asks_categories else None
         return replace(self, split=split, task=self.task.settled(dataset), training=training, data=data, items=items)
+
+    @property
+    def _by_place(self) -> bool:
+        return any(probe.uses_positions for probe in self.backbone.probes)
 
     @property
     def _asks_categories(self) -> bool:

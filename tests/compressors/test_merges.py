@@ -17,25 +17,37 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def prefill():
+@pytest.fixture(params=[False, True], ids=["", "placed"])
+def prefill(request):
     shape = (len(COUNTS), 2, max(COUNTS), 4)
     keys, values, queries = (noise(*shape, seed=i) for i in range(3))
-    return Prefill.from_tensors([keys], [values], [queries], None, torch.tensor(COUNTS), positions=True)
+    return Prefill.from_tensors([keys], [values], [queries], None, torch.tensor(COUNTS), positions=request.param)
 
 
 def cosine(a, b):
     return float(a @ b / (a @ a).sqrt() / (b @ b).sqrt())
 
 
-def check(prefill, method, k, define):
-    """Each head's clusters: define(user, head, keys) -> [{slot: weight}], in time order; weights need not come to 1."""
+def placed(keys):
+    """Keys [n, D] and as a column more log(distance to the end), its variance the sum of theirs."""
+    column = torch.tensor([float(len(keys) - i) for i in range(len(keys))]).double().log()
+    if len(keys) == 1:
+        return torch.cat([keys, torch.zeros(1, 1)], 1)
+    column = (column - column.mean()) / column.var(correction=0).sqrt()
+    return torch.cat([keys, (column * keys.var(0, correction=0).sum().sqrt())[:, None]], 1)
+
+
+def check(prefill, method, k, define, by_place=True):
+    """Each head's clusters: define(user, head, keys) -> [{slot: weight}], in time order; weights need not come to 1.
+
+    by_place: where positions are read the keys that it gets are `placed`.
+    """
     state = method.compress(prefill, Budget(slots=k))
     (segment,) = state.layers[0]
     for user, n in enumerate(COUNTS):
         for head in range(2):
             keys, values = (x[user, head, :n].double() for x in (prefill.keys(0), prefill.values(0)))
-            clusters = define(user, head, keys)
+            clusters = define(user, head, placed(keys) if by_place and prefill.uses_positions else keys)
             assert int(segment.slots.count[user, 0]) == len(clusters) == min(k, n)
             for at, weights in enumerate(clusters):
                 total = sum(weights.values())
@@ -46,9 +58,10 @@ def check(prefill, method, k, define):
                     )
                 assert float(segment.slots.mass[user, head, at]) == len(weights)
                 mean = sum(weights) / len(weights)
-                assert abs(int(segment.slots.positions[user, head, at]) - mean) <= 0.5
+                assert not prefill.uses_positions or abs(int(segment.slots.positions[user, head, at]) - mean) <= 0.5
 
 
+@pytest.mark.parametrize("prefill", [True], indirect=True, ids=["placed"])
 @pytest.mark.parametrize("mass", [True, False])
 @pytest.mark.parametrize("k, merge", [(1, 4), (4, 2), (9, 3), (20, 1)])
 def test_cam(prefill, k, merge, mass):
@@ -99,7 +112,7 @@ def test_kvmerger(prefill, k):
             found.append(weigh)
         return found
 
-    check(prefill, get_compressor("kvmerger"), k, define)
+    check(prefill, get_compressor("kvmerger"), k, define, by_place=False)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
@@ -209,6 +222,7 @@ def test_category_merge(prefill, k):
             close(segment.fields["keys"].dense()[user, :, slot].double(), want, f"{user} {slot}", 1e-5)
 
 
+@pytest.mark.parametrize("prefill", [True], indirect=True, ids=["placed"])
 def test_vql(prefill):
     method = get_compressor("vql", codes=5)
     fitted = method.fit(prefill)
@@ -235,3 +249,11 @@ def test_the_size_of_vql_does_not_grow_with_the_history():
         get_compressor("vql", codes=4).compress(Prefill.from_tensors([k], [k]), None, fitted).nbytes() for k in keys
     ]
     assert sizes[0] == sizes[1]
+
+
+def test_alike_keys_merge_by_where_they_stand():
+    """Keys that are all the same: clusters are runs then, fine near the end; without positions there are none such."""
+    same = torch.ones(1, 1, 32, 4)
+    state = get_compressor("kmeans").compress(Prefill.from_tensors([same], [same], positions=True), Budget(slots=4))
+    mass = state.layers[0][0].slots.mass[0, 0].tolist()
+    assert mass == sorted(mass, reverse=True) and mass[0] > 2 * mass[-1]

@@ -75,11 +75,12 @@ def _sums(x: Tensor, owners: Tensor, size: int) -> Tensor:
 
 
 def compared_shapes(state: UserState) -> list[tuple[int, int, int]]:
-    """(heads, kept slots, width) of what `compared` gives of each layer, of a state of one segment a layer."""
+    """(heads, kept slots, width) of what `placed` gives of each layer, of a state of one segment a layer."""
     found = []
     for (segment,) in state.layers:
         _, heads, kept, width = segment.fields.get("keys", next(iter(segment.fields.values()))).shape
-        found.append((heads, kept, width))
+        read_by_place = segment.slots is not None and segment.slots.positions is not None
+        found.append((heads, kept, width + read_by_place))
     return found
 
 
@@ -88,6 +89,38 @@ def compared(prefill: Prefill, layer: int) -> Tensor:
     fields = prefill.segment(layer).fields
     vectors = fields.get("keys", next(iter(fields.values())))
     return torch.where(prefill.mask(layer).unsqueeze(-1), vectors.dense().float(), 0.0)
+
+
+def placed(prefill: Prefill, layer: int) -> Tensor:
+    """`compared`, and where the backbone reads positions a column more, [B, H, S, D + 1]: the log of the distance from
+    the history's end, with as much spread as all the others together.
+
+    A position bias falls off with the distance, so a slot that stands for events near and far is read as if all stood
+    between: HSTU on MovieLens-1M, kmeans at 1/8: overlap@10 .51 by keys alone, .84 so (512 users, one seed).
+    """
+    x = compared(prefill, layer)
+    if not prefill.uses_positions or not x.shape[2]:
+        return x
+    slots, real = prefill.slots(layer), prefill.mask(layer)  # [B, H or 1, S]
+    length = prefill.state.length[:, None]
+    far = (length[..., None] - slots.places(x.shape[2], length)).clamp(min=1).float().log()
+    each = far.masked_fill(~real, 0.0).unsqueeze(-1)
+    largest = x.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)  # squares of huge keys stay finite
+    spread_x = _variance(x / largest, real).sqrt().clamp(min=1e-3)  # keys that are all alike: places alone decide
+    column = _centred(each, real) / _variance(each, real).clamp(min=1e-12).sqrt() * spread_x * largest
+    return torch.cat([x, column.expand(*x.shape[:3], 1)], dim=-1)
+
+
+def _centred(x: Tensor, real: Tensor) -> Tensor:
+    """x [B, H, S, D], zero beyond `real` [B, H or 1, S], less its mean over slots; zero there still."""
+    mean = x.sum(2, keepdim=True) / real.sum(2, keepdim=True).unsqueeze(-1).clamp(min=1)
+    return (x - mean).masked_fill(~real.unsqueeze(-1), 0.0)
+
+
+def _variance(x: Tensor, real: Tensor) -> Tensor:
+    """Of all columns together, [B, H, 1, 1]."""
+    events = real.sum(2, keepdim=True).unsqueeze(-1).clamp(min=1)
+    return _centred(x, real).square().sum((2, 3), keepdim=True) / events
 
 
 def unit(x: Tensor) -> Tensor:

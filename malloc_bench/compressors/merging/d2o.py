@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor, grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
+from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, unit
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -27,6 +27,7 @@ class D2O(Clusters):
 
     grid = {"inner": ("h2o", "snapkv", "tova", "knorm")}
     family = "merging"
+    version_placed = 2
     paper = "D2O, Wan et al., ICLR 2025, arXiv 2406.13035"
     formula = "weights in a cluster: exp(cos(k_i, k_kept)) / sum; the kept slots by the inner score"
     growth = grows(compress="h n^2 L + k n L d")
@@ -45,7 +46,7 @@ class D2O(Clusters):
         return super().supports(backbone) or self.inner.supports(backbone)
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        x = unit(compared(prefill, layer))
+        x = unit(placed(prefill, layer))
         kept = self._kept(prefill, layer, k, x.shape[1])  # [B, H, K] slots, in time order
         if kept.shape[2] == 0:
             return torch.zeros(x.shape[:3], dtype=torch.long, device=x.device)
@@ -57,7 +58,7 @@ class D2O(Clusters):
         return torch.where(pinned < kept.shape[2], pinned, owner)
 
     def shares(self, prefill: Prefill, layer: int, owners: Tensor, mass: Tensor) -> Tensor:
-        x = unit(compared(prefill, layer))
+        x = unit(placed(prefill, layer))
         k = (owners.masked_fill(mass <= 0, -1).amax(-1)[:, 0] + 1) if x.shape[2] else mass.new_zeros(len(mass)).long()
         kept = self._kept(prefill, layer, k, x.shape[1])
         if kept.shape[2] == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, spread
+from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, spread
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
 
@@ -24,6 +24,7 @@ class KMeans(Clusters):
 
     grid = {"rounds": (1, 2, 5, 10)}
     family = "merging"
+    version_placed = 2
     paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
     formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"
     growth = grows(compress="k n L d")
@@ -34,7 +35,7 @@ class KMeans(Clusters):
             raise ValueError(f"kmeans: rounds >= 1 is needed, not {self.rounds}")
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        x, real = compared(prefill, layer), prefill.mask(layer).unsqueeze(-1)
+        x, real = placed(prefill, layer), prefill.mask(layer).unsqueeze(-1)
         b, h, s, d = x.shape
         size = int(k.max()) if b else 0
         if not size or not s:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared, compared_shapes, unit
+from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, unit
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
 
@@ -21,13 +21,14 @@ class ToMe(Clusters):
     """
 
     family = "merging"
+    version_placed = 2
     paper = "Token Merging, Bolya et al., ICLR 2023, arXiv 2210.09461 (proportional attention)"
     formula = "a in A -> argmax over B of cos(k_a, k_b), the most similar first; key and value = mean, mass = events"
     growth = grows(compress="n^2 L d")
     stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        x = compared(prefill, layer)  # [B, H, N, D], N slots are left
+        x = placed(prefill, layer)  # [B, H, N, D], N slots are left
         b, h, s, d = x.shape
         count = prefill.slots(layer).count[:, 0].long()  # [B], alike in all heads
         owner = torch.arange(s, device=x.device).expand(b, h, s)
