@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import overload
 
 import torch
@@ -28,7 +29,7 @@ class Observed:
     count: Tensor
     slots: int
     heads: tuple[int, ...]
-    made: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    made: dict[tuple[str, int, int | None], Tensor] = field(default_factory=dict)
 
     def blocks(self, layer: int, first: int = 0) -> Iterator[tuple[Tensor, int, int]]:
         """(weights, first, last) from query `first` on, 0 where query or slot is padding."""
@@ -73,6 +74,12 @@ class Observed:
             out = torch.where(here, weights.gather(2, index), out)
         return out
 
+    def newest_sums(self, layer: int, window: int) -> Tensor:
+        """Total |weight| that each slot received of each user's newest `window` queries, [B, H, S]."""
+        if isinstance(self.rows, SoftmaxRows) and len(self.count) and int(self.count.min()) == self.slots:
+            return self.rows.sums(layer, min(window, self.slots))
+        return absolute_sums(self.newest(layer, window))
+
     def _stored(self, layer: int, weights: Tensor) -> Tensor:
         """[B, Hq, M, S] over the query heads that share a stored one -> [B, H, M, S]."""
         heads = self.heads[layer]
@@ -100,11 +107,20 @@ class Lazy(Sequence[Tensor]):
 
     def newest(self, layer: int, window: int | None) -> Tensor:
         """The column sums (None), or the newest `window` queries' weights."""
+        known = self.observed
+        return self._once(
+            "rows", layer, window, known.received if window is None else partial(known.newest, window=window)
+        )
+
+    def newest_sums(self, layer: int, window: int) -> Tensor:
+        """`Observed.newest_sums`, once."""
+        return self._once("sums", layer, window, partial(self.observed.newest_sums, window=window))
+
+    def _once(self, what: str, layer: int, window: int | None, make: Callable[[int], Tensor]) -> Tensor:
         made = self.observed.made
-        if (layer, window) not in made:
-            new = self.observed.received(layer) if window is None else self.observed.newest(layer, window)
-            made[layer, window] = new
-        return made[layer, window]
+        if (what, layer, window) not in made:
+            made[what, layer, window] = make(layer)
+        return made[what, layer, window]
 
 
 def by_heads(make: Callable[..., Tensor], *given: Tensor) -> Tensor:
@@ -160,19 +176,42 @@ class Asked(Sequence[Tensor]):
         return newest_rows(self.given[layer], self.events, window) / self.keys[layer].shape[-1] ** 0.5
 
 
-def softmax_rows(keys: Sequence[Tensor], queries: Sequence[Tensor]) -> Rows:
-    """Causal softmax attention; keys [B, H, S, D] and queries [B, Hq, S, D] of each layer, at least in float32."""
+@dataclass(frozen=True, eq=False)
+class SoftmaxRows:
+    """`Rows` of causal softmax attention: keys [B, H, S, D], queries [B, Hq, S, D] of each layer, at least float32."""
 
-    def rows(layer: int, first: int, last: int) -> Tensor:
-        k, q = keys[layer], queries[layer][:, :, first:last]
+    keys: Sequence[Tensor]
+    queries: Sequence[Tensor]
+
+    def __call__(self, layer: int, first: int, last: int) -> Tensor:
+        k, grouped = self._given(layer, first, last)
+        return _causal(k, grouped, first).flatten(1, 2)
+
+    def sums(self, layer: int, window: int) -> Tensor:
+        """Total weight that each slot received of the newest `window` queries, [B, H, S]; every slot is real.
+
+        The mean over query heads that share a stored one. A few heads at a time: their weights never leave the cache.
+        """
+        k, grouped = self._given(layer, self.keys[layer].shape[2] - window, None)
+
+        def received(k: Tensor, q: Tensor) -> Tensor:
+            return _causal(k, q, k.shape[1] - window).flatten(1, 2).sum(1) / q.shape[1]
+
+        return by_heads(received, k.detach(), grouped.detach())
+
+    def _given(self, layer: int, first: int, last: int | None) -> tuple[Tensor, Tensor]:
+        k, q = self.keys[layer], self.queries[layer][:, :, first:last]
         k, q = (x.float() if x.element_size() < 4 else x for x in (k, q))
-        grouped = (q / k.shape[-1] ** 0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, group x rows, D]
-        logits = (grouped @ k.mT).unflatten(2, (-1, last - first))
-        at = torch.arange(first, k.shape[2], device=k.device)
-        logits[..., first:].masked_fill_(at > at[: last - first, None], -torch.inf)
-        return logits.softmax(-1).flatten(1, 2)
+        return k, (q / k.shape[-1] ** 0.5).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
 
-    return rows
+
+def _causal(keys: Tensor, queries: Tensor, first: int) -> Tensor:
+    """Weights of queries [..., group, rows, D], those from `first` on, over keys [..., S, D]: [..., group, rows, S]."""
+    rows = queries.shape[-2]
+    logits = (queries.flatten(-3, -2) @ keys.mT).unflatten(-2, queries.shape[-3:-1])
+    at = torch.arange(first, keys.shape[-2], device=keys.device)
+    logits[..., first:].masked_fill_(at > at[:rows, None], -torch.inf)
+    return torch.softmax(logits, -1, out=None if logits.requires_grad else logits)  # one buffer: it stays in cache
 
 
 # ---- what tensors must look like

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malloc_bench.state.named import Fitted, Named
-from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, check, check_users, softmax_rows
+from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, SoftmaxRows, absolute_sums, check, check_users
 from malloc_bench.state.probes import GIVEN, Ask, Probes, plain
 from malloc_bench.state.rebuilt import Projection
 from malloc_bench.state.slots import Slots
@@ -155,6 +155,13 @@ class Prefill:
         if rows < min(window, slots):
             raise MissingStatistic(f"the newest {window} queries are asked for, only {rows} were observed")
         return known[layer][:, :, -window:]
+
+    def newest_received(self, layer: int, window: int) -> Tensor:
+        """Total |weight| that each slot received of the newest `window` queries, [B, H, S]; raises MissingStatistic."""
+        known = _there(self.window, f"window={window}")
+        if isinstance(known, Lazy):
+            return known.newest_sums(layer, window)
+        return absolute_sums(self.newest_attention(layer, window))
 
     def newest_queries(self, layer: int, window: int) -> tuple[Tensor, Tensor]:
         """The newest `window` queries [B, Hq, window, D], oldest first, and which there are, [B, 1, window]."""
@@ -313,7 +320,7 @@ class Prefill:
             maps = attention
             rows = lambda layer, first, last: maps[layer][:, :, first:last]  # noqa: E731
         elif queries is not None:
-            rows = softmax_rows(keys, queries)
+            rows = SoftmaxRows(keys, queries)
         seen = None if rows is None else Observed(rows, count, s, tuple(k.shape[1] for k in keys))
         column_sum, window = (None, None) if seen is None else (Lazy(seen), Lazy(seen, all_rows=True))
         slots = Slots(count[:, None])

@@ -344,3 +344,14 @@ def test_needs_add_up():
     one, other = Stats(column_sum=True, queries=3), Stats(queries=7, window=2, popularity=True)
     assert one | other == other | one == Stats(column_sum=True, queries=7, window=2, popularity=True)
     assert (one | other).column_sum is True and not one.of_items and other.of_items
+
+
+@pytest.mark.parametrize("lengths", [None, [9, 4, 1]])
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_sums_of_the_newest_are_those_of_their_weights(lengths, window):
+    """Made head by head where every slot is real, from the weights themselves where not: with shared heads, too."""
+    noise = [torch.randn(3, h, 9, 8, generator=torch.Generator().manual_seed(h)) for h in (2, 2, 4)]
+    lengths = lengths and torch.tensor(lengths)
+    made = [Prefill.from_tensors([noise[0]], [noise[1]], [noise[2]], lengths=lengths) for _ in range(2)]
+    want = made[0].newest_attention(0, min(window, 9)).abs().sum(2)
+    close(made[1].newest_received(0, window), want, "sums", 1e-5)

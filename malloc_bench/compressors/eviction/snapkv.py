@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, absolute_sums
+from malloc_bench.state import Prefill, Stats
 
 
 @register("snapkv")
@@ -44,8 +44,7 @@ class SnapKV(Eviction):
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         count = prefill.slots(layer).count.unsqueeze(-1)  # [B, 1, 1]
-        observed = absolute_sums(prefill.newest_attention(layer, self.window))  # [B, H, S]
-        observed = observed / count.clamp(1, self.window)
+        observed = prefill.newest_received(layer, self.window) / count.clamp(1, self.window)
         outside = torch.arange(observed.shape[-1], device=observed.device) < count - self.window
         return torch.where(outside, self._pool(observed * outside), self._pool(observed))
 
