@@ -37,16 +37,25 @@ class ToMe(Clusters):
         while bool((count > k).any()):
             gone = (count - k).minimum(count // 2)  # [B] slots that merge in this round
             n = x.shape[2]
-            slot = torch.arange(n, device=x.device)
+            slot, twos = torch.arange(n, device=x.device), torch.arange(0, n, 2, device=x.device)
             real = slot < count[:, None]
-            first = ((count[:, None] - 1 - slot) % 2 == 1) & real  # A; the newest is in B
-            others = torch.where(real & ~first, 0.0, -torch.inf)[:, None, None]
-            best, match = (unit(x) @ unit(x).mT + others).max(-1)  # of [B, H, N, N] cosines
-            order = best.masked_fill(~first[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
-            merged = torch.zeros(b, h, n, dtype=torch.bool, device=x.device)
-            merged.scatter_(2, order, (slot < gone[:, None])[:, None].expand(b, h, n))
-            target = torch.where(merged, match, slot)
-            place = (real[:, None] & ~merged).long().cumsum(-1) - 1  # the new number of each slot that stays
+            first, other = (
+                (count[:, None] + odd) % 2 + twos for odd in (0, 1)
+            )  # A and B, [B, N/2]; the newest is in B
+            rows = unit(x)
+            near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
+            best, match = near.masked_fill((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
+            best = best.masked_fill((first >= count[:, None])[:, None], -torch.inf)
+            order = best.argsort(dim=-1, descending=True, stable=True)
+            going, into = (
+                side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match))
+            )
+            going = torch.where(
+                twos < 2 * gone[:, None, None], going, n
+            )  # of the others nothing is said: column n goes
+            target = torch.arange(n + 1, device=x.device).repeat(b, h, 1)
+            target = target.scatter_(2, going, into.gather(2, order))[..., :n]
+            place = (real[:, None] & (target == slot)).long().cumsum(-1) - 1  # the new number of each slot that stays
             new = place.gather(2, target).clamp(min=0)  # [B, H, N]
             count = count - gone
             size = int(count.max())
@@ -60,11 +69,16 @@ class ToMe(Clusters):
         return owner
 
     def flops(self, state: UserState, history: int) -> int:
-        """Cosines of all pairs that are left, each round."""
+        """Cosines of every second slot that is left with the others, each round."""
         total = 0
         for heads, kept, width in compared_shapes(state):
             left = history
             while left > kept:
-                total += 2 * heads * left**2 * width
+                total += 2 * heads * ((left + 1) // 2) ** 2 * width
                 left -= min(left - kept, left // 2)
         return total
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `at` [B, K] of x [B, H, N, D], the last where there is none such: [B, H, K, D]."""
+    return x.gather(2, at.clamp(max=max(x.shape[2] - 1, 0))[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
