@@ -150,7 +150,7 @@ for the first row, much of it is lost. The horizon costs slots: of those tried i
   later requests that the state should serve (above).
 - Items that come to the catalogue later were no probes. Readers that were none are answered as well (above), but all
   of them were in training.
-- Fitting costs up to two prefills for 200 events, under half of one for 2,000. A state that is read once is not
+- Fitting costs up to 1.3 prefills for 200 events, up to .3 of one for 2,000. A state that is read once is not
   worth it.
 - 943 users of one data set are few. Compare `fit_constant` in your own table before you believe
   any of it.
