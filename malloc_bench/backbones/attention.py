@@ -17,7 +17,7 @@ from malloc_bench.backbones.folded import alone, looked_up, read_flops, summed
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Asking, Drawn, Note, Seen, Watch, probe_flops, probed
-from malloc_bench.backbones.statistics import newcomers, newest, observed, over_group
+from malloc_bench.backbones.statistics import newcomers, newest, observed, over_group, standing
 from malloc_bench.state import (
     Dense,
     Events,
@@ -180,7 +180,7 @@ class AttentionBackbone(ItemBackbone):
             pair = block.attend_flops(1, event)
             if step == "statistics":
                 total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
-                total += block.logit_flops(stats.window * tokens, event)
+                total += block.logit_flops((stats.window + bool(stats.queries and block.biased)) * tokens, event)
                 total += probe_flops(block, event, tokens, stats)
                 continue
             total += block.linear_flops(tokens)
@@ -229,6 +229,9 @@ def fill(
             seen.setdefault("inputs", []).append(x)
         if stats.queries:
             seen.setdefault("queries", []).append(newest_rows(block.asking(q, asked), count, stats.queries))
+        if stats.queries and block.biased:
+            everything = Segment({k: Dense(v) for k, v in own.items()}, None)
+            seen.setdefault("standing", []).append(standing(block, q, everything, places, asked, count))
         if stats.column_sum:
             mixed, received = observed(block, q, own, places, asked, slots.mask(x.shape[1])[:, 0])
             seen.setdefault("column_sum", []).append(over_group(received, own))

@@ -41,6 +41,7 @@ class Block(nn.Module):
     heads: int  # of the queries
     stored_heads: int  # of the fields that `split` gives
     normalised: bool = True  # a token's weights come to 1: a softmax
+    biased: bool = False  # logits have a part that is of where a slot stands, not of its key
     fused: str | None = None
     parts: dict[str, int]
     parts_before: dict[str, int]  # once narrowed

@@ -60,6 +60,7 @@ class AdaptiveBlock(SASRecBlock):
             self.position_bias = nn.Parameter(torch.empty(config.max_length + 1).normal_(std=0.02))
             self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS + 1).normal_(std=0.02)) if times else None
 
+    biased = True
     fused = None  # `among` takes keys and values of all heads
     causal = Block.causal  # blockwise: the bias is in the way of SASRec's kernel
     causal_pairs = Block.causal_pairs

@@ -64,6 +64,8 @@ class HSTUBlock(Block):
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.xavier_uniform_(self.out.weight)
 
+    biased = True
+
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         return self.split(F.silu(self.uvqk(F.layer_norm(x, x.shape[-1:], eps=_EPS))))
 

@@ -47,6 +47,19 @@ def newest(
     return weights * (at >= 0)[:, None, :, None]
 
 
+def standing(block: Block, q: Tensor, segment: Segment, slots: Places, asked: Places, count: Tensor) -> Tensor:
+    """What the logits of a token to come have of where each slot of `segment` stands, not of its key, [B, Hq, S].
+
+    It asks a place behind the newest of queries q [B, Hq, M, D] that stand at `asked`, count [B] of them, at its time.
+    """
+    last = (count.long() - 1).clamp(min=0)[:, None]
+    if not q.shape[2]:
+        return q.new_zeros(*q.shape[:2], segment.width)
+    places = asked.positions[:, 0].expand(len(count), -1).gather(1, last)[:, None] + 1
+    times = None if asked.times is None else asked.times[:, 0].gather(1, last)[:, None]
+    return block.logits(torch.zeros_like(q[:, :, :1]), segment, Places(places, times), slots).squeeze(2)
+
+
 def newcomers(seen: Sequence[Seen], grown: UserState, new: Tensor, stats: Stats) -> dict[str, list[Tensor]]:
     """What the newest new [B] events asked of `grown`, one segment a layer, which ends with them: by name, as `Prefill`
 
@@ -59,6 +72,9 @@ def newcomers(seen: Sequence[Seen], grown: UserState, new: Tensor, stats: Stats)
         if stats.queries:
             asked = newest_rows(block.asking(layer.q, layer.asked), new, min(stats.queries, len(turn)))
             found.setdefault("queries", []).append(asked)
+        if stats.queries and block.biased:
+            where = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)
+            found.setdefault("standing", []).append(standing(block, layer.q, segment, where, layer.asked, new))
         rank, count = torch.arange(segment.width, device=new.device), slots.count[:, :, None, None]
         mask = (rank < count) & (rank <= count - new[:, None, None, None] + turn[:, None])  # [B, H', M, S]
         places = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)

@@ -22,7 +22,7 @@ from malloc_bench.state.vectors import Dense
 
 T = TypeVar("T")
 
-OBSERVED = ("column_sum", "window", "queries", "inputs", "alike", "reader", "probed")  # layer by layer, of users' own
+OBSERVED = ("column_sum", "window", "queries", "standing", "inputs", "alike", "reader", "probed")  # layer by layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Prefill:
         statistics are 0 on slots that a user does not have.
     queries: a layer each, [B, Hq, W, D]: the newest W queries as they multiply keys (what softmax divides by is in
         them), oldest first; rows of users with fewer than W events start with zeros.
+    standing: a layer each, [B, Hq, S]: the part of the next token's logits that is of where slots stand, if any is.
     inputs: a layer each, [B, S, d]: what the layer got in for every event.
     alike: a layer each, [B, S]: the cosine between what the layer got in for an event and what came out.
     reader: a layer each, [B, H, S]: mean |weight| of the tokens that read the full state, as `column_sum`.
@@ -70,6 +71,7 @@ class Prefill:
     whole: Tensor | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict)
     queries: Sequence[Tensor] | None = None
+    standing: Sequence[Tensor] | None = None
     inputs: Sequence[Tensor] | None = None
     probed: Sequence[Mapping[Hashable, Probes]] | None = None
     outputs: Named | None = None

@@ -13,7 +13,7 @@ class Stats:
 
     column_sum: total |weight| that each slot received from the history's own queries.
     window: weights of the newest `window` queries of the history over all slots, one row each.
-    queries: the newest so many queries themselves.
+    queries: the newest so many queries themselves, and what logits have beside their products with keys.
     inputs: what each layer got in for every event. outputs: each layer's map behind its mixture. projections: each
         layer's map from its input to what it stores, and with them the tables that the lowest layer's input comes from.
     alike: how little each layer changed every event.

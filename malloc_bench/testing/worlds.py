@@ -195,7 +195,14 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         events = replace(events.each(lambda x: fit(x, 1, length), length), items=items)
     seen: dict[str, Any] = {
         name: [fit(x, axis, n, 0) for x, n in zip(known, counts)]
-        for name, axis in (("column_sum", 2), ("window", 3), ("inputs", 1), ("alike", 1), ("reader", 2))
+        for name, axis in (
+            ("column_sum", 2),
+            ("window", 3),
+            ("inputs", 1),
+            ("alike", 1),
+            ("reader", 2),
+            ("standing", 2),
+        )
         if (known := getattr(prefill, name)) is not None
     }
     if prefill.queries is not None:

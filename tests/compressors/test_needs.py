@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
+from malloc_bench.state import Dense, Events, MissingStatistic, Named, Prefill, Stats
 from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
@@ -287,6 +287,32 @@ def test_what_is_observed_is_what_the_layers_do(case, trained):
                 bias = 0 if block.out.bias is None else block.out.bias
                 close(block_out + bias + x, block.out(flat.transpose(1, 2).flatten(2)), "outputs", 1e-5)
     assert len(prefill.users) == len(users)
+
+
+@pytest.mark.parametrize("case", ["hstu", "hstu-times-2-heads"])
+def test_standing_is_the_bias_of_the_token_that_comes_next(case, trained):
+    """By distance from behind the end, and by the gap to when the newest event asks: without a key."""
+    backbone = copy.deepcopy(trained(case))
+    prefill = World(case, backbone).prefill(Stats(queries=1))
+    for layer, block in enumerate(backbone.blocks):
+        for user, n in enumerate(prefill.rows(layer).tolist()):
+            want = block.position_bias[torch.arange(n, 0, -1)]
+            if block.time_bias is not None and n:
+                gaps = prefill.events.next_times[user, n - 1] - prefill.events.times[user, :n]
+                octaves = (gaps.abs().clamp(min=1).double().log() / 0.301).long().clamp(max=len(block.time_bias) - 1)
+                want = want + block.time_bias[octaves]
+            close(prefill.standing[layer][user, :, :n], want.expand(block.heads, n), "standing", 1e-6)
+
+
+def test_expected_attention_knows_where_slots_stand(trained):
+    """Keys and values that are all alike: what is kept is what the bias favours."""
+    prefill = World("hstu", trained("hstu")).prefill(Stats(queries=64))
+    (segment,) = prefill.state.layers[0]
+    alike = {name: Dense(torch.ones_like(x.dense())) for name, x in segment.fields.items()}
+    flat = replace(prefill, state=replace(prefill.state, layers=((replace(segment, fields=alike),),)))
+    scores = get_compressor("expected_attention").scores(flat, 0)
+    n = int(prefill.rows(0)[-1])
+    assert scores[-1, 0, :n].argsort().tolist() == prefill.standing[0][-1, 0, :n].argsort().tolist()
 
 
 def test_climber_asks_with_its_temperature(trained):

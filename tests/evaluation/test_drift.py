@@ -28,6 +28,10 @@ def test_what_new_events_ask_is_what_a_prefill_saw(case, trained):
         close(grown.newest_attention(layer, 3), want, "window", 1e-5)
         close(grown.attention_received(layer), want.abs().sum(2), "sums", 1e-5)
         close(grown.newest_queries(layer, 3)[0], whole.newest_queries(layer, 3)[0], "queries", 1e-5)
+        assert (whole.standing is None) == (grown.standing is None) == (not backbone.blocks[0].biased)
+        if whole.standing is not None and grown.standing is not None:
+            seen, want = (x.standing[layer] * x.mask(layer) for x in (grown, whole))
+            close(seen, want, "standing", 1e-5)
         with pytest.raises(MissingStatistic):
             grown.newest_queries(layer, 4)
 

@@ -19,8 +19,9 @@ class Keyformer(Eviction):
 
     Noise and heat stand for the weight that moves when slots are dropped. From the paper: tau from 1 to 2, a share of
     the budget for the newest (0.2 to 0.3). Ours: the newest `window` queries, tau rising over them, as nothing is
-    generated; noise is hashed from (seed, user, layer, query, slot). Behind SiLU attention, HSTU's bias apart, it is
-    the same softmax of q.k. normalise: divide by the queries that see the slot, as `h2o` does; the paper has the sum.
+    generated; noise is hashed from (seed, user, layer, query, slot). Behind SiLU attention it is the same softmax. A
+    position bias is the next request's. normalise: divide by the queries that see the slot, as `h2o` does; the paper
+    has the sum.
     """
 
     window: int = 64
@@ -29,6 +30,7 @@ class Keyformer(Eviction):
     normalise: bool = True
 
     family = "eviction"
+    version_placed = 2
     paper = "Keyformer, Adnan et al., MLSys 2024, arXiv 2403.09054"
     formula = "score = mean over newest queries t that see it of softmax((q_t.k + Gumbel) / tau_t), tau_t from 1 to tau"
     growth = grows(compress="w n L d")
@@ -55,6 +57,8 @@ class Keyformer(Eviction):
         seen = (slot <= asks)[:, None, None]
         noise = -(-hashed(prefill, layer, slot + (1 << 20) * asks).log()).log()  # [B, W, S]
         logits = queries @ keys.unsqueeze(2).mT + noise[:, None, None]
+        if prefill.standing is not None:  # of the next request, for all of them: it is what will read
+            logits = logits + prefill.standing[layer].unflatten(1, (keys.shape[1], -1)).unsqueeze(3)
         tau = torch.linspace(1, self.tau, self.window, device=keys.device)[:, None]
         seen = seen & there[:, None, ..., None]
         score = ((logits / tau).masked_fill(~seen, -1e30).softmax(-1) * seen).sum(3).mean(2)
