@@ -18,7 +18,7 @@ class CapKV(Eviction):
     """Keeps slots by the leverage of their values in a capacity matrix that is weighted by what queries look for.
 
     As in the authors' code, keys and the mean query are of unit length, and weights are relative to the largest. Ours:
-    the mean is of the newest `window` queries, and no sinks.
+    the mean is of the newest `window` queries, the next request's position bias joins the cosines, and no sinks.
     """
 
     tau: float = 5.0
@@ -26,12 +26,13 @@ class CapKV(Eviction):
 
     grid = {"tau": (1.0, 2.5, 5.0, 10.0), "window": (16, 64)}
     family = "eviction"
+    version_placed = 2
     paper = "CapKV, arXiv 2604.25975"
     note = (
         "overlap@10 at 1/4 on ML-100K, SASRec / HSTU: .730 / .694, slots by lot .785 / .758: "
         "leverage favours what stands apart"
     )
-    formula = "score = w v'(I + sum_j w_j v_j v_j')^-1 v, w = exp(tau (cos(k, mean query) - the largest cos))"
+    formula = "score = w v'(I + sum_j w_j v_j v_j')^-1 v, w = exp(tau cos(k, mean query) + bias) over the largest"
     growth = grows(compress="n L d^2")
     stores = "keys and values of k events per layer and head, and their positions where the backbone reads them"
     reads = ("keys", "values")
@@ -50,9 +51,12 @@ class CapKV(Eviction):
         group = queries.shape[1] // keys.shape[1]
         anchor = F.normalize(queries.double().sum(2, keepdim=True), dim=-1)  # of the mean's direction
         unit = F.normalize(keys.double(), dim=-1).repeat_interleave(group, 1)
-        cos = (unit @ anchor.mT).squeeze(-1).masked_fill(~real, -torch.inf)  # [B, Hq, S]
-        top = cos.amax(-1, keepdim=True) if cos.shape[-1] else 0.0
-        weight = torch.where(real, (self.tau * (cos - top)).exp(), 0.0)
+        logits = self.tau * (unit @ anchor.mT).squeeze(-1)  # [B, Hq, S]
+        if prefill.standing is not None:
+            logits = logits + prefill.standing[layer]
+        logits = logits.masked_fill(~real, -torch.inf)
+        top = logits.amax(-1, keepdim=True) if logits.shape[-1] else 0.0
+        weight = torch.where(real, (logits - top).exp(), 0.0)
         v = prefill.values(layer).double().repeat_interleave(group, 1)
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
         v = v.masked_fill(~real.unsqueeze(-1), 0.0)
