@@ -97,6 +97,7 @@ class Compressor(ABC):
     training users, once for all, also writes `fit`; `fit_fields` are the parameters that a fit depends on (None: all),
     `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning, each with its values, at most 8
     settings in all, as many as `malloc-bench tune` tries of any method. `growth`: see `grows`.
+    `needs_at_best`: does without its `needs` where nobody can tell, as behind another method.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -108,6 +109,7 @@ class Compressor(ABC):
     note: ClassVar[str] = ""
     version: ClassVar[int] = 1
     version_placed: ClassVar[int] = 1
+    needs_at_best: ClassVar[bool] = False
     fit_fields: ClassVar[tuple[str, ...] | None] = None
     fit_uses_budget: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}

@@ -8,6 +8,7 @@ import torch
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.state import Events, Named, Prefill
+from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
 
 COUNTS = (1, 4, 9, 21)
@@ -20,21 +21,20 @@ def noise(*shape, seed=0):
 @pytest.fixture(params=[False, True], ids=["", "placed"])
 def prefill(request):
     shape = (len(COUNTS), 2, max(COUNTS), 4)
-    keys, values, queries = (noise(*shape, seed=i) for i in range(3))
-    return Prefill.from_tensors([keys], [values], [queries], None, torch.tensor(COUNTS), positions=request.param)
+    keys, values, queries, bias = (noise(*shape, seed=i) for i in range(4))
+    given = Prefill.from_tensors([keys], [values], [queries], None, torch.tensor(COUNTS), positions=request.param)
+    return replace(given, standing=[bias[..., 0]]) if request.param else given
 
 
 def cosine(a, b):
     return float(a @ b / (a @ a).sqrt() / (b @ b).sqrt())
 
 
-def placed(keys):
-    """Keys [n, D] and as a column more log(distance to the end), its variance the sum of theirs."""
-    column = torch.tensor([float(len(keys) - i) for i in range(len(keys))]).double().log()
-    if len(keys) == 1:
-        return torch.cat([keys, torch.zeros(1, 1)], 1)
-    column = (column - column.mean()) / column.var(correction=0).sqrt()
-    return torch.cat([keys, (column * keys.var(0, correction=0).sum().sqrt())[:, None]], 1)
+def placed(prefill, user, head, keys):
+    """Keys [n, D] and a column more: the bias of each slot over twice the root mean square of the queries' numbers."""
+    queries = prefill.queries[0][user, head, -len(keys) :].double()
+    bias = prefill.standing[0][user, head, : len(keys), None].double()
+    return torch.cat([keys, bias / 2 / queries.square().mean().sqrt()], 1)
 
 
 def check(prefill, method, k, define, by_place=True):
@@ -47,7 +47,7 @@ def check(prefill, method, k, define, by_place=True):
     for user, n in enumerate(COUNTS):
         for head in range(2):
             keys, values = (x[user, head, :n].double() for x in (prefill.keys(0), prefill.values(0)))
-            clusters = define(user, head, placed(keys) if by_place and prefill.uses_positions else keys)
+            clusters = define(user, head, placed(prefill, user, head, keys) if by_place and prefill.standing else keys)
             assert int(segment.slots.count[user, 0]) == len(clusters) == min(k, n)
             for at, weights in enumerate(clusters):
                 total = sum(weights.values())
@@ -252,8 +252,18 @@ def test_the_size_of_vql_does_not_grow_with_the_history():
 
 
 def test_alike_keys_merge_by_where_they_stand():
-    """Keys that are all the same: clusters are runs then, fine near the end; without positions there are none such."""
-    same = torch.ones(1, 1, 32, 4)
-    state = get_compressor("kmeans").compress(Prefill.from_tensors([same], [same], positions=True), Budget(slots=4))
-    mass = state.layers[0][0].slots.mass[0, 0].tolist()
-    assert mass == sorted(mass, reverse=True) and mass[0] > 2 * mass[-1]
+    """Keys that are all the same, a bias of the newest alone: it stays by itself."""
+    same, bias = torch.ones(1, 1, 32, 4), torch.zeros(1, 1, 32)
+    bias[..., -1] = 3.0
+    prefill = replace(Prefill.from_tensors([same], [same], [same], positions=True), standing=[bias])
+    for name in ("kmeans", "tome"):
+        state = get_compressor(name).compress(prefill, Budget(slots=4))
+        assert state.layers[0][0].slots.mass[0, 0, -1] == 1, name
+
+
+def test_behind_another_method_clusters_go_by_keys_alone(trained):
+    """There nobody knows what the next token asks: kmeans may still come second."""
+    backbone = trained("hstu")
+    chain = get_compressor("compose", steps=("recent", "kmeans"))
+    prefill = World("hstu", backbone).prefill(chain.needs)
+    assert prefill.standing is not None and chain.compress(prefill, Budget(slots=2)).layers

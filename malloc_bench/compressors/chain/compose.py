@@ -49,7 +49,7 @@ class Compose(TokenMethod):
         if early := next((method for method in tokens[:-1] if method.remembers), None):
             raise ValueError(f"compose: {early.name} leaves a memory beside its slots: no token method comes after it")
         for later in tokens[1:]:
-            if later.needs != Stats():
+            if later.needs != Stats() and not later.needs_at_best:
                 raise ValueError(f"compose: {later.name} needs statistics or events, so it must come first")
         encoder = self._encoder()
         if tokens and encoder is not None and encoder.needs != Stats():

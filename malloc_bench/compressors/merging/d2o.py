@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor, grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, unit
+from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -27,7 +27,7 @@ class D2O(Clusters):
 
     grid = {"inner": ("h2o", "snapkv", "tova", "knorm")}
     family = "merging"
-    version_placed = 2
+    version_placed = 3
     paper = "D2O, Wan et al., ICLR 2025, arXiv 2406.13035"
     formula = "weights in a cluster: exp(cos(k_i, k_kept)) / sum; the kept slots by the inner score"
     growth = grows(compress="h n^2 L + k n L d")
@@ -40,7 +40,7 @@ class D2O(Clusters):
 
     @property
     def needs(self) -> Stats:
-        return self.inner.needs
+        return self.inner.needs | ASKED
 
     def supports(self, backbone: Any) -> str | None:
         return super().supports(backbone) or self.inner.supports(backbone)

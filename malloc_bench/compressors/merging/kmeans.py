@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, spread
+from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, spread
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, UserState
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("kmeans")
@@ -24,7 +24,8 @@ class KMeans(Clusters):
 
     grid = {"rounds": (1, 2, 5, 10)}
     family = "merging"
-    version_placed = 2
+    version_placed = 3
+    needs_at_best = True
     paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
     formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"
     growth = grows(compress="k n L d")
@@ -33,6 +34,10 @@ class KMeans(Clusters):
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"kmeans: rounds >= 1 is needed, not {self.rounds}")
+
+    @property
+    def needs(self) -> Stats:
+        return ASKED
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         x, real = placed(prefill, layer), prefill.mask(layer).unsqueeze(-1)

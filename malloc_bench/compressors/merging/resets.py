@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import as_compressor, grows
-from malloc_bench.compressors.merging.clusters import spread
+from malloc_bench.compressors.merging.clusters import ASKED, spread
 from malloc_bench.compressors.merging.kmeans import KMeans
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -24,6 +24,7 @@ class Resets(KMeans):
     """
 
     inner: Any = "h2o"
+    needs_at_best = False
 
     family = "merging"
     paper = "ResKV as described by others: cluster means of evicted slots with log counts"
@@ -39,7 +40,7 @@ class Resets(KMeans):
 
     @property
     def needs(self) -> Stats:
-        return self.inner.needs
+        return self.inner.needs | ASKED
 
     def supports(self, backbone: Any) -> str | None:
         return super().supports(backbone) or self.inner.supports(backbone)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import grows
-from malloc_bench.compressors.merging.clusters import Clusters, compared_shapes, placed, unit
+from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, UserState
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("tome")
@@ -21,11 +21,16 @@ class ToMe(Clusters):
     """
 
     family = "merging"
-    version_placed = 2
+    version_placed = 3
+    needs_at_best = True
     paper = "Token Merging, Bolya et al., ICLR 2023, arXiv 2210.09461 (proportional attention)"
     formula = "a in A -> argmax over B of cos(k_a, k_b), the most similar first; key and value = mean, mass = events"
     growth = grows(compress="n^2 L d")
     stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
+
+    @property
+    def needs(self) -> Stats:
+        return ASKED
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         x = placed(prefill, layer)  # [B, H, N, D], N slots are left
