@@ -28,6 +28,7 @@ from malloc_bench.state import (
 
 T = TypeVar("T")
 
+STATISTICS = {"column_sum": 2, "window": 3, "inputs": 1, "alike": 1, "reader": 2, "standing": 2}  # the slots' axis
 LENGTHS = (0, 1, 2, 3, 23, 40)  # ragged histories
 FITTED = (1, 17, 40, 33, 28)  # histories of users that methods are fitted to
 POISON = 1e4  # what padding is filled with
@@ -195,14 +196,7 @@ def resized(prefill: Prefill, users: Sequence[int], width: int, fill: float = 0.
         events = replace(events.each(lambda x: fit(x, 1, length), length), items=items)
     seen: dict[str, Any] = {
         name: [fit(x, axis, n, 0) for x, n in zip(known, counts)]
-        for name, axis in (
-            ("column_sum", 2),
-            ("window", 3),
-            ("inputs", 1),
-            ("alike", 1),
-            ("reader", 2),
-            ("standing", 2),
-        )
+        for name, axis in STATISTICS.items()
         if (known := getattr(prefill, name)) is not None
     }
     if prefill.queries is not None:

@@ -7,7 +7,8 @@ import torch
 
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.eviction.random import hashed
-from malloc_bench.state import Events, Named, Prefill
+from malloc_bench.compressors.merging import clusters
+from malloc_bench.state import Events, Named, Prefill, Stats
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
 
@@ -47,9 +48,9 @@ def check(prefill, method, k, define, by_place=True):
     for user, n in enumerate(COUNTS):
         for head in range(2):
             keys, values = (x[user, head, :n].double() for x in (prefill.keys(0), prefill.values(0)))
-            clusters = define(user, head, placed(prefill, user, head, keys) if by_place and prefill.standing else keys)
-            assert int(segment.slots.count[user, 0]) == len(clusters) == min(k, n)
-            for at, weights in enumerate(clusters):
+            groups = define(user, head, placed(prefill, user, head, keys) if by_place and prefill.standing else keys)
+            assert int(segment.slots.count[user, 0]) == len(groups) == min(k, n)
+            for at, weights in enumerate(groups):
                 total = sum(weights.values())
                 for name, rows in (("keys", keys), ("values", values)):
                     want = sum(weight * rows[slot] for slot, weight in weights.items()) / total
@@ -259,6 +260,18 @@ def test_alike_keys_merge_by_where_they_stand():
     for name in ("kmeans", "tome"):
         state = get_compressor(name).compress(prefill, Budget(slots=4))
         assert state.layers[0][0].slots.mass[0, 0, -1] == 1, name
+
+
+@pytest.mark.parametrize("name", ["kmeans", "tome", "d2o", "resets"])
+def test_clusters_do_not_depend_on_what_others_ask(trained, name, monkeypatch):
+    """In a run with methods that ask for more queries all are gathered once: each still looks at its own."""
+    monkeypatch.setattr(clusters, "WINDOW", 4)
+    states = []
+    for queries in (4, 40):
+        prefill = World("hstu", trained("hstu")).prefill(Stats(column_sum=True, queries=queries))
+        states.append(get_compressor(name).compress(prefill, Budget(slots=5)))
+    for layer, (one, other) in enumerate(zip(*(state.layers for state in states))):
+        close(one[0].fields["keys"].dense(), other[0].fields["keys"].dense(), f"layer {layer}", 1e-6)
 
 
 def test_behind_another_method_clusters_go_by_keys_alone(trained):

@@ -12,7 +12,8 @@ from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState
 
-ASKED = Stats(queries=16)  # what `placed` makes use of
+WINDOW = 64  # newest queries that `placed` makes use of, however many are there for other methods
+ASKED = Stats(queries=WINDOW)
 
 
 class Clusters(TokenMethod):
@@ -105,7 +106,7 @@ def placed(prefill: Prefill, layer: int) -> Tensor:
     x = compared(prefill, layer)
     if prefill.standing is None or prefill.queries is None:
         return x
-    queries, heads = prefill.queries[layer].float(), x.shape[1]
+    queries, heads = prefill.queries[layer][:, :, -WINDOW:].float(), x.shape[1]
     known = (queries != 0).any(3).any(1).sum(1).clamp(min=1)  # [B] queries; what a user lacks is zeros
     size = (queries.square().sum((2, 3)) / (known[:, None] * queries.shape[3])).sqrt().clamp(min=1e-12)  # [B, Hq]
     column = (prefill.standing[layer] / (2 * size.unsqueeze(-1))).unflatten(1, (heads, -1)).mean(2)

@@ -44,9 +44,8 @@ class ToMe(Clusters):
             n = x.shape[2]
             slot, twos = torch.arange(n, device=x.device), torch.arange(0, n, 2, device=x.device)
             real = slot < count[:, None]
-            first, other = (
-                (count[:, None] + odd) % 2 + twos for odd in (0, 1)
-            )  # A and B, [B, N/2]; the newest is in B
+            # A and B, [B, N/2]; the newest is in B
+            first, other = ((count[:, None] + odd) % 2 + twos for odd in (0, 1))
             rows = unit(x)
             near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
             best, match = near.masked_fill((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
@@ -55,9 +54,7 @@ class ToMe(Clusters):
             going, into = (
                 side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match))
             )
-            going = torch.where(
-                twos < 2 * gone[:, None, None], going, n
-            )  # of the others nothing is said: column n goes
+            going = torch.where(twos < 2 * gone[:, None, None], going, n)  # n: stays, a column that is dropped
             target = torch.arange(n + 1, device=x.device).repeat(b, h, 1)
             target = target.scatter_(2, going, into.gather(2, order))[..., :n]
             place = (real[:, None] & (target == slot)).long().cumsum(-1) - 1  # the new number of each slot that stays
