@@ -186,7 +186,7 @@ def test_shipped_results_are_still_read(path):
     assert len(board) and board["timing"].null_count() <= len(board)
     for name in tables.TABLES:
         assert tables.render_table(frame, name)
-    if path.parent.name == "ranking":
+    if path.parent.name == "recurrent":
         assert not board["headroom"].all() and "cannot judge" in lb.to_markdown(frame)
     notes = board.filter(pl.col("headroom").fill_null(True))["note"].drop_nulls().to_list()
     assert all(note.startswith("No headroom above a constant") for note in notes)
