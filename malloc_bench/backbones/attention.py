@@ -229,9 +229,9 @@ def fill(
             seen.setdefault("inputs", []).append(x)
         if stats.queries:
             seen.setdefault("queries", []).append(newest_rows(block.asking(q, asked), count, stats.queries))
-        if stats.queries and block.biased:
-            everything = Segment({k: Dense(v) for k, v in own.items()}, None)
-            seen.setdefault("standing", []).append(standing(block, q, everything, places, asked, count))
+            if block.biased:
+                everything = Segment({k: Dense(v) for k, v in own.items()}, None)
+                seen.setdefault("standing", []).append(standing(block, q, everything, places, asked, count))
         if stats.column_sum:
             mixed, received = observed(block, q, own, places, asked, slots.mask(x.shape[1])[:, 0])
             seen.setdefault("column_sum", []).append(over_group(received, own))

@@ -87,12 +87,10 @@ class Backbone(nn.Module, ABC):
         return replace(made, items=items, probed=probed, reader=reader)
 
     def watch(self, state: UserState, events: Events, grown: UserState, stats: Stats) -> dict[str, Any]:
-        """What new events asked of `grown`, the state with them in it, as `Prefill` has it by name.
+        """What new events asked of `grown`, the state with them in it, as `Prefill` has it by name; what cannot be told
 
-        Raises MissingStatistic where that cannot be told.
+        is not there, and a method that reads it there raises MissingStatistic.
         """
-        if stats.column_sum or stats.window or stats.queries:
-            raise MissingStatistic(f"{self.name} cannot tell what new events asked of a state")
         return {}
 
     def go_on(self, prefill: Prefill, state: UserState, events: Events, stats: Stats = Stats()) -> Prefill:

@@ -69,15 +69,14 @@ def newcomers(seen: Sequence[Seen], grown: UserState, new: Tensor, stats: Stats)
     for layer, (segment, *_) in zip(seen, grown.layers):  # a memory beside the slots is not asked
         slots, block, turn = segment.slots, layer.block, torch.arange(layer.q.shape[2], device=new.device)
         assert slots is not None
+        places = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)
         if stats.queries:
             asked = newest_rows(block.asking(layer.q, layer.asked), new, min(stats.queries, len(turn)))
             found.setdefault("queries", []).append(asked)
-        if stats.queries and block.biased:
-            where = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)
-            found.setdefault("standing", []).append(standing(block, layer.q, segment, where, layer.asked, new))
+            if block.biased:
+                found.setdefault("standing", []).append(standing(block, layer.q, segment, places, layer.asked, new))
         rank, count = torch.arange(segment.width, device=new.device), slots.count[:, :, None, None]
         mask = (rank < count) & (rank <= count - new[:, None, None, None] + turn[:, None])  # [B, H', M, S]
-        places = Places(slots.places(segment.width, grown.length[:, None]), slots.timestamps)
         (weights,) = block.weigh([block.logits(layer.q, segment, layer.asked, places)], [mask], [slots.mass])
         real = (turn < new[:, None])[:, None, :, None] & block.each(mask)
         weights = over_group(torch.where(real, weights, 0.0), {name: v.dense() for name, v in segment.fields.items()})

@@ -68,7 +68,13 @@ class Trimmed(AttentionBackbone):
         return trimmed(state, lambda i, positions: self.stays(i, positions, length), same, seen)
 
 
-COLUMNS = {"column_sum": 2, "window": 3, "inputs": 1, "alike": 1}  # what is observed of slots, along which axis
+COLUMNS = {
+    "column_sum": 2,
+    "window": 3,
+    "standing": 2,
+    "inputs": 1,
+    "alike": 1,
+}  # what is observed of slots, along which axis
 
 
 def trimmed(

@@ -9,7 +9,7 @@ from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.compressors.merging import clusters
 from malloc_bench.state import Events, Named, Prefill, Stats
-from malloc_bench.testing import World
+from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import close
 
 COUNTS = (1, 4, 9, 21)
@@ -280,3 +280,32 @@ def test_behind_another_method_clusters_go_by_keys_alone(trained):
     chain = get_compressor("compose", steps=("recent", "kmeans"))
     prefill = World("hstu", backbone).prefill(chain.needs)
     assert prefill.standing is not None and chain.compress(prefill, Budget(slots=2)).layers
+
+
+@pytest.mark.parametrize("method", ["kmeans", "tome", "expected_attention", "keyformer", "capkv"])
+@pytest.mark.parametrize("before", ["beacon", "longformer"])
+def test_behind_what_drops_slots_each_slot_has_its_own_bias(trained, before, method):
+    """Of what stays, each slot the bias of its own distance."""
+    structural = get_compressor(before, **({"chunk": 4} if before == "beacon" else {"window": 4, "globals": 1}))
+    backbone = structural.adapted(trained("hstu")).eval()
+    prefill = World("hstu", backbone).prefill(Stats(queries=64))
+    for layer in prefill.layers:
+        slots, length = prefill.slots(layer), prefill.state.length.long()
+        far = length[:, None, None] - slots.places(prefill.segment(layer).width, length[:, None])
+        want = backbone.blocks[layer].position_bias[far.clamp(0, backbone.max_length)]
+        near = (prefill.standing[layer] - want).masked_fill(~prefill.mask(layer), 0.0)
+        assert float(near.detach().abs().max()) < 1e-5
+    state = get_compressor(method).compress(prefill, Budget(slots=3))
+    assert all(segment.slots.count.max() <= 3 for (segment,) in state.layers)
+
+
+@pytest.mark.parametrize("case", ["climber", "climber-times-2-heads"])
+def test_clusters_go_on_where_nobody_knows_what_new_events_asked(case, trained):
+    """By keys alone: `update` and drift do not stop for want of what they can do without."""
+    backbone, method = trained(case), get_compressor("kmeans")
+    history, _ = histories(backbone, (6, 9, 23))
+    prefill = backbone.prepare(history.each(lambda x: x, history.count - 2), stats=method.needs)
+    assert prefill.standing is not None
+    state = method.compress(prefill, Budget(slots=3))
+    grown = backbone.go_on(prefill, state, history.last(torch.full_like(history.count, 2)), method.needs)
+    assert grown.standing is None and method.update(grown, Budget(slots=3)).length.tolist() == history.count.tolist()

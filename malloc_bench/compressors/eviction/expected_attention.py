@@ -16,9 +16,8 @@ class ExpectedAttention(Eviction):
     """Keeps slots by the attention that a Gaussian of the newest queries would pay, times the size of their values.
 
     From the paper: mean and covariance of queries, the Gaussian's closed form of E exp(q.k). Ours: no rotation to
-    future positions, as positions are in the vectors or a bias, here that of the next request (without it HSTU on
-    MovieLens-1M, which reads the newest most, kept less than slots by lot do); the newest `window` queries, not all; no
-    sinks. Behind SiLU attention, which no closed form is known for, it is softmax's score all the same.
+    future positions, as positions are in the vectors or a bias, which is the next request's; the newest `window`
+    queries, not all; no sinks. Behind SiLU attention, which no closed form is known for, it is softmax's score.
     """
 
     window: int = 64

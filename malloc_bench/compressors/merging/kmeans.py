@@ -27,7 +27,9 @@ class KMeans(Clusters):
     version_placed = 3
     needs_at_best = True
     paper = "the hierarchical clusters of TWIN V2, Si et al., CIKM 2024, arXiv 2407.16357"
-    formula = "k clusters of keys by squared distance; key and value = mean over the cluster, mass = events in it"
+    formula = (
+        "k clusters of keys and biases by squared distance; key and value = mean over the cluster, mass = its events"
+    )
     growth = grows(compress="k n L d")
     stores = "k mean keys and values a layer and head, their counts, and mean positions where the backbone reads them"
 
