@@ -13,6 +13,7 @@ from torch import Tensor
 
 from malloc_bench import registry
 from malloc_bench.backbones.sasrec import SASRec
+from malloc_bench.cli import commands as cli
 from malloc_bench.compressors import get_compressor
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import load_part, register
@@ -139,7 +140,12 @@ def test_scores_that_are_no_numbers_fail_the_cell(tmp_path: Path) -> None:
 PLANNED = {
     "takes_budget = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
     "structural = property(lambda self: 1 / 0)": "odd cannot be planned (ZeroDivisionError: division by zero)",
-    "family = 7": "odd: its family is 7, expected text",
+    "family = 7": "odd.py: its family is 7, expected text",
+    "paper = 7": "odd.py: its paper is 7, expected text",
+    "stores = ['k']": "odd.py: its stores is ['k'], expected text",
+    "growth = 7": "odd.py: its growth is 7, expected names, each with text",
+    "grid = {'k': 7}": "odd.py: its grid is {'k': 7}, expected names, each",
+    "grid = {'k': [7]}": "odd.py: its grid has 'k', which is no parameter.",
     "k: frozenset = frozenset()": "odd: expected parameters of numbers, text, lists or mappings of them (Object of",
     "k: float = float('nan')": "odd: expected parameters of numbers, text, lists or mappings of them (Out of range",
 }
@@ -154,7 +160,7 @@ def test_a_class_that_cannot_be_planned_is_an_error_before_anything_runs(
     Path("tiny.yaml").write_text(SUITE.format(backbones=f"[{{sasrec: {SMALL}}}]", compressors="[full]"))
     with pytest.raises(ValueError) as error:
         compare("odd.py:Odd", "tiny.yaml")
-    assert str(error.value).startswith(PLANNED[body]) and not Path("runs").exists()
+    assert PLANNED[body] in str(error.value) and not Path("runs").exists()
 
 
 def test_a_class_that_is_no_dataclass_is_told_how_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +269,14 @@ def test_a_vault_is_found_by_check(where: str, tmp_path: Path) -> None:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
     assert "fresh process" in line and "KeyError" in line and not more, (line, *more)
+
+
+@pytest.mark.parametrize("needs", ["None", "1 / 0", "sys.exit(3)"])
+def test_a_method_that_cannot_say_what_it_needs_is_shown_and_listed(
+    needs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = f"    @property\n    def needs(self):\n        import sys\n        return {needs}\n"
+    (tmp_path / "odd.py").write_text(MINE.replace('"mine"', '"odd"').replace("Mine", "Odd") + body)
+    load_part(f"{tmp_path / 'odd.py'}:Odd")
+    for command in (["show", "odd"], ["list", "compressors"]):
+        assert cli.main(command) == 0 and "odd" in capsys.readouterr().out
