@@ -9,7 +9,8 @@ import logging
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -99,6 +100,8 @@ def register(name: str) -> Callable[[T], T]:
             raise ValueError(
                 f"{place(cls)}: {clipped(repr(name))} is no name: expected text without blanks, at most 100"
             )
+        if odd := _odd(cls):
+            raise ValueError(f"{place(cls)}: {odd}")
         kind: str = cls.kind  # type: ignore[attr-defined]
         if cls.__module__.split(".")[0] != "malloc_bench":
             _scan(kind)  # a name of ours is refused here, and not when ours are read
@@ -111,6 +114,26 @@ def register(name: str) -> Callable[[T], T]:
         return cls
 
     return add
+
+
+def _odd(cls: type) -> str | None:
+    """What is wrong with what a class says of itself, which every listing shows; None: nothing."""
+    for name in _TEXTS:
+        if not isinstance(text := getattr(cls, name, ""), str):
+            return f"its {name} is {clipped(repr(text))}, expected text"
+    for name, kind in _MAPS.items():
+        held = getattr(cls, name, {})
+        if not isinstance(held, Mapping) or not all(isinstance(each, kind) for each in held.values()):
+            return f"its {name} is {clipped(repr(held))}, expected names, each with {_WORDS[kind]}"
+    grid = getattr(cls, "grid", {})
+    known = {each.name for each in fields(cls)} if is_dataclass(cls) else grid
+    unknown = next((name for name in grid if name not in known), None)
+    return None if unknown is None else f"its grid has '{unknown}', which is no parameter.{suggest(unknown, known)}"
+
+
+_TEXTS = ("family", "paper", "formula", "stores", "note")
+_MAPS = {"growth": str, "grid": Sequence, "presets": Mapping}
+_WORDS = {str: "text", Sequence: "a list of values", Mapping: "parameters"}
 
 
 def names(kind: str) -> list[str]:

@@ -227,9 +227,12 @@ def _reads(cls: type[Compressor]) -> str:
 
 
 def _default(cls: type[Compressor]) -> Compressor | None:
+    from malloc_bench.state import Stats
+
     try:
-        return cls()
-    except (TypeError, ValueError):  # some parameter has no default
+        made = cls()
+        return made if made.needs | Stats() and made.takes_budget is not None else None
+    except (Exception, SystemExit):  # some parameter has no default, or the class a fault, which `check` tells of
         return None
 
 

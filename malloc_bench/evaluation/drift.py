@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of
-from malloc_bench.evaluation.guard import Failure, failure
+from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
 from malloc_bench.evaluation.requests import Asked
-from malloc_bench.evaluation.trial import Job, checked_bytes
-from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats
+from malloc_bench.evaluation.trial import Job, check_read, checked_bytes, of_users
+from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats, UserState
 
 USERS = 256  # at most, whose hashes come first
 _CHUNK = 64  # users
@@ -40,7 +41,7 @@ def drift(
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
     whole history keeps, less what the updated state keeps: the drift. appended: what a state keeps that is left as it
     was made, the N events behind it as they come. Users with more than N events. Jobs that keep raw events, or need
-    what nobody can tell of a compressed state, have no such column. report: told how much of all is done.
+    what nobody can tell of a compressed state, have no drift, of 0 users. report: told how much of all is done.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
@@ -56,20 +57,28 @@ def drift(
         lost: dict[str, list[np.ndarray]] = {job.id: [] for job in jobs}
         silent: set[str] = set()
         for rows in chunks:
-            stream = _Stream(backbone, split, rows, n, needs, seed, items)
+            make = partial(_Stream, backbone, split, n=n, needs=needs, seed=seed, items=items)
+            stream, other = make(rows), make(rows[-1:])
             for job in jobs:
                 report(done, total)
                 done += 1
                 if job.id in failed or job.id in silent:
                     continue
                 try:
-                    lost[job.id].append(stream.kept(job))
+                    with undisturbed(), unwritten(backbone, job.backbone or backbone):
+                        lost[job.id].append(stream.kept(job, other))
                 except MissingStatistic:
                     silent.add(job.id)
-                except Exception as error:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # also sys.exit
                     failed[job.id] = failure(error)
+                    stream, other = make(rows), make(rows[-1:])  # of which it may have spoilt something
         for each, values in lost.items():
-            if values and each not in failed and each not in silent:
+            if each in failed:
+                continue
+            found[each] |= {f"drift_users@{n}": 0}
+            if values and each not in silent:
                 again, updated, left = np.concatenate(values, 1)
                 found[each] |= {f"drift@{n}": float(np.nanmean(again - updated))}
                 found[each] |= {f"appended@{n}": float(np.nanmean(left)), f"drift_users@{n}": len(left)}
@@ -123,26 +132,49 @@ class _Stream:
             self.made[model, whole] = replace(made, whole=self.sizes[-1 if whole else 0])
         return replace(self.made[model, whole], memo={})
 
-    def kept(self, job: Job) -> np.ndarray:
+    def kept(self, job: Job, other: _Stream) -> np.ndarray:
         """What each user keeps of the full state's order, [3, B]: compressed again, updated, and appended to only.
 
-        Raises MissingStatistic for a state of raw events, and whatever the method does.
+        other: of the last user alone. Raises MissingStatistic for a state of raw events, and whatever the method does.
         """
-        model, method = job.backbone or self.backbone, job.compressor
-        scratch = method.compress(self._prefill(model, True), job.budget, job.fitted)
+        model, before = job.backbone or self.backbone, self._fingerprint(job)
+        scratch = self._compressed(job, whole=True)
         if scratch.events is not None:
             raise MissingStatistic("raw events go on by themselves")
-        prefill = self._prefill(model, False).given(job.fitted)
-        state = left = method.compress(prefill, job.budget, job.fitted)
-        for block, size in zip(self.blocks, self.sizes[1:]):
-            seen = replace(model.go_on(prefill, state, block, method.needs), whole=size, memo={})
-            state = method.update(seen, job.budget, job.fitted)
-            checked_bytes(job, seen, state)
-            left = model.append(left, block)
+        state, left = self._gone_on(job)
         outputs = torch.stack([self.asked.read(model, each) for each in (scratch, state, left)])
+        if not bool(outputs.isfinite().all()):
+            raise ValueError("outputs read from a state that has gone on are not finite")
+        if some := list(range(len(state) - 1)):  # the last user is the other one, of whom the template is
+            again = other._gone_on(job)[0].unpack(state.packed(some))
+            check_read(outputs[1, : len(some)], self.asked.read(model, again, torch.tensor(some)))
+        if self._fingerprint(job) != before:
+            raise InputChanged("a method changed the state, statistics or events that it was given: it must copy first")
         _, *found = self.asked.judge([(self.backbone, self.full[None]), (model, outputs)])
         alike = "overlap" if "overlap" in found[0] else "agreement"
         return np.stack([each[alike] for each in found])
+
+    def _fingerprint(self, job: Job) -> list[tuple[object, ...]]:
+        """Of all that jobs share."""
+        made = [self._prefill(job.backbone or self.backbone, whole) for whole in (True, False)]
+        own = self.asked.history, self.asked.tokens, self.before, self.blocks, self.sizes, self.full
+        return fingerprint(made, [each.shared() for each in made], own)
+
+    def _compressed(self, job: Job, whole: bool) -> UserState:
+        prefill = self._prefill(job.backbone or self.backbone, whole).given(job.fitted)
+        return of_users(job.compressor.compress(prefill, job.budget, job.fitted), prefill)
+
+    def _gone_on(self, job: Job) -> tuple[UserState, UserState]:
+        """The state with all new events, updated after each block, and appended to only."""
+        model, method = job.backbone or self.backbone, job.compressor
+        prefill = self._prefill(model, False).given(job.fitted)
+        state = left = self._compressed(job, whole=False)
+        for block, size in zip(self.blocks, self.sizes[1:]):
+            seen = replace(model.go_on(prefill, state, block, method.needs), whole=size, memo={})
+            state = of_users(method.update(seen, job.budget, job.fitted), seen)
+            checked_bytes(job, seen, state)
+            left = model.append(left, block)
+        return state, left
 
 
 def _part(history: Events, left: int, step: int) -> Events:

@@ -20,7 +20,7 @@ from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
-from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed
+from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
 from malloc_bench.evaluation.trial import Job, Witnesses, attempt, total
 from malloc_bench.state import Named, Stats
@@ -233,16 +233,18 @@ def _together(
         given = prefill, witnesses, watched, asked.history, asked.tokens, shared
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
-        for job in own:
-            with _noting(broken, job):
-                mine = replace(prefill, memo=memos[_remembers(job.compressor)])
-                with undisturbed():
-                    seen = watched if _remembers(job.compressor) else witnesses
-                    out, parts = attempt(job, model, mine, asked, full, seen)
-                found.append(out)
-                done.append((job, parts))
-        if fingerprint(given) != before:
-            raise InputChanged("a method changed the state, statistics or events that it was given: it must copy first")
+        with unwritten(model):
+            for job in own:
+                with _noting(broken, job):
+                    mine = replace(prefill, memo=memos[_remembers(job.compressor)])
+                    with undisturbed():
+                        seen = watched if _remembers(job.compressor) else witnesses
+                        out, parts = attempt(job, model, mine, asked, full, seen)
+                    found.append(out)
+                    done.append((job, parts))
+            if fingerprint(given) != before:
+                what = "a method changed the state, statistics or events that it was given"
+                raise InputChanged(f"{what}: it must copy first")
         if found:
             outputs.append((model, torch.stack(found)))
     assert whole is not None

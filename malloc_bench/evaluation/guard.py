@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from malloc_bench.registry import shown, told
 from malloc_bench.state import map_tensors
@@ -55,6 +55,26 @@ def _sums(x: Tensor) -> Iterator[int]:
     words = flat[:size].view(torch.int64).view(-1, _ROW)
     for part in (words.sum(1), words.sum(0), flat[size:]):
         yield zlib.crc32(part.cpu().numpy().tobytes())
+
+
+@contextlib.contextmanager
+def unwritten(*models: nn.Module) -> Iterator[None]:
+    """Weights are afterwards as they were: what methods are given leads to them (maps of outputs, layers of probes).
+
+    Raises InputChanged where they were written into.
+    """
+    every = {id(x): x for model in models for x in (*model.parameters(), *model.buffers())}
+    kept = [(x, x.detach().clone()) for x in every.values()]
+    before, changed = fingerprint([was for _, was in kept]), False
+    try:
+        yield
+    finally:
+        after = fingerprint([x.detach() for x, _ in kept])
+        for (x, was), one, other in zip(kept, before, after):
+            if one != other:
+                x.data, changed = was, True
+    if changed:
+        raise InputChanged("a method changed the weights of the backbone")
 
 
 def _environment() -> dict[Any, Any]:

@@ -69,10 +69,7 @@ def attempt(
     number; OverBudget, NotInTheBytes.
     """
     prefill = prefill.given(job.fitted)
-    state = job.compressor.compress(prefill, job.budget, job.fitted)
-    if type(state) is not UserState or len(state) != len(prefill.state):
-        what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
-        raise TypeError(f"compress must return a UserState of the {len(prefill.state)} users it was given, not {what}")
+    state = of_users(job.compressor.compress(prefill, job.budget, job.fitted), prefill)
     out = full if state is prefill.state else asked.read(model, state)  # before anything tells who will be packed
     parts = checked_bytes(job, prefill, state)
     size = total(parts)
@@ -86,11 +83,19 @@ def attempt(
         raise ValueError("outputs read from the compressed state are not finite")
     if packed.other is not None:
         template = job.compressor.compress(replace(packed.other, memo={}), job.budget, job.fitted)
-        _check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
+        check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
     return out, parts
 
 
-def _check_read(want: Tensor, got: Tensor) -> None:
+def of_users(state: object, prefill: Prefill) -> UserState:
+    """What `compress` or `update` has returned; raises TypeError where it is no state of the prefill's users."""
+    if type(state) is UserState and len(state) == len(prefill.state):
+        return state
+    what = f"{len(state)} users" if isinstance(state, UserState) else type(state).__name__
+    raise TypeError(f"a method must return a UserState of the {len(prefill.state)} users it was given, not {what}")
+
+
+def check_read(want: Tensor, got: Tensor) -> None:
     """Raises NotInTheBytes unless reads [P, ...] agree to TOLERANCE."""
     error, scale = float((got - want).abs().max()), max(float(want.abs().max()), 1.0)
     if not error <= TOLERANCE * scale:

@@ -124,15 +124,28 @@ def labelled(frame: pl.DataFrame) -> pl.DataFrame:
 
     what else tells its rows apart: they are tables of their own.
     """
-    ambiguous = pl.col("backbone_params").n_unique().over("backbone") > 1
-    pairs = pl.struct("backbone", "backbone_params").map_elements(_backbone, pl.String)
     return frame.with_columns(
-        pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone"))
-        + pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit("")),
+        _told_apart(),
         pl.struct("compressor", "compressor_params").map_elements(_compressor, pl.String).alias("compressor_params"),
         pl.col("budget").map_elements(budget_label, pl.String).alias("budget"),
         pl.col("family", "split").fill_null(""),  # of a method without one, and of what was never settled
     )
+
+
+def _told_apart() -> pl.Expr:
+    ambiguous = pl.col("backbone_params").n_unique().over("backbone") > 1
+    pairs = pl.struct("backbone", "backbone_params").map_elements(_backbone, pl.String)
+    words = pl.when(pl.col(APART).is_not_null()).then(" [" + pl.col(APART) + "]").otherwise(pl.lit(""))
+    return pl.when(ambiguous).then(pairs).otherwise(pl.col("backbone")) + words
+
+
+def side_by_side(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
+    """Results frames of several runs in which one name of a backbone means one: its parameters and what else tells its
+    rows apart, but for weights, stand in `backbone` where it takes that to tell two runs apart."""
+    numbered = [complete(frame).with_columns(pl.lit(i).alias("frame")) for i, frame in enumerate(frames)]
+    whole = apart(pl.concat(numbered, how="diagonal_relaxed"), [*GROUP, "backbone_params"], weights=False)
+    whole = whole.with_columns(_told_apart(), pl.lit("{}").alias("backbone_params")).drop(APART)
+    return [whole.filter(pl.col("frame") == i).drop("frame") for i in range(len(frames))]
 
 
 def reason_of(row: Mapping[str, Any]) -> str:

@@ -131,7 +131,7 @@ def ceilings(frame: pl.DataFrame) -> pl.DataFrame:
 def drifts(frame: pl.DataFrame) -> pl.DataFrame:
     """What states keep of the full state's order that go on with their users: N events appended and nothing more, or
     updated after each and held against compressing all again."""
-    measured = [pl.col(name).is_not_null() for name in DRIFT]
+    measured = [pl.col(name).is_not_null() for name in DRIFT if not name.startswith("drift_users")]
     return aggregate(frame).filter(pl.any_horizontal(measured)).select(*HEAD, "overlap@10", "agreement", *DRIFT)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm, slices
+from malloc_bench.registry import clipped, shown
 from malloc_bench.report.board import GROUP, aggregate, groups_of, sections, select
 from malloc_bench.report.judge import alike, main, remark
+from malloc_bench.report.lineage import protocol
 from malloc_bench.report.recommend import LEVEL
 from malloc_bench.report.render import Column, filled, interval, number, p_value, tell, terminal, words
 from malloc_bench.report.users import Both, Difference, Users, difference
-from malloc_bench.results import load_results
+from malloc_bench.results import differing, load_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,8 +230,9 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
 
     `main` and `alike` are the second's less the first's, paired over users where values by user are there (then with
     interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's,
-    `read_ratio` of reads, each over its own run's full state's; `only_one` and `only_other`: how many rows the other
-    run has not. only: rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
+    `read_ratio` of reads, each over its own run's full state's; `protocol`: what of data, training and evaluation the
+    two differ in, null for nothing; `only_one` and `only_other`: how many rows the other run has not. only: rows, as
+    `board.select` takes them. Raises ValueError where the two have nothing in common.
     """
     frames = [load_results(each) for each in (one, other)]
     boards = [select(each, only or {}) for each in frames]
@@ -238,6 +241,8 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     first, second = (board.select(shown) for board in boards)
     rows = first.join(second, on=key, how="inner", nulls_equal=True, maintain_order="left")
     users = [Users(frame, folder) for frame, folder in zip(frames, (one, other))]
+    cells = [frame.select("cell_id", "cell", "hashes").iter_rows(named=True) for frame in frames]
+    protocols = [{row["cell_id"]: protocol(row) for row in each} for each in cells]
     found = []
     for row in rows.iter_rows(named=True):
         mine, theirs = row["cell_ids_right"].split(), row["cell_ids"].split()
@@ -248,6 +253,7 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
         found.append(
             {
                 **{name: row[name] for name in (*key, "n_users")},
+                "protocol": _other_protocol(protocols[0][theirs[0]], protocols[1][mine[0]]),
                 **differences,
                 "equal": _equal(row, differences),
                 "p": None if paired["main"] is None else paired["main"].p,
@@ -255,14 +261,19 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
                 "read_ratio": _over(row["read_ratio_right"], row["read_ratio"]),
             }
         )
-    reals = dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64())
-    table = pl.DataFrame(found, schema_overrides={**reals, "equal": pl.Boolean()}, infer_schema_length=None)
+    types = {**dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64()), "equal": pl.Boolean()}
+    types["protocol"] = pl.String()
+    table = pl.DataFrame(found, schema_overrides=types, infer_schema_length=None)
     only_in = {name: len(board) - len(rows) for name, board in zip(("only_one", "only_other"), boards)}
     table = table.with_columns(pl.lit(n).alias(name) for name, n in only_in.items())
     if table.is_empty():
         raise ValueError(f"{one} and {other} have no method, budget, data set and backbone in common")
     parts = [rows.with_columns(_holm(rows["p"])) for _, rows in groups_of(table)]
     return pl.concat(parts)
+
+
+def _other_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    return ", ".join(f"{path} {a}, then {b}" for path, (a, b) in differing(first, second).items()) or None
 
 
 def _holm(p: pl.Series) -> pl.Series:
@@ -304,6 +315,8 @@ def print_two_runs(found: pl.DataFrame, console: Console, most: int = 20) -> Non
         said = f"{len(rows)} rows in both, {rows['equal'].sum()} equal, {sure} surely of another accuracy"
         lost = rows["equal"].null_count()
         tell(console, f"{head}: {said}{f', {lost} without a value in either' if lost else ''}")
+        for other in rows["protocol"].drop_nulls().unique(maintain_order=True).head(3):
+            tell(console, f"Not the methods alone differ: {clipped(shown(other), 300)}", "bold yellow")
         if len(changed):
             first = changed.sort(pl.col("main").abs(), descending=True, nulls_last=True).head(most)
             console.print(terminal(first, filled(first, RUNS), "what changed most", console.width))

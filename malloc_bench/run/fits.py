@@ -16,7 +16,7 @@ from malloc_bench.compressors import Budget, Compressor
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts, histories, sampled
-from malloc_bench.evaluation.guard import undisturbed
+from malloc_bench.evaluation.guard import undisturbed, unwritten
 from malloc_bench.files import Damaged, atomic_write, digest, read_sealed, sealed
 from malloc_bench.run.folder import locked
 from malloc_bench.state import Fitted, Prefill, Sample, Stats, map_tensors
@@ -64,19 +64,22 @@ class Fits:
             return _load(place, key) or self._make(compressor, budget, place, key)
 
     def _key(self, compressor: Compressor, budget: Budget | None) -> dict[str, Any]:
-        """All that a fit depends on; data, split and structural part are in the backbone's folder, its weights here."""
+        """All that a fit depends on; events, split and structural part are in the backbone's folder, weights here."""
         about = content(compressor, self.backbone.uses_positions)
         if compressor.fit_fields is not None:
             about["params"] = {name: about["params"][name] for name in compressor.fit_fields}
         asked = None if budget is None else budget.value()
-        return {"weights": self.weights, "method": about, "budget": asked, "users": self.users, "seed": self.seed}
+        items = facts(self.split, Stats(categories=compressor.fit_needs.categories))
+        known = {} if items is None else {"items": items.digest}
+        key = {"weights": self.weights, "method": about, "budget": asked, "users": self.users, "seed": self.seed}
+        return key | known
 
     def _make(
         self, compressor: Compressor, budget: Budget | None, place: Path, key: dict[str, Any]
     ) -> tuple[Fitted, float]:
         self.backbone.eval()
         started = time.perf_counter()
-        with undisturbed():
+        with undisturbed(), unwritten(self.backbone, self.plain):
             torch.manual_seed(self.seed)
             fitted = compressor.fit(Sample(lambda: self._prefills(compressor.fit_needs, budget)), budget)
         seconds = time.perf_counter() - started

@@ -18,7 +18,7 @@ from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of, chunks
 from malloc_bench.paths import home
-from malloc_bench.results import load_results
+from malloc_bench.results import Row, load_results
 from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import read_manifest
 from malloc_bench.run.models import trained
@@ -67,8 +67,11 @@ class Run:
         return load_results(self.folder)
 
     def cell(self, which: Which) -> Cell:
+        return Cell.of_row(self._row(which))
+
+    def _row(self, which: Which) -> Row:
         asked = which if isinstance(which, str) else {k: [v] if isinstance(v, str) else v for k, v in which.items()}
-        return Cell.of_row(one_row(self.folder, asked))
+        return one_row(self.folder, asked)
 
     def split(self, cell: Cell) -> Split | Impressions:
         """The cell's data, cut into training and test."""
@@ -78,14 +81,14 @@ class Run:
 
     def backbone(self, which: Which) -> Backbone:
         """The trained backbone of a cell, as its method has adapted it."""
-        cell = self.cell(which)
-        return trained(cell, self.split(cell).dataset, self.folder)[0]
+        row = self._row(which)
+        cell, hashes = Cell.of_row(row), row["hashes"] or {}
+        return trained(cell, self.split(cell).dataset, self.folder, hashes.get("weights"))[0]
 
     @torch.no_grad()
     def states(self, which: Which, users: int = 32) -> States:
         """Test users of a cell, those with the longest histories, compressed as the run did it; fits are reused."""
-        cell = self.cell(which)
-        split, method, backbone, plain, fitted = self._fitted(cell)
+        cell, split, method, backbone, plain, fitted = self._fitted(which)
         rows = chunks(backbone, split)[-1][-users:]
         asked = asked_of(backbone, split, rows, cell.filter_seen)
         ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
@@ -99,18 +102,19 @@ class Run:
 
     def explained(self, which: Which) -> Sequence[str]:
         """What a cell's method makes of its budget with what it has learned, in words; fits are reused."""
-        cell = self.cell(which)
-        _, method, _, _, fitted = self._fitted(cell)
+        cell, _, method, _, _, fitted = self._fitted(which)
         return () if fitted is None else method.explain(fitted, cell.budget)
 
-    def _fitted(self, cell: Cell) -> tuple[Split | Impressions, Compressor, Backbone, Backbone, Fitted | None]:
-        """A cell's data, its method, the backbone that it adapts and the plain one, and what it has learned."""
+    def _fitted(self, which: Which) -> tuple[Cell, Split | Impressions, Compressor, Backbone, Backbone, Fitted | None]:
+        """A cell, its data, its method, the backbone that it adapts and the plain one, and what it has learned."""
+        row = self._row(which)
+        cell, hashes = Cell.of_row(row), row["hashes"] or {}
         split, method = self.split(cell), cell.compressor.build()
-        backbone, weights = trained(cell, split.dataset, self.folder)
-        plain = trained(cell.plain, split.dataset, self.folder)[0]
+        backbone, weights = trained(cell, split.dataset, self.folder, hashes.get("weights"))
+        plain = trained(cell.plain, split.dataset, self.folder, hashes.get("reference"))[0]
         place = home() / "checkpoints" / checkpoint_folder(cell).name / "fits"
         fitted, _ = Fits(backbone, plain, split, place, weights, cell.seed).of(method, cell.budget)
-        return split, method, backbone, plain, fitted
+        return cell, split, method, backbone, plain, fitted
 
 
 def load_run(folder: str | Path) -> Run:

@@ -35,10 +35,10 @@ def made(cell: Cell, data: Dataset, **changes: Any) -> Backbone:
     return backbone.for_ranking() if isinstance(cell.task, Ranking) else backbone
 
 
-def trained(cell: Cell, data: Dataset, run: Path) -> tuple[Backbone, str]:
+def trained(cell: Cell, data: Dataset, run: Path, weights: str | None = None) -> tuple[Backbone, str]:
     """The backbone of a settled cell, adapted where its method does that, from a run's folder or the cache, and the
 
-    sha256 of its weights. Raises FileNotFoundError where neither has them whole.
+    sha256 of its weights; None: whichever they are. Raises FileNotFoundError where neither has them whole.
     """
     backbone, usual = fresh(cell, data), checkpoint_folder(cell)
     part = cell.compressor.build().structural
@@ -46,6 +46,9 @@ def trained(cell: Cell, data: Dataset, run: Path) -> tuple[Backbone, str]:
         part.adapt(backbone)
     for folder in (run / "checkpoints" / usual.name, usual):
         fit = finished(folder)
-        if fit is not None and load_weights(backbone, folder, fit.start) is not None and fit.weights:
+        if fit is None or not fit.weights or weights not in (None, fit.weights):
+            continue
+        if load_weights(backbone, folder, fit.start) is not None:
             return backbone.eval(), fit.weights
-    raise FileNotFoundError(f"{run} has no weights of {cell.backbone.label} ({usual.name}): run its suite first")
+    which = "" if weights is None else f"that its row was made with, {weights[:8]}, "
+    raise FileNotFoundError(f"{run} has no weights {which}of {cell.backbone.label} ({usual.name}): run its suite first")

@@ -89,7 +89,8 @@ def _run(
     datasets, why = _had(suite, cells, offline, quiet)
     asked, cells = cells, [_settled(cell, datasets, why, on) for cell in cells]
     known = [cell for cell, now in zip(asked, cells) if now.data is not None]
-    cells = chosen.applied(cells) if chosen else cells
+    if chosen:  # what is chosen may depend on more than what it stands for
+        cells = [_settled(cell, datasets, why, on) for cell in chosen.applied(cells)]
     if chosen and not any(cell.tuned for cell in cells):
         log.warning("%s has nothing for any cell that was asked for", chosen.path)
     for reason, n in Counter(each.impossible for each in cells if each.data is None).items():

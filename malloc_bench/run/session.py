@@ -35,7 +35,7 @@ from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
 from malloc_bench.run.rows import accuracy, ceilings, per_user
 from malloc_bench.state import Fitted
-from malloc_bench.suite.cells import Cell, Part
+from malloc_bench.suite.cells import Cell, Part, asks_categories
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, group_key, groups, partial_name
 from malloc_bench.suite.suite import Suite
 from malloc_bench.testing import read_alone
@@ -108,7 +108,7 @@ class Session:
     def _unknown(self, cell: Cell, compressor: Compressor) -> str | None:
         """What the data cannot tell of items that the method asks for; None: nothing."""
         data = self.datasets[cell.dataset]
-        if not compressor.needs.categories or data.categories is not None:
+        if not asks_categories(compressor) or data.categories is not None:
             return None
         return f"{compressor.name} reads categories of items, and the card of {data.name} has none"
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.state.given import check
 from malloc_bench.state.named import Fitted, Named
-from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, SoftmaxRows, absolute_sums, check, check_users
+from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, SoftmaxRows, absolute_sums
 from malloc_bench.state.probes import GIVEN, Ask, Probes, plain
 from malloc_bench.state.rebuilt import Projection
 from malloc_bench.state.slots import Slots
@@ -303,17 +304,11 @@ class Prefill:
         Statistics are worked out block by block when a method asks for them. Budgets are shares of the bytes in the
         dtype given. Raises ValueError that names the argument and what was expected.
         """
-        check("keys", keys, keys, "D")
-        check("values", values, keys, "D'")
+        check(
+            keys, values, queries=queries, attention=attention, lengths=lengths, users=users, events=events,
+            items=items, outputs=outputs, probes=probes,
+        )  # fmt: skip
         (b, _, s, _), device = keys[0].shape, keys[0].device
-        if lengths is not None:
-            check_users("lengths", lengths, b, s)
-        if users is not None:
-            check_users("users", users, b)
-        if queries is not None:
-            check("queries", queries, keys, "D")
-        if attention is not None and not callable(attention):
-            check("attention", attention, keys, "S")
         count = (torch.full((b,), s) if lengths is None else lengths).to(device, torch.int32)
         rows: Rows | None = None
         if callable(attention):
@@ -333,7 +328,6 @@ class Prefill:
         behind = None if outputs is None else Named({str(i): x for i, x in enumerate(outputs)})
         probed: list[Mapping[Hashable, Probes]] | None = None
         if probes is not None:
-            check("probes", probes, keys, "D")
             probed = [{GIVEN: plain(q, layer[0], count)} for q, layer in zip(probes, layers)]
         return Prefill(
             state, ids, events, column_sum, window, seed, positions, queries=asked, items=items, outputs=behind,

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import secrets
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +22,11 @@ from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.files import file_digest
 from malloc_bench.registry import find, in_a_line, told
 from malloc_bench.results import SCHEMA_VERSION, budget_text, canonical_json, cell_id, label
+from malloc_bench.suite.source import source_hash
 from malloc_bench.training.fit import Training, arithmetic
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
-
-_UNSAVED = secrets.token_hex(8)  # stands for the source of a class that was typed into a prompt: never the same again
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ def content(value: Any, placed: bool = False) -> Any:
 def _identity(cls: type, params: dict[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:
     known = {"name": cls.name, "version": cls.version}  # type: ignore[attr-defined]
     if cls.__module__.split(".")[0] != "malloc_bench":
-        known["source"] = _source_hash(cls)
+        known["source"] = source_hash(cls)
     if hashes := {str(path): _content_hash(cls.name, path) for path in files}:  # type: ignore[attr-defined]
         known["files"] = list(hashes.values())
         params = {key: _without_paths(value, hashes) for key, value in params.items()}
@@ -166,42 +161,6 @@ def _without_paths(value: Any, hashes: Mapping[str, str]) -> Any:
         return value
     known = {str(Path(path).absolute()): found for path, found in hashes.items()}
     return known.get(str(Path(value).expanduser().absolute()), value)
-
-
-@cache  # of the class as it was imported: its file may be edited while the class stays
-def _source_hash(cls: type) -> str:
-    """sha256 over a class's file, those of its bases, and the user's own modules that these import."""
-    try:
-        files = {inspect.getfile(cls)}
-        for base in cls.__mro__:
-            files |= _beside(sys.modules.get(base.__module__))
-        content = [Path(file).read_bytes() for file in sorted(files, key=lambda file: Path(file).name)]
-        return hashlib.sha256(b"\0".join(hashlib.sha256(each).digest() for each in content)).hexdigest()
-    except (OSError, TypeError):
-        return f"unsaved {_UNSAVED}"
-
-
-def _known(module: str) -> bool:
-    """Ours, whose versions are told, and what is installed."""
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    installed = not file or "site-packages" in file or file.startswith(sys.base_prefix)
-    return module.split(".")[0] == "malloc_bench" or installed
-
-
-def _beside(module: ModuleType | None) -> set[str]:
-    """Files of a module and of those of the user's that it has imported, or imported names of, and so on."""
-    found: set[str] = set()
-    todo = [module] if module is not None else []
-    while todo:
-        each = todo.pop()
-        file = getattr(each, "__file__", None)
-        if not file or file in found or _known(each.__name__):
-            continue
-        found.add(file)
-        for value in vars(each).values():
-            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            todo += [sys.modules[name]] if isinstance(name, str) and name in sys.modules else []
-    return found
 
 
 @dataclass(frozen=True)
@@ -285,7 +244,7 @@ class Cell:
     @property
     def _asks_categories(self) -> bool:
         try:
-            return self.compressor.build().needs.categories
+            return asks_categories(self.compressor.build())
         except (Exception, SystemExit):  # a part that fails is for its own rows to say
             return False
 
@@ -318,6 +277,12 @@ class Cell:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = "expected task, split, training, evaluation and data as a run writes them: run its suite again"
             raise ValueError(f"row {row['cell_id']}: its cell cannot be read ({told(error)}); {what}") from error
+
+
+def asks_categories(compressor: Compressor) -> bool:
+    """Whether a method reads the categories of items, or learns from them."""
+    learned = (part.fit_needs for part in compressor.fit_parts().values())
+    return any(needs.categories for needs in (compressor.needs, *learned))
 
 
 def _categories(dataset: Dataset) -> str | None:

@@ -123,6 +123,8 @@ def _finished(row: Row | None, folder: Path, suite: Suite, cell: Cell) -> bool:
 def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
     measure = suite.measure
+    if row["status"] == "ok" and any(row.get(f"drift_users@{n}") is None for n in measure.drift):
+        return False
     wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
     wanted += ["request_ms_p50"] * (measure.store is not None)
     if row["status"] != "ok" or not wanted or not measure.covers(cell.budget):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from itertools import product
@@ -19,8 +21,11 @@ from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.file import Measure, SuiteError
 from malloc_bench.suite.suite import Suite
 
+log = logging.getLogger(__name__)
+
 TRIALS = 8  # of a method, at most, whatever it is
 MAX_BYTES = 1 << 24
+_SEAL = "# sha256 of all below: "
 
 
 def trials(part: Part) -> list[Part]:
@@ -125,6 +130,8 @@ class Tuned:
         except ValueError as error:
             raise SuiteError(f"{path}: {error}") from None
         self.path, self.digest = path, file_digest(path)
+        if _changed(path.read_bytes()):
+            log.warning("%s is not what `malloc-bench tune` wrote: it is used as it is now", path)
 
     def applied(self, cells: Iterable[Cell]) -> list[Cell]:
         """Settled cells with the parameters that were chosen for them, each cell once; others as they are."""
@@ -148,8 +155,16 @@ def write(path: Path, suite: str, metric: str, chosen: Sequence[Choice]) -> None
     """The file of what was chosen, readable and in the order of the suite."""
     head = f"# Chosen on validation targets by `malloc-bench tune {suite}`; use it with `malloc-bench run ... --tuned`."
     lines = [f"- {_flow({k: v for k, v in each.model_dump().items() if v is not None})}" for each in chosen]
-    about = [head, f"suite: {_flow(suite)}", f"metric: {metric}", "chosen:" if lines else "chosen: []"]
-    atomic_write(path, "\n".join([*about, *lines, ""]).encode())
+    about = [f"suite: {_flow(suite)}", f"metric: {metric}", "chosen:" if lines else "chosen: []"]
+    content = "\n".join([*about, *lines, ""]).encode()
+    atomic_write(path, f"{head}\n{_SEAL}{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+
+
+def _changed(data: bytes) -> bool:
+    """Whether a file that `write` sealed holds something else now; one that somebody wrote has no seal."""
+    _, seal, rest = data.partition(_SEAL.encode())
+    written, _, content = rest.partition(b"\n")
+    return bool(seal) and hashlib.sha256(content).hexdigest() != written.decode(errors="replace")
 
 
 def _flow(value: Any) -> str:

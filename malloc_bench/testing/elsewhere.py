@@ -25,6 +25,7 @@ from malloc_bench.testing.worlds import World, packed
 
 OTHERS = (7, 30)  # histories of the users that templates are made of
 _SECONDS = 300
+_BEGAN = dict(os.environ)  # before any method could leave something there
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Case:
         adapted.load_state_dict(self.weights or adapted.state_dict())
         return World("elsewhere", adapted, self.fitted)
 
+    @torch.no_grad()  # as states are made in a run
     def written(self) -> tuple[Case, list[bytes], Tensor]:
         """With the weights that were used: the bytes of the users of `LENGTHS`, and what is read from their states."""
         world = self.world().fit(self.compressor, self.budget)
@@ -78,7 +80,7 @@ def read_elsewhere(cases: Sequence[tuple[Case, list[bytes]]]) -> list[np.ndarray
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         done = subprocess.run(
             [sys.executable, "-m", __name__, str(asked), str(answer)],
-            env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_SECONDS,
+            env={**_BEGAN, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_SECONDS,
         )  # fmt: skip
         if done.returncode or not answer.exists():
             raise AssertionError(f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}")

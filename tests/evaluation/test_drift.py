@@ -81,7 +81,7 @@ def test_columns(trained, synthetic):
     assert found["full"] == {
         f"{name}@{n}": value for n in (1, 10) for name, value in (("drift", 0), ("appended", 1), ("drift_users", 256))
     }
-    assert found["dedup"] == found["recompute"] == {}
+    assert found["dedup"] == found["recompute"] == {"drift_users@1": 0, "drift_users@10": 0}
     for name in ("h2o", "recent", "fit"):
         assert -1 <= found[name]["drift@10"] <= 1 and found[name]["drift_users@10"] == 256
         # of 11 events or more ten are there as they are, behind what was kept of those before

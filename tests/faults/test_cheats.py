@@ -24,9 +24,10 @@ from malloc_bench.data.dataset import group
 from malloc_bench.data.tasks.splits import Split, leave_one_out
 from malloc_bench.data.worlds.synthetic import generate
 from malloc_bench.evaluation import evaluate as evaluation
+from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation, Job, evaluate
 from malloc_bench.evaluation.guard import ProcessChanged, fingerprint, undisturbed
-from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState, Vectors, map_tensors
+from malloc_bench.state import Ask, Dense, Prefill, Segment, Slots, Stats, UserState, Vectors, map_tensors
 from malloc_bench.state.vectors import Ragged, Read
 
 
@@ -128,6 +129,24 @@ def by_users(prefill: Prefill) -> None:
     prefill.users.add_(1)
 
 
+def by_outputs(prefill: Prefill) -> None:
+    prefill.output_map(0).mul_(0.5)  # a view of the weights
+
+
+def by_tables(prefill: Prefill) -> None:
+    assert prefill.tables is not None
+    prefill.tables["positions"].add_(1)
+
+
+def by_projection(prefill: Prefill) -> None:
+    next(iter(prefill.projection(1).values())).zero_()
+
+
+def by_block(prefill: Prefill) -> None:
+    block: Any = prefill.probes(0)
+    block.block.qkv.weight.data.mul_(0.9)
+
+
 @dataclass(frozen=True)
 class Writes(Compressor):
     """As recent, after it has changed what it was given."""
@@ -138,7 +157,7 @@ class Writes(Compressor):
 
     @property
     def needs(self) -> Stats:
-        return Stats(window=16)
+        return Stats(window=16, outputs=True, projections=True, probes=Ask(4))
 
     def floor(self, prefill: Prefill) -> Tensor:
         return get_compressor("recent").floor(prefill)
@@ -152,13 +171,16 @@ class Writes(Compressor):
 
 
 MUTATORS = [
-    by_torch, by_data, by_numpy, by_statistics, by_events, by_fields, by_force, by_sorting, by_users,
+    by_torch, by_data, by_numpy, by_statistics, by_events, by_fields, by_force, by_sorting, by_users, by_outputs,
+    by_tables, by_projection, by_block,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", MUTATORS, ids=lambda how: how.__name__)
 def test_a_method_that_changes_what_it_is_given(how: Any, split: Split, backbone: Backbone, want: Evaluation) -> None:
-    assert "InputChanged: a method changed the state" in failure(Writes(how), split, backbone, want)
+    weights = {name: x.clone() for name, x in backbone.state_dict().items()}
+    assert "InputChanged: a method changed the " in failure(Writes(how), split, backbone, want)
+    assert all(torch.equal(x, weights[name]) for name, x in backbone.state_dict().items())
 
 
 def test_one_that_does_so_in_a_later_chunk_only(split: Split, backbone: Backbone, want: Evaluation) -> None:
@@ -376,7 +398,7 @@ class Returns(Compressor):
 
 @pytest.mark.parametrize("what", ["nothing", "a tuple", "fewer"])
 def test_what_is_no_state_of_these_users(what: str, split: Split, backbone: Backbone, want: Evaluation) -> None:
-    assert "TypeError: compress must return a UserState of the 16 users" in failure(
+    assert "TypeError: a method must return a UserState of the 16 users" in failure(
         Returns(what), split, backbone, want, None
     )
 
@@ -535,3 +557,52 @@ def test_the_reference_is_there(want: Evaluation) -> None:
 def test_a_method_whose_needs_cannot_be_met(split: Split, backbone: Backbone, want: Evaluation) -> None:
     """It alone: all others share the prefill that it asks for."""
     assert "cannot give" in failure(get_compressor("snapkv", window=2**62), split, backbone, want)
+
+
+# --- drift: what goes on is held to the same ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Updates(Compressor):
+    """As recent, but for what it does when the user has gone on."""
+
+    how: str
+
+    def floor(self, prefill: Prefill) -> Tensor:
+        return get_compressor("recent").floor(prefill)
+
+    def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
+        return get_compressor("recent").compress(prefill, budget)
+
+    def update(self, prefill: Prefill, budget: Any = None, fitted: Any = None) -> UserState:
+        state = self.compress(prefill, budget)
+        if self.how == "exits":
+            sys.exit(3)
+        if self.how == "threads":
+            torch.set_num_threads(torch.get_num_threads() + 1)
+        if self.how == "returns":
+            return state.take(torch.tensor([0]))
+        if self.how == "writes":
+            assert prefill.whole is not None
+            prefill.whole.mul_(2)  # what all others' budgets are shares of
+        if self.how == "no numbers":
+            return state.map(lambda x: x * torch.nan if x.is_floating_point() else x)
+        if self.how == "hides":
+            return Hides("global").compress(prefill)
+        return state
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("exits", "SystemExit: 3"), ("threads", "ProcessChanged"), ("returns", "TypeError: a method must return"),
+        ("writes", "InputChanged"), ("no numbers", "not finite"), ("hides", "NotInTheBytes"),
+    ],
+)  # fmt: skip
+def test_a_method_whose_update_is_flawed(how: str, said: str, split: Split, backbone: Backbone) -> None:
+    sound = [job("full"), job("recent", 0.3), job("h2o", 0.3)]
+    want, failed = drift(backbone, split, sound, (3,))
+    assert not failed and want["recent@0.3"]["drift_users@3"] > 1
+    found, failed = drift(backbone, split, [sound[0], Job("bad", Updates(how), Budget(0.5)), *sound[1:]], (3,))
+    assert {each: found[each] for each in want} == want
+    assert failed.keys() == {"bad"} and said in failed["bad"].reason and "drift@3" not in found["bad"]

@@ -2,9 +2,13 @@
 
 import polars as pl
 import pytest
+from rich.console import Console
 
 from malloc_bench.report import leaderboard as lb
+from malloc_bench.report.site.content import Run, pages
 from malloc_bench.report.tables import TABLES, render_table
+from malloc_bench.report.verdict import print_two_runs, two_runs
+from malloc_bench.results import cell_id, write_row
 
 
 def cell(epochs=12, label=4, data="a" * 64):
@@ -82,3 +86,40 @@ def test_brackets_reach_the_terminal(row, board_of, capsys):
 
     lb.print_leaderboard(board_of(pair(row, epochs=1), pair(row, epochs=2)), Console(width=200))
     assert "[training.epochs=2]" in capsys.readouterr().out
+
+
+def test_backbones_on_other_data_do_not_stand_side_by_side(row, board_of):
+    """Of one data set's name, as in the table of models; what one backbone alone reads of the data is no difference."""
+    other = [{**each, "backbone": "hstu"} for each in pair(row, data="b" * 64, weights="2" * 64)]
+    table = render_table(board_of(pair(row), other), "models", "md")
+    assert "sasrec [data.hash=aaaaaaaa]" in table and "hstu [data.hash=bbbbbbbb]" in table
+    same = [{**each, "backbone": "climber"} for each in pair(row)]
+    for each in same:
+        each["cell"] = {**each["cell"], "data": {**each["cell"]["data"], "categories": "c" * 64}}
+    assert "[" not in render_table(board_of(pair(row), same), "models", "md")
+
+
+def test_runs_of_other_training_or_sizes_are_other_tables_of_a_site(row, board_of):
+    small, large = ({"backbone_params": {"dim": d}} for d in (50, 64))
+    runs = [
+        Run("a", board_of(*([{**each, **small} for each in pair(row, epochs=n)] for n in (12,)))),
+        Run("b", board_of([{**each, **small} for each in pair(row, epochs=20, weights="2" * 64)])),
+        Run("c", board_of([{**each, **large} for each in pair(row, epochs=12, weights="3" * 64)])),
+        Run("d", board_of([{**each, **small} for each in pair(row, epochs=12, weights="4" * 64)])),
+    ]
+    (index, *_) = pages(runs)
+    (listed,) = (sheet for sheet in index.sheets if sheet.title == "Backbones")
+    assert {line[0].text for line in listed.rows} == {
+        "sasrec(dim=50) [training.epochs=12]", "sasrec(dim=50) [training.epochs=20]", "sasrec(dim=64)",
+    }  # fmt: skip
+
+
+def test_two_runs_of_other_training_say_so(row, board_of, tmp_path, capsys):
+    for name, epochs in (("a", 1), ("b", 12), ("c", 12)):
+        for each in pair(row, epochs=epochs):
+            own = {**each["cell"], "compressor": {"name": each["compressor"]}}
+            write_row(tmp_path / name / "rows", {**each, "cell_id": cell_id(own), "cell": own})
+    assert set(two_runs(tmp_path / "a", tmp_path / "b")["protocol"]) == {"training.epochs 1, then 12"}
+    assert two_runs(tmp_path / "b", tmp_path / "c")["protocol"].null_count() == 2
+    print_two_runs(two_runs(tmp_path / "a", tmp_path / "b"), Console(width=200))
+    assert capsys.readouterr().out.count("Not the methods alone differ: training.epochs 1, then 12") == 1

@@ -155,3 +155,22 @@ def test_popularity_counts_training_events(synthetic):
     found = facts(synthetic, Stats(popularity=True, categories=True))
     assert found["popularity"].tolist() == want.tolist()
     assert facts(synthetic, Stats(events=True)) is None
+
+
+def test_categories_that_a_fit_learns_from_are_in_its_identity(world, spy, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(spy, "fit_needs", property(lambda self: Stats(categories=True)))
+    plain = spy.fit
+    monkeypatch.setattr(
+        spy,
+        "fit",
+        lambda self, sample, budget=None: Fitted(
+            {"total": plain(self, sample)["total"] + next(iter(sample)).items["categories"][:3]}
+        ),
+    )
+    found = []
+    for names in ("ABCD", "AABC", "ABCD"):
+        world.categories(names)
+        result, row = rows_of(world, compressors=["spy"])
+        found.append((row["cell_id"], row["hashes"]["fit"], result.reused))
+    assert found[0][:2] == found[2][:2] and found[2][2] == 1, "what was is served again"
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1] and len(LEARNED) == 2

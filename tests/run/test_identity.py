@@ -19,7 +19,7 @@ from malloc_bench.data.sources import cards
 from malloc_bench.measure import STORES, StoreError
 from malloc_bench.results import read_rows
 from malloc_bench.run.runner import reproduce, run_suite
-from malloc_bench.suite import cells, suite
+from malloc_bench.suite import cells, suite, tuning
 from malloc_bench.training import fit as training
 
 SASREC = {"sasrec": {"layers": 1, "dim": 8, "max_length": 12}}
@@ -118,6 +118,21 @@ def test_categories_count_where_they_are_used(world: World) -> None:
     assert world.run(backbone=SASREC)[0].reused == 1
 
 
+def test_what_tune_chose_may_read_categories(world: World) -> None:
+    """The identity of a cell is that of the method which it runs, not of the one that this stands for."""
+    world.categories("ABCD")
+    result, _ = world.run(compressors=["recent"], budgets=[0.3])
+    cell, path = result.plan[0].cell, world.folder / "tuned.yaml"
+    about: dict[str, Any] = {"dataset": "toy", "task": "retrieval", "split": cell.split.label}
+    about |= {"backbone": cell.backbone.label, "compressor": "recent", "use": {"category_cover": {}}}
+    tuning.write(path, "toy", "mrr", [tuning.Choice(**about, score=1.0, default=1.0, trials=1)])
+    result, row = world.run(compressors=["recent"], budgets=[0.3], tuned=str(path))
+    assert row["compressor"] == "category_cover" and row["tuned"]
+    assert world.run(compressors=["category_cover"], budgets=[0.3])[0].reused == 1
+    world.categories("AABC")
+    assert world.run(compressors=["recent"], budgets=[0.3], tuned=str(path))[0].reused == 0
+
+
 def test_categories_that_no_source_has_are_a_failed_row(world: World) -> None:
     world.categories("AB")
     (world.folder / "movies.csv").unlink()
@@ -213,7 +228,7 @@ def test_one_suite_object_sees_a_file_that_changes_between_two_runs(world: World
 HELPED = """
 from dataclasses import dataclass
 
-import helper_of_mine
+AT_THE_TOP
 from malloc_bench import register
 from malloc_bench.compressors import Eviction
 
@@ -222,23 +237,37 @@ from malloc_bench.compressors import Eviction
 @dataclass(frozen=True)
 class Helped(Eviction):
     def scores(self, prefill, layer):
-        return helper_of_mine.scores(prefill, layer)
+        WHEN_CALLED
+        return SIGN * prefill.keys(layer).norm(dim=-1)
 """
-HELPER = "def scores(prefill, layer):\n    return SIGN * prefill.keys(layer).norm(dim=-1)\n"
+FOUND = {
+    "a module": ("import helper_of_mine", "SIGN = helper_of_mine.SIGN"),
+    "a number of it": ("from helper_of_mine import SIGN", "pass"),
+    "when called": ("", "from helper_of_mine import SIGN"),
+    "of a package, when called": ("", "from helpers_of_mine.inner import SIGN"),
+    "through another": ("from helpers_of_mine import SIGN", "pass"),
+    "by name": ("import importlib; helper = importlib.import_module('helper_of_mine')", "SIGN = helper.SIGN"),
+}
 
 
-def test_a_module_that_a_methods_file_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", FOUND)
+def test_a_module_that_a_methods_file_imports(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "mine.py").write_text(HELPED)
+    top, called = FOUND[how]
+    (tmp_path / "mine.py").write_text(HELPED.replace("AT_THE_TOP", top).replace("WHEN_CALLED", called))
+    (tmp_path / "helpers_of_mine").mkdir()
+    (tmp_path / "helpers_of_mine" / "__init__.py").write_text("def SIGN():\n    from .inner import SIGN\n")
     found = []
-    for sign in ("1", "-1"):
-        (tmp_path / "helper_of_mine.py").write_text(HELPER.replace("SIGN", sign))
-        sys.modules.pop("helper_of_mine", None)
+    for sign in ("1", "-1", "1"):
+        for file in ("helper_of_mine.py", "helpers_of_mine/inner.py"):
+            (tmp_path / file).write_text(f"SIGN = {sign}\n")
+        for name in ("helper_of_mine", "helpers_of_mine", "helpers_of_mine.inner"):
+            sys.modules.pop(name, None)
         importlib.invalidate_caches()
         registry.load_part(f"{tmp_path / 'mine.py'}:Helped")
         found.append(cells.Part("helped").content["source"])
-    assert found[0] != found[1]
+    assert found[0] == found[2] != found[1]
 
 
 def test_another_workload_is_measured_again(world: World) -> None:
@@ -246,6 +275,17 @@ def test_another_workload_is_measured_again(world: World) -> None:
     flops = [world.run(measure=workload)[1]["read_flops"] for workload in workloads]
     assert flops[1] > flops[0]
     assert world.run(measure=workloads[1])[0].reused == 1
+
+
+def test_drift_that_is_asked_for_later_is_computed(world: World) -> None:
+    """Of those too that have none: no run goes on computing them."""
+    methods: dict[str, Any] = {"compressors": ["full", "recompute", {"recent": {}}], "budgets": [0.3]}
+    off = {"latency": False, "flops": False}
+    assert world.run(**methods)[0].ok == 3
+    for steps, ok in (([1], 3), ([1], 0), ([1, 5], 3), ([5], 0), ([50], 3), ([50], 0), ([], 0)):
+        result, row = world.run(**methods, measure={**off, "drift": steps})
+        assert (result.ok, result.reused) == (ok, 3 - ok), steps
+        assert all(row[f"drift@{n}"] == 0 for n in steps if n < 50)
 
 
 def test_another_store_or_other_candidates_are_measured_again(world: World) -> None:

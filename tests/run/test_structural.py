@@ -218,7 +218,7 @@ def test_a_structural_part_of_ones_own_is_trained_again_when_its_file_changes(ru
 
     monkeypatch.setitem(registry._parts["compressors"], "own_heads", _Own)
     before = folders()
-    monkeypatch.setattr(cells, "_source_hash", lambda cls: "edited")
+    monkeypatch.setattr(cells, "source_hash", lambda cls: "edited")
     after = folders()
     assert before[0] != after[0] and before[1] == after[1]
 

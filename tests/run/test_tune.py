@@ -176,6 +176,24 @@ def test_a_file_that_is_wrong_is_one_line(folder: Path, capsys: Capture, harm, m
     assert line.startswith("malloc-bench: tuned.yaml: ") and message in line
 
 
+def test_a_file_that_is_not_what_was_written_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder / "tuned.yaml"
+    about = {"dataset": "synthetic", "task": "retrieval", "split": "leave_one_out", "backbone": "sasrec"}
+    choice = tuning.Choice(**about, compressor="ends", use={"ends": {"oldest": 0.5}}, score=0.5, default=0.4, trials=4)
+    tuning.write(path, "t", "overlap@10", [choice])
+    Tuned(path)
+    assert not caplog.records
+    for was, now in (("oldest: 0.5", "oldest: 0.7"), ("backbone: sasrec", "backbone: sasrek"), ("\n- {", "\n- { ")):
+        content = path.read_text()
+        assert was in content
+        path.write_text(content.replace(was, now))
+        Tuned(path)
+        (record,) = caplog.records
+        assert "tuned.yaml is not what `malloc-bench tune` wrote" in record.message
+        caplog.clear()
+        path.write_text(content)
+
+
 def test_a_file_for_other_cells_says_so(folder: Path, capsys: Capture) -> None:
     tuning.write(folder / "tuned.yaml", "t", "overlap@10", [])
     assert cli.main(["run", "t.yaml", "--tuned", "tuned.yaml", "--dry-run"]) == 0

@@ -7,7 +7,7 @@ from malloc_bench import Budget, Prefill, get_compressor
 from malloc_bench.compressors import Compressor
 from malloc_bench.measure import peak_memory
 from malloc_bench.registry import names
-from malloc_bench.state import MissingStatistic, observed
+from malloc_bench.state import Events, MissingStatistic, Named, observed
 
 B, H, S, D = 3, 2, 40, 8
 LENGTHS = torch.tensor([40, 17, 0])
@@ -107,6 +107,11 @@ def test_what_is_not_asked_for_is_not_worked_out():
     get_compressor("recent").compress(Prefill.from_tensors(keys, keys, attention=rows), {"slots": 8})
 
 
+def events(users, slots):
+    """Of item 9 alone."""
+    return Events(torch.full((users, slots), 9, dtype=torch.int32), torch.full((users,), slots, dtype=torch.int32))
+
+
 K = torch.zeros(B, H, S, D)
 WRONG = {
     "keys: expected a list of one tensor a layer, one or more, not 0": {"keys": []},
@@ -126,6 +131,19 @@ WRONG = {
     "lengths: expected whole numbers [3], one a user, not torch.float32 [3]": {"lengths": torch.ones(3)},
     "lengths: expected 0 to 40, the slots of keys, not 1 to 41": {"lengths": torch.tensor([1, 2, 41])},
     "users: expected whole numbers [3], one a user, not list": {"users": [1, 2, 3]},
+    "probes[0]: expected [3, a multiple of 2, 1, 8], not [3, 2, 0, 8]": {"probes": [K[:, :, :0]]},
+    "outputs: expected a list of one tensor a layer, 1, not 2": {"outputs": [K[0], K[0]]},
+    "outputs[0]: expected [a multiple of 2, 8, d], not [3, 8, 16]": {"outputs": [torch.zeros(3, 8, 16)]},
+    "outputs[0]: expected [a multiple of 2, 8, d], not [2, 9, 16]": {"outputs": [torch.zeros(2, 9, 16)]},
+    "outputs[0]: expected [a multiple of 2, 8, d], not [2, 8]": {"outputs": [torch.zeros(2, 8)]},
+    "events: expected Events, not list": {"events": [1]},
+    "events.items: expected whole numbers [3, 40], one a slot, not torch.int32 [3, 5]": {"events": events(B, 5)},
+    "events.items: expected whole numbers [3, 40], one a slot, not torch.int32 [2, 40]": {"events": events(2, S)},
+    "items: expected Named, not dict": {"items": {"popularity": torch.ones(9)}},
+    "items.popularity: expected one for each of 9 items, whose ids begin at 1, not [8]": {
+        "events": events(B, S),
+        "items": Named({"popularity": torch.ones(8)}),
+    },
     "values[0]: expected torch.float32 on cpu, as keys[0], not torch.float32 on meta": {"values": [K.to("meta")]},
 }
 

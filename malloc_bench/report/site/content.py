@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from malloc_bench.report.board import GROUP, aggregate, sections
+from malloc_bench.report.board import GROUP, aggregate, sections, side_by_side
 from malloc_bench.report.judge import remark
 from malloc_bench.report.leaderboard import COLUMNS_SHOWN, NOTES
 from malloc_bench.report.paper import REST, at_budgets, competes
@@ -77,8 +77,8 @@ def pages(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Iterator[Page]:
 def _rows(runs: Sequence[Run]) -> pl.DataFrame:
     """The boards of all runs: with the `run`, when it was made, and `of`: the method without its parameters."""
     parts = []
-    for run in runs:
-        board = aggregate(run.frame).with_columns(
+    for run, frame in zip(runs, side_by_side([run.frame for run in runs])):
+        board = aggregate(frame).with_columns(
             pl.lit(run.name).alias("run"), pl.lit(run.frame["created_at"].max(), pl.String).alias("made")
         )
         parts.append(board)
