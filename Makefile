@@ -10,7 +10,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,fast]'
 	touch $@
 
 # what the tests of stores and of the page start: a Redis server and a browser; without them those tests are skipped

@@ -11,10 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "malloc_bench"
 #: from the top floor down; a room may import what stands behind it, and itself
 ROOMS = (
     "cli", "run", "suite", "report", "measure", "training", "testing", "evaluation", "compressors", "data", "backbones",
-    "results", "state", "files", "strict_yaml", "registry", "paths",
+    "results", "state", "kernels", "files", "strict_yaml", "registry", "paths",
 )  # fmt: skip
 #: and of these rooms only so much
-ONLY = {"state": set(), "registry": set(), "paths": set(), "report": {"results", "evaluation", "registry"}}
+ONLY = {
+    "state": {"kernels"},
+    "kernels": set(),
+    "registry": set(),
+    "paths": set(),
+    "report": {"results", "evaluation", "registry"},
+}
 
 
 def modules() -> dict[str, Path]:

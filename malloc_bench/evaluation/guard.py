@@ -77,13 +77,13 @@ def unwritten(*models: nn.Module) -> Iterator[None]:
         raise InputChanged("a method changed the weights of the backbone")
 
 
+# of torch's compilers, whatever they put there; as names are kept, for none is decoded at every look
+_COMPILERS = tuple(os.environ.encodekey(name) for name in ("TORCHINDUCTOR_", "TRITON_"))
+
+
 def _environment() -> dict[Any, Any]:
-    """As it is kept, which is not decoded name by name at every look; without what torch's compiler puts there."""
-    kept = getattr(os.environ, "_data", os.environ)
-    return {name: value for name, value in kept.items() if not os.fsencode(name).startswith(_COMPILERS)}
-
-
-_COMPILERS = (b"TORCHINDUCTOR_", b"TRITON_")
+    kept: dict[Any, Any] = getattr(os.environ, "_data")  # noqa: B009 - typing does not know it
+    return {name: value for name, value in kept.items() if not name.startswith(_COMPILERS)}
 
 
 def _set_environment(was: dict[Any, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from malloc_bench import kernels
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
 from malloc_bench.measure.workload import Workload
@@ -34,7 +35,7 @@ def count_flops(fn: Callable[[], object]) -> int:
 
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     mapping = {torch.ops.aten.linalg_solve_triangular: triangular, **({fused: attention} if fused else {})}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with kernels.eager(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         fn()
     return counter.get_total_flops()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench.kernels import entries
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
@@ -28,7 +29,6 @@ class Codebook:
         """[B, H, S, M] uint8 -> [B, H, S, D]"""
         h, m, k, w = self.tables.shape
         b, _, s, _ = codes.shape
-        codes = codes.clamp(max=k - 1)  # padding may hold any
         flat = self.tables.to(codes.device).transpose(0, 1).reshape(m, h * k, w)
         first = k * torch.arange(h, device=codes.device).view(1, h, 1)  # of each head's entries
         rows = [flat[i].index_select(0, (codes[..., i].long() + first).flatten()) for i in range(m)]
@@ -63,7 +63,20 @@ class FromCodebook(Vectors):
         return b, h, s, self.book.width
 
     def dense(self) -> Tensor:
-        return self.book.look_up(unpack_bits(self.codes, self.book.bits, self.book.tables.shape[1]))
+        return self.book.look_up(self._numbers())
+
+    def dot(self, q: Tensor) -> Tensor:
+        found = entries.dot(self._numbers(), self.book.tables.to(q.device), self.book.added, q)
+        return super().dot(q) if found is None else found
+
+    def mix(self, w: Tensor) -> Tensor:
+        found = entries.mix(self._numbers(), self.book.tables.to(w.device), self.book.added, w, self.book.width)
+        return super().mix(w) if found is None else found
+
+    def _numbers(self) -> Tensor:
+        """[B, H, S, M] uint8; padding may hold any."""
+        _, m, k, _ = self.book.tables.shape
+        return unpack_bits(self.codes, self.book.bits, m).clamp(max=k - 1)
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         yield Ragged(self.codes, all_rows(self.codes) if count is None else count)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from malloc_bench import kernels
+from malloc_bench.kernels import Affine
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
+
+Kernel = Callable[[Affine, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,14 @@ class Factor(Vectors):
         if self.size is None or self.bits is None:
             return self.data
         return _decoded(self.data, self.bits, self.columns) * self.size.float()
+
+    def coded(self) -> Affine | None:
+        """What `scale` multiplies, where that is codes."""
+        if self.size is None or self.bits is None:
+            return None
+        half = 2 ** (self.bits - 1)
+        step = self.size.float() / (half - 1)
+        return Affine(self.data, self.bits, self.columns, step, -half * step, max(1, self.data.shape[2]), 1)
 
     def dense(self) -> Tensor:
         return self.real(self.numbers().float()) * self.scale[..., None, None]
@@ -111,21 +123,24 @@ class LowRank(Vectors):
 
     def dot(self, q: Tensor) -> Tensor:
         thin = self.left.real(q @ self._right().mT.to(q.dtype)) * self._scale(q)
-        return self._each(thin, self.left.numbers().mT.to(q.dtype))
+        return self._each(thin, kernels.dot, lambda x: x @ self.left.numbers().mT.to(x.dtype))
 
     def mix(self, w: Tensor) -> Tensor:
-        thin = self._each(w, self.left.numbers().to(w.dtype))
+        thin = self._each(w, kernels.mix, lambda x: x @ self.left.numbers().to(x.dtype))
         return self.left.real(thin * self._scale(w)) @ self._right().to(w.dtype)
 
     def _scale(self, like: Tensor) -> Tensor:
         return self.left.scale[..., None, None].to(like.dtype)
 
-    def _each(self, x: Tensor, factor: Tensor) -> Tensor:
-        """x [B, H, M, K] @ factor [B, H or 1, K, N]; where heads share it their queries lie in a row: no copies."""
-        if factor.shape[1] == x.shape[1]:
-            return x @ factor
+    def _each(self, x: Tensor, kernel: Kernel, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [B, H, M, K] times the left factor; where heads share it their queries lie in a row: no copies."""
         b, h, m, k = x.shape
-        return (x.reshape(b, 1, h * m, k) @ factor).reshape(b, h, m, factor.shape[3])
+        heads = self.left.shape[1]
+        rows = x.reshape(b, heads, h // heads * m, k)
+        coded = self.left.coded()
+        found = None if coded is None else kernel(coded, rows)
+        found = product(rows) if found is None else found
+        return found.reshape(b, h, m, found.shape[3])
 
     def flops(self, queries: int) -> int:
         _, heads, slots, width = self.shape

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench import kernels
+from malloc_bench.kernels import Affine
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
@@ -37,7 +39,14 @@ class MicroScaled(Vectors):
         b, h, s, _ = self.codes.shape
         return b, h, s, self.width
 
+    def affine(self) -> Affine:
+        size = _size(self.top, self.scale)
+        offset = (self.zero.float() - (2**self.bits - 1)) / 2 * size
+        return Affine(self.codes, self.bits, self.width, size, offset, 1, self.width)
+
     def dense(self) -> Tensor:
+        if (found := kernels.dense(self.affine())) is not None:
+            return found
         codes = unpack_bits(self.codes, self.bits, self.width).float()
         return (codes - (2**self.bits - 1 - self.zero.float()) / 2) * _size(self.top, self.scale)
 

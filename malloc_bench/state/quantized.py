@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malloc_bench import kernels
+from malloc_bench.kernels import Affine, writing
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 _HALF = torch.finfo(torch.float16)
@@ -40,7 +42,14 @@ class Quantized(Vectors):
         b, h, s, _ = self.codes.shape
         return b, h, s, self.width
 
+    def affine(self) -> Affine:
+        zero = self.zero if self.zero is not None else -(2.0 ** (self.bits - 1)) * self.scale
+        sizes = (self.group, 1) if self.along == "slots" else (1, self.group)
+        return Affine(self.codes, self.bits, self.width, self.scale, zero, *sizes)
+
     def dense(self) -> Tensor:
+        if (found := kernels.dense(self.affine())) is not None:
+            return found
         codes = unpack_bits(self.codes, self.bits, self.width).to(self.scale.dtype)
         if self.zero is None:
             return (codes - 2 ** (self.bits - 1)) * self._spread(self.scale)
@@ -105,7 +114,10 @@ def quantize(
     b, h, s, d = x.shape
     x = x.float() if x.element_size() < 4 else x
     real = mask.unsqueeze(-1)
-    if along == "slots":
+    known = writing.spans(x, mask, bits, group, along)
+    if known is not None:
+        low, high = known
+    elif along == "slots":
         blank = (torch.where(real, x, fill) for fill in (torch.inf, -torch.inf))
         low, high = (_grouped(y, group, along, fill) for y, fill in zip(blank, (torch.inf, -torch.inf)))
         low, high = low.amin(3), high.amax(3)
@@ -122,7 +134,10 @@ def quantize(
     scale = torch.where(wide, scale, scale.half().float())
     zero = None if zero is None else torch.where(wide, zero, zero.half().float())
     out = Quantized(x.new_empty(b, h, s, 0, dtype=torch.uint8), scale, zero, wide.byte(), bits, d, group, along)
-    step = out._spread(torch.where(scale > 0, scale, 1.0))
+    step = torch.where(scale > 0, scale, 1.0)
+    if (written := writing.write(x, mask, bits, group, along, step, zero)) is not None:
+        return replace(out, codes=written)
+    step = out._spread(step)
     shifted = x / step + 2 ** (bits - 1) if zero is None else (x - out._spread(zero)) / step
     codes = torch.where(real, shifted, 0.0).round_().clamp_(1 if symmetric else 0, levels).byte()
     return replace(out, codes=pack_bits(codes, bits))

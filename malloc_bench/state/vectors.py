@@ -10,6 +10,9 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from malloc_bench import kernels
+from malloc_bench.kernels import Affine
+
 
 class Ragged(NamedTuple):
     """An array as it must be stored: of `data` only the leading rows x cols of each user and head. what: its name where
@@ -88,13 +91,19 @@ class Vectors(ABC):
         """The same vectors with others in the place of `shared()`."""
         return self
 
+    def affine(self) -> Affine | None:
+        """The vectors as codes, scales and offsets, where they are that and nothing else: a kernel may read them."""
+        return None
+
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
-        return q @ self.dense().to(q.dtype).transpose(-1, -2)
+        found = None if (coded := self.affine()) is None else kernels.dot(coded, q)
+        return q @ self.dense().to(q.dtype).transpose(-1, -2) if found is None else found
 
     def mix(self, w: Tensor) -> Tensor:
         """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
-        return w @ self.dense().to(w.dtype)
+        found = None if (coded := self.affine()) is None else kernels.mix(coded, w)
+        return w @ self.dense().to(w.dtype) if found is None else found
 
     def each(self, fn: Callable[..., Tensor], *others: Vectors) -> Self:
         """The same, of `by_slot` vectors, with fn of every tensor, and of the one that `others` have in its place."""

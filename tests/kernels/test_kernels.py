@@ -1,0 +1,180 @@
+"""Kernels give what plain torch gives, and nothing breaks where they cannot run."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from malloc_bench import kernels
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.state import Prefill
+from malloc_bench.state.codebook import Codebook, FromCodebook
+from malloc_bench.state.microscaled import microscaled
+from malloc_bench.state.quantized import pack_bits, quantize
+
+pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
+
+
+def vectors(b, h, s, d, bits, along, group, symmetric, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(b, h, s, d, generator=generator)
+    return quantize(x, torch.ones(b, 1, s, dtype=torch.bool), bits, group, along, symmetric), generator
+
+
+def same(x, q, w):
+    """All three calls, fused and plain."""
+    found = x.dense(), x.dot(q), x.mix(w)
+    with kernels.eager():
+        plain = x.dense(), x.dot(q), x.mix(w)
+    for name, one, other in zip(("dense", "dot", "mix"), found, plain):
+        torch.testing.assert_close(
+            one, other, rtol=1e-4, atol=1e-4 * (1 + float(other.abs().sum()) / max(1, other.numel())), msg=name
+        )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.integers(1, 40), st.sampled_from([1, 2, 3, 4, 8]),
+    st.sampled_from(["slots", "width"]), st.sampled_from([1, 2, 4, 8, 32, 64]), st.booleans(), st.integers(0, 12),
+)  # fmt: skip
+def test_codes_read_as_plain_torch_reads_them(b, h, s, d, bits, along, group, symmetric, m):
+    symmetric = symmetric and bits > 1  # one bit has no level but 0
+    x, generator = vectors(b, h, s, d, bits, along, group, symmetric)
+    same(x, torch.randn(b, h, m, d, generator=generator), torch.rand(b, h, m, s, generator=generator))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("m", [1, 20])
+def test_microscaled_codes_too(bits, m):
+    generator = torch.Generator().manual_seed(1)
+    x = microscaled(torch.randn(2, 3, 7, 20, generator=generator), torch.ones(2, 1, 7, dtype=torch.bool), bits)
+    same(x, torch.randn(2, 3, m, 20, generator=generator), torch.rand(2, 3, m, 7, generator=generator))
+
+
+@pytest.mark.parametrize("m", [1, 30])
+def test_many_rows_on_many_threads(m):
+    x, generator = vectors(6, 2, 700, 50, 4, "slots", 32, False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        same(x, torch.randn(6, 2, m, 50, generator=generator), torch.rand(6, 2, m, 700, generator=generator))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m", [1, 2, 9])
+def test_heads_that_share_vectors(m):
+    x, generator = vectors(3, 1, 11, 20, 4, "slots", 4, False)
+    same(x, torch.randn(3, 4, m, 20, generator=generator), torch.rand(3, 4, m, 11, generator=generator))
+
+
+def test_a_loop_runs_and_not_only_its_substitute():
+    x, generator = vectors(1, 1, 5, 8, 4, "slots", 32, False)
+    q = torch.randn(1, 1, 1, 8, generator=generator)
+    assert kernels.dot(x.affine(), q) is not None
+    with kernels.eager():
+        assert kernels.dot(x.affine(), q) is None
+    assert kernels.dot(x.affine(), q.double()) is None  # in float32 alone
+    q.requires_grad_()
+    assert kernels.dot(x.affine(), q) is None  # loops have no gradient
+    with torch.no_grad():
+        assert kernels.dot(x.affine(), q) is not None
+    x.dot(q).sum().backward()
+    assert q.grad is not None and q.grad.abs().sum() > 0
+
+
+def test_what_is_no_number_stays_none():
+    x, _ = vectors(1, 1, 4, 8, 4, "width", 8, False)
+    q = torch.full((1, 1, 1, 8), torch.nan)
+    assert x.dot(q).isnan().all() and x.mix(torch.full((1, 1, 1, 4), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_low_rank_in_codes(share):
+    generator = torch.Generator().manual_seed(2)
+    keys, values = (torch.randn(3, 2, 40, 8, generator=generator) for _ in range(2))
+    lengths = torch.tensor([40, 7, 22])
+    state = get_compressor("svd").compress(Prefill.from_tensors([keys], [values], lengths=lengths), Budget(share))
+    for field in state.layers[0][0].fields.values():
+        for m in (1, 12):
+            weights = torch.rand(3, 2, m, field.shape[2], generator=generator)
+            weights *= torch.arange(field.shape[2]) < lengths[:, None, None, None]
+            same(field, torch.randn(3, 2, m, 8, generator=generator), weights)
+
+
+SCRIPT = """
+import torch
+from malloc_bench import kernels
+from malloc_bench.state.quantized import quantize
+x = quantize(torch.randn(2, 1, 9, 8), torch.ones(2, 1, 9, dtype=torch.bool), 4, 8, "width")
+q = torch.randn(2, 1, 1, 8)
+print(kernels.compiled(), kernels.dot(x.affine(), q) is not None, x.dot(q).shape)
+"""
+
+
+def told(folder: Path, script: str = SCRIPT, **environment: str) -> str:
+    known = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(folder), **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=known, capture_output=True, text=True, cwd=folder)
+    assert not done.returncode, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_a_compiler(tmp_path):
+    hidden = "import importlib.util, sys\nfound = importlib.util.find_spec\n" + textwrap.dedent("""
+        importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
+        sys.modules["numba"] = None
+    """)
+    assert told(tmp_path, hidden + SCRIPT) == "False False torch.Size([2, 1, 1, 9])"
+    assert told(tmp_path, MALLOC_BENCH_KERNELS="eager") == "False False torch.Size([2, 1, 1, 9])"
+
+
+def test_without_a_folder_to_keep_what_was_compiled(tmp_path):
+    nowhere = tmp_path / "file"
+    nowhere.touch()
+    assert told(tmp_path, NUMBA_CACHE_DIR=str(nowhere / "below")) == "True True torch.Size([2, 1, 1, 9])"
+
+
+def test_what_was_compiled_is_kept(tmp_path):
+    told(tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.nbc")}
+    assert kept
+    told(tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
+    assert kept == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.nbc")}
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("m", [1, 3, 9])
+def test_codebooks(added, bits, m):
+    generator = torch.Generator().manual_seed(3)
+    entries, width = 2**bits - 1, 10  # one code that no entry has: padding may hold it
+    tables = torch.randn(2, 4, entries, width if added else 3, generator=generator)
+    book = Codebook(tables, bits, width, added)
+    codes = torch.randint(0, 2**bits, (3, 2, 300, 4), generator=generator, dtype=torch.uint8)
+    x = FromCodebook(pack_bits(codes, bits), book)
+    same(x, torch.randn(3, 2, m, width, generator=generator), torch.rand(3, 2, m, 300, generator=generator))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 9), st.integers(1, 20), st.sampled_from([1, 2, 3, 4, 8]),
+    st.sampled_from(["slots", "width"]), st.sampled_from([1, 2, 3, 8, 32]), st.booleans(),
+    st.sampled_from([0, 1e-7, 1, 1e6]),
+)  # fmt: skip
+def test_codes_are_written_bit_for_bit_as_plain_torch_writes_them(b, h, s, d, bits, along, group, symmetric, size):
+    symmetric = symmetric and bits > 1
+    generator = torch.Generator().manual_seed(s * d)
+    x = size * torch.randn(b, h, s, d, generator=generator)
+    mask = torch.arange(s) < torch.randint(0, s + 1, (b, 1, 1), generator=generator)
+    found = quantize(x, mask, bits, group, along, symmetric)
+    with kernels.eager():
+        plain = quantize(x, mask, bits, group, along, symmetric)
+    for name in ("codes", "scale", "zero", "wide"):
+        one, other = getattr(found, name), getattr(plain, name)
+        assert one is other is None or torch.equal(one, other), name
