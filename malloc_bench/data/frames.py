@@ -68,16 +68,32 @@ def from_frame(
 def _polars(frame: Any, columns: list[str]) -> pl.DataFrame:
     """Those columns as polars has them, of a frame of polars, of Arrow or of pandas."""
     import polars as pl
+    import pyarrow as pa
 
+    reading = ""
     try:
         if isinstance(frame, pl.LazyFrame):
             return frame.select(columns).collect()
         if isinstance(frame, pl.DataFrame):
             return frame.select(columns)
+        if hasattr(frame, "__arrow_c_stream__") and hasattr(frame, "iloc"):
+            found = []
+            for name in columns:  # one by one: what pandas says of objects does not name their column
+                reading = f"column '{name}' of "
+                found.append(pl.DataFrame(frame[[name]]).select(name))
+            return pl.concat(found, how="horizontal")
         if hasattr(frame, "__arrow_c_stream__"):
-            return pl.DataFrame(frame[columns] if hasattr(frame, "iloc") else frame).select(columns)
+            return pl.DataFrame(frame).select(columns)
         if hasattr(frame, "to_dict"):  # an older pandas
             return pl.DataFrame({name: frame[name].to_numpy() for name in columns})
-    except (pl.exceptions.PolarsError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the frame cannot be read: {' '.join(str(error).split())}") from None
+    except (
+        pl.exceptions.PolarsError,
+        pa.ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as e:
+        raise DataError(f"{reading}the frame cannot be read: {' '.join(str(e).split())}") from None
     raise DataError(f"expected a frame of polars or pandas, not {type(frame).__name__}")

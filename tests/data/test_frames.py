@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from malloc_bench.data import DataError, get_dataset
@@ -109,6 +110,18 @@ def test_what_a_frame_has_wrong_is_one_line(frame, keys, message):
     with pytest.raises(DataError) as caught:
         get_dataset(frame, **{**NAMES, **keys})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OverflowError, pa.ArrowNotImplementedError, IndexError])
+def test_a_column_that_pandas_cannot_hand_out_is_named(error):
+    class Odd(Arrow):
+        def __getitem__(self, names):
+            if names == ["what"]:
+                raise error("Python int too large")
+            return super().__getitem__(names)
+
+    with pytest.raises(DataError, match=r"column 'what' of the frame cannot be read: .*too large"):
+        get_dataset(Odd(FRAME), **NAMES)
 
 
 def test_feedback_may_come_one_by_one_and_dates_as_categories():
