@@ -113,12 +113,12 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
         if raw.dtype.is_integer() and layout.lines == "parquet":
             return raw, pl.repeat(False, len(raw), eager=True), ""
         value = raw.cast(pl.Float64) + 0.0  # -0.0 is 0; floats from 0 on compare as their bits do
-        order = value.to_numpy().view(np.int64)
+        keys = value.to_numpy().view(np.int64)
         large = (value >= EXACT).to_numpy()
         if large.any():  # nanoseconds, or ids that grow: floats have not so many digits
             whole = raw.clip(EXACT, LARGEST).cast(pl.Int64).to_numpy() - EXACT
-            order = np.where(large, np.float64(EXACT).view(np.int64) + whole, order)
-        return pl.Series(order), (raw < 0) | (raw > LARGEST), f"a number from 0 to {LARGEST:.0e}"
+            keys = np.where(large, np.float64(EXACT).view(np.int64) + whole, keys)
+        return pl.Series(keys), (raw < 0) | (raw > LARGEST), f"a number from 0 to {LARGEST:.0e}"
     must = "a time between 1970 and 2099"
     times = {"s.fraction": 1000, "minutes": 60}.get(layout.unit, 1)
     if times == 1 and raw.dtype == pl.Int64:
