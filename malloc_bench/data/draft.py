@@ -83,8 +83,8 @@ def _card(path: Path, seen: Look, folder: Path) -> str:
         lines.append(f"  separator: {json.dumps(seen.separator)}")
         if not seen.header:
             lines.append(f"  columns: [{', '.join(map(_text, seen.columns))}]")
-        if seen.encoding != "utf-8":
-            lines.append(f"  encoding: {seen.encoding}")
+    if seen.encoding != "utf-8":
+        lines.append(f"  encoding: {seen.encoding}")
     used = {*roles.values(), *done}
     if left := [_comment(name) for name in seen.columns if name not in used]:
         lines.append(f"# not read: {', '.join(left[:30])}")

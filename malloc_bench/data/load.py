@@ -22,7 +22,8 @@ def get_dataset(data: Any, *, offline: bool = False, progress: bool = True, **co
 
     offline: use only what is on this machine already. columns: of a frame, `user=`, `item=` and, where there are,
     `time=` (dates, or numbers of `unit=`: s, ms, us, ns, order), `rating=` and `feedback=[...]`; `name=` it if
-    "frame" will not do, and `label={"column": "rating", "at_least": 4}` says what counts as liked.
+    "frame" will not do, and `label={"column": "rating", "at_least": 4}` says what counts as liked, `on_bad={"bad_row":
+    "drop"}` what becomes of bad rows.
 
     A file in the user's own folder is tried first, then what was prepared before, then the card's sources in order.
     Raises UnknownName, or DataError where no source gives the published users, items and events.

@@ -20,7 +20,7 @@ from malloc_bench.data.sources.archive import DAMAGE, visible
 BYTES = 1 << 18  # looked at, of a text
 ROWS = 1000
 SEPARATORS = ("\t", "::", ";", "|", ",", " ")  # of equally good ones the first: commas and spaces stand in titles
-ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?)?\s*(Z|[+-]\d\d:?\d\d)?")
+ISO = re.compile(r"\d{4}-\d\d?-\d\d?([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?)?\s*(Z|[+-]\d\d:?\d\d)?")
 _NAME = re.compile(r"[^\W\d][\w .:-]*")
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
@@ -44,6 +44,8 @@ class Look:
 
 def look(path: Path) -> Look:
     """Raises DataError in one line where the file is none, is damaged, or holds no table that is known here."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: a folder or a device, not a file")
     try:
         with _opened(path) as (file, member, doubts):
             start = file.read(BYTES)
@@ -69,7 +71,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], str | None, list[str]]]:
         magic = file.read(4)
         file.seek(0)
         if magic[:2] == b"\x1f\x8b":
-            if path.suffix != ".gz" or path.name.endswith(".tar.gz"):
+            if path.suffix.lower() != ".gz" or path.name.lower().endswith(".tar.gz"):
                 raise DataError(f"{path}: packed by gzip; name a single file so by .gz, or unpack a tar")
             yield cast(IO[bytes], stack.enter_context(gzip.open(path))), None, []
         elif magic == b"PK\x03\x04":
@@ -89,14 +91,14 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], str | None, list[str]]]:
 def _frame(path: Path, kind: str, member: str | None) -> Look:
     import polars as pl
 
-    if member or path.suffix == ".gz":
+    if member or path.suffix.lower() == ".gz":
         raise DataError(f"{path}: unpack it: {kind} is read from a plain file")
     try:
         frame = (pl.scan_parquet if kind == "parquet" else pl.scan_ipc)(path).head(ROWS).collect()
-    except (pl.exceptions.PolarsError, ValueError) as error:
+        flat = [name for name, kind in frame.schema.items() if not kind.is_nested()]
+        return Look(kind, {name: frame[name].to_list() for name in flat})
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError) as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
-    flat = [name for name, kind in frame.schema.items() if not kind.is_nested()]
-    return Look(kind, {name: frame[name].to_list() for name in flat})
 
 
 def _text(path: Path, start: bytes, whole: bool) -> Look:
@@ -108,7 +110,7 @@ def _text(path: Path, start: bytes, whole: bool) -> Look:
         encoding, text = "latin-1", cut.decode("latin-1")
     if "\0" in text:
         raise DataError(f"{path}: neither text nor a table that is known here (csv, json lines, parquet, arrow)")
-    lines = [line for line in text.splitlines() if line.strip()][: ROWS + 1]
+    lines = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()][: ROWS + 1]  # U+2028 ends none
     if not lines:
         raise DataError(f"{path}: the file is empty")
     made = _objects(path, lines) if lines[0].lstrip().startswith(("{", "[")) else _table(path, text, lines)

@@ -19,6 +19,7 @@ from malloc_bench.data.dataset import content_hash, ranks, shuffle_ties
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.ids import Ids
 from malloc_bench.data.formats.parse import Reader
+from malloc_bench.data.formats.times import shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -222,9 +223,8 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     if reader.judge.answer("duplicates") == "reject":
         one = rows[repeats[0]]
         user = users.name(one["user"])
-        message = (
-            f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {one['order']} twice"
-        )
+        time = shown(one["order"] / 1000 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
+        message = f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {time} twice"
     if reader.judge.meet("duplicates", len(repeats), message) == "keep":
         return rows
     return np.delete(rows, repeats)

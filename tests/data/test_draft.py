@@ -6,6 +6,7 @@ import datetime
 import gzip
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -23,6 +24,12 @@ TIMES = RNG.integers(1_500_000_000, 1_600_000_000, N).tolist()
 STARS = RNG.integers(1, 6, N).tolist()
 CLICKS = RNG.integers(0, 2, N).tolist()
 DATES = [datetime.datetime.fromtimestamp(t, datetime.UTC) for t in TIMES]
+
+
+def parquet_of(when):
+    stream = io.BytesIO()
+    pl.DataFrame({"user": ["a"], "item": ["b"], "when": when}).write_parquet(stream)
+    return stream.getvalue()
 
 
 def lines(head, pattern, *columns):
@@ -183,6 +190,7 @@ def test_where_a_card_goes(tmp_path, monkeypatch):
         ("a.csv.gz", gzip.compress(b"user,item\n" * 9999, mtime=0)[:-20], "a.csv.gz: "),
         ("a.zip", b"PK\3\4" + b"x" * 50, "a.zip: "),
         ("a.csv", gzip.compress(b"user,item\n1,2\n", mtime=0), "packed by gzip"),
+        ("a.parquet", parquet_of(pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date)), "out-of-range date"),
         ("none.csv", None, "No such file"),
     ],
 )
@@ -194,6 +202,28 @@ def test_what_no_card_can_be_made_of_is_one_line(name, content, message, tmp_pat
         draft(path)
     assert message in str(caught.value) and "\n" not in str(caught.value) and name in str(caught.value)
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    for path in (tmp_path, tmp_path / "a.csv"):
+        with pytest.raises(DataError, match="a folder or a device, not a file"):
+            draft(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"user": "a\u2028b", "item": "\x85", "when": "2020-1-1"}\n'.encode()),  # JSON escapes neither
+        ("a.jsonl", '{"user": "é", "item": "1", "when": "2020-01-01"}\n'.encode("utf-16")),
+        ("A.CSV.GZ", gzip.compress(b"user,item,when\ra,1,2020-1-1\r", mtime=0)),
+    ],
+)
+def test_what_a_look_takes_is_read(name, content, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    (tmp_path / name).write_bytes(content)
+    card, _ = draft(tmp_path / name)
+    assert get_dataset(card).times == [1_577_836_800]
 
 
 def test_names_that_yaml_would_misread(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from malloc_bench.data import DataError, get_dataset
@@ -89,6 +90,10 @@ def test_a_frame_may_have_a_name_and_nothing_but_ids():
         (FRAME, {"name": "a/b"}, "is named by letters"),
         (FRAME, {"label": {"column": "ratin"}}, "label: no feedback is called 'ratin'. Did you mean 'rating'?"),
         (FRAME.head(0), {}, ""),
+        (FRAME, {"user": ["who"]}, "told as text, not ['who']"),
+        (FRAME, {"name": 5}, "told as text, not 5"),
+        (pl.scan_csv("none.csv"), {}, "none.csv"),
+        (FRAME.with_columns(when=pl.Series([2**62] * 6).cast(pl.Datetime("ms"))), {}, "not a time between 1970 and"),
         *[
             (
                 FRAME.with_columns(pl.Series(column, [object()] * 6, dtype=pl.Object)),
@@ -105,6 +110,31 @@ def test_what_a_frame_has_wrong_is_one_line(frame, keys, message):
     with pytest.raises(DataError) as caught:
         get_dataset(frame, **{**NAMES, **keys})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OverflowError, pa.ArrowNotImplementedError, IndexError])
+def test_a_column_that_pandas_cannot_hand_out_is_named(error):
+    class Odd(Arrow):
+        def __getitem__(self, names):
+            if names == ["what"]:
+                raise error("Python int too large")
+            return super().__getitem__(names)
+
+    with pytest.raises(DataError, match=r"column 'what' of the frame cannot be read: .*too large"):
+        get_dataset(Odd(FRAME), **NAMES)
+
+
+def test_feedback_may_come_one_by_one_and_dates_as_categories():
+    dates = pl.Series(["2020-01-01"] * 6, dtype=pl.Categorical)
+    found = get_dataset(FRAME.with_columns(when=dates), **{**NAMES, "feedback": (each for each in ["click"])})
+    assert set(found.feedback) == {"rating", "click"} and set(found.times) == {1_577_836_800}
+
+
+def test_bad_rows_of_a_frame_meet_a_policy():
+    frame = FRAME.with_columns(when=pl.Series([None, *FRAME["when"][1:]]))
+    with pytest.raises(DataError, match=r"row 1: when is missing .on_bad: {bad_row: drop}"):
+        get_dataset(frame, **NAMES)
+    assert get_dataset(frame, **NAMES, on_bad={"bad_row": "drop"}).n_events == 5
 
 
 def test_a_named_data_set_takes_no_columns():

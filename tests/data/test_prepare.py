@@ -191,6 +191,14 @@ def test_a_rating_that_an_inter_file_has_not_is_not_missed(make_card, tmp_path, 
         get_dataset(make_card(sources=[{"local": ["g", "f"]}], format="recbole-inter"))
 
 
+def test_a_repeated_event_is_told_with_its_time_as_the_file_has_it(make_card, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    (tmp_path / "f").write_text("user_id:token\titem_id:token\ttimestamp:float\nU\tA\t1.5e9\nU\tA\t1.5e9\n")
+    card = make_card(sources=[{"local": "f"}], format="recbole-inter", on_bad={"duplicates": "reject"})
+    with pytest.raises(DataError, match=r"f: row 3: user U has the same item at the same time 1500000000\.0 twice"):
+        get_dataset(card)
+
+
 def test_policies_name_text_ids_and_the_rows_of_records_with_line_breaks(make_card, tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
     head = "user_id,parent_asin,rating,timestamp\n"

@@ -47,7 +47,10 @@ def read_categories(card: Card, items: np.ndarray | pl.Series) -> np.ndarray:
             pl.col("category").replace_strict(places, return_dtype=pl.Int64)
         )
         asked = pl.DataFrame({"item": pl.Series(items).cast(pl.String)})
-        return asked.join(of_item, "item", how="left", maintain_order="left")["category"].fill_null(0).to_numpy()
+        placed = asked.join(of_item, "item", how="left", maintain_order="left")["category"]
+        if placed.null_count() < len(placed):
+            return placed.fill_null(0).to_numpy()
+        failures.append(f"{source} (has none of the data's items, not {short(asked[0, 0])}, but {short(found[0, 0])})")
     raise DataError(f"{card.name}: no source of its items' categories answered: {'; '.join(failures)}")
 
 

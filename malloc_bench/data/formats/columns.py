@@ -43,7 +43,7 @@ def wanted(layout: Layout, feedback: Mapping[str, str]) -> dict[str, Any]:
         name: pl.String if name in layout.text else pl.Int64 for name in (layout.user, layout.item)
     }
     if layout.time:
-        units = {"date": pl.String, "iso": pl.String, "s.fraction": pl.Float64, "order": pl.Float64}
+        units = {"date": pl.String, "iso": pl.String, "s.fraction": pl.Float64}
         types[layout.time] = units.get(layout.unit, pl.Int64)
     if layout.history:
         types |= {layout.label: pl.Float32, layout.history: pl.String}

@@ -68,8 +68,9 @@ def text_of(data: bytes, file: str, row: int) -> str:
     except UnicodeDecodeError as error:
         at = row + data.count(b"\n", 0, error.start)
         what = f"byte 0x{data[error.start]:02x} is no plain text of utf-8"
-        hint = " (it begins as utf-16 does)" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-        raise DataError(f"{file}: row {at}: {what}{hint}") from None
+        likely = "it begins as utf-16 does" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1, perhaps"
+        mend = "name its encoding in a card of format table, or save it as utf-8"
+        raise DataError(f"{file}: row {at}: {what} ({likely}): {mend}") from None
 
 
 def _listed(fields: Sequence[str]) -> str:
@@ -87,6 +88,7 @@ def _places(fields: Sequence[str], names: Sequence[str], file: str, layout: Layo
     for name in names:
         if name not in told:
             hint = " (keep in a card says which feedback is read)" if name in layout.feedback else ""
+            hint = " (NUL between the letters: name its encoding, as utf-16-le)" if "\0" in "".join(told) else hint
             raise DataError(f"{file}: row 1: no column '{name}' among {_listed(told)}{hint}")
         if told.count(name) > 1:
             raise DataError(f"{file}: row 1: column '{name}' stands there {told.count(name)} times")

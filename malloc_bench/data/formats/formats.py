@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-VERSION = 4  # part of the prepared cache's key: raise it when a layout's result changes
+VERSION = 5  # part of the prepared cache's key: raise it when a layout's result changes
 
 # order: comparable numbers, but no times
 Unit = Literal["s", "ms", "us", "ns", "s.fraction", "minutes", "date", "iso", "order"]

@@ -35,7 +35,8 @@ def _read(block: bytes, names: Sequence[str], count: int) -> dict[str, pl.Series
         found = pl.read_ndjson(block, schema=dict.fromkeys(names, pl.String))
     except (pl.exceptions.PolarsError, OSError):
         return None
-    nested = any(found[name].str.contains(r"^[\[{]").any() for name in names)  # lists are not text
+    # lists are not text, nor is half a surrogate, of which polars makes a NUL
+    nested = any(found[name].str.contains(r"^[\[{]|\x00").any() for name in names)
     return {name: found[name] for name in names} if len(found) == count and not nested else None
 
 

@@ -80,7 +80,7 @@ class Reader:
             self.absent = frozenset(self.feedback) - frozenset(names)
         types = wanted(self.layout, self.feedback)
         for part in parts:
-            read = KINDS[_kind(part) if self.layout.lines == "auto" else self.layout.lines]
+            read = KINDS[_kind(part, self.layout.encoding) if self.layout.lines == "auto" else self.layout.lines]
             yield from self._events(read(part, self.layout, types, BLOCK), part.name)
 
     def place(self, event: int) -> str:
@@ -143,11 +143,12 @@ def _samples(frame: pl.DataFrame, rows: Rows) -> tuple[pl.DataFrame, Rows]:
     return events.select("user", "item"), rows_at(rows, events["\0at"].to_numpy())
 
 
-def _kind(part: Part) -> str:
+def _kind(part: Part, encoding: str) -> str:
     """What a file is, by how it begins: text in columns where nothing else is known of it."""
-    begins = head(part, 16)
+    begins = head(part, 64)
+    text = begins.decode(encoding, "ignore").removeprefix("\ufeff").encode() if b"{" in begins else b""
     for magic, what in OTHERS.items():
-        if begins.startswith(magic):
+        if begins.startswith(magic) or b"".join(text.split()).startswith(magic):
             raise DataError(f"{part.name}: is {what}, not csv, parquet, arrow or json lines")
-    begins = begins.removeprefix(b"\xef\xbb\xbf").lstrip() if b"{" in begins else begins
+    begins = text.lstrip() or begins
     return next((kind for magic, kind in MAGIC.items() if begins.startswith(magic)), "table")

@@ -19,7 +19,8 @@ MODERN = 631_152_000  # of 1990-01-01: logs begin later
 FIRST_YEAR = 31_536_000  # of 1971-01-01: what has all its times in 1970 counts in another unit
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 FARTHEST = 1 << 62
-ISO = r"^(\d{4}-\d\d?-\d\d?)(?:[T ](\d\d?:\d\d)(:\d\d(?:[.,]\d{1,9})?)?)?(?: ?(Z|z|UTC|[+-]\d\d(?::?\d\d)?))?$"
+EXACT, LARGEST = 1 << 53, 4 * 10**18  # floats are whole and exact up to the first; beyond the second no key is left
+ISO = r"^(\d{4}-\d\d?-\d\d?)(?:[T ](\d\d?:\d\d)(:\d\d(?:[.,]\d{1,9})?)?)?(?: ?(Z|z|UTC|[+-][01]\d(?::?[0-5]\d)?))?$"
 
 
 def parsed(file: str, name: str, raw: pl.Series, layout: Layout) -> tuple[pl.Series, str]:
@@ -52,7 +53,7 @@ def _numbers(raw: pl.Series, unit: str) -> tuple[pl.Series, str]:
 
     must = "not a number"
     whole = raw.cast(pl.Int64, strict=False) if raw.dtype == pl.String else None
-    if whole is not None and not whole.null_count() and unit != "order":
+    if whole is not None and not whole.null_count():
         return whole, must
     if raw.dtype == pl.String:
         raw = raw.str.strip_chars()
@@ -71,12 +72,18 @@ def _since(moments: pl.Series, layout: Layout) -> pl.Series:
     """Dates and datetimes as numbers of the unit that the layout's times are in."""
     import polars as pl
 
-    micro = moments.cast(pl.Datetime("us")) if moments.dtype == pl.Date else moments.dt.cast_time_unit("us")
-    since = micro.dt.epoch("us")
+    count = moments.to_physical().cast(pl.Int64)  # polars' own casts end in a panic where a date is far
+    unit = "days" if moments.dtype == pl.Date else moments.dtype.time_unit  # type: ignore[attr-defined]
+    since = count // 1000 if unit == "ns" else _times(count, {"days": 86_400 * 10**6, "ms": 1000, "us": 1}[unit])
     per_unit = {"minutes": 60_000_000, "s": 10**6, "date": 10**6, "ms": 10**3, "ns": 0}.get(layout.unit, 1)
     if layout.unit in {"s.fraction", "order"}:
         return since / 1e6
-    return since * 1000 if per_unit == 0 else since // per_unit
+    return _times(since, 1000) if per_unit == 0 else since // per_unit
+
+
+def _times(count: pl.Series, factor: int) -> pl.Series:
+    """The product, or what is far beyond any time: it would wrap."""
+    return count.clip(-FARTHEST // factor, FARTHEST // factor) * factor
 
 
 def _iso(raw: pl.Series) -> pl.Series:
@@ -105,8 +112,13 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
     if layout.unit == "order":
         if raw.dtype.is_integer() and layout.lines == "parquet":
             return raw, pl.repeat(False, len(raw), eager=True), ""
-        raw = raw.cast(pl.Float64) + 0.0  # -0.0 is 0; floats from 0 on compare as their bits do
-        return pl.Series(raw.to_numpy().view(np.int64)), raw < 0, "a number from 0 on"
+        value = raw.cast(pl.Float64) + 0.0  # -0.0 is 0; floats from 0 on compare as their bits do
+        keys = value.to_numpy().view(np.int64)
+        large = (value >= EXACT).to_numpy()
+        if large.any():  # nanoseconds, or ids that grow: floats have not so many digits
+            whole = raw.clip(EXACT, LARGEST).cast(pl.Int64).to_numpy() - EXACT
+            keys = np.where(large, np.float64(EXACT).view(np.int64) + whole, keys)
+        return pl.Series(keys), (raw < 0) | (raw > LARGEST), f"a number from 0 to {LARGEST:.0e}"
     must = "a time between 1970 and 2099"
     times = {"s.fraction": 1000, "minutes": 60}.get(layout.unit, 1)
     if times == 1 and raw.dtype == pl.Int64:
@@ -139,7 +151,8 @@ def other_unit(raw: pl.Series, layout: Layout) -> str | None:
     unit = "s" if layout.unit == "s.fraction" else layout.unit
     if unit not in PER_SECOND or not len(raw):
         return None
-    middle = float(np.median(raw.gather_every(len(raw) // 1000 + 1).to_numpy()))
+    some = np.sort(raw.gather_every(len(raw) // 1000 + 1).to_numpy())
+    middle = float(some[(len(some) - 1) // 2])  # one of them: the mean of two units is neither
     if FIRST_YEAR <= middle / PER_SECOND[unit] < LATEST:
         return None
     for other, per_second in PER_SECOND.items():

@@ -51,7 +51,7 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
             else:
                 parts = []
                 for path in files:
-                    if path.suffix == ".zip":
+                    if path.suffix.lower() == ".zip":
                         archive = stack.enter_context(zipfile.ZipFile(path))
                         [part] = _zip(archive, path.name, [_only(path.name, archive.namelist())])
                         parts.append(replace(part, name=f"{path.name}/{part.name}"))
@@ -64,7 +64,7 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
     def opened() -> IO[bytes]:
-        return cast(IO[bytes], _Gzip(path)) if path.suffix in {".gz", ".tgz"} else path.open("rb")
+        return cast(IO[bytes], _Gzip(path)) if path.suffix.lower() in {".gz", ".tgz"} else path.open("rb")
 
     return opened
 
@@ -193,7 +193,7 @@ def blocks(part: Part, size: int, encoding: str = "utf-8") -> Iterator[tuple[byt
 
     Raises DataError where the part is cut or wrong, with row where it is no text. What is UTF-8 is not looked at.
     """
-    rest, row, first = b"", 0, True
+    rest, row, first, macs = b"", 0, True, False
     digest = hashlib.md5(usedforsecurity=False)
     decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)()
     try:
@@ -205,6 +205,9 @@ def blocks(part: Part, size: int, encoding: str = "utf-8") -> Iterator[tuple[byt
                     data = decoder.decode(data).encode()
                 if first:
                     data, first = data.removeprefix(codecs.BOM_UTF8), False
+                    macs = b"\r" in data.rstrip(BLANK) and b"\n" not in data  # lines end in CR alone
+                if macs:
+                    data = data.replace(b"\r", b"\n")
                 cut = data.rfind(b"\n") + 1
                 if not cut:
                     whole, end, rest = b"", 0, rest + data

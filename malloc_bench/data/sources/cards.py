@@ -181,7 +181,11 @@ def _card(path: Path, name: str, unsaid: Mapping[str, Any], folder: Path | None 
         keys = card_file.variant(keys, name.removeprefix(path.stem).removeprefix("-"))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
-    if folder is not None and "local" in keys and "sources" not in keys:  # the short form of an own card
+    if odd := sorted({"name", "family"} & set(keys)):
+        raise DataError(f"{path}: {odd[0]}: unknown key. The file's name is the data set's")
+    if folder is not None and "local" in keys:  # the short form of an own card
+        if "sources" in keys:
+            raise DataError(f"{path}: local is short for one of the sources: leave out one of the two keys")
         keys["sources"] = [{"local": keys.pop("local")}]
     return _valid(str(path), name, {**unsaid, **keys, "family": path.stem}, folder)
 

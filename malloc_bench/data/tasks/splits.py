@@ -192,6 +192,8 @@ def k_core(dataset: Dataset, k: int) -> Dataset:
         core,
         user_ids=core.user_ids[stay],
         item_ids=core.item_ids[items - 1],
+        user_names=None if core.user_names is None else core.user_names.filter(stay),
+        item_names=None if core.item_names is None else core.item_names[items - 1],
         offsets=np.concatenate(([0], core.offsets[1:][stay])),
         items=(np.searchsorted(items, core.items) + 1).astype(np.int32),
         hash=hashlib.sha256(f"{dataset.hash} {k}-core".encode()).hexdigest(),

@@ -57,6 +57,7 @@ def test_files_about_items_change_neither_the_data_s_hash_nor_its_cache(make_car
         (b"movieId,title\n10,A\n", "items: row 1: no column 'genres' among movieId, title"),
         (b"movieId,title,genres\nten,A,Drama\n", "items: row 2: movieId is 'ten', not an id"),
         (b"movieId,title,genres\n", "items: the file is empty but for its header"),
+        (b"movieId,title,genres\n0010,A,Drama\n", "local items (has none of the data's items, not '10', but '0010')"),
         (b"", "items: no item is in it"),
         (None, "local items (no such file in "),
     ],

@@ -248,7 +248,7 @@ def test_order_without_times_compares_as_the_numbers_do():
     times = ["3", "0.5", "1512345678901", "20", "0"]
     order = parse("reczoo-kuaivideo", (head + "".join(f"{t},1,2,0,0,0,1^2,\n" for t in times)).encode())["order"]
     assert np.argsort(order.to_numpy()).tolist() == np.argsort([float(t) for t in times]).tolist()
-    with pytest.raises(DataError, match=r"row 2: timestamp is -1\.0, not a number from 0 on"):
+    with pytest.raises(DataError, match=r"row 2: timestamp is -1, not a number from 0 to 4e"):
         parse("reczoo-kuaivideo", (head + "-1,1,2,0,0,0,1,1\n").encode())
 
 

@@ -166,6 +166,12 @@ def test_iso_dates(tmp_path):
     assert found == [round(each.timestamp() * 10**6) for each in right]
 
 
+@pytest.mark.parametrize("zone", ["+25:00", "-01:75"])
+def test_no_zone_is_that_far(tmp_path, zone):
+    with pytest.raises(DataError, match=r"row 2: ts is .* not a date like"):
+        read(tmp_path, ("log", f"uid,sku,ts\n1,2,2020-01-01T00:00:00{zone}\n".encode()), time="ts", unit="iso")
+
+
 @pytest.mark.parametrize("unit", ["s", "ms", "iso"])
 def test_datetimes_of_parquet_say_their_unit_themselves(tmp_path, unit):
     moments = pl.from_epoch(LOG["ts"])
@@ -198,7 +204,12 @@ def test_times_with_a_fraction_and_large_numbers_of_nanoseconds(tmp_path):
         (b"uid\tsku\titem\n", {}, "log: the file is empty but for its header"),
         (b"", {}, "log: the file is empty"),
         (b"a" + b",a" * 20_000 + b"\n", {}, "log: row 1: 20001 columns are no table of events"),
-        (b"uid,sku\n1,2\n1,\xe9\n", {}, "log: row 3: byte 0xe9 is no plain text of utf-8"),
+        (b"uid,sku\n1,2\n1,\xe9\n", {}, "log: row 3: byte 0xe9 is no plain text of utf-8 (latin-1, perhaps): name its"),
+        (
+            "uid,sku\n1,2\n".encode("utf-16-le"),
+            {},
+            r"log: row 1: no column 'uid' among u\x00i\x00d\x00, \x00s\x00k\x00u\x00 (NUL between the letters: name",
+        ),
         (b"uid,sku\n1,2\n".decode().encode("utf-16"), {}, "log: row 1: byte 0xff is no plain text of utf-8 (it begins"),
         (b"uid,sku\n1,2\n1,\x81\n", {"encoding": "cp1252"}, "log: after row 0: is no text of cp1252: "),
         (b'{"uid": 1, "sku": 2}\n{"uid": 1, "sku": [2]}\n', {}, 'log: row 2: \'{"uid": 1, "sku": [2]}\' is no JSON'),
@@ -224,6 +235,53 @@ def test_json_as_python_writes_it(tmp_path):
     deep = b'{"uid": 1, "sku": 2, "x": ' + b"[" * 200_000 + b"\n"
     with pytest.raises(DataError, match=r"^log: row 3: '\{\"uid\": 1"):
         read(tmp_path, ("log", text + deep))
+
+
+def test_lines_that_end_in_cr_alone(tmp_path):
+    assert read(tmp_path, ("log", b"uid,sku\r7,a\r7,b\r"))["item"].to_list() == ["a", "b"]
+
+
+def test_json_of_any_encoding_is_known_by_how_it_begins(tmp_path):
+    text = '{"uid": "é", "sku": "2"}'
+    assert read(tmp_path, ("log", text.encode("utf-16")), encoding="utf-16")["user"].to_list() == ["é"]
+    for begins, encoding in (("[", "utf-16"), ("[\n  ", "utf-8")):
+        with pytest.raises(DataError, match="one JSON array"):
+            read(tmp_path, ("log", f"{begins}{text}]".encode(encoding)), encoding=encoding)
+
+
+def test_half_a_surrogate_is_the_same_in_every_block(tmp_path):
+    line = b'{"uid": "a\\ud800", "sku": "2"}\n'
+    found = read(tmp_path, ("one", line), ("other", line + b'{"uid": "b", "sku": "2", "x": NaN}\n'))["user"]
+    assert found[0] == found[1] and "\0" not in found[0]
+
+
+def test_dates_beyond_all_times_meet_their_policy(tmp_path):
+    days = pl.Series([2**31 - 1, 213_503], dtype=pl.Int32).cast(pl.Date)  # as ns the second would wrap to 1970
+    far = [(days, "iso"), (days, "ns"), *((pl.Series([2**62] * 2).cast(pl.Datetime(u)), "s") for u in ("ms", "us"))]
+    for i, (times, unit) in enumerate(far):
+        frame = pl.DataFrame({"uid": ["a", "a"], "sku": ["1", "2"], "ts": times})
+        for at in (0, 1):
+            with pytest.raises(DataError, match=r"row 1: ts is .* not a time between 1970 and 2099"):
+                read(tmp_path, (f"{i}-{at}", written("parquet", frame[at:])), time="ts", unit=unit)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_an_order_of_more_digits_than_floats_have(tmp_path, kind):
+    order = [2**53 + 1, 2**53, 1_800_000_000_000_000_001, 1_800_000_000_000_000_000, 5]
+    frame = pl.DataFrame({"uid": ["a"] * 5, "sku": ["1"] * 5, "ts": order})
+    data = csv(frame) if kind == "csv" else written(kind, frame)
+    found = read(tmp_path, ("log", data), time="ts", unit="order")["order"].to_list()
+    assert np.argsort(found).tolist() == np.argsort(order).tolist() and len({*found}) == 5
+    floats = b"uid,sku,ts\na,1,0.5\na,2,9007199254740992.0\n"
+    half, large = read(tmp_path, ("log", floats), time="ts", unit="order")["order"]
+    assert half < found[4] < large == found[1]
+    with pytest.raises(DataError, match=r"row 2: ts is 1e\+300, not a number from 0 to 4e"):
+        read(tmp_path, ("log", b"uid,sku,ts\na,1,1e300\n"), time="ts", unit="order")
+
+
+def test_of_two_units_the_odd_time_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"row 3: ts is 1500000000000.* not a time between"):
+        read(tmp_path, ("log", b"uid,sku,ts\na,1,1500000000\na,2,1500000000000\n"), time="ts")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def test_variants_of_an_own_card_are_named_behind_its_path(own, tmp_path):
         ({**SHORT, "published": {"users": 10**30}}, "shop.yaml", "is beyond 63 bits"),
         ({**SHORT, 3: 4}, "shop.yaml", "the key 3 is no text"),
         (WORLD, "shop.yaml", "parameters: users x longest, and items, may be 100,000,000 at most"),
+        ({**SHORT, "name": "other"}, "shop.yaml", "name: unknown key. The file's name is the data set's"),
+        ({**SHORT, "sources": []}, "shop.yaml", "local is short for one of the sources: leave out one of the two"),
         ("a: [", "shop.yaml", "line "),
         ("", "shop.yaml", "expected keys and values, found nothing"),
     ],

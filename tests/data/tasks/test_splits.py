@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from malloc_bench.data import DataError, Dataset
+from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.data.tasks.batches import training_batches, window
 from malloc_bench.data.tasks.splits import (
     RULES,
@@ -226,6 +227,17 @@ def test_k_core_equals_the_loop_that_takes_one_at_a_time(histories, k):
     assert list(zip(rows.tolist(), (core.item_ids[core.items - 1] + 1).tolist())) == [(u, x) for u, _, x in left]
     assert core.feedback["rating"].tolist() == [x / 2 for *_, x in left]
     assert core.hash != dataset.hash and set(core.items.tolist()) == set(range(1, core.n_items + 1))
+
+
+def test_the_names_of_a_k_core_are_of_those_who_stay():
+    events = [(f"u{user}", f"i{item}", item) for user in range(6) for item in range(user + 1)]
+    dataset = get_dataset(
+        pl.DataFrame(events, schema=["user", "item", "time"], orient="row"),
+        user="user", item="item", time="time", unit="order",
+    )  # fmt: skip
+    core = k_core(dataset, 3)
+    assert list(core.original_user(slice(None))) == ["u2", "u3", "u4", "u5"] and core.item_names is not None
+    assert list(core.item_names) == [f"i{place}" for place in core.item_ids] and core.n_items == 4
 
 
 def test_the_data_set_is_left_alone():
