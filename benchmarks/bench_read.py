@@ -3,8 +3,7 @@
     python benchmarks/bench_read.py [sasrec|hstu] [candidates]
 
 Each method's read is timed in turns with a read of the full state, one thread, and the ratio is of those two medians:
-below 1 is faster than full. Windows and absorbed low rank are faster in eager PyTorch on a CPU, quantized states are
-merely smaller. FLOPs are the closed form's. Weights do not matter to time, so none are trained.
+below 1 is faster than full. FLOPs are the closed form's. Weights do not matter to time, so none are trained.
 """
 
 from __future__ import annotations
