@@ -319,3 +319,19 @@ def test_per_user_values(tmp_path):
     loaded = pl.read_parquet(tmp_path / "per_user" / "x.parquet")
     for name, values in columns.items():
         np.testing.assert_array_equal(loaded[name].to_numpy(), values)
+
+
+def test_of_one_cell_by_several_versions_the_newest_is_shown(tmp_path, caplog):
+    def put(budget=0.5, **versions):
+        parts = {name: {"name": name, "version": version} for name, version in versions.items()}
+        cell = {"budget": budget, "parts": [parts]}
+        return write_row(tmp_path / "rows", a_row(cell=cell, cell_id=cell_id(cell))).stem
+
+    old, new, other = put(h2o=1, sasrec=1), put(h2o=2, sasrec=1), put(0.25, h2o=1, sasrec=1)
+    assert set(results.load_results(tmp_path)["cell_id"]) == {new, other}
+    assert "1 rows by older versions are not shown" in caplog.text
+    assert {row["cell_id"] for row in read_rows(tmp_path / "rows")} == {old, new, other}  # kept all the same
+    results.to_parquet(tmp_path)
+    assert set(results.read_parquet(tmp_path / "results.parquet")["cell_id"]) == {new, other}
+    mixed = put(h2o=1, sasrec=2)  # neither is the newer
+    assert set(results.load_results(tmp_path)["cell_id"]) == {new, other, mixed}

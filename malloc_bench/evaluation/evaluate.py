@@ -31,7 +31,9 @@ PACKED_USERS = 32  # users a cell whose state is packed: its length is compared 
 # what is read from it, unpacked, with what was judged
 _PACKED_CHUNKS = 3  # they are drawn from so many chunks: each costs a small compress and read more
 _PACKED_OF_OTHERS = 2  # users of every other chunk that are packed where the method is not one of ours
-_USERS = 256  # a chunk
+_USERS = 256  # a chunk, and where there are many, _MANY: what each call costs by itself is shared by more
+_MANY, _CHUNKS = 1024, 8  # but so many chunks there are then at least, for a kill costs one
+_STATES = 1 << 28  # bytes of full states in a chunk of more than _USERS, at most
 _SCORES = 1 << 24  # catalogue scores of a chunk, at most
 
 #: What is kept of a request beside the task's own columns: name -> dtype.
@@ -75,8 +77,17 @@ REFERENCE = "reference"
 def chunks(backbone: Backbone, split: Split | Impressions) -> list[np.ndarray]:
     """Rows of split.test in chunks of users of like length; the same for every run of the same cell."""
     scores = split.width**2 if isinstance(split, Impressions) else split.dataset.n_items
-    size = max(16, min(_USERS, _SCORES // max(scores, 1)))
+    users = min(_MANY, len(split.test) // _CHUNKS)
+    if users > _USERS:
+        users = max(_USERS, min(users, _STATES // _state_bytes(backbone, split)))
+    size = max(16, min(max(users, _USERS), _SCORES // max(scores, 1)))
     return list(by_length(split.test, split.dataset, backbone.max_length, size))
+
+
+def _state_bytes(backbone: Backbone, split: Split | Impressions) -> int:
+    """Of the full state of the user of the longest history."""
+    length = split.test.at - split.dataset.offsets[split.test.users]
+    return int(backbone.prefill(asked_of(backbone, split, length.argmax()[None], False).history).state.nbytes()[0])
 
 
 @torch.no_grad()
@@ -110,7 +121,11 @@ def evaluate(
     kept: list[dict[str, Values]] = []
     for number, rows in enumerate(parts):
         saved = store.load(number) if store else {}
-        have = {name: values for name, values in saved.items() if values.keys() == {*columns, PARTS}}
+        have = {  # of another version chunks may be of other users
+            name: values
+            for name, values in saved.items()
+            if values.keys() == {*columns, PARTS} and {len(x) for x in values.values()} == {len(rows)}
+        }
         todo = [job for job in everything if job.id not in have and job.id not in failed]
         if todo:
             packed = _packed_rows(number, parts, seed)

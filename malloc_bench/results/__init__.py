@@ -25,6 +25,7 @@ from malloc_bench.files import (
 from malloc_bench.registry import clipped, suggest
 from malloc_bench.results.faults import fault
 from malloc_bench.results.labels import budget_asked, budget_label, budget_labels, budget_text, label, share
+from malloc_bench.results.versions import newest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -279,7 +280,7 @@ def load_results(rundir: str | Path) -> pl.DataFrame:
     """
     rundir = Path(rundir)
     if any((rundir / "rows").glob("*.json")):
-        return frame(read_rows(rundir / "rows", quarantine=False))
+        return frame(newest(read_rows(rundir / "rows", quarantine=False), rundir))
     if (rundir / "results.parquet").is_file():
         return read_parquet(rundir / "results.parquet")
     raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
@@ -300,7 +301,7 @@ def rows_of(rundir: str | Path) -> list[Row]:
 def to_parquet(rundir: str | Path) -> Path:
     """Derive `results.parquet` from the rows of a run folder; raises ResultsError where it cannot be written."""
     path = Path(rundir) / "results.parquet"
-    rows, buffer = frame(read_rows(Path(rundir) / "rows")), BytesIO()
+    rows, buffer = frame(newest(read_rows(Path(rundir) / "rows"))), BytesIO()
     rows.write_parquet(buffer, metadata={DIGEST: str(_frame_digest(rows))})
     atomic_write(path, buffer.getvalue())
     return path

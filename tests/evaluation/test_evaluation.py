@@ -181,6 +181,40 @@ def test_chunks_are_bounded_by_users_and_by_the_catalogue(sasrec, split, monkeyp
     assert max(sizes()) == 16
 
 
+def test_chunks_of_many_users_are_larger_but_not_too_large(sasrec, split, monkeypatch):
+    def sizes():
+        return [len(rows) for rows in evaluation.chunks(sasrec, split)]
+
+    monkeypatch.setattr(evaluation, "_USERS", 16)
+    monkeypatch.setattr(evaluation, "_CHUNKS", 4)
+    assert sizes() == [37, 37, 37, 37, 2]  # a quarter of 150
+    monkeypatch.setattr(evaluation, "_MANY", 30)
+    assert sizes() == [30] * 5
+    full = evaluate(sasrec, split, []).bytes_full.max()
+    monkeypatch.setattr(evaluation, "_STATES", int(full) * 20)
+    assert sizes() == [20] * 7 + [10]
+    monkeypatch.setattr(evaluation, "_STATES", 1)
+    assert sizes() == [16] * 9 + [6]
+
+
+def test_what_was_kept_of_other_chunks_is_computed_again(sasrec, split, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_USERS", 40)
+    want = evaluate(sasrec, split, [job("recent", 0.5)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(sasrec, split, [job("recent", 0.5)], store=Chunks(tmp_path), report=stop_at(2))
+    monkeypatch.setattr(evaluation, "_USERS", 60)
+    found = evaluate(sasrec, split, [job("recent", 0.5)], store=Chunks(tmp_path))
+    np.testing.assert_equal(found.values["recent@0.5"]["rank"], want.values["recent@0.5"]["rank"])
+
+
+def stop_at(chunk):
+    def report(done, total):
+        if done == chunk:
+            raise KeyboardInterrupt
+
+    return report
+
+
 def test_nobody_to_test(sasrec, split):
     nobody = Targets(split.test.users[:0], split.test.at[:0])
     result = evaluate(sasrec, replace(split, test=nobody), [job("recent", 0.5)])
