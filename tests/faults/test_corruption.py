@@ -140,7 +140,7 @@ def corrupt(path: Path, files: list[Path], draw: random.Random) -> str:
     return way
 
 
-TIMES = ("_ms_", "read_ratio", "timing", "created_at", "digest", "train_seconds", "load", "hashes")
+TIMES = ("git_commit", "_ms_", "read_ratio", "timing", "created_at", "digest", "train_seconds", "load", "hashes")
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
