@@ -175,18 +175,17 @@ def loops(bits: int, PLANES: int, STEP: int) -> Loops:
     @jit
     def dense_by_slot(codes, scale, offset, out, start, stop):  # type: ignore[no-untyped-def]
         slots, groups, words, width = codes.shape[1], codes.shape[2], codes.shape[3] // STEP, out.shape[2]
+        row, wide = np.empty(words * PLANES, f32), words * PLANES
         for n in range(start, stop):
             for s in range(slots):
                 for g in range(groups):
-                    size, low, first = scale[n, s, g], offset[n, s, g], g * words * PLANES
-                    whole = min(words, (width - first) // PLANES)
-                    for j in range(whole):
+                    for j in range(words):
                         u = word(codes, n, s, g, j, STEP)
                         for p in range(PLANES):
-                            out[n, s, first + j * PLANES + p] = size * code(u, p, bits) + low
-                    for d in range(first + whole * PLANES, min(width, first + words * PLANES)):
-                        u = word(codes, n, s, g, whole, STEP)
-                        out[n, s, d] = size * code(u, d - first - whole * PLANES, bits) + low
+                            row[j * PLANES + p] = code(u, p, bits)
+                    size, low, here = scale[n, s, g], offset[n, s, g], out[n, s, g * wide :]
+                    for d in range(min(wide, width - g * wide)):
+                        here[d] = row[d] * size + low
 
     @jit
     def dense_by_channel(codes, scale, offset, group, out, start, stop):  # type: ignore[no-untyped-def]
