@@ -1,6 +1,9 @@
 """The most similar pairs of events become one, round after round."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,42 +36,18 @@ class ToMe(Clusters):
         return ASKED
 
     def owners(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
-        x = placed(prefill, layer)  # [B, H, N, D], N slots are left
-        b, h, s, d = x.shape
-        count = prefill.slots(layer).count[:, 0].long()  # [B], alike in all heads
-        owner = torch.arange(s, device=x.device).expand(b, h, s)
-        mass, before = prefill.mask(layer).expand(b, h, s).to(x.dtype), prefill.slots(layer).mass
-        mass = mass if before is None else mass * before
-        while bool((count > k).any()):
-            gone = (count - k).minimum(count // 2)  # [B] slots that merge in this round
-            n = x.shape[2]
-            slot, twos = torch.arange(n, device=x.device), torch.arange(0, n, 2, device=x.device)
-            real = slot < count[:, None]
-            # A and B, [B, N/2]; the newest is in B
-            first, other = ((count[:, None] + odd) % 2 + twos for odd in (0, 1))
-            rows = unit(x)
-            near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
-            best, match = near.masked_fill((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
-            best = best.masked_fill((first >= count[:, None])[:, None], -torch.inf)
-            order = best.argsort(dim=-1, descending=True, stable=True)
-            going, into = (
-                side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match))
-            )
-            going = torch.where(twos < 2 * gone[:, None, None], going, n)  # n: stays, a column that is dropped
-            target = torch.arange(n + 1, device=x.device).repeat(b, h, 1)
-            target = target.scatter_(2, going, into.gather(2, order))[..., :n]
-            place = (real[:, None] & (target == slot)).long().cumsum(-1) - 1  # the new number of each slot that stays
-            new = place.gather(2, target).clamp(min=0)  # [B, H, N]
-            count = count - gone
-            size = int(count.max())
-            kept = torch.where(real[:, None], new, size)
-            sums = x.new_zeros(b, h, size + 1, d).scatter_add_(
-                2, kept.unsqueeze(-1).expand_as(x), x * mass.unsqueeze(-1)
-            )
-            weight = x.new_zeros(b, h, size + 1).scatter_add_(2, kept, mass)
-            x, mass = (sums / weight.clamp(min=1e-30).unsqueeze(-1))[:, :, :size], weight[:, :, :size]
-            owner = new.gather(2, owner.clamp(max=n - 1))
-        return owner
+        made: list[_Left] = prefill.remember(("tome", layer), lambda: [_Left.of(prefill, layer)])
+        turn, now = 0, made[0]
+        while bool((now.number > k).any()):
+            gone, most = now.number - k, now.number // 2
+            if turn < len(made) and bool((gone >= most).all()):  # a round that smaller budgets begin with too
+                turn += 1
+                if turn == len(made):
+                    made.append(now.merged(most))
+                now = made[turn]
+            else:
+                turn, now = len(made), now.merged(gone.minimum(most))
+        return now.owner
 
     def flops(self, state: UserState, history: int) -> int:
         """Cosines of every second slot that is left with the others, each round."""
@@ -79,6 +58,52 @@ class ToMe(Clusters):
                 total += 2 * heads * ((left + 1) // 2) ** 2 * width
                 left -= min(left - kept, left // 2)
         return total
+
+
+class _Left(NamedTuple):
+    """Slots that are left: means x [B, H, N, D] and masses [B, H, N] of the events merged, how many each user has, number [B],
+    and in which of them each slot of the beginning is, owner [B, H, S]."""
+
+    x: Tensor
+    mass: Tensor
+    number: Tensor
+    owner: Tensor
+
+    @staticmethod
+    def of(prefill: Prefill, layer: int) -> _Left:
+        x, slots = placed(prefill, layer), prefill.slots(layer)
+        b, h, s, _ = x.shape
+        mass = prefill.mask(layer).expand(b, h, s).to(x.dtype)
+        mass = mass if slots.mass is None else mass * slots.mass
+        count = slots.count[:, 0].long()  # alike in all heads
+        return _Left(x, mass, count, torch.arange(s, device=x.device).expand(b, h, s))
+
+    def merged(self, gone: Tensor) -> _Left:
+        """After a round in which so many slots of each user, [B], at most half of them, merge into others."""
+        x, mass, count, owner = self
+        b, h, n, d = x.shape
+        slot, twos = torch.arange(n, device=x.device), torch.arange(0, n, 2, device=x.device)
+        real = slot < count[:, None]
+        # A and B, [B, N/2]; the newest is in B
+        first, other = ((count[:, None] + odd) % 2 + twos for odd in (0, 1))
+        rows = unit(x)
+        near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
+        best, match = near.masked_fill((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
+        best = best.masked_fill((first >= count[:, None])[:, None], -torch.inf)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        going, into = (side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match)))
+        going = torch.where(twos < 2 * gone[:, None, None], going, n)  # n: stays, a column that is dropped
+        target = torch.arange(n + 1, device=x.device).repeat(b, h, 1)
+        target = target.scatter_(2, going, into.gather(2, order))[..., :n]
+        place = (real[:, None] & (target == slot)).long().cumsum(-1) - 1  # the new number of each slot that stays
+        new = place.gather(2, target).clamp(min=0)  # [B, H, N]
+        count = count - gone
+        size = int(count.max())
+        kept = torch.where(real[:, None], new, size)
+        sums = x.new_zeros(b, h, size + 1, d).scatter_add_(2, kept.unsqueeze(-1).expand_as(x), x * mass.unsqueeze(-1))
+        weight = x.new_zeros(b, h, size + 1).scatter_add_(2, kept, mass)
+        x, mass = (sums / weight.clamp(min=1e-30).unsqueeze(-1))[:, :, :size], weight[:, :, :size]
+        return _Left(x, mass, count, new.gather(2, owner.clamp(max=n - 1)))
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:
