@@ -61,8 +61,8 @@ class ToMe(Clusters):
 
 
 class _Left(NamedTuple):
-    """Slots that are left: means x [B, H, N, D] and masses [B, H, N] of the events merged, how many each user has, number [B],
-    and in which of them each slot of the beginning is, owner [B, H, S]."""
+    """Slots that are left: means x [B, H, N, D] and masses [B, H, N] of the events merged, their number [B], and in
+    which of them each slot of the beginning is, owner [B, H, S]."""
 
     x: Tensor
     mass: Tensor
