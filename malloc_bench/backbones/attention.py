@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.folded import alone, looked_up, read_flops, summed
+from malloc_bench.backbones.folded import alone, in_one_pass, looked_up, read_flops, summed
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Asking, Drawn, Note, Seen, Watch, probe_flops, probed
@@ -293,6 +293,12 @@ def _attend(
 
     note: takes, block by block, what comes from the segments alone, and logits, masks, masses and weights.
     """
+    if (
+        own_mask is None
+        and note is None
+        and (found := in_one_pass(block, q, own, layer, length, places, asked)) is not None
+    ):
+        return found
     sources: list[tuple[Segment, Places | None]] = []
     end = length[:, None]
     for segment in reversed(layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,16 @@ class Block(nn.Module):
     heads: int  # of the queries
     stored_heads: int  # of the fields that `split` gives
     normalised: bool = True  # a token's weights come to 1: a softmax
+    weighing: Literal["softmax", "silu"] | None = None  # over q.k and `bias`, SiLU over `normaliser`; None: another way
+    normaliser: float = 1.0
     biased: bool = False  # logits have a part that is of where a slot stands, not of its key
     fused: str | None = None
     parts: dict[str, int]
     parts_before: dict[str, int]  # once narrowed
+
+    def __init_subclass__(cls) -> None:
+        if "weighing" not in vars(cls) and {"logits", "weigh", "mix"} & vars(cls).keys():
+            cls.weighing = None  # its own way, which no kernel knows
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
@@ -66,7 +73,12 @@ class Block(nn.Module):
 
     def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
         """[B, H, M, S] before masking; queries' times are those at which the prediction is asked for."""
-        return segment.fields["keys"].dot(q)
+        found, bias = segment.fields["keys"].dot(q), self.bias(queries, slots)
+        return found if bias is None else found + bias
+
+    def bias(self, queries: Places, slots: Places) -> Tensor | None:
+        """What logits have beside q.k, [B or 1, H or 1, M, S]; None: nothing."""
+        return None
 
     def asking(self, q: Tensor, asked: Places) -> Tensor:
         """Queries such that q.k is the logit, a bias apart."""

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from malloc_bench import kernels
 from malloc_bench.backbones.block import Block, Places
-from malloc_bench.state import Dense, Segment, take
+from malloc_bench.state import Dense, Layer, Segment, take
 
 
 def apart(x: Tensor) -> Tensor:
@@ -35,6 +36,35 @@ def alone(
     itself = Segment({k: Dense(apart(v)) for k, v in own.items()}, None)
     logits = back(block.logits(apart(q), itself, _apart(asked), _apart(places)), q)
     return logits, lambda weights: back(block.mix(apart(weights), itself), q)
+
+
+def in_one_pass(
+    block: Block, q: Tensor, own: dict[str, Tensor], layer: Layer, length: Tensor, places: Places, asked: Places
+) -> Tensor | None:
+    """What few tokens mix of themselves and of a layer of one segment of plain vectors, or none, [B, H, M, D], where a
+    kernel weighs as the block does; None where it does not."""
+    if block.weighing is None or q.shape[2] > kernels.FEW or len(layer) > 1:
+        return None
+    nothing = {name: x[:, :, :0] for name, x in own.items()}
+    count, mass, slots = length.new_zeros(1, 1), None, Places(places.positions[..., :0], None)
+    if layer:
+        (segment,) = layer
+        vectors = {name: x.data for name, x in segment.fields.items() if isinstance(x, Dense)}
+        if segment.slots is None or segment.lookup is not None or vectors.keys() != own.keys():
+            return None
+        nothing, count, mass = vectors, segment.slots.count, segment.slots.mass
+        if block.biased:
+            slots = Places(segment.slots.places(segment.width, length[:, None]), segment.slots.timestamps)
+    if own.keys() != {"keys", "values"}:
+        return None
+    bias = None
+    if block.biased:
+        over, itself = block.bias(asked, slots), block.bias(_apart(asked), _apart(places))
+        if over is None or itself is None:
+            return None
+        bias = over, itself.view(-1, q.shape[2], itself.shape[1]).transpose(1, 2)
+    normaliser = None if block.weighing == "softmax" else float(block.normaliser)
+    return kernels.attend(q, own, nothing, count, mass, bias, normaliser)
 
 
 def looked_up(

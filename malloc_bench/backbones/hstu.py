@@ -14,7 +14,7 @@ from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.sums import Weigher
 from malloc_bench.registry import register
-from malloc_bench.state import Projection, Segment
+from malloc_bench.state import Projection
 
 TIME_BUCKETS = 128
 _OCTAVE = 0.301
@@ -51,6 +51,7 @@ class HSTUBlock(Block):
 
     fused = "uvqk"
     normalised = False
+    weighing = "silu"
 
     def __init__(self, dim: int, heads: int, rate: float, max_length: int, times: bool) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class HSTUBlock(Block):
         mixed = []
         for start in range(0, max(q.shape[2], 1), BLOCK):
             rows, seen = slice(start, start + BLOCK), slice(0, start + BLOCK)
-            bias = self._bias(asked.rows(rows), places.rows(seen))
+            bias = self.bias(asked.rows(rows), places.rows(seen))
             future = torch.ones_like(bias[:1, :1], dtype=torch.bool).triu(start + 1)
             logits = q[:, :, rows] @ keys[:, :, seen].transpose(-1, -2) + bias.masked_fill(future, _NEVER)
             mixed.append(F.silu(logits) @ values[:, :, seen])
@@ -91,7 +92,7 @@ class HSTUBlock(Block):
 
     def in_tiles(self, own: dict[str, Tensor], places: Places, asked: Places) -> tuple[Tensor, Tensor, Weigher] | None:
         def weigher(rows: slice) -> Callable[[Tensor, slice], Tensor]:
-            bias = self._bias(asked.rows(rows), places.rows(slice(0, rows.stop)))[:, 0]  # [B or 1, rows, keys]
+            bias = self.bias(asked.rows(rows), places.rows(slice(0, rows.stop)))[:, 0]  # [B or 1, rows, keys]
             future = torch.ones_like(bias[0], dtype=torch.bool).triu(rows.start + 1)
             bias = bias.masked_fill(future, _NEVER)
 
@@ -103,11 +104,7 @@ class HSTUBlock(Block):
 
         return own["keys"], own["values"], weigher
 
-    def logits(self, q: Tensor, segment: Segment, queries: Places, slots: Places) -> Tensor:
-        return segment.fields["keys"].dot(q) + self._bias(queries, slots)
-
-    def _bias(self, queries: Places, slots: Places) -> Tensor:
-        """[B or 1, H or 1, M, S]"""
+    def bias(self, queries: Places, slots: Places) -> Tensor:
         distance = queries.positions.unsqueeze(-1) - slots.positions.unsqueeze(-2)
         gap = None
         if queries.times is not None and slots.times is not None:

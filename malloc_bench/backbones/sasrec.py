@@ -24,6 +24,7 @@ class SASRecBlock(Block):
     """
 
     fused: str | None = "qkv"
+    weighing = "softmax"
 
     def __init__(self, dim: int, heads: int, rate: float, wider: int = 1, vectors: bool = True) -> None:
         super().__init__()

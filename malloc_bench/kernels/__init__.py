@@ -5,7 +5,8 @@ none without numba (`pip install 'malloc-bench[fast]'`), on another device than 
 and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
 """
 
-from malloc_bench.kernels.affine import Affine, dense, dot, mix
+from malloc_bench.kernels.affine import FEW, Affine, dense, dot, mix
+from malloc_bench.kernels.attention import attend
 from malloc_bench.kernels.switch import compiled, eager
 
-__all__ = ["Affine", "compiled", "dense", "dot", "eager", "mix"]
+__all__ = ["FEW", "Affine", "attend", "compiled", "dense", "dot", "eager", "mix"]

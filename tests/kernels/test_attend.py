@@ -1,0 +1,108 @@
+"""A read in one pass gives what the plain read gives, and no kernel weighs for a block that has its own way."""
+
+import pytest
+import torch
+
+from malloc_bench import kernels
+from malloc_bench.backbones import folded, get_backbone
+from malloc_bench.backbones.hstu import HSTUBlock
+from malloc_bench.backbones.lsrm import LSRMBlock
+from malloc_bench.backbones.marm import MARMBlock
+from malloc_bench.backbones.sasrec import SASRecBlock
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.measure import Workload
+
+pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
+
+
+def world(name, times, candidates=1, users=5):
+    torch.manual_seed(0)
+    work = Workload(users=users, history=40, candidates=candidates)
+    backbone = get_backbone(name, 50, has_time=times, max_length=work.max_length, layers=2, heads=2, dim=16).eval()
+    for weight in backbone.parameters():
+        weight.data *= 3  # so that attention is far from even
+    _, tokens, _ = work.events(50)
+    prefill = work.prefill(backbone)
+    return backbone, tokens, prefill
+
+
+METHODS = [("full", None), ("none", None), ("recent", 0.3), ("merge_adjacent", 0.2), ("random", 0.3)]
+
+
+@pytest.mark.parametrize("candidates", [1, 3, kernels.FEW + 1])
+@pytest.mark.parametrize("name, times", [("sasrec", False), ("lsrm", False), ("hstu", False), ("hstu", True)])
+@torch.no_grad()
+def test_a_read_in_one_pass_is_the_plain_read(name, times, candidates, monkeypatch):
+    backbone, tokens, prefill = world(name, times, candidates)
+    passes = []
+
+    def watched(*given):
+        passes.append(inner(*given))
+        return passes[-1]
+
+    inner = kernels.attend
+    monkeypatch.setattr(folded.kernels, "attend", watched)
+    for method, share in METHODS:
+        state = get_compressor(method).compress(prefill, share and Budget(share))
+        found = backbone.read(tokens, state)
+        with kernels.eager():
+            plain = backbone.read(tokens, state)
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    ran = [x for x in passes if x is not None]
+    assert len(ran) == (0 if candidates > kernels.FEW else 2 * len(METHODS))
+
+
+def attended(logits, normaliser=None, mass=None, counts=None):
+    """Weights of slots and of the token itself for logits [N, S + 1], the last of the token."""
+    n, s = logits.shape[0], logits.shape[1] - 1
+    q = torch.ones(n, 1, 1, 1)
+    values = torch.eye(s + 1).expand(n, 1, s + 1, s + 1)
+    own = {"keys": logits[:, -1:].view(n, 1, 1, 1), "values": values[:, :, s:]}
+    slots = {"keys": logits[:, :-1].view(n, 1, s, 1), "values": values[:, :, :s]}
+    count = torch.full((n, 1), s) if counts is None else counts
+    found = kernels.attend(q, own, slots, count, mass, None, normaliser)
+    assert found is not None
+    return found[:, 0, 0]
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 20.0, 80.0])
+@pytest.mark.parametrize("slots", [0, 1, 7, 33])
+def test_weights_against_float64(size, slots):
+    logits = size * torch.randn(6, slots + 1, generator=torch.Generator().manual_seed(slots))
+    torch.testing.assert_close(attended(logits).double(), logits.double().softmax(-1), rtol=3e-6, atol=1e-12)
+    silu = torch.nn.functional.silu(logits.double()) / 5
+    torch.testing.assert_close(attended(logits, 5.0).double(), silu, rtol=3e-6, atol=1e-30)
+
+
+def test_masses_and_counts():
+    generator = torch.Generator().manual_seed(4)
+    logits, mass = torch.randn(3, 6, generator=generator), 3 * torch.rand(3, 1, 5, generator=generator)
+    counts = torch.tensor([[5], [0], [2]])
+    real = torch.cat([torch.arange(5) < counts, torch.ones(3, 1, dtype=torch.bool)], 1)
+    times = torch.cat([mass[:, 0], torch.ones(3, 1)], 1) * real
+    weights = times * logits.exp()
+    torch.testing.assert_close(attended(logits, None, mass, counts), weights / weights.sum(-1, keepdim=True))
+    torch.testing.assert_close(attended(logits, 2.0, mass, counts), times * torch.nn.functional.silu(logits) / 2)
+
+
+@pytest.mark.parametrize("normaliser", [None, 3.0])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_no_number_is_seen(wrong, normaliser):
+    logits = torch.zeros(1, 4)
+    logits[0, 1] = wrong
+    assert not attended(logits, normaliser).isfinite().all()
+
+
+def test_a_block_with_its_own_way_is_not_weighed_for():
+    assert SASRecBlock.weighing == LSRMBlock.weighing == "softmax" and HSTUBlock.weighing == "silu"
+    assert MARMBlock.weighing is None
+
+    class Sharper(SASRecBlock):
+        def logits(self, q, segment, queries, slots):
+            return 2 * super().logits(q, segment, queries, slots)
+
+    class Deeper(SASRecBlock):
+        def combine(self, x, mixed, gate):
+            return super().combine(x, mixed, gate)
+
+    assert Sharper.weighing is None and Deeper.weighing == "softmax"
