@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.folded import alone, in_one_pass, looked_up, read_flops, summed
+from malloc_bench.backbones.folded import alone, in_one_pass, over_segment, read_flops, row_size
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Asking, Drawn, Note, Seen, Watch, probe_flops, probed
@@ -309,12 +309,12 @@ def _attend(
         end = end - segment.slots.count
     b, h, m, _ = q.shape
     mine = m if own_mask is not None else 1
-    step = max(1, _CELLS // max(1, b * h * (mine + sum(_row(s) for s, _ in sources))))
+    step = max(1, _CELLS // max(1, b * h * (mine + sum(row_size(s) for s, _ in sources))))
     out: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         part, at = q[:, :, rows], asked.rows(rows)
-        seen = [_over_segment(block, part, s, at, p) for s, p in sources]
+        seen = [over_segment(block, part, s, at, p) for s, p in sources]
         logits, masks, masses = [x for x, *_ in seen], [x for _, x, *_ in seen], [x for _, _, x, _ in seen]
         if own_mask is None:
             among, mix_own = alone(block, part, {k: v[:, :, rows] for k, v in own.items()}, at, places.rows(rows))
@@ -332,23 +332,3 @@ def _attend(
             mixed = mixed + part
         out.append(mixed)
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-
-def _over_segment(
-    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places | None
-) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
-    """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
-    if segment.slots is None or slots is None:
-        return summed(block, q, segment, asked)
-    if segment.lookup is not None:
-        logits, found, mix = looked_up(block, q, segment, asked, slots)
-        return logits, found, None, mix
-    mask = segment.slots.mask(segment.width).unsqueeze(2)
-    return block.logits(q, segment, asked, slots), mask, segment.slots.mass, partial(block.mix, segment=segment)
-
-
-def _row(segment: Segment) -> int:
-    """Numbers that one query of a head needs room for."""
-    if segment.lookup is None:
-        return segment.width
-    return segment.width + segment.lookup.top * sum(v.shape[3] for v in segment.fields.values())

@@ -5,13 +5,17 @@ what a layer knows of a history without slots."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
 from malloc_bench import kernels
 from malloc_bench.backbones.block import Block, Places
-from malloc_bench.state import Dense, Layer, Segment, take
+from malloc_bench.state import Dense, Layer, Segment, Vectors, take
+
+_SMALL = 1 << 19  # numbers of a field
 
 
 def apart(x: Tensor) -> Tensor:
@@ -38,6 +42,14 @@ def alone(
     return logits, lambda weights: back(block.mix(apart(weights), itself), q)
 
 
+def _plain(vectors: Vectors) -> Tensor | None:
+    """Plain vectors, and codes of few of them, which are unpacked sooner than the other path has begun."""
+    if isinstance(vectors, Dense):
+        return vectors.data
+    coded = vectors.affine() if prod(vectors.shape) <= _SMALL else None
+    return None if coded is None else kernels.dense(coded)
+
+
 def in_one_pass(
     block: Block, q: Tensor, own: dict[str, Tensor], layer: Layer, length: Tensor, places: Places, asked: Places
 ) -> Tensor | None:
@@ -49,7 +61,8 @@ def in_one_pass(
     count, mass, slots = length.new_zeros(1, 1), None, Places(places.positions[..., :0], None)
     if layer:
         (segment,) = layer
-        vectors = {name: x.data for name, x in segment.fields.items() if isinstance(x, Dense)}
+        known = {name: _plain(x) for name, x in segment.fields.items()}
+        vectors = {name: x for name, x in known.items() if x is not None}
         if segment.slots is None or segment.lookup is not None or vectors.keys() != own.keys():
             return None
         nothing, count, mass = vectors, segment.slots.count, segment.slots.mass
@@ -117,6 +130,26 @@ def summed(
     if block.normalised:
         return logits, mask, None, lambda weights: weights * answer
     return logits, mask, None, lambda weights: answer.expand(*weights.shape[:3], -1)
+
+
+def over_segment(
+    block: Block, q: Tensor, segment: Segment, asked: Places, slots: Places | None
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Logits [B, H, M, S] over a segment's slots, or the K that its look-up finds; mask, mass, and what mixes them."""
+    if segment.slots is None or slots is None:
+        return summed(block, q, segment, asked)
+    if segment.lookup is not None:
+        logits, found, mix = looked_up(block, q, segment, asked, slots)
+        return logits, found, None, mix
+    mask = segment.slots.mask(segment.width).unsqueeze(2)
+    return block.logits(q, segment, asked, slots), mask, segment.slots.mass, partial(block.mix, segment=segment)
+
+
+def row_size(segment: Segment) -> int:
+    """Numbers that one query of a head needs room for."""
+    if segment.lookup is None:
+        return segment.width
+    return segment.width + segment.lookup.top * sum(v.shape[3] for v in segment.fields.values())
 
 
 def read_flops(block: Block, queries: int, segment: Segment) -> int:

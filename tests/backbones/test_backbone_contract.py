@@ -63,6 +63,7 @@ def test_a_broken_backbone_is_caught(trained, monkeypatch):
         "logits",
         lambda q, s, queries, slots: position_bias(q, s, queries, slots) + (s.slots is None),
     )
+    monkeypatch.setattr(backbone.blocks[0], "weighing", None)  # as of a class with logits of its own
     with pytest.raises(AssertionError):
         check["hstu-read_equals_forward"]()
 
