@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from malloc_bench import kernels
 from malloc_bench.registry import names
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -122,3 +123,13 @@ def test_a_slopes_error_is_that_of_a_line_with_an_intercept(script) -> None:
     expected = (centred @ y) / (centred @ centred)
     rest = y - y.mean() - expected * centred
     assert slope == pytest.approx(expected) and error == pytest.approx((rest @ rest / 3 / (centred @ centred)) ** 0.5)
+
+
+@pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
+def test_packed_reads_beside_float32(script, monkeypatch, capsys) -> None:
+    module = script("bench_kernels")
+    monkeypatch.setattr(module, "tune_malloc", lambda: None)
+    monkeypatch.setattr(module, "ASKED", ((1, 300), (9, 20)))
+    module.report(users=1, seconds=0.0)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 9 |"))]
+    assert len(rows) == 2 * len(module.packed(*(torch.zeros(1, 2, 4, 64) for _ in range(2))))
