@@ -44,8 +44,13 @@ def attend(
     biases, own_bias = (_NO_BIAS, _NO_MASS) if bias is None else (_rows(bias[0], b, h), _rows(bias[1], b, h))
     masses = _NO_MASS if mass is None else _rows(mass, b, h)
     counts, scale = _rows(count.int(), b, h), np.float32(1.0 if normaliser is None else 1.0 / normaliser)
-    arrays = [*vectors[:3], own_bias, *vectors[3:], counts, masses, biases, scale, out.view(b * h, m, -1).numpy()]
-    spread(lambda start, stop: call(*arrays, start, stop), b * h, slots["keys"].numel())
+    arrays = [*vectors[:3], own_bias, *vectors[3:], counts, masses, biases, scale]
+
+    def some(start: int, stop: int) -> None:
+        room = torch.empty(3, slots["keys"].shape[2] + 1)  # by torch: what is measured as memory is seen there
+        call(*arrays, room.numpy(), out.view(b * h, m, -1).numpy(), start, stop)
+
+    spread(some, b * h, slots["keys"].numel())
     return out
 
 

@@ -64,10 +64,10 @@ def attention(softmax: bool):  # type: ignore[no-untyped-def]
     none of no columns. See `kernels.attend`."""
 
     @jit
-    def attend(q, own_key, own_value, own_bias, keys, values, count, mass, bias, scale, out, start, stop):  # type: ignore[no-untyped-def]
+    def attend(q, own_key, own_value, own_bias, keys, values, count, mass, bias, scale, room, out, start, stop):  # type: ignore[no-untyped-def]
         n, slots = len(q), keys.shape[1]
-        weights, powers = np.empty(slots + 1, f32), np.empty(slots + 1, np.int32)
-        turned = powers.view(np.float32)
+        weights, logits, turned = room[0], room[1], room[2]
+        powers = turned.view(np.int32)
         for i in range(start, stop):
             size = min(slots, count[i // (n // len(count))])
             masses, biases = mass[i // (n // len(mass))], bias[i // (n // len(bias))]
@@ -98,8 +98,7 @@ def attention(softmax: bool):  # type: ignore[no-untyped-def]
                         weights[s] /= whole
                 else:
                     for s in range(size + 1):  # silu(x) = x / (1 + exp(-x))
-                        weights[s] = -weights[s]
-                    logits = weights.copy()
+                        logits[s] = weights[s] = -weights[s]
                     exponentials(weights, size + 1, powers, turned)
                     for s in range(size + 1):
                         weights[s] = -logits[s] / (one + weights[s]) * scale

@@ -66,7 +66,8 @@ def test_a_row_is_measured_at_the_median_and_the_longest_history_on_trained_weig
     for name, row in rows.items():
         assert row.keys() <= COLUMNS.keys() and row["measured_weights"] == "trained"
         assert (row["measured_history"], row["measured_history_long"]) == (10, 50)
-        assert row["read_flops_long"] > row["read_flops"] > 0 and row["peak_bytes_long"] > row["peak_bytes"] > 0
+        assert row["read_flops_long"] > row["read_flops"] > 0
+        assert row["peak_bytes_long"] >= row["peak_bytes"] > 0  # a read in one pass needs next to no room
         empty = {each for each in long if row[each] is None}
         assert empty == ({"append_ms_p50_long", "append_flops_long"} if name == "raw" else set())
         saved = kept[name]
