@@ -55,21 +55,21 @@ def in_one_pass(
 ) -> Tensor | None:
     """What few tokens mix of themselves and of a layer of one segment of plain vectors, or none, [B, H, M, D], where a
     kernel weighs as the block does; None where it does not."""
-    if block.weighing is None or q.shape[2] > kernels.FEW or len(layer) > 1:
+    few = q.shape[2] <= kernels.FEW and len(layer) <= 1 and kernels.fits(q)
+    if block.weighing is None or not few or own.keys() != {"keys", "values"}:
         return None
-    nothing = {name: x[:, :, :0] for name, x in own.items()}
+    vectors = {name: x[:, :, :0] for name, x in own.items()}
     count, mass, slots = length.new_zeros(1, 1), None, Places(places.positions[..., :0], None)
     if layer:
         (segment,) = layer
-        known = {name: _plain(x) for name, x in segment.fields.items()}
-        vectors = {name: x for name, x in known.items() if x is not None}
-        if segment.slots is None or segment.lookup is not None or vectors.keys() != own.keys():
+        if segment.slots is None or segment.lookup is not None or segment.fields.keys() != own.keys():
             return None
-        nothing, count, mass = vectors, segment.slots.count, segment.slots.mass
+        keys, values = (_plain(segment.fields[name]) for name in ("keys", "values"))
+        if keys is None or values is None:
+            return None
+        vectors, count, mass = {"keys": keys, "values": values}, segment.slots.count, segment.slots.mass
         if block.biased:
             slots = Places(segment.slots.places(segment.width, length[:, None]), segment.slots.timestamps)
-    if own.keys() != {"keys", "values"}:
-        return None
     bias = None
     if block.biased:
         over, itself = block.bias(asked, slots), block.bias(_apart(asked), _apart(places))
@@ -77,7 +77,7 @@ def in_one_pass(
             return None
         bias = over, itself.view(-1, q.shape[2], itself.shape[1]).transpose(1, 2)
     normaliser = None if block.weighing == "softmax" else float(block.normaliser)
-    return kernels.attend(q, own, nothing, count, mass, bias, normaliser)
+    return kernels.attend(q, own, vectors, count, mass, bias, normaliser)
 
 
 def looked_up(

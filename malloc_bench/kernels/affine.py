@@ -14,7 +14,7 @@ from malloc_bench.kernels.switch import fits, spread
 
 FEW = 4  # queries that read codes one after the other; more unpack them once and multiply
 WORDS = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits: codes in a word, bytes of a word
-_CACHED = 1 << 18  # numbers unpacked at a time: half a megabyte, so that they are multiplied where they lie
+_CACHED = 1 << 18  # numbers unpacked at a time: a megabyte, so that they are multiplied where they lie
 
 
 class Affine(NamedTuple):

@@ -9,11 +9,17 @@ from malloc_bench.kernels.affine import FEW
 from malloc_bench.kernels.switch import fits, spread
 
 
-def dot(codes: Tensor, tables: Tensor, added: bool, q: Tensor) -> Tensor | None:
+def serves(codes: Tensor, tables: Tensor, asked: Tensor) -> bool:
+    """Where few queries, for they come one after the other, meet more slots than a part has entries; codes may be
+    packed."""
+    many = asked.shape[2] <= FEW and codes.shape[2] > tables.shape[2]
+    alike = codes.shape[:2] == asked.shape[:2] and asked.dtype == tables.dtype == torch.float32
+    return many and alike and fits(codes, tables, asked)
+
+
+def dot(codes: Tensor, tables: Tensor, added: bool, q: Tensor) -> Tensor:
     """q . x: codes [B, H, S, N] uint8, tables [H, N, K, w], q [B, H, M, D] -> [B, H, M, S]. added: x is the sum of its
     entries, w = D; else they stand side by side."""
-    if not _serves(codes, tables, q):
-        return None
     from malloc_bench.kernels.loops import tables as loops  # here: its compiler takes half a second to load
 
     b, h, m, _ = q.shape
@@ -27,10 +33,8 @@ def dot(codes: Tensor, tables: Tensor, added: bool, q: Tensor) -> Tensor | None:
     return out.view(b, h, m, -1)
 
 
-def mix(codes: Tensor, tables: Tensor, added: bool, w: Tensor, width: int) -> Tensor | None:
+def mix(codes: Tensor, tables: Tensor, added: bool, w: Tensor, width: int) -> Tensor:
     """Weighted sums of the vectors: w [B, H, M, S] -> [B, H, M, width]."""
-    if not _serves(codes, tables, w):
-        return None
     from malloc_bench.kernels.loops import tables as loops
 
     b, h, m, _ = w.shape
@@ -41,13 +45,6 @@ def mix(codes: Tensor, tables: Tensor, added: bool, w: Tensor, width: int) -> Te
     if added:
         return torch.einsum("bhmnk,hnkd->bhmd", fallen, tables)
     return torch.einsum("bhmnk,hnkw->bhmnw", fallen, tables).flatten(3)[..., :width]
-
-
-def _serves(codes: Tensor, tables: Tensor, asked: Tensor) -> bool:
-    """Where a query meets more slots than a part has entries; and few do, for they come one after the other."""
-    many = asked.shape[2] <= FEW and codes.shape[2] > tables.shape[2]
-    alike = codes.shape[:2] == asked.shape[:2] and asked.dtype == tables.dtype == torch.float32
-    return many and alike and fits(codes, tables, asked)
 
 
 def _parts(q: Tensor, tables: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 
 from malloc_bench.kernels.loops import f32, i32, inlined, jit, zero
 
-one, half = f32(1), f32(0.5)
+one = f32(1)
 
 
 @inlined

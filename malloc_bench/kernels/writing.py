@@ -17,7 +17,7 @@ def spans(x: Tensor, mask: Tensor, bits: int, group: int, along: Literal["slots"
     """Least and greatest of each group, 0 of padding: x [B, H, S, D], mask [B, H or 1, S] -> two [B, H, G, W]."""
     if not _serves(x, mask, bits):
         return None
-    from malloc_bench.kernels.loops import writers  # here: its compiler takes half a second to load
+    from malloc_bench.kernels.writers import writers  # here: its compiler takes half a second to load
 
     b, h, s, d = x.shape
     shape = (-(-s // group), d) if along == "slots" else (s, -(-d // group))
@@ -35,7 +35,7 @@ def write(
     None; step and zero [B, H, G, W], as `spans` has them."""
     if not _serves(x, mask, bits):
         return None
-    from malloc_bench.kernels.loops import writers
+    from malloc_bench.kernels.writers import writers
 
     b, h, s, d = x.shape
     codes = torch.empty(b, h, s, -(-d * bits // 8), dtype=torch.uint8)

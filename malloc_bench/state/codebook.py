@@ -66,12 +66,14 @@ class FromCodebook(Vectors):
         return self.book.look_up(self._numbers())
 
     def dot(self, q: Tensor) -> Tensor:
-        found = entries.dot(self._numbers(), self.book.tables.to(q.device), self.book.added, q)
-        return super().dot(q) if found is None else found
+        if not entries.serves(self.codes, self.book.tables, q):
+            return super().dot(q)
+        return entries.dot(self._numbers(), self.book.tables, self.book.added, q)
 
     def mix(self, w: Tensor) -> Tensor:
-        found = entries.mix(self._numbers(), self.book.tables.to(w.device), self.book.added, w, self.book.width)
-        return super().mix(w) if found is None else found
+        if not entries.serves(self.codes, self.book.tables, w):
+            return super().mix(w)
+        return entries.mix(self._numbers(), self.book.tables, self.book.added, w, self.book.width)
 
     def _numbers(self) -> Tensor:
         """[B, H, S, M] uint8; padding may hold any."""
