@@ -83,7 +83,15 @@ class TokenMethod(Compressor):
             raise ValueError(f"{self.name} needs a budget")
         if budget.fraction is not None and budget.fraction >= 1:
             return prefill.state
-        return self.keep(prefill, self.slots(prefill, budget))
+        return self.kept(prefill, self.slots(prefill, budget))
+
+    def kept(self, prefill: Prefill, k: Tensor) -> UserState:
+        """`keep`; the same state again for a budget that leaves the same slots as the one before, such as all."""
+        last = prefill.memo.get("kept")
+        if last is None or last[0] != self or not torch.equal(last[1], k):
+            last = prefill.memo["kept"] = self, k, self.keep(prefill, k)
+        state: UserState = last[2]
+        return state
 
     def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
         """k [B] for a budget; worked out once per Prefill, budget and layouts."""

@@ -22,7 +22,7 @@ from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
-from malloc_bench.evaluation.trial import Job, Witnesses, attempt, total
+from malloc_bench.evaluation.trial import Job, Read, Witnesses, attempt, total
 from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
@@ -248,14 +248,16 @@ def _together(
         given = prefill, witnesses, watched, asked.history, asked.tokens, shared
         before = fingerprint(given)
         memos: dict[Any, dict[Any, Any]] = defaultdict(dict)
+        whole_read = read = Read(prefill.state, full)
         with unwritten(model):
             for job in own:
                 with _noting(broken, job):
-                    mine = replace(prefill, memo=memos[_remembers(job.compressor)])
+                    apart = _remembers(job.compressor)
+                    mine = replace(prefill, memo=memos[apart])
+                    reads = [whole_read] if apart else [whole_read, read]  # nobody else's state is the same as it was
                     with undisturbed():
-                        seen = watched if _remembers(job.compressor) else witnesses
-                        out, parts = attempt(job, model, mine, asked, full, seen)
-                    found.append(out)
+                        read, parts = attempt(job, model, mine, asked, reads, watched if apart else witnesses)
+                    found.append(read.out)
                     done.append((job, parts))
             if fingerprint(given) != before:
                 what = "a method changed the state, statistics or events that it was given"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,17 +61,27 @@ class Witnesses:
         return Witnesses(rows, prefill.take(torch.tensor([other])))
 
 
+class Read(NamedTuple):
+    """States of B users, and the outputs [B, ...] that were read from them."""
+
+    state: UserState
+    out: Tensor
+
+
 def attempt(
-    job: Job, model: Backbone, prefill: Prefill, asked: Asked, full: Tensor, packed: Witnesses
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs [B, ...] read from the job's states, as `full` from the full ones, and bytes [B] of each user's by part.
+    job: Job, model: Backbone, prefill: Prefill, asked: Asked, reads: Sequence[Read], packed: Witnesses
+) -> tuple[Read, dict[str, Tensor]]:
+    """What is read from the job's states, and bytes [B] of each user's by part.
+
+    reads: what is known already, and need not be read again: from the full states first, and the like.
 
     Raises whatever the method raises; TypeError or ValueError for what is no state of these users or reads as no
     number; OverBudget, NotInTheBytes.
     """
     prefill = prefill.given(job.fitted)
     state = of_users(job.compressor.compress(prefill, job.budget, job.fitted), prefill)
-    out = full if state is prefill.state else asked.read(model, state)  # before anything tells who will be packed
+    out = next((each.out for each in reads if each.state is state), None)
+    out = asked.read(model, state) if out is None else out  # before anything tells who will be packed
     parts = checked_bytes(job, prefill, state)
     size = total(parts)
     blobs = state.packed(packed.rows.tolist()) if len(packed.rows) else []
@@ -78,13 +89,13 @@ def attempt(
         if len(blob) != int(size[user]):
             raise OverBudget(f"user {user} packs to {len(blob)} bytes, nbytes() says {int(size[user])}")
     if state is prefill.state:
-        return full, parts
-    if out.shape != full.shape or not bool(out.isfinite().all()):
+        return Read(state, out), parts
+    if out.shape != reads[0].out.shape or not bool(out.isfinite().all()):
         raise ValueError("outputs read from the compressed state are not finite")
     if packed.other is not None:
         template = job.compressor.compress(replace(packed.other, memo={}), job.budget, job.fitted)
         check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
-    return out, parts
+    return Read(state, out), parts
 
 
 def of_users(state: object, prefill: Prefill) -> UserState:

@@ -7,6 +7,7 @@ and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
 
 from malloc_bench.kernels.affine import FEW, Affine, dense, dot, mix
 from malloc_bench.kernels.attention import attend
+from malloc_bench.kernels.grouping import group
 from malloc_bench.kernels.switch import compiled, eager, fits
 
-__all__ = ["FEW", "Affine", "attend", "compiled", "dense", "dot", "eager", "fits", "mix"]
+__all__ = ["FEW", "Affine", "attend", "compiled", "dense", "dot", "eager", "fits", "group", "mix"]

@@ -1,9 +1,10 @@
-"""The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours."""
+"""The state of users: slots, vectors, segments, exact bytes. Imports nothing of ours but kernels."""
 
 from malloc_bench.state.codebook import Codebook, FromCodebook, Pool, Pooled, closest
 from malloc_bench.state.coded import Coded, Table, coded
 from malloc_bench.state.entropy import CodedEvents, ItemFrequencies
 from malloc_bench.state.extend import extend, grow, joined
+from malloc_bench.state.grouped import grouped
 from malloc_bench.state.lookup import ByHash, ByLabel, ByLogit, Lookup, hash_flops, signs
 from malloc_bench.state.lowrank import Factor, LowRank, factor, low_rank, low_ranks, principal, side_by_side
 from malloc_bench.state.microscaled import MicroScaled, microscaled
@@ -32,7 +33,7 @@ __all__ = [
     "Outliers", "Over", "Pool", "Pooled", "Prefill", "Probes", "Projection", "Quantized", "Ragged", "Rebuilt",
     "Rounded", "Sample", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned",
     "UserState", "Vectors", "Zipped", "absolute_sums", "by_heads", "closest", "coded", "coding", "extend", "factor",
-    "frequencies", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks", "map_tensors",
-    "microscaled", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded", "side_by_side",
-    "signs", "streamed", "take", "under", "unpack_bits", "zipped",
+    "frequencies", "grouped", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks",
+    "map_tensors", "microscaled", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded",
+    "side_by_side", "signs", "streamed", "take", "under", "unpack_bits", "zipped",
 ]  # fmt: skip

@@ -164,6 +164,23 @@ def test_a_user_does_not_depend_on_the_chunk(backbone, split, monkeypatch):
         np.testing.assert_equal(parts.parts[each.id], whole.parts[each.id])
 
 
+def test_budgets_that_leave_the_same_slots_are_read_once(sasrec, split, monkeypatch):
+    steps = ("recent", "int4_token")  # 4 bits of every event are within a half and within a quarter
+    jobs = [job("compose", budget, steps=steps) for budget in (0.5, 0.25, 0.05)]
+    alone = [evaluate(sasrec, split, [each]) for each in jobs]
+    reads, plain_read = [], NextItem.read
+
+    def counted(self, backbone, state, rows=None):
+        reads.append(rows is None)
+        return plain_read(self, backbone, state, rows)
+
+    monkeypatch.setattr(NextItem, "read", counted)
+    together = evaluate(sasrec, split, jobs)
+    assert sum(reads) == 1 + 2  # the full state, and two of three
+    for each, own in zip(jobs, alone):
+        np.testing.assert_equal(together.values[each.id], own.values[each.id])
+
+
 def test_the_seed_is_for_what_is_random_only(sasrec, split):
     a, b = (evaluate(sasrec, split, [job("random", 0.25), job("recent", 0.25)], seed=seed) for seed in (0, 1))
     assert (a.values["random@0.25"]["rank"] != b.values["random@0.25"]["rank"]).any()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from malloc_bench import kernels
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, grouped
 from malloc_bench.state.codebook import Codebook, FromCodebook
 from malloc_bench.state.microscaled import microscaled
 from malloc_bench.state.quantized import pack_bits, quantize
@@ -178,3 +178,24 @@ def test_codes_are_written_bit_for_bit_as_plain_torch_writes_them(b, h, s, d, bi
     for name in ("codes", "scale", "zero", "wide"):
         one, other = getattr(found, name), getattr(plain, name)
         assert one is other is None or torch.equal(one, other), name
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 3), st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 3)]), st.integers(0, 9), st.integers(1, 5),
+    st.integers(0, 4), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.float16]),
+)  # fmt: skip
+def test_sums_by_group_are_torchs_bit_for_bit(b, heads, s, d, size, weighed, dtype):
+    generator = torch.Generator().manual_seed(s)
+    x = torch.randn(b, heads[0], s, d, generator=generator).to(dtype)
+    group = torch.randint(size + 1, (b, heads[1], s), generator=generator)  # `size`: left out, whatever it holds
+    left = (group == size).expand(b, max(heads), s)[:, : heads[0]]
+    x[left if heads[0] >= heads[1] else left[:, :1] & False] = torch.nan
+    weight = torch.rand(b, heads[1], s, generator=generator) if weighed else None
+    found = grouped(x, group, size, weight)
+    with kernels.eager():
+        plain = grouped(x, group, size, weight)
+    assert found.dtype == plain.dtype and torch.equal(found, plain)
+    one_hot = torch.nn.functional.one_hot(group, size + 1)[..., :size].mT.double()  # [B, H, size, S]
+    whole = one_hot if weight is None else one_hot * weight.unsqueeze(2)
+    torch.testing.assert_close(found.double(), whole @ x.nan_to_num().double(), rtol=1e-2, atol=1e-2)

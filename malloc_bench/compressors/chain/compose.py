@@ -99,7 +99,7 @@ class Compose(TokenMethod):
         if budget.fraction is not None and budget.fraction >= 1:
             return prefill.state
         k = self.slots(prefill, budget)
-        state, target = self.keep(prefill, k), budget.target(prefill.full_bytes())
+        state, target = self.kept(prefill, k), budget.target(prefill.full_bytes())
         if target is None or self._encoder() is None:
             return state
         sizes, most = self.sizes(prefill), self.most(prefill)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Layout, dense_layout
-from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState
+from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState, grouped
 
 WINDOW = 64  # newest queries that `placed` makes use of, however many are there for other methods
 ASKED = Stats(queries=WINDOW)
@@ -48,33 +48,25 @@ class Clusters(TokenMethod):
             owners = torch.where(real, self.owners(prefill, layer, kept), size)
             mass = real.to(torch.float32) if old.mass is None else torch.where(real, old.mass, 0.0)
             share = torch.where(real, self.shares(prefill, layer, owners, mass), 0.0)
-            total = _sums(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
+            total = grouped(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
             share = share / total.squeeze(-1).gather(2, owners.clamp(max=max(size - 1, 0))) if size else share
             lists = heads if self.per_head else 1
             slots = self._folded(prefill, old, owners[:, :lists], mass[:, :lists], kept, size)
-            fields = {}
-            for name, v in segment.fields.items():
-                x = torch.where(real.unsqueeze(-1), v.dense(), 0.0)
-                fields[name] = Dense(_sums(x * share.unsqueeze(-1), owners, size).to(x.dtype))
+            whole = {name: v.dense() for name, v in segment.fields.items()}
+            fields = {name: Dense(grouped(x, owners, size, share).to(x.dtype)) for name, x in whole.items()}
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
     def _folded(self, prefill: Prefill, old: Slots, owners: Tensor, mass: Tensor, k: Tensor, size: int) -> Slots:
-        total = _sums(mass.unsqueeze(-1), owners, size).squeeze(-1)
+        total = grouped(mass.unsqueeze(-1), owners, size).squeeze(-1)
 
         def mean(x: Tensor) -> Tensor:  # integers; float32 would round seconds to minutes
-            sums = _sums((x * mass.double()).unsqueeze(-1), owners, size).squeeze(-1)
+            sums = grouped(x.double().unsqueeze(-1), owners, size, mass.double()).squeeze(-1)
             return (sums / total.double().clamp(min=1)).round().to(x.dtype)
 
         places = old.places(mass.shape[2], prefill.state.length[:, None]).to(torch.int32)
         times = None if old.timestamps is None else mean(old.timestamps)
         return Slots(k.to(torch.int32)[:, None], mean(places) if prefill.uses_positions else None, times, total)
-
-
-def _sums(x: Tensor, owners: Tensor, size: int) -> Tensor:
-    """Sums of x [B, H, S, D] over the clusters `owners` [B, H, S], of which those from `size` on are dropped."""
-    out = x.new_zeros(*x.shape[:2], size + 1, x.shape[3])
-    return out.scatter_add_(2, owners.unsqueeze(-1).expand_as(x), x)[:, :, :size]
 
 
 def compared_shapes(state: UserState) -> list[tuple[int, int, int]]:

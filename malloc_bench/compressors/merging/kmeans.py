@@ -8,7 +8,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, spread
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Prefill, Stats, UserState, grouped
 
 
 @register("kmeans")
@@ -59,9 +59,9 @@ class KMeans(Clusters):
             owner = (far - 2 * x @ centres.mT).argmin(-1)  # less |x|^2, the same for all centres
             pinned = torch.full((b, h, s), size, device=x.device).scatter_reduce(2, seeds, own, "amin")
             owner = torch.where(pinned < size, pinned, owner)
-            sums = x.new_zeros(b, h, size, d).scatter_add_(2, owner.unsqueeze(-1).expand_as(x), x)
-            count = x.new_zeros(b, h, size).scatter_add_(2, owner, real[..., 0].expand(b, h, s).to(x.dtype))
-            centres = sums / count.clamp(min=1).unsqueeze(-1)
+            sums = grouped(x, owner, size)
+            count = grouped(real.expand(b, h, s, 1).to(x.dtype), owner, size)
+            centres = sums / count.clamp(min=1)
         return owner
 
     def seeds(self, prefill: Prefill, layer: int, k: Tensor, size: int) -> tuple[Tensor, Tensor]:

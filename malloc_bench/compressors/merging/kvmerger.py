@@ -7,7 +7,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.merging.clusters import Clusters, compared, unit
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, grouped
 
 
 @register("kvmerger")
@@ -45,7 +45,7 @@ class KVMerger(Clusters):
         size = int(owners.max()) + 1
         at = owners.unsqueeze(-1).expand_as(x)
         ways = unit(x) * (mass > 0).unsqueeze(-1)
-        mean = x.new_zeros(*x.shape[:2], size, x.shape[3]).scatter_add_(2, at, ways).gather(2, at)
+        mean = grouped(ways, owners, size).gather(2, at)
         typical = (ways * mean).sum(-1).masked_fill(mass <= 0, -torch.inf)
         best = typical.new_full((*x.shape[:2], size), -torch.inf).scatter_reduce(2, owners, typical, "amax")
         slot = torch.arange(x.shape[2], device=x.device).expand_as(owners)

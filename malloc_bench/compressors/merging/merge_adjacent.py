@@ -8,7 +8,7 @@ from torch import Tensor
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Layout, dense_layout
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
+from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, grouped
 
 
 @register("merge_adjacent")
@@ -42,7 +42,7 @@ class MergeAdjacent(TokenMethod):
             slots, share, run = made[id(old)]
             size = int(slots.count.max()) if len(k) else 0
             whole = {f: v.dense() for f, v in segment.fields.items()}
-            fields = {f: Dense(_sum(x * share.unsqueeze(-1), run, size).to(x.dtype)) for f, x in whole.items()}
+            fields = {f: Dense(grouped(x, run[:, None], size, share).to(x.dtype)) for f, x in whole.items()}
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
@@ -51,22 +51,14 @@ def _merged(old: Slots, run: Tensor, k: Tensor, length: Tensor, uses_positions: 
     """One slot for each of the k [B, 1] runs [B, S], and the share of each old slot in its run, [B, H', S]."""
     size = int(k.max()) if len(k) else 0
     mass = torch.ones_like(run, dtype=torch.float32)[:, None] if old.mass is None else old.mass
-    total = _sum(mass.unsqueeze(-1), run, size).squeeze(-1)  # [B, H', K]
+    total = grouped(mass.unsqueeze(-1), run[:, None], size).squeeze(-1)  # [B, H', K]
     at = run.clamp(max=max(size - 1, 0))[:, None].expand_as(mass)
     share = mass / total.clamp(min=1).gather(2, at) if size else mass
 
     def mean(x: Tensor) -> Tensor:  # [B, H', S] integers -> [B, H', K]; float32 would round seconds to minutes
-        sums = _sum((x * mass.double()).unsqueeze(-1), run, size).squeeze(-1)
+        sums = grouped(x.double().unsqueeze(-1), run[:, None], size, mass.double()).squeeze(-1)
         return (sums / total.double().clamp(min=1)).round().to(x.dtype)
 
     places = old.places(run.shape[1], length[:, None]).to(torch.int32)
     times = None if old.timestamps is None else mean(old.timestamps)
     return Slots(k.to(torch.int32), mean(places) if uses_positions else None, times, total), share
-
-
-def _sum(x: Tensor, run: Tensor, size: int) -> Tensor:
-    """Sums of x [B, H, S, D] over the runs [B, S] of neighbours: [B, H, size, D]."""
-    b, h, _, d = x.shape
-    row = run[:, None] + torch.arange(b * h, device=x.device).view(b, h, 1) * (size + 1)
-    out = x.new_zeros(b * h * (size + 1), d)
-    return out.index_add_(0, row.reshape(-1), x.reshape(-1, d)).view(b, h, size + 1, d)[:, :, :size]

@@ -11,7 +11,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Prefill, Stats, UserState, grouped
 
 
 @register("tome")
@@ -81,7 +81,7 @@ class _Left(NamedTuple):
     def merged(self, gone: Tensor) -> _Left:
         """After a round in which so many slots of each user, [B], at most half of them, merge into others."""
         x, mass, count, owner = self
-        b, h, n, d = x.shape
+        b, h, n = mass.shape
         slot, twos = torch.arange(n, device=x.device), torch.arange(0, n, 2, device=x.device)
         real = slot < count[:, None]
         # A and B, [B, N/2]; the newest is in B
@@ -100,10 +100,8 @@ class _Left(NamedTuple):
         count = count - gone
         size = int(count.max())
         kept = torch.where(real[:, None], new, size)
-        sums = x.new_zeros(b, h, size + 1, d).scatter_add_(2, kept.unsqueeze(-1).expand_as(x), x * mass.unsqueeze(-1))
-        weight = x.new_zeros(b, h, size + 1).scatter_add_(2, kept, mass)
-        x, mass = (sums / weight.clamp(min=1e-30).unsqueeze(-1))[:, :, :size], weight[:, :, :size]
-        return _Left(x, mass, count, new.gather(2, owner.clamp(max=n - 1)))
+        sums, weight = grouped(x, kept, size, mass), grouped(mass.unsqueeze(-1), kept, size)
+        return _Left(sums / weight.clamp(min=1e-30), weight.squeeze(-1), count, new.gather(2, owner.clamp(max=n - 1)))
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:

@@ -10,7 +10,18 @@ from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.quantization.codebooks import entries
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
-from malloc_bench.state import Codebook, Dense, Fitted, FromCodebook, Prefill, Sample, Segment, Slots, UserState
+from malloc_bench.state import (
+    Codebook,
+    Dense,
+    Fitted,
+    FromCodebook,
+    Prefill,
+    Sample,
+    Segment,
+    Slots,
+    UserState,
+    grouped,
+)
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -62,9 +73,9 @@ class VQL(Compressor):
         real = prefill.mask(layer).expand(keys.shape[:3])
         code = book.nearest(torch.where(real.unsqueeze(-1), keys, 0.0))[..., 0].long()
         code = torch.where(real, code, self.codes)  # padding: one more, which is cut off
-        mass = _sums(real.float().unsqueeze(-1), code, self.codes)[..., 0]  # [B, H, codes]
+        mass = grouped(real.float().unsqueeze(-1), code, self.codes)[..., 0]  # [B, H, codes]
         index = torch.arange(keys.shape[2], device=keys.device).double().expand(real.shape).unsqueeze(-1)
-        when = _sums(index, code, self.codes)[..., 0] / mass.clamp(min=1)
+        when = grouped(index, code, self.codes)[..., 0] / mass.clamp(min=1)
         order = when.masked_fill(mass == 0, torch.inf).argsort(dim=-1, stable=True)  # in time order, unused ones last
         count = (mass > 0).sum(-1).int()
         width = int(count.max()) if count.numel() else 0
@@ -73,7 +84,7 @@ class VQL(Compressor):
 
         def mean(x: Tensor) -> Tensor:
             """[B, H, S, D] -> [B, H, width, D]"""
-            found = _sums(torch.where(real.unsqueeze(-1), x, 0), code, self.codes)
+            found = grouped(x, code, self.codes)
             return found.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])) / each.unsqueeze(-1)
 
         def whole(x: Tensor | None) -> Tensor | None:
@@ -92,9 +103,3 @@ class VQL(Compressor):
         """Every key against every entry."""
         shapes = [segment.fields["keys"].shape for segment in state.segments()]
         return sum(2 * heads * history * width * self.codes for _, heads, _, width in shapes)
-
-
-def _sums(x: Tensor, code: Tensor, size: int) -> Tensor:
-    """Sums of x [B, H, S, D] by code [B, H, S], [B, H, size, D]."""
-    out = x.new_zeros(*x.shape[:2], size + 1, x.shape[3])
-    return out.scatter_add_(2, code.unsqueeze(-1).expand_as(x), x)[:, :, :size]

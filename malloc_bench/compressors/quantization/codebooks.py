@@ -10,7 +10,18 @@ from torch import Tensor
 
 from malloc_bench.compressors.base import Encoder, map_layers
 from malloc_bench.compressors.sizing import Budget, Layout
-from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Segment, UserState, Vectors, closest
+from malloc_bench.state import (
+    Codebook,
+    Fitted,
+    FromCodebook,
+    Prefill,
+    Sample,
+    Segment,
+    UserState,
+    Vectors,
+    closest,
+    grouped,
+)
 
 
 class Codebooks(Encoder):
@@ -77,7 +88,6 @@ def entries(x: Tensor, count: int, rounds: int = 10, start: Tensor | None = None
     found = x[:, lot[torch.arange(count, device=x.device) % rows]] if start is None else start
     for _ in range(rounds):
         near = closest(x, found)  # [H, N]
-        total = torch.zeros_like(found).scatter_add_(1, near.unsqueeze(-1).expand(-1, -1, width), x)
-        size = x.new_zeros(heads, count).scatter_add_(1, near, torch.ones_like(near, dtype=x.dtype)).unsqueeze(-1)
+        total, size = (grouped(each[None], near[None], count)[0] for each in (x, torch.ones_like(x[..., :1])))
         found = torch.where(size > 0, total / size.clamp(min=1), found)
     return found
