@@ -56,6 +56,11 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.scoring: Scoring | None = None
 
+    @property
+    def logit_scale(self) -> float:
+        """What scores are multiplied by to be logits."""
+        return 1.0
+
     @abstractmethod
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         """The full state of B histories, with the attention statistics asked for."""

@@ -49,11 +49,15 @@ class ItemBackbone(Backbone):
         self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
 
     def loss(self, batch: Batch) -> Tensor:
-        scale = 1 / self.config.temperature if self.config.head == "cosine" else 1.0
-        hidden, table, targets = self(batch.events) * scale, self.catalogue(), batch.targets.long() - 1
+        hidden, table, targets = self(batch.events) * self.logit_scale, self.catalogue(), batch.targets.long() - 1
         if batch.negatives is not None:
             return sampled_loss(hidden, table, targets, batch.negatives.long() - 1)
         return next_item_loss(hidden[targets >= 0], table, targets[targets >= 0])
+
+    @property
+    def logit_scale(self) -> float:
+        """What scores are multiplied by to be logits."""
+        return 1 / self.config.temperature if self.config.head == "cosine" else 1.0
 
     def catalogue(self) -> Tensor:
         return self._head(self.items.weight[1:])

@@ -68,6 +68,33 @@ def tables(
 
 
 @reports.command()
+def fit(
+    run: RunArg,
+    law: Annotated[str, typer.Option(help="model, data, cache, flops or compression.")],
+    metric: Annotated[str | None, typer.Option(help="The column that falls, or whose distance to 1 does.")] = None,
+    hold: Annotated[
+        int | None, typer.Option(min=1, help="So many of the largest are held out: 2 of 7 or more, else 1.")
+    ] = None,
+    bootstraps: Annotated[int, typer.Option(min=0, help="For intervals and for the verdict.")] = 200,
+    only: Only = None,
+) -> None:
+    """Fit a law to a run's rows, and judge it by what it says of the largest, which it never saw."""
+    from malloc_bench.report.figures import written
+    from malloc_bench.report.laws import drawn, fitted, told
+    from malloc_bench.results import atomic_write, load_results
+
+    found = fitted(load_results(run), law, metric, hold, bootstraps, pairs(only or []))
+    text = told(law, found)
+    say(text)
+    figure = drawn(law, found)
+    path = run / f"law-{law}.md"
+    atomic_write(path, text.encode())
+    say(path)
+    if figure is not None:
+        say(written(figure, run / "figures" / f"law-{law}.png"))
+
+
+@reports.command()
 def merge(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
     out: Annotated[Path, typer.Option(help="The folder that they become.")],

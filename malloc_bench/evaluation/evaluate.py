@@ -98,6 +98,7 @@ def evaluate(
     *,
     seed: int = 0,
     filter_seen: bool = True,
+    loss: bool = False,
     store: Store | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -105,7 +106,8 @@ def evaluate(
 
     Jobs with a backbone of their own are held against the same reference, and their budgets are shares of its bytes.
     A job that raises is left out from there on, with the reason in `failed`; the others go on. Only what is not in
-    `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk.
+    `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk. loss: in
+    retrieval the cross-entropy of each target too.
     """
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
         model.eval()
@@ -117,6 +119,8 @@ def evaluate(
     items = facts(split, needs)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
     columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
+    if loss and isinstance(split, Split):
+        columns |= NextItem.loss
     failed: dict[str, Failure] = {}
     kept: list[dict[str, Values]] = []
     for number, rows in enumerate(parts):
@@ -130,7 +134,7 @@ def evaluate(
         if todo:
             packed = _packed_rows(number, parts, seed)
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
-            ask = partial(asked_of, backbone, split, rows, filter_seen)
+            ask = partial(asked_of, backbone, split, rows, filter_seen, loss)
             others = [job for job in todo if job.id != REFERENCE]
             have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items)
             if store:
@@ -163,11 +167,13 @@ def _side_by_side(chunks: list[np.ndarray]) -> Values:
     }
 
 
-def asked_of(backbone: Backbone, split: Split | Impressions, rows: np.ndarray, filter_seen: bool) -> Asked:
+def asked_of(
+    backbone: Backbone, split: Split | Impressions, rows: np.ndarray, filter_seen: bool, loss: bool = False
+) -> Asked:
     """The requests of rows of split.test."""
     if isinstance(split, Impressions):
         return Candidates(backbone, split, rows)
-    return NextItem(backbone, split, rows, filter_seen)
+    return NextItem(backbone, split, rows, filter_seen, loss)
 
 
 def _chunk(

@@ -75,6 +75,17 @@ def rank(hidden: Tensor, table: Tensor, asked: Question, tops: bool = False) -> 
     return ranks, top
 
 
+def losses(hidden: Tensor, table: Tensor, asked: Question, scale: float = 1.0) -> Tensor:
+    """Cross-entropy [C, B] of the targets among all that may rank, in nats; hidden [C, B, d], scale: of the logits."""
+    found = hidden.new_empty(hidden.shape[:2])
+    for start in range(0, hidden.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        for cell, own in enumerate(hidden[:, rows] * scale):
+            logits = torch.addmm(asked.penalty[rows], own, table.T)
+            found[cell, rows] = logits.logsumexp(1) - logits.gather(1, asked.target[rows, None])[:, 0]
+    return found
+
+
 def _top(scores: Tensor) -> Tensor:
     """Columns of the 10 highest scores of each row, -1 for scores of -inf.
 

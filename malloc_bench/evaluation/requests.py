@@ -13,7 +13,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.data.tasks.batches import split_newest, window
 from malloc_bench.data.tasks.impressions import Impressions, ask
 from malloc_bench.data.tasks.splits import Split
-from malloc_bench.evaluation.ranking import agreement, overlap, question, rank
+from malloc_bench.evaluation.ranking import agreement, losses, overlap, question, rank
 from malloc_bench.state import Events, UserState, map_tensors
 
 Values = dict[str, np.ndarray]
@@ -37,8 +37,12 @@ class NextItem:
     """Retrieval: the newest event reads the state of all before it, the target is ranked in the catalogue."""
 
     columns: ClassVar[dict[str, Any]] = {"rank": np.int32, "overlap": np.float32}
+    loss: ClassVar[dict[str, Any]] = {"loss": np.float32}  # a column more, where it is asked for
 
-    def __init__(self, backbone: Backbone, split: Split, rows: np.ndarray, filter_seen: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, split: Split, rows: np.ndarray, filter_seen: bool, loss: bool = False
+    ) -> None:
+        self.with_loss = loss
         device = next(backbone.parameters()).device
         users, at = split.test.users[rows], split.test.at[rows]
         events = window(split.dataset, users, at, backbone.max_length)
@@ -51,10 +55,15 @@ class NextItem:
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         found = [rank(hidden, backbone.catalogue(), self.question, tops=True) for backbone, hidden in outputs]
         ranks, tops = (torch.cat([each[i] for each in found]) for i in range(2))  # type: ignore[misc]
-        return [
+        judged = [
             {"rank": r.cpu().numpy().astype(np.int32), "overlap": s.cpu().numpy().astype(np.float32)}
             for r, s in zip(ranks, overlap(tops, tops[0]))
         ]
+        if self.with_loss:
+            lost = [losses(hidden, model.catalogue(), self.question, model.logit_scale) for model, hidden in outputs]
+            for each, values in zip(judged, torch.cat(lost).cpu().numpy()):
+                each["loss"] = values
+        return judged
 
 
 class Candidates:

@@ -216,16 +216,16 @@ def select(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataF
         if key not in SELECTED:
             raise ValueError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, SELECTED)}")
     board = aggregate(of_seeds(frame, wanted))
-    chosen = [_has(board, key, values) for key, values in wanted.items() if key != "seed"]
+    chosen = [having(board, key, values) for key, values in wanted.items() if key != "seed"]
     return board.filter(pl.all_horizontal(pl.lit(True), *chosen))
 
 
 def of_seeds(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
     """The rows of a results frame that have a seed wanted; all where none is. Raises ValueError."""
-    return frame.filter(_has(frame, "seed", wanted["seed"])) if "seed" in wanted else frame
+    return frame.filter(having(frame, "seed", wanted["seed"])) if "seed" in wanted else frame
 
 
-def _has(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
+def having(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
     """Which rows have one of the values; raises ValueError for a value that none has."""
     had = [_had(key, value) for value in rows[SELECTED[key]]]
     known = {value for each in had for value in each}

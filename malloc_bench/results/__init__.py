@@ -64,6 +64,7 @@ COLUMNS: dict[str, str] = {
     "state_between": "text",  # of a user's targets: rebuilt or appended
     **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr"), "real"),
     **dict.fromkeys(("auc", "gauc", "logloss", "recall@5", "recall@10", "recall@50"), "real"),
+    "loss": "real",  # mean cross-entropy of the targets among all that may rank, nats
     "users_one_class": "whole",  # have liked all or no candidates: not in the GAUC
     **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
     # overlap or agreement that compressing from scratch keeps, less what updates after N new events do; what one keeps
@@ -103,7 +104,8 @@ COLUMNS: dict[str, str] = {
     **{f"{step}_flops_long": "real" for step in STEPS},
     "peak_bytes_long": "real",
     "measured_weights": "text",  # trained, or fresh: a suite's own length is beyond what the trained ones serve
-    "params": "whole",
+    # of all weights, and of tables of items and places; events that it was trained on, and how often
+    **dict.fromkeys(("params", "params_embedding", "train_events", "train_epochs"), "whole"),
     "train_seconds": "real",
     "fit_seconds": "real",  # of what the method learns of training users, gathering it included
     **dict.fromkeys(("device", "amp"), "text"),  # amp: the arithmetic of training, fp32 or bf16
@@ -111,9 +113,8 @@ COLUMNS: dict[str, str] = {
     "load": "real",
     **dict.fromkeys(("git_commit", "created_at"), "text"),
     "slices": "json",  # history length -> n_users and ndcg@10, hr@10, overlap@10 or agreement, logit_error
-    "per_user": "text",  # path below the run folder
+    **dict.fromkeys(("per_user", "traceback"), "text"),  # path below the run folder; of what failed
     "values_digest": "text",  # sha256 of the per-user values
-    "traceback": "text",
     **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),
     "schema_version": "whole",
     DIGEST: "text",  # sha256 of the canonical JSON of the row without it

@@ -51,6 +51,7 @@ def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, An
         slices = {"ndcg@10": gains[each], "hr@10": metrics.hit_rate(ranks[each], 10), "overlap@10": shares}
         rows[each] = {
             **metrics.summary(ranks[each], users),
+            **_loss(evaluation, each),
             "overlap@10": _mean(metrics.by_user(shares, users)),
             **delta,
             "p_value": None if np.array_equal(ranks[each], ranks[REFERENCE]) else p,  # nothing to test
@@ -58,6 +59,11 @@ def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, An
             "slices": metrics.by_slice(slices, evaluation.length, users),
         }
     return rows
+
+
+def _loss(evaluation: Evaluation, each: str) -> dict[str, float | None]:
+    values = evaluation.values[each]
+    return {"loss": _mean(metrics.by_user(values["loss"], evaluation.users))} if "loss" in values else {}
 
 
 def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from malloc_bench.compressors import Compressor, Structural
 from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
-from malloc_bench.data.tasks.trained import validating
+from malloc_bench.data.tasks.trained import train_events, validating
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
@@ -147,8 +147,9 @@ class Session:
             for each in todo
         ]
         evaluation = evaluate(
-            backbone, asked, jobs, seed=cell.seed, filter_seen=cell.filter_seen, store=store, report=self.watch.chunk
-        )
+            backbone, asked, jobs, seed=cell.seed, filter_seen=cell.filter_seen, loss=self.suite.measure.loss,
+            store=store, report=self.watch.chunk,
+        )  # fmt: skip
         columns = accuracy(evaluation, [each.id for each in todo])
         gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
         lost, broken = drift(
@@ -175,6 +176,9 @@ class Session:
             outcome = self._outcome(each, evaluation, columns, split)
             shared = {
                 "params": sum(p.numel() for p in own.parameters()),
+                "params_embedding": sum(m.weight.numel() for m in own.modules() if isinstance(m, torch.nn.Embedding)),
+                "train_events": train_events(split),
+                "train_epochs": fitted.epochs,
                 "train_seconds": fitted.seconds,
                 "fit_seconds": learned[each.id][1],
                 "device": str(self.device),

@@ -44,7 +44,8 @@ class Measure:
     through which requests are measured, with each of `candidates`; None: they are not. seconds: of measuring per cell
     and length, three times as many at most where the ratio to the full state is not sure before, thirty times for the
     500 requests that a p99 takes. budgets: only cells of these are measured, and those without one; None: all. drift:
-    after how many appended events a state is held against one that is compressed from scratch.
+    after how many appended events a state is held against one that is compressed from scratch. loss: in retrieval the
+    cross-entropy of the targets too, which laws of size are about.
     """
 
     latency: bool = True
@@ -56,6 +57,7 @@ class Measure:
     seconds: float = 0.3
     budgets: tuple[Budget, ...] | None = None
     drift: tuple[int, ...] = ()
+    loss: bool = False
 
     def covers(self, budget: Budget | None) -> bool:
         """Whether cells of this budget are measured."""
@@ -106,6 +108,7 @@ class MeasureKeys(_Strict):
     seconds: Seconds = Measure.seconds
     budgets: Entries | None = None
     drift: Annotated[tuple[Literal[1, 5, 10, 20, 50, 100], ...], Field(strict=False)] = ()
+    loss: bool = False
 
 
 class SuiteKeys(_Strict):

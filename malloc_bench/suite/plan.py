@@ -125,6 +125,8 @@ def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     measure = suite.measure
     if row["status"] == "ok" and any(row.get(f"drift_users@{n}") is None for n in measure.drift):
         return False
+    if row["status"] == "ok" and measure.loss and cell.task.name == "retrieval" and row.get("loss") is None:
+        return False
     wanted = ["read_ms_p50"] * measure.latency + ["peak_bytes"] * measure.flops
     wanted += ["request_ms_p50"] * (measure.store is not None)
     if row["status"] != "ok" or not wanted or not measure.covers(cell.budget):

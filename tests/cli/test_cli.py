@@ -29,7 +29,7 @@ from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
     ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"],
-    ["verify"], ["site"], ["env"], ["data"], ["recommend"], ["leaderboard"],
+    ["verify"], ["site"], ["env"], ["data"], ["recommend"], ["leaderboard"], ["fit"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malloc_bench.data import Dataset
-from malloc_bench.evaluation.ranking import TOP, Question, overlap, question, rank
+from malloc_bench.evaluation.ranking import TOP, Question, losses, overlap, question, rank
 
 
 def grid(*shape, seed=0, step=8):
@@ -163,3 +163,13 @@ def test_overlap_counts_common_items(cells, users, seed):
     assert got.dtype == torch.float32 and got.shape == (cells, users)
     want = [[len(set(x) & set(y)) / TOP for x, y in zip(cell, b)] for cell in a]
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_losses_are_the_cross_entropy_among_what_may_rank(scale):
+    hidden, table, asked = grid(2, 70, 4), grid(30, 4, seed=1), asked_of(70, 30, 5)
+    found = losses(hidden, table, asked, scale)
+    logits = scale * hidden.double() @ table.double().T + asked.penalty
+    for cell in range(2):
+        want = torch.nn.functional.cross_entropy(logits[cell], asked.target, reduction="none")
+        torch.testing.assert_close(found[cell].double(), want, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,6 +104,23 @@ def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(
     assert (second.ok, second.reused) == (0, 4)
     assert rows_of(out) == before
     assert times == {path: path.stat().st_mtime_ns for path in (out / "rows").glob("*.json")}
+
+
+def test_rows_have_what_laws_are_fitted_to(suite: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "run", SUITE.replace("[full, recent, knorm, int8]", "[full, recent]")
+    suite.write_text(text)
+    run_suite(suite, out, quiet=True)
+    assert {row["loss"] for row in read_rows(out / "rows")} == {None}
+    suite.write_text(text.replace("flops: false}", "flops: false, loss: true}"))  # asked for later
+    assert run_suite(suite, out, quiet=True).ok == 2
+    full, recent = sorted(read_rows(out / "rows"), key=lambda row: row["compressor"])
+    assert full["params_embedding"] == 8 * (500 + 1 + 31)  # items and places, width 8
+    assert full["train_epochs"] == 2 and full["train_events"] > 10 * full["n_users"]
+    assert 0 < full["loss"] < 20 and full["loss"] != recent["loss"]
+    values = pl.read_parquet(out / full["per_user"])
+    assert values["loss"].mean() == pytest.approx(full["loss"], rel=1e-6)
+    assert (values.sort("rank")["loss"].head(20).mean() or 0) < (values.sort("rank")["loss"].tail(20).mean() or 0)
+    assert reproduce(out, full["cell_id"]) == []
 
 
 def test_a_generated_data_set_is_judged_by_its_ceilings(suite: Path, tmp_path: Path, monkeypatch) -> None:

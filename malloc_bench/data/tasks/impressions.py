@@ -12,7 +12,7 @@ from torch import Tensor
 from malloc_bench.data.dataset import Dataset
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.tasks.batches import alike, window
-from malloc_bench.data.tasks.splits import Rule, Targets, between, k_core, only
+from malloc_bench.data.tasks.splits import Rule, Targets, between, k_core, only, some
 from malloc_bench.state import Events
 
 
@@ -93,13 +93,15 @@ def expose(dataset: Dataset, rule: Rule, negatives: int, candidates: int, seed: 
             drawn[at] = _unliked(shown, users, end, negatives, np.random.default_rng([seed, part]))
     run = candidates // (1 + negatives)
 
-    def asked(start: np.ndarray, end: np.ndarray) -> Requests:
+    def asked(start: np.ndarray, end: np.ndarray, most: int | None) -> Requests:
         requests = _runs(history, before, start, start, end, run)
         total = np.diff(history.offsets)
-        return requests.rows(rule.kept(requests.users, requests.at - history.offsets[requests.users], total))
+        kept = requests.rows(rule.kept(requests.users, requests.at - history.offsets[requests.users], total))
+        return kept.rows(some(history, kept.users, most))
 
-    valid, test = asked(train_end, valid_end), asked(valid_end, last)
-    return Impressions(rule.name, history, shown, liked, before, drawn, run, train_end, valid, test)
+    valid, test = asked(train_end, valid_end, rule.valid_users), asked(valid_end, last, rule.test_users)
+    trained = rule.training(shown, train_end)
+    return Impressions(rule.name, history, shown, liked, before, drawn, run, trained, valid, test)
 
 
 def ask(data: Impressions, asked: Requests, max_length: int) -> tuple[Events, Events, Tensor]:
@@ -138,8 +140,8 @@ def _runs(
     start = begin[users] + run * number
     stop = np.minimum(start + run, end[users])
     start = np.maximum(start, first[users])
-    some = start < stop
-    users, start, stop = users[some], start[some], stop[some]
+    real = start < stop
+    users, start, stop = users[real], start[real], stop[real]
     return Requests(users, before[start], start, stop)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.dataset import Dataset, mixed
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.tasks.options import Option, Whole, pick
 
@@ -22,13 +22,17 @@ class Rule(Option, ABC):
 
     k_core: only users and items with so many events, counted over all events as published k-cores are. The others say
     what is asked for, in validation and test: min_history, max_history: where so many events stand before (at least
-    1); long: users with so many events in all.
+    1); long: users with so many events in all. train_users: the share of the users whose events train, by lot, a larger
+    share's among them. valid_users, test_users: so many users are asked at most, by lot.
     """
 
     k_core: Whole | None = None
     min_history: Whole | None = None
     max_history: Whole | None = None
     long: Whole | None = None
+    train_users: Share | None = None
+    valid_users: Whole | None = None
+    test_users: Whole | None = None
     kind: ClassVar[str] = "split"
 
     def check(self, dataset: Dataset) -> None:
@@ -42,6 +46,14 @@ class Rule(Option, ABC):
         """Rows [K] of what is asked: users [N] in order, events before each [N], events of each user in all [U]."""
         asked = (history >= (self.min_history or 1)) & (total[users] >= (self.long or 0))
         return np.flatnonzero(asked if self.max_history is None else asked & (history <= self.max_history))
+
+    def training(self, dataset: Dataset, train_end: np.ndarray) -> np.ndarray:
+        """`train_end` [U] where only `train_users` train: nothing of the others does."""
+        if self.train_users is None:
+            return train_end
+        lot = by_lot(dataset, np.arange(dataset.n_users))
+        idle = lot[max(1, round(self.train_users * len(lot))) :]
+        return np.where(np.isin(np.arange(len(lot)), idle), dataset.offsets[:-1], train_end)
 
 
 class LeaveOneOut(Rule):
@@ -146,10 +158,22 @@ def get_split(rule: Rule | str | dict[str, Any], dataset: Dataset) -> Split:
     rule = pick(rule, RULES)
     dataset = k_core(dataset, rule.k_core or 1)
     train_end, valid_end = rule.bounds(dataset)
-    valid, test = (
-        _targets(rule, dataset, *ends) for ends in ((train_end, valid_end), (valid_end, dataset.offsets[1:]))
-    )
-    return Split(rule.name, dataset, train_end, valid, test)
+    valid = _targets(rule, dataset, train_end, valid_end, rule.valid_users)
+    test = _targets(rule, dataset, valid_end, dataset.offsets[1:], rule.test_users)
+    return Split(rule.name, dataset, rule.training(dataset, train_end), valid, test)
+
+
+def by_lot(dataset: Dataset, users: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Rows of the dataset, [N], in an order that hangs on each user's id alone, whoever else is in the data."""
+    lot = mixed(dataset.user_ids[users].astype(np.uint64) + mixed(np.full(len(users), seed, np.uint64)))
+    return users[np.argsort(lot, kind="stable")]
+
+
+def some(dataset: Dataset, users: np.ndarray, most: int | None) -> np.ndarray:
+    """Rows [K] of what at most so many users, by lot, are asked; users [N]."""
+    if most is None:
+        return np.arange(len(users))
+    return np.flatnonzero(np.isin(users, by_lot(dataset, np.unique(users))[:most]))
 
 
 def default_rule(dataset: Dataset) -> Rule:
@@ -215,9 +239,10 @@ def spread(users: np.ndarray, most: int) -> np.ndarray:
     return np.flatnonzero((number + 1) * most // size > number * most // size) if len(users) else run
 
 
-def _targets(rule: Rule, dataset: Dataset, start: np.ndarray, end: np.ndarray) -> Targets:
+def _targets(rule: Rule, dataset: Dataset, start: np.ndarray, end: np.ndarray, most: int | None) -> Targets:
     users, at = between(start, end)
     rows = rule.kept(users, at - dataset.offsets[users], np.diff(dataset.offsets))
+    rows = rows[some(dataset, users[rows], most)]
     return Targets(users[rows], at[rows])
 
 

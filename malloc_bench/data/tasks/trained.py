@@ -10,10 +10,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from malloc_bench.data.dataset import mixed
 from malloc_bench.data.tasks.batches import by_length, split_newest, window
 from malloc_bench.data.tasks.impressions import Impressions
-from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.data.tasks.splits import Split, Targets, by_lot
 from malloc_bench.state import Events, Named, Stats
 
 _CHUNK = 64  # users
@@ -30,6 +29,12 @@ def ends(split: Split | Impressions) -> np.ndarray:
     return np.where(some, last, first)
 
 
+def train_events(split: Split | Impressions) -> int:
+    """How many events train; in ranking how many that were shown."""
+    data = split.dataset if isinstance(split, Split) else split.shown
+    return int((split.train_end - data.offsets[:-1]).sum())
+
+
 def validating(split: Split | Impressions) -> Split | Impressions:
     """The same data asked for what validates, in place of the test."""
     if isinstance(split, Split):
@@ -41,8 +46,7 @@ def sampled(split: Split | Impressions, most: int, seed: int = 0) -> np.ndarray:
     """Up to `most` users [N] with two training events or more, by lot: the same ones whoever else is in the data."""
     data = split.dataset
     users = np.flatnonzero(ends(split) - data.offsets[:-1] > 1)
-    lot = mixed(data.user_ids[users].astype(np.uint64) + mixed(np.full(len(users), seed, np.uint64)))
-    return np.sort(users[np.argsort(lot, kind="stable")[:most]])
+    return np.sort(by_lot(data, users, seed)[:most])
 
 
 def histories(split: Split | Impressions, users: np.ndarray, max_length: int) -> Iterator[tuple[torch.Tensor, Events]]:

@@ -240,3 +240,15 @@ def test_data_without_times_have_none_to_show():
     data = expose(replace(world(), times=None), Ratio(), 1, 6, 0)
     history, tokens, _ = ask(data, data.test, 10)
     assert history.times is history.next_times is tokens.times is tokens.next_times is None
+
+
+def test_a_share_of_users_trains_and_a_number_of_them_is_asked():
+    dataset = world(2)
+    whole, few = (
+        expose(dataset, rule, 0, 8, 0) for rule in (Ratio(), Ratio(train_users=0.4, test_users=5, valid_users=4))
+    )
+    trained = few.train_end > few.shown.offsets[:-1]
+    assert 0 < trained.sum() < 0.5 * len(trained)
+    assert (few.train_end[trained] == whole.train_end[trained]).all()
+    assert (len(set(few.test.users)), len(set(few.valid.users))) == (5, 4)
+    assert set(zip(few.test.start, few.test.stop)) <= set(zip(whole.test.start, whole.test.stop))

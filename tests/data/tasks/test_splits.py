@@ -196,6 +196,26 @@ def test_spread_keeps_evenly_spaced_ones(counts, most):
         assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
+def test_a_share_of_users_trains_and_a_number_of_them_is_asked():
+    dataset = world(4)
+    whole = get_split("ratio", dataset)
+
+    def trains(split):
+        return set(np.flatnonzero(split.train_end > split.dataset.offsets[:-1]).tolist())
+
+    some, more = (get_split({"ratio": {"train_users": share}}, dataset) for share in (0.2, 0.5))
+    assert len(trains(whole)) > 2 * len(trains(some)) > 0 and trains(some) < trains(more) < trains(whole)
+    for split in (some, more):  # what is asked stays, and so do the events of those who train
+        assert split.test.at.tolist() == whole.test.at.tolist() and split.valid.at.tolist() == whole.valid.at.tolist()
+        own = sorted(trains(split))
+        assert (split.train_end[own] == whole.train_end[own]).all()
+    few = get_split({"ratio": {"test_users": 7, "valid_users": 3}}, dataset)
+    assert (len(set(few.test.users)), len(set(few.valid.users))) == (7, 3)
+    own = np.isin(whole.test.users, few.test.users)
+    assert few.test.at.tolist() == whole.test.at[own].tolist()  # all that a user is asked
+    assert (few.train_end == whole.train_end).all()
+
+
 def test_a_user_is_asked_a_bounded_number_of_times():
     dataset = world(4)
     few = get_split({"ratio": {"max_targets_per_user": 2}}, dataset)
