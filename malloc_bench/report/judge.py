@@ -114,6 +114,7 @@ def judged(group: pl.DataFrame) -> pl.DataFrame:
     headroom, query_headroom = _beaten(none), _beaten(constant)
     of = "GAUC" if group["gauc"].is_not_null().any() else "NDCG@10"
     note = _note(of, none) if headroom is False else _constant_note(of, constant) if query_headroom is False else None
+    note = " ".join(filter(None, (note, _popular_note(group)))) or None
     return group.with_columns(
         *(pl.Series(new, holm(group[p]), nan_to_null=True) for p, new in CORRECTED.items()),
         pl.lit(headroom, pl.Boolean).alias("headroom"),
@@ -154,6 +155,29 @@ def _constant_note(of: str, constant: pl.DataFrame) -> str:
         f"No headroom above a constant: the full state's {of} ({whole}) is not significantly above that of {CONSTANT} "
         f"({here}), one vector a layer and head whatever reads: judge by {'agreement' if of == 'GAUC' else 'overlap'}."
     )
+
+
+POPULAR = {"popular": "of all training events", "popular_7d": "of their last 7 days"}
+
+
+def _popular_note(group: pl.DataFrame) -> str | None:
+    """Where popularity alone is no worse than the full state."""
+    whole = group.filter(pl.col("method") == "full")["ndcg@10"].drop_nulls().to_list()
+    for said, here in _popular(group).items():
+        if whole and here >= max(whole):
+            return f"Popularity {said} reaches an NDCG@10 of {here:.4f}, the full state {max(whole):.4f}."
+    return None
+
+
+def popular(group: pl.DataFrame) -> str | None:
+    """What popularity alone reaches, in a line; None where nobody knows."""
+    found = [f"{here:.4f} ({said})" for said, here in _popular(group).items()]
+    return f"Popularity alone: NDCG@10 {', '.join(found)}." if found else None
+
+
+def _popular(group: pl.DataFrame) -> dict[str, float]:
+    known = {said: group[f"{floor}_ndcg@10"].drop_nulls().to_list() for floor, said in POPULAR.items()}
+    return {said: max(values) for said, values in known.items() if values}
 
 
 def _both(of: str, floor: pl.DataFrame) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from malloc_bench.report.board import (
     select,
     title,
 )
-from malloc_bench.report.judge import remark
+from malloc_bench.report.judge import POPULAR, popular, remark
 from malloc_bench.report.recommend import DELTA, best_per_budget, untested
 from malloc_bench.report.render import (
     Column,
@@ -56,7 +56,7 @@ SHOWN = (
     "p_holm", "lossless", "lossless_of", "p_lossless", "overlap@10", "agreement", "fidelity", "above_constant",
     "logit_error", "ceiling_full_hr@10", "ceiling_window_hr@10", "of_full_ceiling", "of_window_ceiling",
     "measured_history", "measured_history_long", "read_ms_p50", "read_ratio", "read_ratio_lo", "read_ratio_hi",
-    "timing", "compress_ms_p50", "read_mflops",
+    "timing", "compress_ms_p50", "read_mflops", *(f"{floor}_ndcg@10" for floor in POPULAR),
 )  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def _best(rows: pl.DataFrame | None) -> str:
 
 def on_top(group: pl.DataFrame) -> str:
     """What must be said above a Markdown table, or nothing."""
-    return f"> **{inline(said)}**\n\n" if (said := remark(group)) else ""
+    top = f"> **{inline(said)}**\n\n" if (said := remark(group)) else ""
+    return f"{top}{inline(floor)}\n\n" if (floor := popular(group)) else top
 
 
 def caption(head: str, group: pl.DataFrame) -> str:
@@ -254,6 +255,8 @@ def print_leaderboard(
         head = title(group.row(0, named=True))
         if said := remark(group):
             tell(console, said, "bold yellow")
+        if floor := popular(group):
+            tell(console, floor, "dim")
         if (firsts := best.get(key)) is not None:
             console.print(terminal(firsts, filled(firsts, BEST), f"{head}: best per budget", console.width))
             console.print()

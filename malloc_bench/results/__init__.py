@@ -62,9 +62,9 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(("status", "reason"), "text"),
     **dict.fromkeys(("n_users", "n_targets"), "whole"),
     "state_between": "text",  # of a user's targets: rebuilt or appended
-    **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr"), "real"),
+    **dict.fromkeys(("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "loss"), "real"),
     **dict.fromkeys(("auc", "gauc", "logloss", "recall@5", "recall@10", "recall@50"), "real"),
-    "loss": "real",  # mean cross-entropy of the targets among all that may rank, nats
+    **{f"{floor}_{name}": "real" for floor in ("popular", "popular_7d") for name in ("hr@10", "ndcg@10")},
     "users_one_class": "whole",  # have liked all or no candidates: not in the GAUC
     **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
     # overlap or agreement that compressing from scratch keeps, less what updates after N new events do; what one keeps

@@ -24,6 +24,7 @@ from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.evaluation.guard import failure
+from malloc_bench.evaluation.popularity import popularity
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
 from malloc_bench.paths import home
 from malloc_bench.results import Row, to_parquet, write_per_user, write_row
@@ -151,6 +152,9 @@ class Session:
             store=store, report=self.watch.chunk,
         )  # fmt: skip
         columns = accuracy(evaluation, [each.id for each in todo])
+        if isinstance(asked, Split):
+            floor = popularity(asked, cell.filter_seen)
+            columns = {each: own | floor for each, own in columns.items()}
         gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
         lost, broken = drift(
             backbone, asked, gone_on, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift

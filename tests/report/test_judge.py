@@ -35,6 +35,20 @@ def printed(frame):
     return console.export_text()
 
 
+def test_popularity_stands_above_every_table_and_is_said_aloud_where_it_is_no_worse(row, board_of):
+    floors = {"popular_ndcg@10": 0.05, "popular_7d_ndcg@10": 0.21}
+    frame = board_of(full(row, **floors), none(row, 0.1), cell(row, "h2o", budget=0.25, **floors))
+    plain = "Popularity alone: NDCG@10 0.0500 (of all training events), 0.2100 (of their last 7 days)."
+    aloud = "Popularity of their last 7 days reaches an NDCG@10 of 0.2100, the full state 0.2000."
+    for text in (lb.to_markdown(frame), printed(frame)):
+        assert plain in text and aloud in text
+    assert f"> **{aloud}**" in lb.to_markdown(frame)
+    better = board_of(full(row, **floors | {"popular_7d_ndcg@10": 0.19}), none(row, 0.1))
+    assert "0.1900 (of their last 7 days)" in lb.to_markdown(better) and "reaches" not in lb.to_markdown(better)
+    unknown = board_of(full(row), none(row, 0.1))
+    assert "Popularity" not in lb.to_markdown(unknown) + printed(unknown)
+
+
 def test_a_table_without_headroom_says_so_everywhere_and_calls_nothing_lossless(row, board_of):
     frame = board_of(full(row), none(row, 0.199, 0.002), cell(row, "h2o", budget=0.25))
     said = (

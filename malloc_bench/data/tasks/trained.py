@@ -35,6 +35,12 @@ def train_events(split: Split | Impressions) -> int:
     return int((split.train_end - data.offsets[:-1]).sum())
 
 
+def trained(split: Split | Impressions) -> np.ndarray:
+    """Which events of `split.dataset` train, [E] bool."""
+    data = split.dataset
+    return np.arange(data.n_events) < np.repeat(ends(split), np.diff(data.offsets))
+
+
 def validating(split: Split | Impressions) -> Split | Impressions:
     """The same data asked for what validates, in place of the test."""
     if isinstance(split, Split):
@@ -64,13 +70,13 @@ def facts(split: Split | Impressions, needs: Stats) -> Named | None:
     if needs.categories and data.categories is not None:
         known["categories"] = torch.from_numpy(data.categories.copy())
     if needs.popularity or needs.asks:
-        trained = np.arange(data.n_events) < np.repeat(ends(split), np.diff(data.offsets))
-        popularity = np.bincount(data.items[trained], minlength=data.n_items + 1)[1:]
+        places = trained(split)
+        popularity = np.bincount(data.items[places], minlength=data.n_items + 1)[1:]
     if needs.popularity:
         known["popularity"] = torch.from_numpy(popularity)
     if needs.asks:
         most = max(ask.number for ask in needs.asks)
-        known |= _probes(split, np.flatnonzero(trained), popularity, most)
+        known |= _probes(split, np.flatnonzero(places), popularity, most)
     return Named(known) if known else None
 
 
