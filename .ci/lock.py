@@ -1,7 +1,7 @@
 """Write the locks: every package of `make setup` with the hashes of its files. `make lock`.
 
-lock/all.txt is all but torch; lock/cpu.txt the CPU build of torch that pip finds here; lock/cuda.txt PyPI's, and what it
-asks for. One file with the hashes of both would always be PyPI's: a file on a disk has no hash until it is read.
+lock/all.txt is all but torch; lock/cpu.txt the CPU build of torch that pip finds here; lock/cuda.txt PyPI's, and what
+it asks for. One file with the hashes of both would always be PyPI's: a file on a disk has no hash until it is read.
 """
 
 import hashlib
