@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from matplotlib import colormaps
 
 from malloc_bench.report.laws.forms import LINE, PLANE
 from malloc_bench.report.laws.judged import NEEDED, Judged, Points
 from malloc_bench.report.laws.laws import LOSSES, Found, law
-from malloc_bench.report.lines import sheets
+from malloc_bench.report.lines import human_ticks, sheets
 from malloc_bench.report.render import Column, markdown, number, words
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 _NUMBERS = ("error", "same", "line", "won")
 _NOTHING = 1e-9  # is rounding
+_COLOURS = colormaps["turbo"]
 _DRAWN = 12  # groups in a figure
 
 
@@ -99,10 +101,9 @@ def drawn(name: str, found: Sequence[Found]) -> Figure | None:
     some = [each for each in found if each.forms and each.points is not None][:_DRAWN]
     if not some:
         return None
-    figure, axes, font = sheets(2, 7.0, 4.6, f"The law {name}")
-    upper, lower = axes
-    for i, group in enumerate(some):
-        points, form, colour = group.points, group.forms[0], f"C{i % 10}"
+    figure, (upper, lower), font = sheets(2, 7.0, 3.4, f"The law {name}: {_alike(some)}")
+    for i, (group, said) in enumerate(zip(some, _apart(some))):
+        points, form, colour = group.points, group.forms[0], _COLOURS(i / _DRAWN)
         assert isinstance(points, Points)
         x = points.x[:, 0]
         residual = np.log(np.maximum(form.form.predict(form.theta, points.x), 1e-9) / points.y)
@@ -112,16 +113,42 @@ def drawn(name: str, found: Sequence[Found]) -> Figure | None:
             lower.plot(x[at], residual[at], "o", ms=3, mec=colour, mfc=face)
         if points.x.shape[1] == 1:
             line = np.geomspace(x.min(), x.max(), 100)
-            upper.plot(line, form.form.predict(form.theta, line[:, None]), "-", lw=0.9, color=colour, label=group.group)
+            upper.plot(line, form.form.predict(form.theta, line[:, None]), "-", lw=0.9, color=colour, label=said)
         else:
-            upper.plot([], [], "o", ms=3, color=colour, label=group.group)
+            upper.plot([], [], "o", ms=3, color=colour, label=said)
     grows = next(iter(law(name).x))
     metric = some[0].metric if some[0].metric in LOSSES else f"1 - {some[0].metric}"
     lower.axhline(0, color="#999999", lw=0.6)
-    for each, said in ((upper, metric), (lower, "log(fitted / seen)")):
-        each.set_xscale("log")
-        each.set_xlabel(grows)
-        each.set_ylabel(said)
+    ends = [end(group.points.x[:, 0].tolist()) for end in (min, max) for group in some if group.points is not None]
     upper.set_yscale("log")
-    upper.legend(fontsize=font * 0.7, frameon=False)
+    for each, named in ((upper, metric), (lower, "log(fitted / seen)")):
+        each.set_xscale("log")
+        human_ticks(each.xaxis, min(ends), max(ends), None)
+        each.set_xlabel(grows)
+        each.set_ylabel(named)
+    figure.legend(
+        *upper.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=font - 1, frameon=False
+    )
     return figure
+
+
+def _alike(groups: Sequence[Found]) -> str:
+    """What all groups have in common."""
+    return " · ".join(
+        str(v) for k, v in groups[0].columns.items() if k != "family" and all(v == each.columns[k] for each in groups)
+    )
+
+
+def _apart(groups: Sequence[Found]) -> list[str]:
+    """What tells each group from the others; a backbone by its bare name where no two have the same."""
+    keys = [key for key, value in groups[0].columns.items() if any(value != each.columns[key] for each in groups)]
+    bare = {str(each.columns.get("backbone")).split("(")[0] for each in groups}
+    short = len(bare) == len({each.columns.get("backbone") for each in groups})
+
+    def said(group: Found) -> str:
+        words = {key: str(group.columns[key]) for key in keys if key != "family"}
+        if short and "backbone" in words:
+            words["backbone"] = words["backbone"].split("(")[0]
+        return " · ".join(words.values()) or group.group
+
+    return [said(group) for group in groups]
