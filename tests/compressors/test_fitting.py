@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.compressors.fitted.descent import descended
-from malloc_bench.compressors.fitted.solving import Rows, evened, held_out, masses, rows_of, solve
+from malloc_bench.compressors.fitted import descent, fit_omp, solving
+from malloc_bench.compressors.fitted.descent import Asked, descended
+from malloc_bench.compressors.fitted.solving import Rows, evened, held_out, masses, solve
 from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, take
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import close
@@ -271,10 +272,13 @@ def test_slots_move_down_the_gradient(case, trained):
     slots = Slots(old.count.clamp(max=3), torch.arange(3, dtype=torch.int32).expand(2, 1, 3), times)
     chosen = Segment({n: Dense(v.dense()[:, :, :3]) for n, v in segment.fields.items()}, slots)
     heads = chosen.fields["values"].shape[1]
-    even = rows_of(evened(probes).float(), heads)
     mass = torch.full((2, heads, 3), 1.3) if probes.normalised else None
     begin = chosen.fields["keys"].dense(), mass, chosen.fields["values"].dense()
-    moved = descended(probes, chosen, begin, even, 1, 1e-3, True)
+    every = torch.arange(2 * heads)
+    asked, asking = Asked.of(probes, chosen, heads).some(every, 3), Rows.of(probes, chosen).some(every, 3)
+    flat = [None if x is None else x.flatten(0, 1) for x in begin]
+    stepped = descended(asked, asking, flat, 1, 1e-3, True)
+    moved = [None if x is None else x.view(2, heads, *x.shape[1:]) for x in stepped]
 
     def error(keys, mass, values):
         rows = Rows.of(probes, Segment({"keys": Dense(keys), "values": Dense(values)}, chosen.slots))
@@ -289,6 +293,36 @@ def test_slots_move_down_the_gradient(case, trained):
         assert error(*alone) < start
         alone[part] = 2 * begin[part] - moved[part]
         assert error(*alone) > start
+
+
+def test_heads_that_are_hardly_wrong_keep_their_keys(monkeypatch):
+    """A value that all slots share is what every probe gets, whatever the keys; and blocks of heads change nothing."""
+    keys, values, probes = noise(3, 2, 20, 4), noise(3, 2, 20, 4, seed=1), noise(3, 2, 40, 4, seed=2)
+    values[0] = values[0, :1, :1]
+    prefill, method = Prefill.from_tensors([keys], [values], probes=[probes]), get_compressor("fit_keys", probes=40)
+    (got,) = method.compress(prefill, Budget(slots=4)).layers[0]
+    index = method.index(prefill, 0, torch.full((3,), 4))
+    stay = (got.fields["keys"].dense() == take(keys, index)).all((2, 3))
+    assert bool(stay[0].all()) and not bool(stay[1:].all())
+    for module, name in ((descent, "_CACHE"), (solving, "_NEAR"), (fit_omp, "_CACHE")):
+        monkeypatch.setattr(module, name, 1)
+    (alone,) = method.compress(replace(prefill, memo={}), Budget(slots=4)).layers[0]
+    pairs = [(got.slots.mass, alone.slots.mass)]
+    pairs += [[x.fields[name].dense() for x in (got, alone)] for name in ("keys", "values")]
+    for one, other in pairs:
+        close(one, other, "one head at a time", 1e-3)
+
+
+def test_a_head_that_is_spent_takes_by_weight():
+    """Two columns say all there is of the target: the others come as they weigh, whatever number is asked for."""
+    rows = noise(1, 16, 2, seed=3).abs()
+    columns = torch.cat([rows, rows @ torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.4]])], -1)
+    even, free = torch.ones(1, 16, 1), torch.ones(1, 5, dtype=torch.bool)
+    target, share = columns @ noise(1, 5, 3, seed=4), torch.zeros(1, 16, 1)
+    order = fit_omp.pursued(False, 5, columns, target, share, even, free)
+    rest = [j for j in columns[0].norm(dim=0).argsort(descending=True).tolist() if j not in order[0, :2].tolist()]
+    assert order[0, 2:].tolist() == rest
+    assert torch.equal(fit_omp.pursued(False, 3, columns, target, share, even, free), order[:, :3])
 
 
 @pytest.mark.parametrize("case", ["tensors", "sasrec-2-heads", "hstu-times-2-heads"])

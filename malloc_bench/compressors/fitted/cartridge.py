@@ -23,5 +23,5 @@ class Cartridge(FitKeys):
     family = "fitted"
     paper = "Cartridges, arXiv 2506.06266, there end to end"
     formula = "keys, log masses and values by Adam on |A V of the slots - A V|^2 over probes, from fit_omp on"
-    version = 3
+    version = 4
     whole: ClassVar[bool] = True

@@ -9,6 +9,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.fitted.descent import refined, refining_flops
 from malloc_bench.compressors.fitted.fit_omp import FitOMP
+from malloc_bench.compressors.fitted.solving import Rows, solve
 from malloc_bench.registry import register
 from malloc_bench.state import Probes, Segment, UserState
 
@@ -29,7 +30,7 @@ class FitKeys(FitOMP):
     formula = "keys: down dL/dk by Adam, L = |A V of the slots - A V|^2 over probes; masses and values as in fit_recent"
     growth = grows(compress="p n L d + h p k n L + h p k^2 L")
     stores = "k fitted keys, values and, with softmax, masses a layer and head; positions where the backbone reads them"
-    version = 3
+    version = 4
     whole: ClassVar[bool] = False  # masses and values move too
 
     def __post_init__(self) -> None:
@@ -38,14 +39,15 @@ class FitKeys(FitOMP):
             raise ValueError(f"{self.name}: at least one step, at a rate above 0, not {self.rounds} at {self.rate}")
 
     def fit_slots(self, probes: Probes, chosen: Segment, mass: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        begin = super().fit_slots(probes, chosen, mass)
-        if not begin[0].shape[2]:
+        keys, rows = chosen.fields["keys"].dense(), Rows.of(probes, chosen)
+        begin = keys, *solve(rows, self.ridge, mass)
+        if not keys.shape[2]:
             return begin
-        return refined(probes, chosen, begin, self.ridge, self.rounds, self.rate, self.whole)
+        return refined(probes, chosen, rows, begin, self.ridge, self.rounds, self.rate, self.whole)
 
     def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
         refining = (
-            refining_flops(self.probes * heads[layer], segment, self.rounds, self.whole)
+            refining_flops(self.probes, heads[layer], segment, self.rounds, self.whole)
             for layer, (segment, *_) in enumerate(state.layers)
         )
         return super().work(state, history, heads) + sum(refining)

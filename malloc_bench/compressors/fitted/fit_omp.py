@@ -13,6 +13,7 @@ from malloc_bench.state import Prefill
 
 _RIDGE = 1e-2  # of a column's squared length: in the last direction that is left all columns would gain alike
 _SPENT = 2e-3  # of the first gain: below it slots are taken by their weight
+_CACHE = 4 << 20  # bytes of columns that a core has at hand over all turns
 
 
 @register("fit_omp")
@@ -38,7 +39,7 @@ class FitOMP(FittedTokens):
         "next slot = argmax |b_j' R| / |b_j|, b_j what slots taken leave of a_j, R of [A V, A 1]; masses and values as "
         "in fit_recent"
     )
-    version = 5
+    version = 6
     growth = grows(compress="p n L d + h p k n L + h p k^2 L")
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
@@ -55,56 +56,68 @@ class FitOMP(FittedTokens):
         return order.masked_fill(beyond, prefill.segment(layer).width).sort(-1).values.minimum(last)
 
     def _order(self, prefill: Prefill, layer: int, size: int) -> Tensor:
-        """Slots as they are taken, [B, H, size]; after all of a user's any.
-
-        In float64: gains are kept up by differences, and in float32 which of two comes first would hang on rounding.
-        """
+        """Slots as they are taken, [B, H, size]; after all of a user's any."""
         probes, segment = prefill.probes(layer, self.ask), prefill.segment(layer)
-        heads, even = next(iter(segment.fields.values())).shape[1], evened(probes).double()
-        columns = rows_of(probes.columns(segment).double(), heads)  # [B, H, R, S]
-        rest = rows_of(probes.target * even, heads)  # what is left of the target
-        if probes.normalised:
-            scale = rest.square().mean((2, 3), keepdim=True).sqrt()
-            rest = torch.cat([rest, (1 - rows_of(probes.share, heads)) * scale], -1)
-        else:
-            columns = columns * rows_of(even, heads)
+        heads, even = next(iter(segment.fields.values())).shape[1], evened(probes)
         free = prefill.mask(layer).expand(-1, heads, -1)
-        taken: list[Tensor] = []
         if not size:
             return free[..., :0].long()
-        length = columns.norm(dim=2)  # [B, H, S]
-        # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
-        squared, left = (columns.mT @ rest).norm(dim=-1).square(), length.square()
-        ridge = (_RIDGE * left).clamp(min=1e-30)
-        first = (squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
-        spent = _SPENT**2 * first  # below it what is left is rounding
-        turns = min(size, columns.shape[2])  # then all directions are taken
-        basis = columns.new_zeros(*columns.shape[:2], turns, columns.shape[2])
-        for turn in range(turns):
-            gain = (squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
-            gain = torch.where(gain.amax(-1, keepdim=True) <= spent, length.masked_fill(~free, -1.0), gain)
-            best = gain.argmax(-1, keepdim=True)
-            taken.append(best)
-            free = free.scatter(2, best, False)
-            new = columns.gather(3, best.unsqueeze(2).expand(-1, -1, columns.shape[2], -1))  # [B, H, R, 1]
-            before = new.norm(dim=2, keepdim=True)
-            known = basis[..., :turn, :]
-            for _ in range(2):  # once is not enough where little is left
-                new = new - known.mT @ (known @ new)
-            beyond = new.norm(dim=2, keepdim=True)
-            new = torch.where(beyond > 1e-4 * before, new / beyond.clamp(min=1e-30), 0.0)  # nothing new: no direction
-            basis[..., turn, :] = new[..., 0]
-            told = new.mT @ rest  # [B, H, 1, D]
-            along, both = (torch.cat([new, rest @ told.mT], -1).mT @ columns).unbind(2)  # [B, H, S]
-            squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
-            left = left - along.square()
-            rest = rest - new * told
-        if size > turns:
-            by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
-            taken.append(by_weight[..., : size - turns])
-        return torch.cat(taken, -1)
+        rows = (rows_of(x, heads) for x in (probes.columns(segment), probes.target, probes.share, even))
+        asked = [x.flatten(0, 1) for x in (*rows, free)]
+        at_once = max(1, _CACHE // (8 * asked[0][0].numel()))
+        found = [pursued(probes.normalised, size, *each) for each in zip(*(x.split(at_once) for x in asked))]
+        return torch.cat(found).unflatten(0, (-1, heads))
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        """Gains of all slots; then for each turn what is new of a column, along all columns and the target."""
+        """Gains of all slots; then, at most, for each turn what columns have of the new one, and the target of it."""
         turns = min(k, rows // heads)
-        return 2 * rows * history * (wide + 2 * turns) + 4 * rows * turns * (turns - 1 + wide)
+        return 2 * rows * history * (wide + turns) + heads * history * turns * (turns - 1 + 2 * wide)
+
+
+def pursued(
+    normalised: bool, size: int, columns: Tensor, target: Tensor, share: Tensor, even: Tensor, free: Tensor
+) -> Tensor:
+    """Slots of N heads as they are taken, [N, size]; columns [N, R, S], target [N, R, D], share and even [N, R, 1];
+    free [N, S]: which may be taken.
+
+    By a Cholesky factor of the columns' Gram matrix whose rows are made as they are needed: `along` is what columns
+    have of a direction, `told` what the target has. A head that is spent takes by weight from there on. In float64: in
+    float32 which of two comes first would hang on rounding.
+    """
+    columns, even = columns.double(), even.double()
+    rest = target * even
+    if normalised:
+        rest = torch.cat([rest, (1 - share) * rest.square().mean((1, 2), keepdim=True).sqrt()], -1)
+    else:
+        columns = columns * even
+    length = columns.norm(dim=1)  # [N, S]
+    left, answers = length.square(), columns.mT @ rest  # answers [N, S, D]: what columns have of what is left
+    ridge = (_RIDGE * left).clamp(min=1e-30)
+    turns, spent = min(size, *columns.shape[1:]), torch.zeros_like(free[:, :1])
+    alongs, taken, least = columns.new_empty(len(columns), turns, columns.shape[2]), [], None
+    for turn in range(turns):
+        squared = answers.square().sum(-1)
+        gain = (squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
+        if least is None:
+            least = _SPENT**2 * (squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
+        spent |= gain.amax(-1, keepdim=True) <= least
+        if bool(spent.all()):
+            break
+        best = torch.where(spent, length.masked_fill(~free, -1.0), gain).argmax(-1, keepdim=True)  # [N, 1]
+        taken.append(best)
+        free = free.scatter(1, best, False)
+        row, column = best.unsqueeze(1), best.unsqueeze(2)
+        new = columns.gather(2, row.expand(-1, columns.shape[1], -1)).mT @ columns  # [N, 1, S]
+        known = alongs[:, :turn]
+        new = new - known.gather(2, row.expand(-1, turn, -1)).mT @ known
+        pivot, whole = new.gather(2, row), length.square().gather(1, best).unsqueeze(2)
+        scale = torch.where(pivot > 1e-8 * whole, pivot.clamp(min=1e-300).rsqrt(), 0.0)  # nothing new: no direction
+        along = new * scale
+        told = answers.gather(1, column.expand(-1, -1, answers.shape[2])) * scale  # [N, 1, D]
+        alongs[:, turn] = along[:, 0]
+        answers = torch.baddbmm(answers, along.mT, told, alpha=-1)
+        left = left - along[:, 0].square()
+    if len(taken) < size:
+        by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        taken.append(by_weight[:, : size - len(taken)])
+    return torch.cat(taken, -1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.fitted.solving import Rows, damping, ridge_flops, ridge_values
+from malloc_bench.compressors.fitted.solving import Rows, damping, solved
 from malloc_bench.state import Dense, Segment, Slots, UserState
 
 TURNS = 6
@@ -19,13 +19,13 @@ Write = Callable[[UserState], UserState]
 
 
 class Rounding(NamedTuple):
-    """One layer's: rows as they ask, masses as they are stored, weights [B, H, R, K] under them as each row counts,
-    and the turn [B, H, K, 1] in which a slot is rounded, those first that weigh most. Where slots are more than rows,
-    which then say nothing of what is lost elsewhere, no slot has one."""
+    """One layer's: rows as they ask, masses as they are stored, gram [B, H, K, K] of weights under them as each row
+    counts, and the turn [B, H, K, 1] in which a slot is rounded, those first that weigh most. Where slots are more than
+    rows, which then say nothing of what is lost elsewhere, no slot has one."""
 
     rows: Rows
     mass: Tensor | None
-    weights: Tensor
+    gram: Tensor
     turn: Tensor
     damped: Tensor
 
@@ -35,18 +35,18 @@ class Rounding(NamedTuple):
         few = slots.count <= probes
         if not size or not bool(few.any()):
             return None
-        weights = rows.read(slots.mass)[0] * rows.even
+        weights = rows.read(slots.mass)[0] * rows.even * few[..., None, None]
         real = slots.mask(size).expand(weights.shape[0], weights.shape[1], -1)
         order = torch.where(real, weights.square().sum(-2), -1.0).argsort(dim=-1, descending=True, stable=True)
         place = order.argsort(-1)
         turn = torch.where(few[..., None], place * TURNS // real.sum(-1, keepdim=True).clamp(min=1), TURNS)
-        return Rounding(rows, slots.mass, weights, turn.unsqueeze(-1), damping(weights, ridge))
+        return Rounding(rows, slots.mass, weights.mT @ weights, turn.unsqueeze(-1), damping(weights, ridge))
 
     def after(self, turn: int, wanted: Tensor, written: Tensor) -> Tensor:
         """Values [B, H, K, D] with those of this turn as they are written, and what that takes added to later ones."""
-        now = self.turn == turn
+        now, later = self.turn == turn, (self.turn > turn).float()
         lost = torch.where(now, wanted - written, 0.0)
-        gained = ridge_values(self.weights * (self.turn > turn).mT, self.weights @ lost, self.damped)
+        gained = solved(self.gram * later * later.mT, self.damped, later * (self.gram @ lost))
         return torch.where(now, written, wanted + gained)
 
     def wrong(self, written: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def rounded_flops(rows: int, segment: Segment) -> int:
     if not 0 < k <= rows // heads:
         return 0
     weighed = 3 * 2 * rows * k if segment.slots is not None and segment.slots.mass is not None else 0
-    return weighed + 4 * rows * k * wide + (TURNS - 1) * (2 * rows * k * wide + ridge_flops(rows, heads, k, wide, 1))
+    return weighed + 4 * rows * k * wide + 2 * rows * k * k + (TURNS - 1) * 4 * heads * k * k * wide
 
 
 def _values(state: UserState) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from malloc_bench.state import Probes, Segment
 
 ROUNDS = 40  # of the non-negative least squares
 _GOLDEN = 0.6180339887498949
+_NEAR = 4 << 20  # bytes of weights of users who are solved for at once
 _MANY, _CACHE = 20, 1 << 20  # slots; bytes of matrices that stay near the core over all rounds
 _LARGE = 1e15  # of weights
 
@@ -58,6 +60,22 @@ class Rows(NamedTuple):
         held = held_out(number, values.device).repeat(even.shape[2] // number)[:, None].float()
         return Rows(weights, share, own, target, even, held, values, probes.normalised)
 
+    def some(self, heads: Tensor, width: int, rows: Tensor | slice = slice(None)) -> Rows:
+        """Of some heads [N] of all, B x H, the first slots and some rows; fields then have N for B, H."""
+        weights, share, own, target, even = (x.flatten(0, 1)[heads][:, rows] for x in self._by_row)
+        values = self.values.flatten(0, 1)[heads, :width]
+        return Rows(weights[..., :width], share, own, target, even, self.held[rows], values, self.normalised)
+
+    def split(self, users: int) -> Iterator[Rows]:
+        """Of so many users each."""
+        for *each, values in zip(*(x.split(users) for x in (*self._by_row, self.values))):
+            weights, share, own, target, even = each
+            yield Rows(weights, share, own, target, even, self.held, values, self.normalised)
+
+    @property
+    def _by_row(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.weights, self.share, self.own, self.target, self.even
+
     def read(self, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights under masses [..., B, H, K] (None: not normalised), and what they are to make of the values."""
         if mass is None:
@@ -74,8 +92,12 @@ class Rows(NamedTuple):
 
     def wrong(self, mass: Tensor | None, values: Tensor) -> Tensor:
         """What is wrong with the answers to rows held out, in squares, [..., B, H]; values [..., B, H, K, D]."""
+        return (self.squares(mass, values) * self.held).sum((-2, -1))
+
+    def squares(self, mass: Tensor | None, values: Tensor) -> Tensor:
+        """What is wrong with the answer to each row, as it counts, in squares, [..., B, H, R, 1]."""
         weights, target = self.read(mass)
-        return ((target - weights @ values) * (self.even * self.held)).square().sum((-2, -1))
+        return ((target - weights @ values) * self.even).square().sum(-1, keepdim=True)
 
 
 def solve(rows: Rows, ridge: float, before: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
@@ -87,12 +109,20 @@ def solve(rows: Rows, ridge: float, before: Tensor | None = None) -> tuple[Tenso
     were. The slots of a head that so give probes held out less wrongly are solved for with all; the others stay.
     Without a probe held out, of less than 4, all are fitted.
     """
-    if not rows.values.shape[2]:
-        return rows.values[..., 0] if rows.normalised else None, rows.values
     plain = None
     if rows.normalised:
         ones = torch.ones_like(rows.values[..., 0])
         plain = ones if before is None else before.float().expand_as(ones)
+    if not rows.values.numel():
+        return plain, rows.values
+    at_once = max(1, _NEAR // (4 * rows.weights[0].numel()))
+    masses_of = [None] * len(rows.weights) if plain is None else plain.split(at_once)
+    found = [_better(some, ridge, mass) for some, mass in zip(rows.split(at_once), masses_of)]
+    mass, values = zip(*found)
+    return None if plain is None else torch.cat(mass), torch.cat(values)
+
+
+def _better(rows: Rows, ridge: float, plain: Tensor | None) -> tuple[Tensor | None, Tensor]:
     mass, values = rows.fitted(torch.stack([rows.even * (1 - rows.held), rows.even]), ridge)  # two fits in one go
     # the second is tested too: what is not finite never wins
     won = (rows.wrong(mass, values) <= rows.wrong(plain, rows.values)).all(0)
@@ -117,8 +147,8 @@ def damping(weights: Tensor, ridge: float) -> Tensor:
 def ridge_values(weights: Tensor, gap: Tensor, damped: Tensor) -> Tensor:
     """(W'W + r 1)^-1 W' gap = W'(W W' + r 1)^-1 gap, the smaller of both systems; r: see `damping`."""
     if weights.shape[-1] > weights.shape[-2]:
-        return weights.mT @ _solved(weights @ weights.mT, damped, gap)
-    return _solved(weights.mT @ weights, damped, weights.mT @ gap)
+        return weights.mT @ solved(weights @ weights.mT, damped, gap)
+    return solved(weights.mT @ weights, damped, weights.mT @ gap)
 
 
 def ridge_flops(rows: int, heads: int, k: int, wide: int, fits: int) -> int:
@@ -127,7 +157,7 @@ def ridge_flops(rows: int, heads: int, k: int, wide: int, fits: int) -> int:
     return fits * (2 * rows * k * side + 2 * heads * side * side * wide + 2 * rows * k * wide)
 
 
-def _solved(gram: Tensor, damped: Tensor, wanted: Tensor) -> Tensor:
+def solved(gram: Tensor, damped: Tensor, wanted: Tensor) -> Tensor:
     """(gram + damped 1)^-1 wanted."""
     scale = (gram.diagonal(dim1=-2, dim2=-1) + damped).rsqrt()  # a unit diagonal: rows that weigh little are no trouble
     unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(-2)
