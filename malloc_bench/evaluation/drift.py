@@ -45,12 +45,12 @@ def drift(
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
+    if not jobs or not steps:
+        return found, failed
     needs = Stats()
     for job in jobs:
         needs |= job.compressor.needs
     items = facts(split, needs)
-    if not jobs:
-        return found, failed
     parts = {n: _chunks(backbone, split, n) for n in steps}
     done, total = 0, sum(map(len, parts.values())) * len(jobs)
     for n, chunks in parts.items():

@@ -155,9 +155,9 @@ class Session:
         if isinstance(asked, Split):
             floor = popularity(asked, cell.filter_seen)
             columns = {each: own | floor for each, own in columns.items()}
-        gone_on = [job for job in jobs if job.id in columns] if self.suite.measure.drift else []
+        measured = [job for job in jobs if job.id in columns and self.suite.measure.covers(job.budget)]
         lost, broken = drift(
-            backbone, asked, gone_on, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift
+            backbone, asked, measured, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift
         )
         evaluation.failed.update(broken)
         for job, drifts in lost.items():
@@ -168,7 +168,7 @@ class Session:
                 columns[job] |= best
         costs = resources(
             self.suite.measure,
-            [job for job in jobs if job.id in columns and self.suite.measure.covers(job.budget)],
+            measured,
             {part: model for part, (model, _, _) in trained.items()},
             lambda length: self._backbone(cell, max_length=length),
             evaluation.length,

@@ -94,7 +94,7 @@ def make_plan(
         measured = timed * (2 * suite.measure.seconds * suite.measure.latency + asked)
         # a state is compressed twice, then updated by one event or block of events after another
         updates = sum(min(n, UPDATES) + 2 for n in suite.measure.drift) * min(USERS, data.n_users)
-        result.costs[group_key(cell)] = Cost(train, judge, measured, epochs, len(group) * updates * 5e-4)
+        result.costs[group_key(cell)] = Cost(train, judge, measured, epochs, timed * updates * 5e-4)
     return result
 
 
@@ -123,7 +123,8 @@ def _finished(row: Row | None, folder: Path, suite: Suite, cell: Cell) -> bool:
 def _complete(row: Row, suite: Suite, cell: Cell) -> bool:
     """Whether an ok row also has what the suite wants measured: that may have been off, or done on another workload."""
     measure = suite.measure
-    if row["status"] == "ok" and any(row.get(f"drift_users@{n}") is None for n in measure.drift):
+    lacks_drift = any(row.get(f"drift_users@{n}") is None for n in measure.drift)
+    if row["status"] == "ok" and lacks_drift and measure.covers(cell.budget):
         return False
     if row["status"] == "ok" and measure.loss and cell.task.name == "retrieval" and row.get("loss") is None:
         return False

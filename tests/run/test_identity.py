@@ -288,6 +288,15 @@ def test_drift_that_is_asked_for_later_is_computed(world: World) -> None:
         assert all(row[f"drift@{n}"] == 0 for n in steps if n < 50)
 
 
+def test_drift_too_is_of_the_budgets_that_are_measured(world: World) -> None:
+    methods: dict[str, Any] = {"compressors": ["full", {"recent": {}}], "budgets": [0.3, 0.1]}
+    measure = {"latency": False, "flops": False, "drift": [1], "budgets": [0.1]}
+    assert world.run(**methods, measure=measure)[0].ok == 3
+    known = {row["budget"]: row["drift_users@1"] for row in read_rows(world.folder / "run/rows")}
+    assert known["0.3"] is None and known["0.1"] > 0 and known[None] > 0
+    assert world.run(**methods, measure=measure)[0].reused == 3
+
+
 def test_another_store_or_other_candidates_are_measured_again(world: World) -> None:
     def run(store: str | None, candidates: Any) -> tuple[int, dict[str, Any]]:
         measure = {"latency": False, "flops": False, "users": 2, "seconds": 0.01}
