@@ -44,8 +44,8 @@ class Measure:
     through which requests are measured, with each of `candidates`; None: they are not. seconds: of measuring per cell
     and length, three times as many at most where the ratio to the full state is not sure before, thirty times for the
     500 requests that a p99 takes. budgets: only cells of these are measured, and those without one; None: all. drift,
-    of such cells too: after how many appended events a state is held against one that is compressed from scratch. loss: in
-    retrieval the cross-entropy of the targets too, which laws of size are about.
+    of such cells too: after how many appended events a state is held against one that is compressed from scratch. loss:
+    in retrieval the cross-entropy of the targets too, which laws of size are about.
     """
 
     latency: bool = True
