@@ -29,7 +29,7 @@ def map_layers(state: UserState, encode: Callable[[int, str, Segment], Vectors])
 
 
 def shortened(state: UserState) -> UserState:
-    """The state with positions and masses in two bytes each; slots that segments share stay shared."""
+    """The state with positions and masses in two bytes each, times in four; slots that segments share stay shared."""
     done = {id(segment.slots): segment.slots and segment.slots.shortened() for segment in state.segments()}
     layers = (tuple(replace(segment, slots=done[id(segment.slots)]) for segment in layer) for layer in state.layers)
     return UserState(tuple(layers), state.length, state.events)

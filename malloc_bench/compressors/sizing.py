@@ -63,7 +63,7 @@ class Layout:
     or one for each layer or head. positions, mass, times: how many lists of them are stored; positions and mass are
     not where every event has its own slot. vectors: (field, heads, width) of every layer. number: bytes of one number
     of a dense vector. score: lists of numbers that are carried along for later updates. index: bytes of one position or
-    mass. fixed: bytes of memories beside the slots.
+    mass, and moment: of one time. fixed: bytes of memories beside the slots.
     """
 
     counts: int
@@ -76,11 +76,12 @@ class Layout:
     score: int = 0
     index: int = 4
     fixed: int = 0
+    moment: int = 8
 
     def beside(self, n: Tensor, length: Tensor) -> Tensor:
         """Bytes [B] of everything but the vectors."""
         index = self.index * (self.positions + self.mass)
-        every = n * (8 * self.times + 4 * self.score)
+        every = n * (self.moment * self.times + 4 * self.score)
         return COUNT_BYTES * (1 + self.counts) + self.fixed + every + torch.where(n < length, n * index, 0)
 
     def then(self, later: Layout) -> Layout:

@@ -14,6 +14,7 @@ from malloc_bench.state.vectors import Ragged
 
 _ONE = torch.ones(1, 1, dtype=torch.long)
 _LAST = torch.iinfo(torch.int16).max
+_MOMENTS = (1 << 32) - 1  # seconds from 1970 to 2106, as 32 bits hold them
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,8 @@ class Slots:
     timestamps: [B, H', S] int64 seconds; None where the backbone does not read times.
     mass: [B, H', S] float32, events folded into the slot; None: one each.
     score: [B, H', S] float32, what a method will want to know of the slot when the user goes on; no backbone reads it.
-    short: positions are stored as int16 and masses, which are rounded to it, as bfloat16, see `shortened`.
+    short: positions are stored as int16, masses, which are rounded to it, as bfloat16, and timestamps in 32 bits, see
+        `shortened`.
     """
 
     count: Tensor
@@ -48,9 +50,13 @@ class Slots:
         return f"Slots({int(least)} to {int(most)} of {len(self.count)} users{''.join(f', {name}' for name in known)})"
 
     def shortened(self) -> Slots:
-        """The same in fewer bytes; raises ValueError for positions that int16 cannot hold."""
+        """The same in fewer bytes; raises ValueError for positions beyond int16, and for times beyond uint32."""
         if self.positions is not None and self.positions.numel() and int(self.positions.max()) > _LAST:
             raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(self.positions.max())}: histories too long")
+        if self.timestamps is not None and self.timestamps.numel():
+            first, last = torch.where(self.mask(self.timestamps.shape[-1]), self.timestamps, 0).aminmax()
+            if int(first) < 0 or int(last) > _MOMENTS:
+                raise ValueError(f"times in 32 bits are seconds from 0 to {_MOMENTS}, not {int(first)} to {int(last)}")
         mass = None if self.mass is None else self.mass.to(torch.bfloat16).float()
         return replace(self, mass=mass, short=True)
 
@@ -68,23 +74,24 @@ class Slots:
         """Stored arrays; length [B]. Where every event has its own slot, positions and mass need not be stored."""
         yield Ragged(self.count[..., None, None], _ONE.to(self.count.device).expand(len(self.count), 1), None, "counts")
         index = self.count * (self.count < length[:, None])
-        positions, mass = self._written()
+        positions, mass, times = self._written()
         each = {
             "positions": (positions, index),
             "masses": (mass, index),
-            "times": (self.timestamps, self.count),
+            "times": (times, self.count),
             "scores": (self.score, self.count),
         }
         for what, (tensor, rows) in each.items():
             if tensor is not None:
                 yield Ragged(tensor.unsqueeze(-1), rows, None, what)
 
-    def _written(self) -> tuple[Tensor | None, Tensor | None]:
-        """Positions and masses as they are stored."""
+    def _written(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Positions, masses and times as they are stored."""
         if not self.short:
-            return self.positions, self.mass
+            return self.positions, self.mass, self.timestamps
         places = None if self.positions is None else self.positions.clamp(max=_LAST).to(torch.int16)  # of padding any
-        return places, None if self.mass is None else self.mass.to(torch.bfloat16)
+        times = None if self.timestamps is None else self.timestamps.to(torch.int32)  # the lower 32 bits
+        return places, None if self.mass is None else self.mass.to(torch.bfloat16), times
 
     def load(self, read: Reader, length: Tensor) -> Slots:
         """The inverse of `parts`; raises ValueError for more slots than events, or than bytes that could hold them."""
@@ -99,7 +106,8 @@ class Slots:
             x = read(tensor.unsqueeze(-1), stored).squeeze(-1)
             return F.pad(x, (0, width - x.shape[-1]))
 
-        positions, mass = (rows(each, count * ~whole) for each in self._written())
+        *index, moments = self._written()
+        positions, mass = (rows(each, count * ~whole) for each in index)
         if positions is not None:
             positions = positions.int()
             wrong = (positions < 0) | (positions >= length[:, None, None].clamp(min=1))
@@ -109,7 +117,10 @@ class Slots:
             )
         if mass is not None:
             mass = torch.where(whole[..., None], 1.0, mass.float())
-        return Slots(count, positions, rows(self.timestamps, count), mass, rows(self.score, count), self.short)
+        times = rows(moments, count)
+        if times is not None and self.short:
+            times = times.long() & _MOMENTS
+        return Slots(count, positions, times, mass, rows(self.score, count), self.short)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.state import Prefill, Slots, Stats, microscaled
+from malloc_bench.state import Dense, Prefill, Segment, Slots, Stats, UserState, microscaled
 from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
@@ -312,6 +312,24 @@ def test_mxint_writes_positions_and_masses_in_two_bytes():
     far = Slots(torch.ones(1, 1, dtype=torch.int32), torch.full((1, 1, 1), 40_000, dtype=torch.int32))
     with pytest.raises(ValueError, match="32767"):
         far.shortened()
+
+
+def test_mxint_writes_times_in_four_bytes():
+    """Seconds from 1970 to 2106 come back as they were; padding is nobody's."""
+    times = torch.tensor([[[0, 2**31, 2**32 - 1]], [[1_700_000_000, -(2**62), 2**62]]])
+    count = torch.tensor([[3], [1]], dtype=torch.int32)
+    segment = Segment({"keys": Dense(torch.ones(2, 1, 3, 8))}, Slots(count, None, times))
+    state = UserState(((segment,),), torch.tensor([5, 5], dtype=torch.int32))
+    short = get_compressor("mxint").encode(state)
+    assert short.nbytes_by_part()["times"].tolist() == [12, 4] and state.nbytes_by_part()["times"].tolist() == [24, 8]
+    blobs = [short.pack(user) for user in range(2)]
+    assert [len(blob) for blob in blobs] == short.nbytes().tolist()
+    back = next(short.unpack(blobs[::-1]).segments()).slots.timestamps
+    assert back.dtype is torch.int64 and back[1, 0].tolist() == times[0, 0].tolist()
+    assert int(back[0, 0, 0]) == int(times[1, 0, 0])
+    for wrong in (-1, 2**32):
+        with pytest.raises(ValueError, match="seconds from 0 to 4294967295"):
+            Slots(count, None, times.masked_fill(times == 0, wrong)).shortened()
 
 
 def test_by_age_rounds_each_part_as_its_bits_say():
