@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.block import Block, Places, block_pairs
-from malloc_bench.backbones.folded import alone, in_one_pass, over_segment, read_flops, row_size
+from malloc_bench.backbones.folded import CELLS, alone, in_one_pass, over_segment, read_flops, row_size
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.probing import Asking, Drawn, Note, Seen, Watch, probe_flops, probed
@@ -32,8 +32,6 @@ from malloc_bench.state import (
     extend,
     newest_rows,
 )
-
-_CELLS = 1 << 24  # weights at a time over a state: 64 MB
 
 
 class AttentionBackbone(ItemBackbone):
@@ -309,7 +307,7 @@ def _attend(
         end = end - segment.slots.count
     b, h, m, _ = q.shape
     mine = m if own_mask is not None else 1
-    step = max(1, _CELLS // max(1, b * h * (mine + sum(row_size(s) for s, _ in sources))))
+    step = max(1, CELLS // max(1, b * h * (mine + sum(row_size(s) for s, _ in sources))))
     out: list[Tensor] = []
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor
 
 from malloc_bench import kernels
 from malloc_bench.backbones.block import Block, Places
-from malloc_bench.state import Dense, Layer, Segment, Vectors, take
+from malloc_bench.kernels import Written
+from malloc_bench.state import Dense, Layer, Segment, take
 
-_SMALL = 1 << 19  # numbers of a field
+CELLS = 1 << 24  # weights at a time over a state: 64 MB
 
 
 def apart(x: Tensor) -> Tensor:
@@ -42,42 +42,48 @@ def alone(
     return logits, lambda weights: back(block.mix(apart(weights), itself), q)
 
 
-def _plain(vectors: Vectors) -> Tensor | None:
-    """Plain vectors, and codes of few of them, which are unpacked sooner than the other path has begun."""
-    if isinstance(vectors, Dense):
-        return vectors.data
-    coded = vectors.affine() if prod(vectors.shape) <= _SMALL else None
-    return None if coded is None else kernels.dense(coded)
-
-
 def in_one_pass(
     block: Block, q: Tensor, own: dict[str, Tensor], layer: Layer, length: Tensor, places: Places, asked: Places
 ) -> Tensor | None:
-    """What few tokens mix of themselves and of a layer of one segment of plain vectors, or none, [B, H, M, D], where a
-    kernel weighs as the block does; None where it does not."""
-    few = q.shape[2] <= kernels.FEW and len(layer) <= 1 and kernels.fits(q)
-    if block.weighing is None or not few or own.keys() != {"keys", "values"}:
+    """What tokens mix of themselves and of a layer of one segment, or none, [B, H, M, D], where a kernel weighs as the
+    block does and knows how vectors are written; None where it does not."""
+    if block.weighing is None or len(layer) > 1 or not kernels.fits(q) or own.keys() != {"keys", "values"}:
         return None
-    vectors = {name: x[:, :, :0] for name, x in own.items()}
-    count, mass, slots = length.new_zeros(1, 1), None, Places(places.positions[..., :0], None)
-    if layer:
-        (segment,) = layer
-        if segment.slots is None or segment.lookup is not None or segment.fields.keys() != own.keys():
-            return None
-        keys, values = (_plain(segment.fields[name]) for name in ("keys", "values"))
-        if keys is None or values is None:
-            return None
-        vectors, count, mass = {"keys": keys, "values": values}, segment.slots.count, segment.slots.mass
+    mass, slots, segment = None, None, layer[0] if layer else None
+    width = 0 if segment is None else segment.width
+    if q.shape[2] > (step := max(1, CELLS // max(1, width * (len(q) if block.biased else block.heads)))):
+        parts = []
+        for start in range(0, q.shape[2], step):
+            rows = slice(start, start + step)
+            mine = {name: x[:, :, rows] for name, x in own.items()}
+            part = in_one_pass(block, q[:, :, rows], mine, layer, length, places.rows(rows), asked.rows(rows))
+            if part is None:
+                return None
+            parts.append(part)
+        return torch.cat(parts, 2)
+    if segment is None or not width:
+        written: list[Written | None] = [kernels.Plain(own[name][:, :, :0]) for name in ("keys", "values")]
+        count = length.new_zeros(1, 1)
         if block.biased:
-            slots = Places(segment.slots.places(segment.width, length[:, None]), segment.slots.timestamps)
+            slots = Places(places.positions[..., :0], None)
+    elif segment.slots is None or segment.lookup is not None or segment.fields.keys() != own.keys():
+        return None
+    else:
+        written = [segment.fields[name].written() for name in ("keys", "values")]
+        count, mass = segment.slots.count, segment.slots.mass
+        if block.biased:
+            slots = Places(segment.slots.places(width, length[:, None]), segment.slots.timestamps)
+    keys, values = written
+    if keys is None or values is None:
+        return None
     bias = None
-    if block.biased:
+    if slots is not None:
         over, itself = block.bias(asked, slots), block.bias(_apart(asked), _apart(places))
         if over is None or itself is None:
             return None
         bias = over, itself.view(-1, q.shape[2], itself.shape[1]).transpose(1, 2)
     normaliser = None if block.weighing == "softmax" else float(block.normaliser)
-    return kernels.attend(q, own, vectors, count, mass, bias, normaliser)
+    return kernels.attend(q, own, keys, values, count, mass, bias, normaliser)
 
 
 def looked_up(

@@ -1,53 +1,93 @@
-"""Numbers of entries of a codebook: what each entry is worth to a query is known before any is read."""
+"""Numbers of entries of a codebook."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from malloc_bench.kernels.affine import FEW
-from malloc_bench.kernels.switch import fits, spread
+from malloc_bench.kernels.switch import After, Loop, array, spread
 
+if TYPE_CHECKING:
+    from malloc_bench.kernels.chosen import Ways
 
-def serves(codes: Tensor, tables: Tensor, asked: Tensor) -> bool:
-    """Where few queries, for they come one after the other, meet more slots than a part has entries; codes may be
-    packed."""
-    many = asked.shape[2] <= FEW and codes.shape[2] > tables.shape[2]
-    alike = codes.shape[:2] == asked.shape[:2] and asked.dtype == tables.dtype == torch.float32
-    return many and alike and fits(codes, tables, asked)
+_NARROW = 16  # numbers of an entry that cost as much as one
 
 
-def dot(codes: Tensor, tables: Tensor, added: bool, q: Tensor) -> Tensor:
-    """q . x: codes [B, H, S, N] uint8, tables [H, N, K, w], q [B, H, M, D] -> [B, H, M, S]. added: x is the sum of its
-    entries, w = D; else they stand side by side."""
-    from malloc_bench.kernels.loops import tables as loops  # here: its compiler takes half a second to load
+class Entries(NamedTuple):
+    """codes: [B, H, S, N] uint8; tables: [H, N, K, w]. added: x is the sum of its entries, w = width; else they stand
+    side by side. A code that no entry has stands for the last."""
 
-    b, h, m, _ = q.shape
-    if added:
-        worth = torch.einsum("bhmd,hnkd->bhmnk", q, tables)
-    else:
-        worth = torch.einsum("bhmnw,hnkw->bhmnk", _parts(q, tables), tables)
-    out = q.new_empty(b * h, m, codes.shape[2])
-    arrays = [x.detach().flatten(0, 1).contiguous().numpy() for x in (codes, worth)] + [out.numpy()]
-    spread(lambda start, stop: loops()[0](*arrays, start, stop), b * h, codes.numel() * m)
-    return out.view(b, h, m, -1)
+    codes: Tensor
+    tables: Tensor
+    width: int
+    added: bool
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, s, _ = self.codes.shape
+        return b, h, s, self.width
 
-def mix(codes: Tensor, tables: Tensor, added: bool, w: Tensor, width: int) -> Tensor:
-    """Weighted sums of the vectors: w [B, H, M, S] -> [B, H, M, width]."""
-    from malloc_bench.kernels.loops import tables as loops
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.tables]
 
-    b, h, m, _ = w.shape
-    fallen = w.new_empty(b * h, m, *tables.shape[1:3])
-    arrays = [x.detach().flatten(0, 1).contiguous().numpy() for x in (codes, w)] + [fallen.numpy()]
-    spread(lambda start, stop: loops()[1](*arrays, start, stop), b * h, codes.numel() * m)
-    fallen = fallen.view(b, h, m, *tables.shape[1:3])
-    if added:
-        return torch.einsum("bhmnk,hnkd->bhmd", fallen, tables)
-    return torch.einsum("bhmnk,hnkw->bhmnw", fallen, tables).flatten(3)[..., :width]
+    def reader(self, queries: int) -> Numbered | None:
+        return Numbered(self) if self.codes.numel() and self.tables.dtype == torch.float32 else None
 
 
-def _parts(q: Tensor, tables: Tensor) -> Tensor:
-    """[B, H, M, D] -> [B, H, M, N, w], the last part filled up with zeros."""
-    _, n, _, w = tables.shape
-    return torch.nn.functional.pad(q, (0, n * w - q.shape[3])).unflatten(3, (n, w))
+class Numbered(NamedTuple):
+    """The loops over `Entries`: each is looked up, or, of many slots and wide entries, what each is worth is known
+    before."""
+
+    x: Entries
+
+    def _loops(self) -> Ways:
+        from malloc_bench.kernels.chosen import loops  # here: its compiler takes half a second to load
+
+        _, n, _, w = self.x.tables.shape
+        return loops(n, w, self.x.width, int(self.x.added))
+
+    def _known_before(self, heads: int) -> bool:
+        h, _, entries, width = self.x.tables.shape
+        return heads == h and width > _NARROW and self.x.codes.shape[2] > 2 * entries
+
+    def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
+        codes, tables = self.x.codes, self.x.tables
+        if not self._known_before(heads):
+            return partial(self._loops().dot, array(codes), array(tables), count, q, out, heads)
+        from malloc_bench.kernels.passes import worth
+
+        n, w = tables.shape[1], tables.shape[3]
+        rows = torch.from_numpy(q).unflatten(0, (-1, heads)).transpose(0, 1).flatten(1, 2)  # [H, B x M, D]
+        if self.x.added:
+            parts = rows.unsqueeze(1)
+        else:
+            parts = F.pad(rows, (0, n * w - q.shape[2])).unflatten(2, (n, w)).transpose(1, 2)
+        return partial(worth, array(codes), array(parts @ tables.mT), count, out, heads)  # [H, N, B x M, K]
+
+    def mix(self, w: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> tuple[Loop, After]:
+        codes, tables = self.x.codes, self.x.tables
+        if not self._known_before(heads):
+            return partial(self._loops().mix, array(codes), array(tables), count, w, out, heads), None
+        from malloc_bench.kernels.passes import fallen
+
+        each = torch.empty(*tables.shape[:2], w.shape[0] * w.shape[1] // heads, tables.shape[2])
+
+        def after() -> None:
+            found = each @ tables  # [H, N, B x M, w]
+            found = found.sum(1) if self.x.added else found.transpose(1, 2).flatten(2)[..., : self.x.width]
+            to = torch.from_numpy(out).unflatten(0, (-1, heads))
+            to.add_(found.unflatten(1, (-1, out.shape[1])).transpose(0, 1))
+
+        return partial(fallen, array(codes), w, count, each.numpy(), heads), after
+
+    def rows(self, start: int, stop: int, room: Tensor) -> Tensor:
+        _, _, s, d = self.x.shape
+        out = room[: (stop - start) * s * d].view(stop - start, s, d)
+        dense, given = self._loops().dense, (array(self.x.codes), array(self.x.tables), out.numpy(), start)
+        spread(lambda first, last: dense(*given, start + first, start + last), stop - start, out.numel())
+        return out

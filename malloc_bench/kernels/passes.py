@@ -1,4 +1,4 @@
-"""One pass of attention over plain vectors, for a compiler."""
+"""Loops over plain vectors and numbers of entries, and weights from logits, for a compiler."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from functools import cache
 
 import numpy as np
 
-from malloc_bench.kernels.loops import f32, i32, inlined, jit, zero
+from malloc_bench.kernels.loops import f32, i32, inlined, jit, part, zero
 
 one = f32(1)
+BLOCK = 256  # weights at a time
+LANES = 16  # of which the largest are sought side by side: one search alone goes in no vectors
 
 
 @inlined
@@ -28,85 +30,132 @@ def exponentials(x, size, powers, turned):  # type: ignore[no-untyped-def]
         x[s] *= turned[s]
 
 
-@inlined
-def products(row, keys, size, out):  # type: ignore[no-untyped-def]
-    """out[s] = row . keys[s]; two at once."""
-    even = size - size % 2
-    for s in range(0, even, 2):
-        a, b = zero, zero
-        for d in range(keys.shape[1]):
-            a += row[d] * keys[s, d]
-            b += row[d] * keys[s + 1, d]
-        out[s], out[s + 1] = a, b
-    if even < size:
-        a = zero
-        for d in range(keys.shape[1]):
-            a += row[d] * keys[even, d]
-        out[even] = a
+@jit
+def dot(data, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
+    """out[s] = q . data[s]; two at once."""
+    for i in range(start, stop):
+        keys, size = part(data, i, len(q), heads), min(data.shape[2], part(count, i, len(q), heads))
+        even = size - size % 2
+        for m in range(q.shape[1]):
+            row, given = q[i, m], out[i, m]
+            for s in range(0, even, 2):
+                a, b = zero, zero
+                for d in range(keys.shape[1]):
+                    a += row[d] * keys[s, d]
+                    b += row[d] * keys[s + 1, d]
+                given[s], given[s + 1] = a, b
+            if even < size:
+                a = zero
+                for d in range(keys.shape[1]):
+                    a += row[d] * keys[even, d]
+                given[even] = a
 
 
-@inlined
-def sums(weights, values, size, out):  # type: ignore[no-untyped-def]
-    """out += weights[s] values[s]; four at once."""
-    fours = size - size % 4
-    for s in range(0, fours, 4):
-        a, b, c, d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
-        for j in range(values.shape[1]):
-            out[j] += a * values[s, j] + b * values[s + 1, j] + c * values[s + 2, j] + d * values[s + 3, j]
-    for s in range(fours, size):
-        for j in range(values.shape[1]):
-            out[j] += weights[s] * values[s, j]
+@jit
+def mix(data, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
+    """out += w[s] data[s]; four at once."""
+    for i in range(start, stop):
+        values, size = part(data, i, len(w), heads), min(data.shape[2], part(count, i, len(w), heads))
+        fours = size - size % 4
+        for m in range(w.shape[1]):
+            weights, given = w[i, m], out[i, m]
+            for s in range(0, fours, 4):
+                a, b, c, d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
+                for j in range(values.shape[1]):
+                    near = a * values[s, j] + b * values[s + 1, j]
+                    given[j] += near + c * values[s + 2, j] + d * values[s + 3, j]
+            for s in range(fours, size):
+                for j in range(values.shape[1]):
+                    given[j] += weights[s] * values[s, j]
 
 
 @cache
-def attention(softmax: bool):  # type: ignore[no-untyped-def]
-    """The loop over rows [N] of users and heads; what is alike for several neighbours has fewer rows, what there is
-    none of no columns. See `kernels.attend`."""
+def weighing(softmax: bool):  # type: ignore[no-untyped-def]
+    """Logits of slots become weights, and what a token is to itself begins its mixture. What there is none of has no
+    columns; logits and weights [R, M, S] begin with row `first`. See `kernels.attend`."""
 
     @jit
-    def attend(q, own_key, own_value, own_bias, keys, values, count, mass, bias, scale, room, out, start, stop):  # type: ignore[no-untyped-def]
-        n, slots = len(q), keys.shape[1]
-        weights, logits, turned = room[0], room[1], room[2]
-        powers = turned.view(np.int32)
+    def weigh(q, own_key, own_value, own_bias, count, mass, bias, scale, heads, out, logits, first, start, stop):  # type: ignore[no-untyped-def]
+        slots, rows, by = logits.shape[2], len(q), f32(scale)
+        kept, powers = np.empty(BLOCK, f32), np.empty(BLOCK, np.int32)
+        turned, peaks = powers.view(f32), np.empty(LANES, f32)
         for i in range(start, stop):
-            size = min(slots, count[i // (n // len(count))])
-            masses, biases = mass[i // (n // len(mass))], bias[i // (n // len(bias))]
+            size = min(slots, part(count, i, rows, heads))
+            masses, biases = part(mass, i, rows, heads), part(bias, i, rows, heads)
+            keys, values = part(own_key, i, rows, heads), part(own_value, i, rows, heads)
             for m in range(q.shape[1]):
-                products(q[i, m], keys[i], size, weights)
-                itself = zero
+                weights, itself, mixed = logits[i - first, m], zero, out[i, m]
                 for d in range(q.shape[2]):
-                    itself += q[i, m, d] * own_key[i, m, d]
+                    itself += q[i, m, d] * keys[m, d]
                 if biases.shape[0]:
                     for s in range(size):
                         weights[s] += biases[m, s]
-                    itself += own_bias[i // (n // len(own_bias)), m]
-                weights[size] = itself
+                    itself += part(own_bias, i, rows, heads)[m]
+                most, whole = itself, zero
                 if softmax:
-                    most = itself
-                    for s in range(size):
+                    peaks[:] = itself
+                    for begin in range(0, size - size % LANES, LANES):
+                        for k in range(LANES):
+                            peaks[k] = max(peaks[k], weights[begin + k])
+                    for s in range(size - size % LANES, size):
                         most = max(most, weights[s])
-                    for s in range(size + 1):
-                        weights[s] -= most
-                    exponentials(weights, size + 1, powers, turned)
+                    for k in range(LANES):
+                        most = max(most, peaks[k])
+                for begin in range(0, size + 1, BLOCK):
+                    here = weights[begin : min(size, begin + BLOCK)]
+                    n = len(here)
+                    for s in range(n):
+                        kept[s] = here[s] - most if softmax else -here[s]
+                    if n < BLOCK:  # the token itself comes last
+                        kept[n] = itself - most if softmax else -itself
+                    exponentials(kept, min(n + 1, BLOCK), powers, turned)
+                    for s in range(n):
+                        here[s] = kept[s] if softmax else here[s] / (one + kept[s]) * by
                     if masses.shape[0]:
-                        for s in range(size):
-                            weights[s] *= max(masses[s], f32(1e-6))
-                    whole = zero
-                    for s in range(size + 1):
-                        whole += weights[s]
-                    for s in range(size + 1):
-                        weights[s] /= whole
-                else:
-                    for s in range(size + 1):  # silu(x) = x / (1 + exp(-x))
-                        logits[s] = weights[s] = -weights[s]
-                    exponentials(weights, size + 1, powers, turned)
-                    for s in range(size + 1):
-                        weights[s] = -logits[s] / (one + weights[s]) * scale
-                    if masses.shape[0]:
-                        for s in range(size):
-                            weights[s] *= masses[s]
+                        for s in range(n):
+                            here[s] *= max(masses[begin + s], f32(1e-6)) if softmax else masses[begin + s]
+                    if softmax:
+                        for s in range(n):
+                            whole += here[s]
+                    if n < BLOCK:
+                        itself = kept[n] if softmax else itself / (one + kept[n]) * by
+                if softmax:
+                    whole = one / (whole + itself)
+                    for s in range(size):
+                        weights[s] *= whole
+                    itself *= whole
+                for s in range(size, slots):
+                    weights[s] = zero
                 for d in range(out.shape[2]):
-                    out[i, m, d] = weights[size] * own_value[i, m, d]
-                sums(weights, values[i], size, out[i, m])
+                    mixed[d] = itself * values[m, d]
 
-    return attend
+    return weigh
+
+
+@jit
+def worth(codes, table, count, out, heads, start, stop):  # type: ignore[no-untyped-def]
+    """Sums over numbers of entries of what each is worth to a query, table [H, N, B x M, K]."""
+    most = np.uint8(table.shape[3] - 1)
+    for i in range(start, stop):
+        own, size = part(codes, i, len(out), heads), min(out.shape[2], part(count, i, len(out), heads))
+        for m in range(out.shape[1]):
+            known = table[i % heads, :, i // heads * out.shape[1] + m]
+            for s in range(size):
+                total = zero
+                for n in range(codes.shape[3]):
+                    total += known[n, min(own[s, n], most)]
+                out[i, m, s] = total
+
+
+@jit
+def fallen(codes, w, count, out, heads, start, stop):  # type: ignore[no-untyped-def]
+    """The weight that falls on each entry, out [H, N, B x M, K]."""
+    most = np.uint8(out.shape[3] - 1)
+    for i in range(start, stop):
+        own, size = part(codes, i, len(w), heads), min(w.shape[2], part(count, i, len(w), heads))
+        for m in range(w.shape[1]):
+            known = out[i % heads, :, i // heads * w.shape[1] + m]
+            known[:] = zero
+            for s in range(size):
+                for n in range(codes.shape[3]):
+                    known[n, min(own[s, n], most)] += w[i, m, s]

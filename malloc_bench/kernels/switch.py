@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Loop = Callable[[int, int], object]  # over rows, of users and heads, from one to another
+After = Callable[[], object] | None  # what is left to do when all rows are done
 _SMALL = 1 << 16  # numbers that one thread reads faster than two can be woken
 _off = 0
 
@@ -38,7 +41,12 @@ def fits(*given: Tensor) -> bool:
     if _off or not compiled():
         return False
     grad = torch.is_grad_enabled()
-    return all(x.device.type == "cpu" and not (grad and x.requires_grad) for x in given)
+    return all(x.is_cpu and not (grad and x.requires_grad) for x in given)
+
+
+def array(x: Tensor) -> np.ndarray:
+    """The numbers, in one piece."""
+    return (x.detach() if x.requires_grad else x).contiguous().numpy()
 
 
 @cache
@@ -46,10 +54,11 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "malloc-bench-kernel")
 
 
-def spread(call: Callable[[int, int], None], rows: int, numbers: int) -> None:
+def spread(call: Loop, rows: int, numbers: int) -> None:
     """call(start, stop) over all rows, on as many threads as torch has, where there is enough to do for them."""
     workers = min(torch.get_num_threads(), rows)
     if workers < 2 or numbers < _SMALL:
-        return call(0, rows)
+        call(0, rows)
+        return
     edges = [rows * i // workers for i in range(workers + 1)]
     list(_pool(os.getpid(), torch.get_num_threads()).map(call, edges, edges[1:]))

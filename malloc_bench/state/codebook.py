@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.kernels import entries
+from malloc_bench import kernels
+from malloc_bench.kernels import Entries
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
@@ -62,18 +63,13 @@ class FromCodebook(Vectors):
         b, h, s, _ = self.codes.shape
         return b, h, s, self.book.width
 
+    def written(self) -> Entries:
+        codes = unpack_bits(self.codes, self.book.bits, self.book.tables.shape[1])
+        return Entries(codes, self.book.tables, self.book.width, self.book.added)
+
     def dense(self) -> Tensor:
-        return self.book.look_up(self._numbers())
-
-    def dot(self, q: Tensor) -> Tensor:
-        if not entries.serves(self.codes, self.book.tables, q):
-            return super().dot(q)
-        return entries.dot(self._numbers(), self.book.tables, self.book.added, q)
-
-    def mix(self, w: Tensor) -> Tensor:
-        if not entries.serves(self.codes, self.book.tables, w):
-            return super().mix(w)
-        return entries.mix(self._numbers(), self.book.tables, self.book.added, w, self.book.width)
+        found = kernels.dense(self.written())
+        return self.book.look_up(self._numbers()) if found is None else found
 
     def _numbers(self) -> Tensor:
         """[B, H, S, M] uint8; padding may hold any."""

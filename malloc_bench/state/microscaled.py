@@ -39,13 +39,11 @@ class MicroScaled(Vectors):
         b, h, s, _ = self.codes.shape
         return b, h, s, self.width
 
-    def affine(self) -> Affine:
-        size = _size(self.top, self.scale)
-        offset = (self.zero.float() - (2**self.bits - 1)) / 2 * size
-        return Affine(self.codes, self.bits, self.width, size, offset, 1, self.width)
+    def written(self) -> Affine:
+        return Affine(self.codes, self.bits, self.width, self.scale, self.zero, 1, self.width, self.top)
 
     def dense(self) -> Tensor:
-        if (found := kernels.dense(self.affine())) is not None:
+        if (found := kernels.dense(self.written())) is not None:
             return found
         codes = unpack_bits(self.codes, self.bits, self.width).float()
         return (codes - (2**self.bits - 1 - self.zero.float()) / 2) * _size(self.top, self.scale)

@@ -42,13 +42,12 @@ class Quantized(Vectors):
         b, h, s, _ = self.codes.shape
         return b, h, s, self.width
 
-    def affine(self) -> Affine:
-        zero = self.zero if self.zero is not None else -(2.0 ** (self.bits - 1)) * self.scale
+    def written(self) -> Affine:
         sizes = (self.group, 1) if self.along == "slots" else (1, self.group)
-        return Affine(self.codes, self.bits, self.width, self.scale, zero, *sizes)
+        return Affine(self.codes, self.bits, self.width, self.scale, self.zero, *sizes)
 
     def dense(self) -> Tensor:
-        if (found := kernels.dense(self.affine())) is not None:
+        if (found := kernels.dense(self.written())) is not None:
             return found
         codes = unpack_bits(self.codes, self.bits, self.width).to(self.scale.dtype)
         if self.zero is None:

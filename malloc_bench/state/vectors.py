@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench import kernels
-from malloc_bench.kernels import Affine
+from malloc_bench.kernels import Plain, Written
 
 
 class Ragged(NamedTuple):
@@ -91,18 +91,18 @@ class Vectors(ABC):
         """The same vectors with others in the place of `shared()`."""
         return self
 
-    def affine(self) -> Affine | None:
-        """The vectors as codes, scales and offsets, where they are that and nothing else: a kernel may read them."""
+    def written(self) -> Written | None:
+        """The vectors as kernels know them, where they are written in one of those ways."""
         return None
 
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
-        found = None if (coded := self.affine()) is None else kernels.dot(coded, q)
+        found = None if (written := self.written()) is None else kernels.dot(written, q)
         return q @ self.dense().to(q.dtype).transpose(-1, -2) if found is None else found
 
     def mix(self, w: Tensor) -> Tensor:
         """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
-        found = None if (coded := self.affine()) is None else kernels.mix(coded, w)
+        found = None if (written := self.written()) is None else kernels.mix(written, w)
         return w @ self.dense().to(w.dtype) if found is None else found
 
     def each(self, fn: Callable[..., Tensor], *others: Vectors) -> Self:
@@ -138,8 +138,17 @@ class Dense(Vectors):
         b, h, s, d = self.data.shape
         return b, h, s, d
 
+    def written(self) -> Plain:
+        return Plain(self.data)
+
     def dense(self) -> Tensor:
         return self.data
+
+    def dot(self, q: Tensor) -> Tensor:
+        return q @ self.data.to(q.dtype).mT
+
+    def mix(self, w: Tensor) -> Tensor:
+        return w @ self.data.to(w.dtype)
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         yield Ragged(self.data, all_rows(self.data) if count is None else count)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from malloc_bench.backbones import attention, block, climber, hstu
+from malloc_bench.backbones import attention, block, climber, folded, hstu
 from malloc_bench.registry import names
 from malloc_bench.testing import Check, backbone_checks, check_backbone, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES
@@ -42,7 +42,8 @@ def test_blocks_do_not_change_results(case, trained, monkeypatch):
     stats = attention.Stats(column_sum=True, window=4)
     prefill = backbone.prefill(history, stats=stats)
     outputs, plain = backbone.read(tokens, prefill.state), backbone(history)
-    monkeypatch.setattr(attention, "_CELLS", 1)
+    for module in (attention, folded):
+        monkeypatch.setattr(module, "CELLS", 1)
     for module in (block, hstu, climber):
         monkeypatch.setattr(module, "BLOCK", 7)
     close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-5)

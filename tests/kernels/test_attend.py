@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from malloc_bench import kernels
-from malloc_bench.backbones import folded, get_backbone
+from malloc_bench.backbones import attention, folded, get_backbone
+from malloc_bench.backbones.block import Places
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.backbones.lsrm import LSRMBlock
 from malloc_bench.backbones.marm import MARMBlock
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.measure import Workload
+from malloc_bench.state import Dense, Segment, Slots
+from malloc_bench.state.codebook import Codebook, FromCodebook
+from malloc_bench.state.microscaled import microscaled
+from malloc_bench.state.quantized import quantize
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
 
@@ -49,7 +54,93 @@ def test_a_read_in_one_pass_is_the_plain_read(name, times, candidates, monkeypat
             plain = backbone.read(tokens, state)
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
     ran = [x for x in passes if x is not None]
-    assert len(ran) == (0 if candidates > kernels.FEW else 2 * len(METHODS))
+    assert len(ran) == 2 * len(METHODS)
+
+
+def written(kind, x, real, generator):
+    """x [B, H, S, D] as one kind of vectors."""
+    if kind == "plain":
+        return Dense(x)
+    if kind.startswith("codes"):
+        b, h, s, d = x.shape
+        added = kind == "codes added"
+        tables = torch.randn(h, 3, 4, d if added else 7, generator=generator)  # 3 x 7: one number too many
+        codes = torch.randint(0, 256, (b, h, s, tables.shape[1]), generator=generator, dtype=torch.uint8)
+        return FromCodebook(codes, Codebook(tables, 8, d, added))
+    if kind == "microscaled":
+        return microscaled(x, real, 4)
+    bits, along, group, symmetric = KINDS[kind]
+    return quantize(x, real, bits, group, along, symmetric)
+
+
+KINDS = {
+    "8 bits by channel": (8, "slots", 32, False), "4 bits by channel": (4, "slots", 4, True),
+    "4 bits by slot": (4, "width", 20, False), "2 bits by group": (2, "width", 4, False),
+    "3 bits by slot": (3, "width", 20, True),
+}  # fmt: skip
+EVERY = ["plain", *KINDS, "microscaled", "codes added", "codes side by side"]
+
+
+@pytest.mark.parametrize("m", [1, 3, 9])
+@pytest.mark.parametrize("slots", [1, 23])
+@pytest.mark.parametrize("masses", [False, True])
+@pytest.mark.parametrize("make", [SASRecBlock, HSTUBlock])
+@pytest.mark.parametrize("kind", EVERY)
+@torch.no_grad()
+def test_however_vectors_are_written(kind, make, masses, slots, m):
+    generator = torch.Generator().manual_seed(5)
+    b, h, d = 4, 2, 20
+    more = () if make is SASRecBlock else (slots + 1, True)
+    block = make(h * d, h, 0.0, *more).eval()
+    counts = torch.tensor([[slots], [0], [1], [slots // 2]], dtype=torch.int32)
+    real = torch.arange(slots) < counts[..., None]
+    mass = 3 * torch.rand(b, 1, slots, generator=generator) if masses else None
+    fields = {
+        name: written(kind, torch.randn(b, h, slots, d, generator=generator), real, generator)
+        for name in ("keys", "values")
+    }
+    times = torch.randint(0, 9999, (b, 1, slots + m), generator=generator)
+    segment = Segment(fields, Slots(counts, timestamps=times[..., :slots], mass=mass))
+    q, *own = (torch.randn(b, h, m, d, generator=generator) for _ in range(3))
+    places = Places(counts[..., None].expand(b, 1, m), times[..., slots:])
+    given = block, q, dict(zip(("keys", "values"), own)), None, (segment,), counts[:, 0], places, places
+    found = attention._attend(*given)
+    with kernels.eager():
+        plain = attention._attend(*given)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, folded.in_one_pass(*given[:3], *given[4:]))
+
+
+@pytest.mark.parametrize("m", [1, 7])
+@pytest.mark.parametrize("kind", EVERY)
+def test_heads_that_share_slots(kind, m):
+    generator = torch.Generator().manual_seed(6)
+    b, h, s, d = 3, 4, 11, 20
+    real = torch.ones(b, 1, s, dtype=torch.bool)
+    keys, values = (written(kind, torch.randn(b, 2, s, d, generator=generator), real, generator) for _ in range(2))
+    q, *own = (torch.randn(b, h, m, d, generator=generator) for _ in range(3))
+    known = dict(zip(("keys", "values"), own)), torch.tensor([[s, 4], [0, 1], [2, s]]), None, None, None
+    found = kernels.attend(q, known[0], keys.written(), values.written(), *known[1:])
+    apart = (kernels.Plain(x.dense().repeat_interleave(2, 1)) for x in (keys, values))
+    plain = kernels.attend(q, known[0], *apart, known[1].repeat_interleave(2, 1), *known[2:])
+    assert found is not None
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_where_no_kernel_reads():
+    q = torch.randn(1, 1, 1, 4)
+    slots = [kernels.Plain(torch.randn(1, 1, 3, 4)) for _ in range(2)]
+    rest = *slots, torch.tensor([[3]]), None, None, None
+    assert kernels.attend(q, {"keys": q, "values": q}, *rest) is not None
+    with kernels.eager():
+        assert kernels.attend(q, {"keys": q, "values": q}, *rest) is None
+    assert kernels.attend(q.double(), {"keys": q, "values": q}, *rest) is None
+    asked = q.clone().requires_grad_()
+    assert kernels.attend(asked, {"keys": q, "values": q}, *rest) is None
+    with torch.no_grad():
+        assert kernels.attend(asked, {"keys": q, "values": q}, *rest) is not None
+    elsewhere = q.to("meta")
+    assert kernels.attend(elsewhere, {"keys": elsewhere, "values": elsewhere}, *rest) is None
 
 
 def attended(logits, normaliser=None, mass=None, counts=None):
@@ -58,9 +149,9 @@ def attended(logits, normaliser=None, mass=None, counts=None):
     q = torch.ones(n, 1, 1, 1)
     values = torch.eye(s + 1).expand(n, 1, s + 1, s + 1)
     own = {"keys": logits[:, -1:].view(n, 1, 1, 1), "values": values[:, :, s:]}
-    slots = {"keys": logits[:, :-1].view(n, 1, s, 1), "values": values[:, :, :s]}
+    slots = kernels.Plain(logits[:, :-1].view(n, 1, s, 1)), kernels.Plain(values[:, :, :s])
     count = torch.full((n, 1), s) if counts is None else counts
-    found = kernels.attend(q, own, slots, count, mass, None, normaliser)
+    found = kernels.attend(q, own, *slots, count, mass, None, normaliser)
     assert found is not None
     return found[:, 0, 0]
 

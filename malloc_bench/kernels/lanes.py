@@ -1,0 +1,265 @@
+"""What loops do with the codes of one row, in vectors: written in the compiler's own terms, for its way from loops to
+vectors fails on rows of a few words.
+
+Codes [S, G x J x STEP] uint8, a user's and head's: G groups of channels a slot, each of J words of STEP bytes with
+PLANES codes. All arrays lie in one piece; bits, words and groups are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from malloc_bench.kernels.words import WORDS
+
+_I8, _I32, F32, AT = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.IntType(64)
+_FLAGS = ("reassoc", "contract", "nsz", "arcp")
+_LANES = 16
+
+
+def pieces(size: int) -> Iterator[tuple[int, int]]:
+    """First and number of as many neighbours as go in one vector, until all have gone."""
+    first = 0
+    while first < size:
+        lanes = min(_LANES, 1 << (size - first).bit_length() - 1)
+        yield first, lanes
+        first += lanes
+
+
+class Lanes:
+    """Steps over vectors of the arrays and numbers that a loop gives; constants come last."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+        self.builder, self.context, self.types, self.args = builder, context, signature.args, args
+
+    def constant(self, i: int) -> int:
+        return self.types[i].literal_value
+
+    def array(self, i: int) -> Any:
+        return self.context.make_array(self.types[i])(self.context, self.builder, self.args[i]).data
+
+    def columns(self, i: int, axis: int = -1) -> Any:
+        """How many an array has along its last axis."""
+        shape = self.context.make_array(self.types[i])(self.context, self.builder, self.args[i]).shape
+        return self.builder.extract_value(shape, self.types[i].ndim - 1 if axis < 0 else axis)
+
+    def number(self, i: int) -> Any:
+        return self.context.cast(self.builder, self.args[i], self.types[i], types.intp)
+
+    def load(self, array: Any, at: Any, lanes: int, kind: ir.Type = F32) -> Any:
+        place = self.builder.gep(array, [at])
+        return self.builder.load(self.builder.bitcast(place, ir.VectorType(kind, lanes).as_pointer()), align=1)
+
+    def store(self, vector: Any, array: Any, at: Any) -> None:
+        place = self.builder.gep(array, [at])
+        self.builder.store(vector, self.builder.bitcast(place, vector.type.as_pointer()), align=1)
+
+    def plus(self, x: Any, to: Any) -> Any:
+        return self.builder.add(x, ir.Constant(AT, to) if isinstance(to, int) else to)
+
+    def times(self, x: Any, by: int) -> Any:
+        return self.builder.mul(x, ir.Constant(AT, by))
+
+    def product(self, x: Any, y: Any) -> Any:
+        return self.builder.fmul(x, y, flags=_FLAGS)
+
+    def sum(self, x: Any, y: Any) -> Any:
+        return y if x is None else self.builder.fadd(x, y, flags=_FLAGS)
+
+    def picked(self, x: Any, y: Any, index: list[int]) -> Any:
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(index)), index))
+
+    def everywhere(self, array: Any, at: Any, lanes: int) -> Any:
+        return self.picked(x := self.load(array, at, 1), x, [0] * lanes)
+
+    def folded(self, four: list[Any]) -> Any:
+        """The sums of four vectors alike, as one vector."""
+        if (lanes := four[0].type.count) < 4:
+            none = four[0].type([0.0] * lanes)
+            four = [self.picked(x, none, [*range(lanes), *[lanes] * (4 - lanes)]) for x in four]
+        while len(four) > 1:
+            four = [self.halved(x, y) for x, y in zip(four[::2], four[1::2])]
+        (x,) = four
+        while x.type.count > 4:
+            x = self.halved(x)
+        return x
+
+    def halved(self, x: Any, y: Any = None) -> Any:
+        """Sums of neighbours, those of y behind those of x."""
+        ends = x.type.count * (1 if y is None else 2)
+        even, odd = (self.picked(x, x if y is None else y, list(range(k, ends, 2))) for k in (0, 1))
+        return self.sum(even, odd)
+
+    def loop(self, begin: Any, end: Any, several: int, body: Callable[[list[Any]], None]) -> None:
+        """body of `several` neighbouring slots at a time, and of each that is left by itself."""
+        b = self.builder
+        left = b.srem(b.sub(end, begin), ir.Constant(AT, several))
+        for start, stop, step in ((begin, b.sub(end, left), several), (b.sub(end, left), end, 1)):
+            with cgutils.for_range_slice(b, start, stop, ir.Constant(AT, step)) as (s, _):
+                body([self.plus(s, k) for k in range(step)])
+
+    def dotted(self, of: Callable[[Any], dict[int, Any]], out: Any) -> None:
+        """out[s] = what comes to slot s, which `of` has by the width of vectors."""
+
+        def body(some: list[Any]) -> None:
+            four = [of(slot) for slot in some] * (4 // len(some))
+            found = None
+            for lanes in four[0]:
+                found = self.sum(found, self.folded([each[lanes] for each in four]))
+            self.store(found if len(some) == 4 else self.picked(found, found, [0]), out, some[0])
+
+        self.loop(self.number(1), self.number(2), 4, body)
+
+
+class _Row(Lanes):
+    """Codes of one row."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.bits, self.words, self.groups = (self.constant(i) for i in (-3, -2, -1))
+        self.planes, self.step = WORDS[self.bits]
+        self.parts = [(g, j, lanes) for g in range(self.groups) for j, lanes in pieces(self.words)]
+
+    def code_planes(self, codes: Any, slot: Any, g: int, j: int, lanes: int) -> list[Any]:
+        """Code p of each of `lanes` words, for every p."""
+        b, wide = self.builder, ir.VectorType(_I32, lanes)
+        first = self.plus(self.times(slot, self.groups * self.words * self.step), (g * self.words + j) * self.step)
+        raw, words = self.load(codes, first, lanes * self.step, _I8), None
+        for k in range(self.step):
+            byte = b.zext(self.picked(raw, raw, list(range(k, lanes * self.step, self.step))), wide)
+            byte = b.shl(byte, wide([8 * k] * lanes)) if k else byte
+            words = byte if words is None else b.or_(words, byte)
+        found = []
+        for p in range(self.planes):
+            code = b.lshr(words, wide([p * self.bits] * lanes))
+            code = b.and_(code, wide([(1 << self.bits) - 1] * lanes))
+            found.append(b.sitofp(code, ir.VectorType(F32, lanes)))
+        return found
+
+    def taken_apart(self, row: Any, g: int, j: int, lanes: int) -> list[Any]:
+        """The numbers of a plain row that meet those planes."""
+        first = (g * self.words + j) * self.planes
+        x = self.load(row, ir.Constant(AT, first), lanes * self.planes)
+        return [self.picked(x, x, list(range(p, lanes * self.planes, self.planes))) for p in range(self.planes)]
+
+    def put_together(self, planes: list[Any]) -> Any:
+        """The reverse of `taken_apart`."""
+        if len(planes) == 1:
+            return planes[0]
+        lanes = planes[0].type.count * len(planes) // 2
+        even, odd = self.put_together(planes[::2]), self.put_together(planes[1::2])
+        return self.picked(even, odd, [i // 2 + lanes * (i % 2) for i in range(2 * lanes)])
+
+
+def inlined(build: Callable[[Any], None], kind: type[Lanes] = _Row) -> Callable[[Callable[..., Any]], Any]:
+    """For a compiled loop to call."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        build(kind(context, builder, signature, args))
+        return context.get_dummy_value()
+
+    def typed(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def types_of(typing: Any, *given: Any) -> Any:
+            return types.void(*given), code
+
+        return intrinsic(prefer_literal=True)(types_of)
+
+    return typed
+
+
+def _products(x: _Row) -> None:
+    codes, row, sizes, out = (x.array(i) for i in (0, 3, 4, 5))
+    slots = x.columns(4)
+    known = {part: x.taken_apart(row, *part) for part in x.parts}
+
+    def of(slot: Any) -> dict[int, Any]:
+        """By the width of vectors, what comes to the product."""
+        total: dict[int, Any] = {}
+        for g in range(x.groups):
+            mine: dict[int, Any] = {}
+            for part in x.parts:
+                if part[0] == g:
+                    for one, other in zip(known[part], x.code_planes(codes, slot, *part)):
+                        mine[part[2]] = x.sum(mine.get(part[2]), x.product(one, other))
+            for lanes, vector in mine.items():
+                if x.groups > 1:
+                    size = x.everywhere(sizes, x.plus(slot, x.builder.mul(slots, ir.Constant(AT, g))), lanes)
+                    vector = x.product(vector, size)
+                total[lanes] = x.sum(total.get(lanes), vector)
+        return total
+
+    x.dotted(of, out)
+
+
+def _sums(x: _Row) -> None:
+    codes, weights, out = (x.array(i) for i in (0, 3, 4))
+    columns = x.columns(3)
+    kept = {}
+    for part in x.parts:
+        kind = ir.VectorType(F32, part[2])
+        kept[part] = [cgutils.alloca_once(x.builder, kind, zfill=True) for _ in range(x.planes)]
+
+    def body(some: list[Any]) -> None:
+        for part in x.parts:
+            found: list[Any] = [None] * x.planes
+            for slot in some:
+                at = x.plus(slot, x.builder.mul(columns, ir.Constant(AT, part[0])))
+                weight = x.everywhere(weights, at, part[2])
+                planes = x.code_planes(codes, slot, *part)
+                found = [x.sum(to, x.product(weight, code)) for to, code in zip(found, planes)]
+            for place, vector in zip(kept[part], found):
+                x.builder.store(x.sum(x.builder.load(place), vector), place)
+
+    x.loop(x.number(1), x.number(2), 2, body)
+    for part in x.parts:
+        g, j, _ = part
+        planes = [x.builder.load(place) for place in kept[part]]
+        x.store(x.put_together(planes), out, ir.Constant(AT, (g * x.words + j) * x.planes))
+
+
+def _unpacked(x: _Row) -> None:
+    codes, sizes, lows, out = (x.array(i) for i in (0, 3, 4, 5))
+    columns = x.columns(3)
+    by_channel, width = x.types[6].literal_value, x.types[7].literal_value
+    each = -(-width // x.groups)
+
+    def body(some: list[Any]) -> None:
+        (slot,) = some
+        for g, j, lanes in x.parts:
+            numbers = x.put_together(x.code_planes(codes, slot, g, j, lanes))
+            first = (g * x.words + j) * x.planes
+            real = min(numbers.type.count, g * each + each - first, width - first)
+            if real < numbers.type.count:
+                numbers = x.picked(numbers, numbers, list(range(max(real, 0))))
+            if real <= 0:
+                continue
+            if by_channel:
+                size, low = (x.load(each, ir.Constant(AT, first), real) for each in (sizes, lows))
+            else:
+                at = x.plus(slot, x.builder.mul(columns, ir.Constant(AT, g)))
+                size, low = (x.everywhere(array, at, real) for array in (sizes, lows))
+            x.store(x.sum(low, x.product(numbers, size)), out, x.plus(x.times(slot, width), first))
+
+    x.loop(x.number(1), x.number(2), 1, body)
+
+
+@inlined(_products)
+def products(typing, codes, begin, end, row, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
+    """out[s] = row . codes of s, slots begin to end, each group of them times sizes [g, s] where there are several."""
+
+
+@inlined(_sums)
+def sums(typing, codes, begin, end, weights, out, bits, words, groups):  # type: ignore[no-untyped-def]
+    """out [G x J x PLANES] = sum over slots begin to end of weights [g, s] times codes."""
+
+
+@inlined(_unpacked)
+def unpacked(typing, codes, begin, end, sizes, lows, out, by_channel, width, bits, words, groups):  # type: ignore[no-untyped-def]
+    """out [s, width] = sizes times codes plus lows, [g, s] or, by_channel, [width]."""

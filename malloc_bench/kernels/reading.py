@@ -1,0 +1,192 @@
+"""Reads of vectors as they are written down, and a whole read of tokens over a layer's slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from malloc_bench.kernels.switch import After, Loop, array, fits, spread
+
+FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
+_CACHED = 1 << 18  # numbers at a time: a megabyte, so that they are multiplied where they lie
+_NONE, _NO_ROWS = np.zeros((1, 1, 0, 0), np.float32), np.zeros((1, 1, 0), np.float32)
+
+
+class Reader(Protocol):
+    """The loops over vectors of R = B x H rows, users and their query heads."""
+
+    def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
+        """Products of q [R, M, D] with a row's first count [B or 1, H or 1] slots, to out [R, M, S]."""
+        ...
+
+    def mix(self, w: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> tuple[Loop, After]:
+        """Sums of them by w [R, M, S], added to out [R, M, D]."""
+        ...
+
+    def rows(self, start: int, stop: int, room: Tensor) -> Tensor:
+        """The vectors of stored heads start to stop of all users, [n, S, D]; room: where they may be put."""
+        ...
+
+
+class Written(Protocol):
+    """Vectors as kernels know them."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def reader(self, queries: int) -> Reader | None:
+        """None where no loop reads them."""
+        ...
+
+
+def dot(x: Written, q: Tensor) -> Tensor | None:
+    """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
+    b, h, m, d = q.shape
+    if (reader := _reader(x, q)) is None:
+        return None
+    rows = q.detach().reshape(b * h, m, d)
+    out = q.new_empty(b * h, m, x.shape[2])
+    if m > FEW:
+        asked, found = (each.view(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
+        for part, vectors in _blocks(x, reader):
+            torch.matmul(asked[part], vectors.mT, out=found[part])
+    else:
+        spread(reader.dot(array(rows), h, _all(x), out.numpy()), b * h, b * h * x.shape[2] * d)
+    return out.view(b, h, m, x.shape[2])
+
+
+def mix(x: Written, w: Tensor) -> Tensor | None:
+    """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]."""
+    b, h, m, s = w.shape
+    if (reader := _reader(x, w)) is None:
+        return None
+    rows = w.detach().reshape(b * h, m, s)
+    if m > FEW:
+        out = w.new_empty(b * h, m, x.shape[3])
+        asked, found = (each.view(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
+        for part, vectors in _blocks(x, reader):
+            torch.matmul(asked[part], vectors, out=found[part])
+    else:
+        out = w.new_zeros(b * h, m, x.shape[3])
+        loop, after = reader.mix(array(rows), h, _all(x), out.numpy())
+        spread(loop, b * h, b * h * s * x.shape[3])
+        if after is not None:
+            after()
+    return out.view(b, h, m, x.shape[3])
+
+
+def dense(x: Written) -> Tensor | None:
+    """The vectors, [B, H, S, D]."""
+    if not fits(*x.tensors()) or (reader := x.reader(0)) is None:
+        return None
+    b, h, s, d = x.shape
+    room = torch.empty(b * h * s * d)
+    return reader.rows(0, b * h, room).view(b, h, s, d)
+
+
+def _reader(x: Written, asked: Tensor) -> Reader | None:
+    """Heads that share vectors are neighbours."""
+    b, h, m, _ = asked.shape
+    if x.shape[0] != b or h % x.shape[1] or not asked.numel() or asked.dtype != torch.float32:
+        return None
+    return x.reader(m) if fits(asked, *x.tensors()) else None
+
+
+def _all(x: Written) -> np.ndarray:
+    return np.full((1, 1), x.shape[2], np.int32)
+
+
+def _blocks(x: Written, reader: Reader) -> Iterator[tuple[slice, Tensor]]:
+    b, h, s, d = x.shape
+    step = max(1, min(b * h, _CACHED // max(1, s * d)))
+    room = torch.empty(step * s * d)
+    for start in range(0, b * h, step):
+        stop = min(b * h, start + step)
+        yield slice(start, stop), reader.rows(start, stop, room)
+
+
+def attend(
+    q: Tensor,
+    own: Mapping[str, Tensor],
+    keys: Written,
+    values: Written,
+    count: Tensor,
+    mass: Tensor | None,
+    bias: tuple[Tensor, Tensor] | None,
+    normaliser: float | None,
+) -> Tensor | None:
+    """What tokens q [B, H, M, D] mix of slots and of themselves, [B, H, M, D']: a softmax of q.k, or with a normaliser
+    SiLU(q.k) over it.
+
+    own: `keys` and `values`, [B, H, M, .] of each token. keys, values: of slots. count: [B or 1, H or 1], slots that
+    are real. mass: [B or 1, H or 1, S], what each counts. bias: of slots [B or 1, H or 1, M, S], and of each token over
+    itself [B or 1, H or 1, M].
+    """
+    given = [q, own["keys"], own["values"], *([] if mass is None else [mass]), *(bias or ())]
+    b, h, m, d = q.shape
+    users, heads, s, _ = keys.shape
+    if not fits(*given, *keys.tensors(), *values.tensors()) or any(x.dtype != torch.float32 for x in given):
+        return None
+    alike = values.shape[:3] == (users, heads, s) and users == b and not h % heads
+    if not alike or not m or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
+        return None
+    from malloc_bench.kernels.passes import weighing  # here: its compiler takes half a second to load
+
+    rows, wide = b * h, values.shape[3]
+    asked, out = array(q).reshape(rows, m, d), q.new_empty(b, h, m, wide)
+    mixed, counts = out.numpy().reshape(rows, m, wide), array(count.int())
+    biases, own_bias = (_NONE, _NO_ROWS) if bias is None else map(array, bias)
+    masses = _NO_ROWS if mass is None else array(mass)
+    scale = 1.0 if normaliser is None else 1.0 / normaliser
+    known = asked, array(own["keys"]), array(own["values"]), own_bias, counts, masses, biases, scale, h, mixed
+    weigh = partial(weighing(normaliser is None), *known)
+    if m > FEW:
+        _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
+        return out
+    logits = torch.empty(rows, m, s).numpy()  # by torch: what is measured as memory is seen there
+    ask, (take, after) = of_keys.dot(asked, h, counts, logits), of_values.mix(logits, h, counts, mixed)
+
+    def some(start: int, stop: int) -> None:
+        ask(start, stop)
+        weigh(logits, 0, start, stop)
+        take(start, stop)
+
+    spread(some, rows, rows * s * d)
+    if after is not None:
+        after()
+    return out
+
+
+Known = tuple[Written, Reader]
+
+
+def _many(q: Tensor, keys: Known, values: Known, weigh: Callable[..., None], out: Tensor) -> None:
+    """Rows of which many queries are asked: vectors are unpacked once, a few rows at a time."""
+    b, heads, s, d = keys[0].shape
+    stored, wide = b * heads, values[0].shape[3]
+    each, m = len(q) // stored, q.shape[1]  # rows that share vectors
+    step = max(1, min(stored, _CACHED // max(1, s * (max(d, wide) + each * m))))
+    room, logits = torch.empty(step * s * max(d, wide)), torch.empty(step, each * m, s)
+    numbers = logits.numpy().reshape(step * each, m, s)
+    for start in range(0, stored, step):
+        stop = min(stored, start + step)
+        part, weights = slice(start * each, stop * each), logits[: stop - start]
+        torch.matmul(_folded(q[part], weights), keys[1].rows(start, stop, room).mT, out=weights)
+        spread(_moved(weigh, numbers, part.start), part.stop - part.start, weights.numel())
+        _folded(out[part], weights).baddbmm_(weights, values[1].rows(start, stop, room))
+
+
+def _folded(rows: Tensor, like: Tensor) -> Tensor:
+    """[R, M, D] with the queries of heads that share vectors in a row, as like [R', M', ...] has them."""
+    return rows.view(*like.shape[:2], rows.shape[2])
+
+
+def _moved(weigh: Callable[..., None], numbers: np.ndarray, first: int) -> Loop:
+    return lambda start, stop: weigh(numbers, first, first + start, first + stop)
