@@ -72,6 +72,7 @@ METHODS = [
     ("cam", {"inner": "knorm", "merge": 2, "mass": False}),
     ("cam", {"inner": "tova", "merge": 3}),
     *((name, {"probes": 8}) for name in ("fit_recent", "fit_top", "fit_omp", "fit_constant")),
+    ("fit_omp", {"probes": 16, "across": True}),
     *((name, {"probes": 8, "rounds": 3}) for name in ("fit_keys", "cartridge")),
     ("moments", {"probes": 8}),
     ("still", {"probes": 8, "bank": 5, "rounds": 2}),

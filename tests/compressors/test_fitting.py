@@ -39,15 +39,16 @@ def weights(prefill, user, head):
     return torch.cat([(queries[h] @ keys.T).softmax(-1) for h in (2 * head, 2 * head + 1)])
 
 
-def pursued(a, target, k):
-    """Slots that leave the least of the target, each the best beside those before."""
+def pursued(pairs, k):
+    """Slots that leave the least of all targets, of (weights, target) each, each the best beside those before."""
 
     def left(chosen):
-        return (target - a[:, chosen] @ torch.linalg.lstsq(a[:, chosen], target).solution).norm()
+        solved = ((a[:, chosen], target) for a, target in pairs)
+        return sum((target - a @ torch.linalg.lstsq(a, target).solution).square().sum() for a, target in solved)
 
-    chosen = []
+    chosen, slots = [], range(pairs[0][0].shape[1])
     while len(chosen) < k:
-        chosen.append(min((j for j in range(a.shape[1]) if j not in chosen), key=lambda j: left([*chosen, j])))
+        chosen.append(min((j for j in slots if j not in chosen), key=lambda j: left([*chosen, j])))
     return sorted(chosen)
 
 
@@ -64,7 +65,7 @@ def test_slots_masses_and_values(prefill, name, k):
             slots = {
                 "fit_recent": lambda: list(range(n - min(k, n), n)),  # noqa: B023
                 "fit_top": lambda: sorted(a.square().mean(0).argsort(descending=True)[:k].tolist()),  # noqa: B023
-                "fit_omp": lambda: pursued(a, with_mass, min(k, n)),  # noqa: B023
+                "fit_omp": lambda: pursued([(a, with_mass)], min(k, n)),  # noqa: B023
             }[name]()
             kept = int(segment.slots.count[user, 0])
             places = segment.slots.positions
@@ -77,6 +78,24 @@ def test_slots_masses_and_values(prefill, name, k):
                 assert mass.tolist() == [1.0] * kept and torch.equal(got, v[slots])
                 continue
             close(got, refitted(a[:, slots], v[slots], target, mass), f"values of user {user}", 1e-3)
+
+
+@pytest.mark.parametrize("name", ["fit_omp", "fit_keys"])
+def test_heads_that_keep_the_same_slots_lose_least_in_all(prefill, name):
+    method = get_compressor(name, probes=6, across=True)
+    state = method.compress(prefill, Budget(slots=3))
+    ((segment,),) = state.layers
+    assert segment.slots.positions.shape == (4, 1, 3) and segment.slots.mass.shape == (4, 2, 3)
+    for user, n in enumerate(COUNTS):
+        pairs = []
+        for head in range(2):
+            a = weights(prefill, user, head)
+            target = a @ prefill.values(0)[user, head, :n].double()
+            pairs.append((a, torch.cat([target, torch.ones(len(a), 1) * target.square().mean().sqrt()], 1)))
+        kept = min(3, n)
+        assert segment.slots.positions[user, 0, :kept].tolist() == pursued(pairs, kept)
+    own = get_compressor(name, probes=6).compress(prefill, Budget(slots=3))
+    assert (own.nbytes() - state.nbytes()).tolist() == [0] + [4 * 3] * 3  # where they stand, once
 
 
 def refitted(a, v, target, mass):
@@ -319,10 +338,10 @@ def test_a_head_that_is_spent_takes_by_weight():
     columns = torch.cat([rows, rows @ torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.4]])], -1)
     even, free = torch.ones(1, 16, 1), torch.ones(1, 5, dtype=torch.bool)
     target, share = columns @ noise(1, 5, 3, seed=4), torch.zeros(1, 16, 1)
-    order = fit_omp.pursued(False, 5, columns, target, share, even, free)
+    order = fit_omp.pursued(False, 5, 1, columns, target, share, even, free)
     rest = [j for j in columns[0].norm(dim=0).argsort(descending=True).tolist() if j not in order[0, :2].tolist()]
     assert order[0, 2:].tolist() == rest
-    assert torch.equal(fit_omp.pursued(False, 3, columns, target, share, even, free), order[:, :3])
+    assert torch.equal(fit_omp.pursued(False, 3, 1, columns, target, share, even, free), order[:, :3])
 
 
 @pytest.mark.parametrize("case", ["tensors", "sasrec-2-heads", "hstu-times-2-heads"])

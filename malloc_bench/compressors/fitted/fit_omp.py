@@ -22,13 +22,15 @@ class FitOMP(FittedTokens):
     """Keeps k slots of each head by orthogonal matching pursuit: each next one is the column of A, the weights of
     probes over slots, that leaves least of the target A V (softmax: of the total weight too, on the scale of the
     target) once it stands beside those taken: what they explain of it does not count. Masses and values are solved for
-    as in `fit_recent`, where the parameters are told.
+    as in `fit_recent`, where the other parameters are told. across: all heads of a layer keep the same slots, those
+    that leave least in all, and where they stand is stored once.
     """
 
     probes: int = 64
     ridge: float = 1e-3
     horizon: int | tuple[int, ...] = (0,)
     which: str = field(default="drawn", metadata={"unsaid": "drawn"})
+    across: bool = field(default=False, kw_only=True, metadata={"unsaid": False})
 
     family = "fitted"
     paper = (
@@ -43,10 +45,14 @@ class FitOMP(FittedTokens):
     growth = grows(compress="p n L d + h p k n L + h p k^2 L")
     stores = "k keys, fitted values and, with softmax, masses a layer and head; positions where the backbone reads them"
 
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return not self.across
+
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         size = int(k.max()) if len(k) else 0
         made: dict[str, Tensor] = prefill.remember(
-            ("fit_omp", self.ask, layer), dict
+            ("fit_omp", self.ask, self.across, layer), dict
         )  # few slots are the first of many
         if not made or made["order"].shape[-1] < size:
             made["order"] = self._order(prefill, layer, size)
@@ -56,17 +62,18 @@ class FitOMP(FittedTokens):
         return order.masked_fill(beyond, prefill.segment(layer).width).sort(-1).values.minimum(last)
 
     def _order(self, prefill: Prefill, layer: int, size: int) -> Tensor:
-        """Slots as they are taken, [B, H, size]; after all of a user's any."""
+        """Slots as they are taken, [B, H or 1, size]; after all of a user's any."""
         probes, segment = prefill.probes(layer, self.ask), prefill.segment(layer)
         heads, even = next(iter(segment.fields.values())).shape[1], evened(probes)
         free = prefill.mask(layer).expand(-1, heads, -1)
         if not size:
-            return free[..., :0].long()
+            return free[:, : 1 if self.across else heads, :0].long()
         rows = (rows_of(x, heads) for x in (probes.columns(segment), probes.target, probes.share, even))
         asked = [x.flatten(0, 1) for x in (*rows, free)]
-        at_once = max(1, _CACHE // (8 * asked[0][0].numel()))
-        found = [pursued(probes.normalised, size, *each) for each in zip(*(x.split(at_once) for x in asked))]
-        return torch.cat(found).unflatten(0, (-1, heads))
+        alike = heads if self.across else 1
+        at_once = max(1, _CACHE // (8 * alike * asked[0][0].numel())) * alike
+        found = [pursued(probes.normalised, size, alike, *each) for each in zip(*(x.split(at_once) for x in asked))]
+        return torch.cat(found)[::alike].unflatten(0, (-1, heads // alike))
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
         """Gains of all slots; then, at most, for each turn what columns have of the new one, and the target of it."""
@@ -75,10 +82,10 @@ class FitOMP(FittedTokens):
 
 
 def pursued(
-    normalised: bool, size: int, columns: Tensor, target: Tensor, share: Tensor, even: Tensor, free: Tensor
+    normalised: bool, size: int, alike: int, columns: Tensor, target: Tensor, share: Tensor, even: Tensor, free: Tensor
 ) -> Tensor:
     """Slots of N heads as they are taken, [N, size]; columns [N, R, S], target [N, R, D], share and even [N, R, 1];
-    free [N, S]: which may be taken.
+    free [N, S]: which may be taken. alike: so many heads in a row take the same.
 
     By a Cholesky factor of the columns' Gram matrix whose rows are made as they are needed: `along` is what columns
     have of a direction, `told` what the target has. A head that is spent takes by weight from there on. In float64: in
@@ -90,34 +97,41 @@ def pursued(
         rest = torch.cat([rest, (1 - share) * rest.square().mean((1, 2), keepdim=True).sqrt()], -1)
     else:
         columns = columns * even
-    length = columns.norm(dim=1)  # [N, S]
-    left, answers = length.square(), columns.mT @ rest  # answers [N, S, D]: what columns have of what is left
+
+    def joint(x: Tensor) -> Tensor:
+        """x [N, S] summed over heads that take the same."""
+        return x if alike == 1 else x.unflatten(0, (-1, alike)).sum(1).repeat_interleave(alike, 0)
+
+    left = columns.square().sum(1)  # [N, S]
+    weight, nothing = joint(left), 1e-8 * left
+    answers = columns.mT @ rest  # [N, S, D]: what columns have of what is left
     ridge = (_RIDGE * left).clamp(min=1e-30)
     turns, spent = min(size, *columns.shape[1:]), torch.zeros_like(free[:, :1])
     alongs, taken, least = columns.new_empty(len(columns), turns, columns.shape[2]), [], None
     for turn in range(turns):
         squared = answers.square().sum(-1)
-        gain = (squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
+        gain = joint(squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
         if least is None:
-            least = _SPENT**2 * (squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
+            least = _SPENT**2 * joint(squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
         spent |= gain.amax(-1, keepdim=True) <= least
         if bool(spent.all()):
             break
-        best = torch.where(spent, length.masked_fill(~free, -1.0), gain).argmax(-1, keepdim=True)  # [N, 1]
+        best = torch.where(spent, weight.masked_fill(~free, -1.0), gain).argmax(-1, keepdim=True)  # [N, 1]
         taken.append(best)
         free = free.scatter(1, best, False)
         row, column = best.unsqueeze(1), best.unsqueeze(2)
         new = columns.gather(2, row.expand(-1, columns.shape[1], -1)).mT @ columns  # [N, 1, S]
         known = alongs[:, :turn]
         new = new - known.gather(2, row.expand(-1, turn, -1)).mT @ known
-        pivot, whole = new.gather(2, row), length.square().gather(1, best).unsqueeze(2)
-        scale = torch.where(pivot > 1e-8 * whole, pivot.clamp(min=1e-300).rsqrt(), 0.0)  # nothing new: no direction
+        pivot = new.gather(2, row)
+        some = pivot > nothing.gather(1, best).unsqueeze(2)
+        scale = torch.where(some, pivot.clamp(min=1e-300).rsqrt(), 0.0)  # nothing new: no direction
         along = new * scale
         told = answers.gather(1, column.expand(-1, -1, answers.shape[2])) * scale  # [N, 1, D]
         alongs[:, turn] = along[:, 0]
         answers = torch.baddbmm(answers, along.mT, told, alpha=-1)
         left = left - along[:, 0].square()
     if len(taken) < size:
-        by_weight = length.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        by_weight = weight.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
         taken.append(by_weight[:, : size - len(taken)])
     return torch.cat(taken, -1)

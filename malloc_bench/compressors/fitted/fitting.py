@@ -68,7 +68,7 @@ class FittedTokens(Asking, TokenMethod):
 
     def layout(self, prefill: Prefill) -> Layout:
         mass = prefill.probes(0, self.ask).normalised
-        own = "head" if self.per_head else "layer" if mass else "state"
+        own = "head" if self.per_head else "state" if self.consecutive and not mass else "layer"
         plain = dense_layout(prefill, own, consecutive=self.consecutive)  # type: ignore[arg-type]
         stored = split(plain.vectors)
         heads = sum(pair[0][1] for pair in stored)
@@ -95,7 +95,7 @@ class FittedTokens(Asking, TokenMethod):
             )
             if masses is not None:
                 slots = replace(slots, mass=torch.where(whole, 1.0 if before.mass is None else before.mass, masses))
-            elif not self.per_head:
+            elif self.consecutive:
                 slots = shared.setdefault(id(old), slots)  # the same in every layer
             layers.append((Segment({"keys": Dense(keys), "values": Dense(values)}, slots),))
         return UserState(tuple(layers), prefill.state.length)
