@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from malloc_bench.backbones import get_backbone
+from malloc_bench.compressors import Budget
 from malloc_bench.results import read_rows
 from malloc_bench.run.runner import run_suite
 from malloc_bench.testing.worlds import World
@@ -103,6 +104,37 @@ def test_where_says_for_whom_by_hand(synthetic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["where.py", str(tmp_path / "run"), "--budget", "1/3"])
     with pytest.raises(SystemExit, match="no row of seed 0 at 1/3"):
         where.main()
+
+
+def test_later_keeps_a_tenth_from_the_fit(synthetic, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    later = module("later")
+    monkeypatch.setattr(later, "PROBES", 16)
+    monkeypatch.setattr(later, "READERS", 4)
+    data = synthetic.dataset
+    places = [x for u in range(data.n_users) for x in range(data.offsets[u], synthetic.train_end[u])]
+    first, count = {}, {}
+    for place in sorted(places, key=lambda x: data.times[x], reverse=True):
+        item = int(data.items[place])
+        first[item], count[item] = data.times[place], count.get(item, 0) + 1
+    tenths = later.tenths(synthetic)
+    for name, told, oldest in (("newest", first, True), ("rarest", count, False)):
+        inside, outside = ([told[x] for x in told if (x in tenths[name]) == side] for side in (True, False))
+        assert len(tenths[name]) == len(told) // 10
+        assert min(inside) >= max(outside) if oldest else max(inside) <= min(outside)
+    methods, lots = later.fits(synthetic, tenths["rarest"])
+    probes = {name: set(method.needs.asks[0].which) for name, method in methods.items()}
+    late = set(tenths["rarest"].tolist())
+    assert not (probes["of the others"] | probes["by events"]) & late and probes["of all"] & late
+    for name, lot in lots.items():
+        assert ("tenth" in name) == (set(lot.tolist()) <= late)
+        assert "readers" not in name or not any(each & set(lot.tolist()) for each in probes.values())
+    torch.manual_seed(0)
+    backbone = get_backbone("sasrec", data.n_items, data.has_time, layers=1, dim=16, max_length=40).eval()
+    with torch.no_grad():
+        for budget, least in ((Budget(1.0), 1.0), (Budget(slots=2), 0.0)):
+            for _, found in later.overlaps(backbone, synthetic, methods, lots, budget, 40):
+                assert found.keys() == lots.keys() and all(least <= float(x.mean()) <= 1 for x in found.values())
 
 
 def test_the_page_on_fitted_states_is_what_the_rows_say():
