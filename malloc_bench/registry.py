@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import metadata
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -211,6 +212,34 @@ def load_part(spec: str) -> str:
     elif cls.name in names(cls.kind) and (other := find(cls.kind, cls.name)) is not cls:
         raise ValueError(f"{where}: {attribute} is named '{cls.name}', as {place(other)} is: give it a name of its own")
     return str(cls.name)
+
+
+def foreign() -> list[tuple[str, str, str, str, str | None]]:
+    """Classes that are not ours, for `adopt` in another process: kind, name, module, class, and the module's file."""
+    return [
+        (kind, name, cls.__module__, cls.__qualname__, getattr(sys.modules.get(cls.__module__), "__file__", None))
+        for kind, parts in _parts.items()
+        for name, cls in parts.items()
+        if cls.__module__.split(".")[0] not in ("malloc_bench", "__main__") and "<locals>" not in cls.__qualname__
+    ]
+
+
+def adopt(classes: Iterable[tuple[str, str, str, str, str | None]]) -> None:
+    """Import and register what `foreign` has named; raises whatever an import raises."""
+    for kind, name, module, cls, file in classes:
+        if file is not None and (module.startswith(_USER) or (module not in sys.modules and not _importable(module))):
+            found = sys.modules[module] if module in sys.modules else load_file(Path(file), module)
+        else:
+            found = importlib.import_module(module)
+        if name not in names(kind):
+            register(name)(attrgetter(cls)(found))
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _is_name(name: Any) -> bool:

@@ -36,6 +36,7 @@ app.add_typer(reports)
 app.add_typer(plans)
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work; times are measured by one alone.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -66,6 +67,7 @@ def run(
     quiet: Quiet = False,
     tuned: Annotated[Path | None, typer.Option(help="Parameters that `tune` chose: a tuned.yaml.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: the I-th of N parts, for many machines; then merge.")] = None,
+    workers: Workers = 1,
 ) -> int:
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench.run import runner
@@ -74,7 +76,7 @@ def run(
     chosen = pairs(only or [])
     result = runner.run_suite(
         suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet,
-        tuned=tuned, shard=part,
+        tuned=tuned, shard=part, workers=workers,
     )  # fmt: skip
     (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code
@@ -91,6 +93,7 @@ def tune(
     offline: Offline = False,
     device: Device = "auto",
     quiet: Quiet = False,
+    workers: Workers = 1,
 ) -> int:
     """Choose the parameters of a suite's methods on validation users, and write tuned.yaml for `run --tuned`."""
     from malloc_bench.results import label
@@ -98,7 +101,7 @@ def tune(
 
     found = tuning.tune(
         suite, out, metric=metric, per_budget=per_budget, only=pairs(only or []), dry_run=dry_run, offline=offline,
-        device=device, quiet=quiet,
+        device=device, quiet=quiet, workers=workers,
     )  # fmt: skip
     if found.path is None:
         _plan(found.result, quiet)
@@ -275,7 +278,8 @@ def _end_as_by_ctrl_c(ended: list[int]) -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether the message says all that the user needs: SuiteError, DataError, UnknownName, a bad argument ..."""
-    ours = {"DataError", "ResultsError", "LockedError", "StoreError"}  # by name: their modules take seconds to import
+    # by name: their modules take seconds to import
+    ours = {"DataError", "ResultsError", "LockedError", "StoreError", "WorkerError"}
     names = {cls.__name__ for cls in type(error).__mro__}
     return isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or bool(names & ours)
 

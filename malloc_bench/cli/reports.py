@@ -26,8 +26,8 @@ def recommend(
 ) -> None:
     """Which methods no other beats within your limits of bytes, time and accuracy."""
     from malloc_bench.cli.describe import stores
-    from malloc_bench.report.recommend import Limits, print_recommended, share, size
-    from malloc_bench.results import load_results
+    from malloc_bench.report.recommend import Limits, print_recommended, share
+    from malloc_bench.results import load_results, size
 
     limits = Limits(
         size=None if bytes is None else size(bytes),

@@ -17,7 +17,7 @@ from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of
 from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
 from malloc_bench.evaluation.requests import Asked
-from malloc_bench.evaluation.trial import Job, check_read, checked_bytes, of_users
+from malloc_bench.evaluation.trial import Begin, Job, check_read, checked_bytes, nobody, of_users
 from malloc_bench.state import Events, MissingStatistic, Named, Prefill, Stats, UserState
 
 USERS = 256  # at most, whose hashes come first
@@ -34,6 +34,7 @@ def drift(
     *,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    begin: Begin = nobody,
 ) -> tuple[dict[str, dict[str, float | int]], dict[str, Failure]]:
     """Columns `drift@N`, `appended@N` and `drift_users@N` by job id, and why jobs failed.
 
@@ -41,7 +42,8 @@ def drift(
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
     whole history keeps, less what the updated state keeps: the drift. appended: what a state keeps that is left as it
     was made, the N events behind it as they come. Users with more than N events. Jobs that keep raw events, or need
-    what nobody can tell of a compressed state, have no drift, of 0 users. report: told how much of all is done.
+    what nobody can tell of a compressed state, have no drift, of 0 users. report: told how much of all is done; begin:
+    as in `evaluate`.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
@@ -64,6 +66,7 @@ def drift(
                 done += 1
                 if job.id in failed or job.id in silent:
                     continue
+                begin(f"drift, part {done} of {total}", job.id)
                 try:
                     with undisturbed(), unwritten(backbone, job.backbone or backbone):
                         lost[job.id].append(stream.kept(job, other))
@@ -74,6 +77,7 @@ def drift(
                 except BaseException as error:  # also sys.exit
                     failed[job.id] = failure(error)
                     stream, other = make(rows), make(rows[-1:])  # of which it may have spoilt something
+            begin("", "")
         for each, values in lost.items():
             if each in failed:
                 continue

@@ -22,7 +22,7 @@ from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
-from malloc_bench.evaluation.trial import Job, Read, Witnesses, attempt, total
+from malloc_bench.evaluation.trial import Begin, Job, Read, Witnesses, attempt, nobody, total
 from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
@@ -101,13 +101,16 @@ def evaluate(
     loss: bool = False,
     store: Store | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    begin: Begin = nobody,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Every job on every test target or request; the full state is always read too, as the reference of fidelity.
 
     Jobs with a backbone of their own are held against the same reference, and their budgets are shares of its bytes.
     A job that raises is left out from there on, with the reason in `failed`; the others go on. Only what is not in
-    `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk. loss: in
-    retrieval the cross-entropy of each target too.
+    `store` yet is computed; each chunk is saved as it is done. report(done, total) is called after each chunk,
+    begin(what, job id) before a method does its own work. share: (i, n), from the i-th chunk on every n-th only. loss:
+    in retrieval the cross-entropy of each target too.
     """
     for model in {backbone, *(job.backbone or backbone for job in jobs)}:
         model.eval()
@@ -123,7 +126,8 @@ def evaluate(
         columns |= NextItem.loss
     failed: dict[str, Failure] = {}
     kept: list[dict[str, Values]] = []
-    for number, rows in enumerate(parts):
+    mine = list(enumerate(parts))[share[0] :: share[1]]
+    for number, rows in mine:
         saved = store.load(number) if store else {}
         have = {  # of another version chunks may be of other users
             name: values
@@ -136,11 +140,12 @@ def evaluate(
             ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
             ask = partial(asked_of, backbone, split, rows, filter_seen, loss)
             others = [job for job in todo if job.id != REFERENCE]
-            have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items)
+            told = partial(begin, f"chunk {number + 1} of {len(parts)}")
+            have |= _chunk(backbone, ask, ids, others, seed, failed, packed, items, told)
             if store:
                 store.save(number, have)
         kept.append(have)
-        report(number + 1, len(parts))
+        report(len(kept), len(mine))
     whole = {
         job.id: [chunk[job.id] for chunk in kept]
         for job in everything
@@ -148,7 +153,7 @@ def evaluate(
     }
     values = {each: {name: np.concatenate([x[name] for x in own]) for name in columns} for each, own in whole.items()}
     of = {each: _side_by_side([x[PARTS] for x in own]) for each, own in whole.items()}
-    order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    order = np.concatenate([rows for _, rows in mine]) if mine else np.zeros(0, dtype=np.int64)
     users = split.test.users[order]
     length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
     full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
@@ -185,6 +190,7 @@ def _chunk(
     failed: dict[str, Failure],
     packed: Tensor,
     items: Named | None,
+    begin: Callable[[str], None],
 ) -> dict[str, Values]:
     """Values of the reference and of the jobs for the users of one chunk.
 
@@ -192,16 +198,16 @@ def _chunk(
     and each half of the jobs gets its own, until the one that does it is alone.
     """
     try:
-        values, broken = _together(backbone, ask(), ids, jobs, seed, packed, items)
+        values, broken = _together(backbone, ask(), ids, jobs, seed, packed, items, begin)
     except (InputChanged, BadNeeds) as error:
         if not jobs:
             raise  # the backbone itself
         if len(jobs) == 1:
             failed[jobs[0].id] = failure(error)
-            return _chunk(backbone, ask, ids, [], seed, failed, packed, items)
+            return _chunk(backbone, ask, ids, [], seed, failed, packed, items, begin)
         half = len(jobs) // 2
-        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed, items)
-        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed, items)
+        some = _chunk(backbone, ask, ids, jobs[:half], seed, failed, packed, items, begin)
+        return some | _chunk(backbone, ask, ids, jobs[half:], seed, failed, packed, items, begin)
     failed |= broken
     return values
 
@@ -214,6 +220,7 @@ def _together(
     seed: int,
     packed: Tensor,
     items: Named | None,
+    begin: Callable[[str], None],
 ) -> tuple[dict[str, Values], dict[str, Failure]]:
     """Values by job, backbone by backbone, the one that is evaluated first; and why others failed.
 
@@ -257,6 +264,7 @@ def _together(
         whole_read = read = Read(prefill.state, full)
         with unwritten(model):
             for job in own:
+                begin(job.id)
                 with _noting(broken, job):
                     apart = _remembers(job.compressor)
                     mine = replace(prefill, memo=memos[apart])
@@ -265,6 +273,7 @@ def _together(
                         read, parts = attempt(job, model, mine, asked, reads, watched if apart else witnesses)
                     found.append(read.out)
                     done.append((job, parts))
+            begin("")
             if fingerprint(given) != before:
                 what = "a method changed the state, statistics or events that it was given"
                 raise InputChanged(f"{what}: it must copy first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +14,15 @@ from malloc_bench.compressors import Budget, Compressor
 from malloc_bench.evaluation.requests import Asked
 from malloc_bench.state import Fitted, Prefill, UserState
 
+#: told at what a job's method works from now on, and whose, by id ("": nobody's)
+Begin = Callable[[str, str], None]
+MEASURING = "measuring"  # which takes as long as was asked for
+
 TOLERANCE = 1e-5  # of reads, relative to the largest number read and at least absolute
+
+
+def nobody(what: str, job: str) -> None:
+    """A `Begin` that tells nobody."""
 
 
 class OverBudget(RuntimeError):

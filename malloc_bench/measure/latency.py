@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, Structural
+from malloc_bench.evaluation.trial import MEASURING, Begin, nobody
 from malloc_bench.measure.environment import cores, load
 from malloc_bench.measure.sampling import MOST, Call, Ratio, Samples, in_rounds, interleaved, ratio, summary, threads
 from malloc_bench.measure.workload import Workload, some_facts
@@ -101,6 +103,7 @@ def latency(
     seconds: float = 0.3,
     repeats: int = 5,
     n_threads: int = 1,
+    begin: Begin = nobody,
 ) -> dict[str, Timing]:
     """Times of every cell on one workload.
 
@@ -111,8 +114,8 @@ def latency(
     those of adapted backbones among them.
     Then, in rounds over all cells: compress, append and read, and append and read of the full state. Every compress
     starts from a prefill that remembers nothing. Cells whose states are the same bytes share their appends and reads.
-    A cell that raises is logged and left out. Page faults of freshly mapped temporaries would be most of some steps:
-    malloc is told to keep its memory, for the rest of the process.
+    A cell that raises is logged and left out; begin: told of one before each of its turns. Page faults of freshly
+    mapped temporaries would be most of some steps: malloc is told to keep its memory, for the rest of the process.
     """
     tune_malloc()
     with threads(n_threads), torch.no_grad():  # not inference mode: methods may fit by gradient
@@ -134,6 +137,7 @@ def latency(
         raw = set()
         for name, (compressor, budget, *fit) in methods.items():
             part = compressor.structural
+            begin(MEASURING, name)
             try:
                 state = compressor.compress(replace(filled[part], memo={}), budget, *fit)
                 shares[name] = first.setdefault(_make(part, state), name)
@@ -154,7 +158,8 @@ def latency(
             sure = alone or _over(samples["read"], samples["full read"], str(device), n_threads).tight
             return spent >= (seconds if sure else PATIENCE * seconds) or len(next(iter(samples.values()))) >= MOST
 
-        found = in_rounds(groups, enough, device, repeats, _failed)
+        found = in_rounds(groups, enough, device, repeats, _failed, partial(begin, MEASURING))
+        begin("", "")
         ended = load()
     timings: dict[str, Timing] = {}
     for name, whose in shares.items():

@@ -116,19 +116,22 @@ def in_rounds(
     device: str | torch.device = "cpu",
     repeats: int = 5,
     failed: Callable[[K], None] | None = None,
+    visit: Callable[[K], None] = lambda key: None,
 ) -> dict[K, dict[N, Samples]]:
     """Times of groups of calls: each round visits every group that has not had `repeats` rounds and `enough` of them.
 
     In a visit each call is made once, each time beginning with another, so that calls of one group are neighbours in
     time and every group is spread over the whole of it; a group's first visit is not counted. enough: (group, samples,
     seconds that they took in all). failed: told of a group of which a call raises (within the handler); it is left
-    out. None: the exception goes on. The garbage collector rests meanwhile. Waits for a CUDA device around each call.
+    out. None: the exception goes on. visit: told of a group before its calls. The garbage collector rests meanwhile.
+    Waits for a CUDA device around each call.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     samples: dict[K, dict[N, Samples]] = {key: {n: Samples([], []) for n in g} for key, g in groups.items()}
     spent = dict.fromkeys(groups, 0.0)
     left = {key: list(calls) for key, calls in groups.items()}
     for key in list(left):
+        visit(key)
         with _failing(key, left, samples, failed):
             for call in groups[key].values():
                 call()
@@ -138,6 +141,7 @@ def in_rounds(
         rounds = 0
         while left:
             for key, names in list(left.items()):
+                visit(key)
                 with _failing(key, left, samples, failed):
                     first = rounds % max(len(names), 1)
                     for name in names[first:] + names[:first]:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from malloc_bench.backbones import Backbone
+from malloc_bench.evaluation.trial import MEASURING, Begin, nobody
 from malloc_bench.measure.clients import rate
 from malloc_bench.measure.environment import cores, load
 from malloc_bench.measure.latency import Method, Models, prefilled
@@ -115,6 +117,7 @@ def requests(
     seconds: float = 0.3,
     repeats: int = 5,
     n_threads: int = 1,
+    begin: Begin = nobody,
 ) -> tuple[dict[str, dict[int, Served]], dict[str, str]]:
     """Requests of every cell by C of candidates, through a store of STORES that is started for it and ended after it;
 
@@ -130,10 +133,10 @@ def requests(
     with threads(n_threads), torch.no_grad():
         try:
             with STORES[store]() as opened:
-                states = _stored(models, methods, workload, opened, failed)
+                states = _stored(models, methods, workload, opened, failed, begin)
                 for c in candidates:
                     work = replace(workload, candidates=c)
-                    for name, served in _served(models, methods, work, opened, states, failed, seconds, repeats):
+                    for name, served in _served(models, methods, work, opened, states, failed, seconds, repeats, begin):
                         found[name][c] = served
         except StoreError as error:  # it did not start, or take what it was given
             failed |= dict.fromkeys(methods, str(error))
@@ -143,12 +146,18 @@ def requests(
 
 
 def _stored(
-    models: Models, methods: Mapping[str, Method], workload: Workload, store: Store, failed: dict[str, str]
+    models: Models,
+    methods: Mapping[str, Method],
+    workload: Workload,
+    store: Store,
+    failed: dict[str, str],
+    begin: Begin,
 ) -> dict[str, UserState]:
     """Templates by cell, "" of the full state; every user's state is in the store."""
     filled = prefilled(models, [method[0] for method in methods.values()], workload)
     templates: dict[str, UserState] = {}
     for name, method in {"": None, **methods}.items():
+        begin(MEASURING, name)
         try:
             if method is None:
                 state = filled[None].state
@@ -173,6 +182,7 @@ def _served(
     failed: dict[str, str],
     seconds: float,
     repeats: int,
+    begin: Begin,
 ) -> list[tuple[str, Served]]:
     device = next(models[None].parameters()).device
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
@@ -194,7 +204,8 @@ def _served(
         failed[name] = _reason()
 
     began = load()
-    in_rounds(pairs, enough, device, repeats, fails)
+    in_rounds(pairs, enough, device, repeats, fails, partial(begin, MEASURING))
+    begin("", "")
     ended, served = load(), []
     for name in (each for each in pairs if each not in failed):
         own, full = (np.array(pairs[name][whose].taken[1:]) for whose in ("own", ""))  # the first was to warm up

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05  # a method that is worse than the best with a larger p (Holm) ties with it
 STANDINGS = ("best", "ties", "smaller", "cheaper read", "rebuilds")
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -208,28 +206,12 @@ def best_per_budget(frame: pl.DataFrame, users: Users) -> pl.DataFrame:
 # ---- limits as a user writes them
 
 
-def size(text: str) -> float:
-    """Bytes from `5KB`, `300`, `1.5 MiB`; raises ValueError."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?i?b?)\s*", text.lower())
-    unit = None if found is None else _UNITS.get(found[2] if found[2].endswith("b") or not found[2] else found[2] + "b")
-    if found is None or unit is None or not (value := _number(found[1])):
-        raise ValueError(f"'{text}' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB")
-    return value * unit
-
-
 def share(text: str) -> float:
     """A share above 0 and at most 1 from `1/32`, `3.125%` or `0.03`; raises ValueError."""
     value = results.share(text)
     if value is None or not 0 < value <= 1:
         raise ValueError(f"'{text}' is no share: expected one above 0 and at most 1, such as 1/32, 3.125% or 0.03")
     return value
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 # ---- as text

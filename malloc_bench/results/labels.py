@@ -9,6 +9,8 @@ from typing import Any
 
 from malloc_bench.files import canonical_json
 
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
 
 def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
     """The `budget` column: `0.25`, `{"slots":16}`, or null where the method has no budget."""
@@ -46,6 +48,14 @@ def budget_asked(text: str) -> str:
         except (ValueError, TypeError):
             return text
     return budget_label(budget_text(value))
+
+
+def size(text: str) -> float:
+    """Bytes from `5KB`, `300`, `1.5 MiB`; raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(?:([kmg]i?)b?|b)?\s*", text.lower(), re.ASCII)
+    if found is None or not (value := float(found[1])):
+        raise ValueError(f"'{text}' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB")
+    return value * _UNITS[found[2] or ""]
 
 
 def share(text: str) -> float | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 from malloc_bench.registry import shown
@@ -45,6 +46,7 @@ class Track:
         self.part = 0.0  # of the phase that is going on
         self.epochs = self.earlier = 0.0  # of the training that is going on, and of the group's before it
         self.spent = dict.fromkeys(PHASES, 0.0)
+        self.lanes: dict[Hashable, Track] = {}  # of what workers do at the same time
 
     def group(self, text: str, cost: Cost | None) -> None:
         self.before += self.cost.total if self.cost else 0.0
@@ -73,14 +75,27 @@ class Track:
         self.doing = f"measure: latency and FLOPs of {cells} cells"
         self._to("measure", 0.0)
 
+    def lane(self, key: Hashable, text: str, cost: Cost | None) -> Track:
+        """Of a group that a worker begins, or begins again; its parts are told to the lane."""
+        self.lanes[key] = lane = Track(cost.total if cost else 0.0, self.clock)
+        lane.group(text, cost)
+        return lane
+
+    def end(self) -> None:
+        """All of it is done."""
+        self._to(self.phase, 1.0)
+        self.before, self.cost, self.since, self.doing = self.total, None, math.inf, ""
+
     def _to(self, phase: str, part: float) -> None:
         now = self.clock()
-        self.spent[self.phase] += now - self.since
+        self.spent[self.phase] += max(0.0, now - self.since)
         self.phase, self.part, self.since = phase, part, now
 
     @property
     def done(self) -> float:
         """Of `total`."""
+        if self.lanes:
+            return sum(lane.done for lane in self.lanes.values())
         if self.cost is None:
             return self.before
         sizes = [getattr(self.cost, phase) for phase in PHASES]
@@ -98,8 +113,15 @@ class Track:
         ahead = "" if left is None else f", about {duration(left)} left"
         return f"{share:.0%} after {duration(self.clock() - self.started)}{ahead}"
 
+    def now(self) -> str:
+        """What is done, by each worker."""
+        return "; ".join(filter(None, (lane.doing for lane in self.lanes.values()))) or self.doing
+
     def times(self) -> dict[str, float]:
-        """Wall-clock seconds of each phase until now."""
+        """Wall-clock seconds of each phase until now, those of several workers added up."""
+        if self.lanes:
+            lanes = [lane.times() for lane in self.lanes.values()]
+            return {phase: sum(each[phase] for each in lanes) for phase in PHASES}
         self._to(self.phase, self.part)
         return dict(self.spent)
 
@@ -111,11 +133,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-class _Shown:
+class Shown:
     """A track whose every change is told to `show`."""
 
     def __init__(self, track: Track, say: Callable[[str], None], show: Callable[[Track], None]) -> None:
         self.track, self.say, self.show = track, say, show
+
+    def lane(self, key: Hashable, text: str, cost: Cost | None) -> Shown:
+        """Of a worker: what it is told shows among what the others do."""
+        own = self.track.lane(key, text, cost)
+        self.say(text)
+        return Shown(own, self.say, lambda _: self.show(self.track))
+
+    def end(self) -> None:
+        self.track.end()
+        self.show(self.track)
 
     def group(self, text: str, cost: Cost | None) -> None:
         self.track.group(text, cost)
@@ -140,14 +172,14 @@ class _Shown:
 
 
 @contextlib.contextmanager
-def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monotonic) -> Iterator[_Shown]:
+def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monotonic) -> Iterator[Shown]:
     """A bar over all and what is done now below it; without a terminal a line each half minute; or nothing.
 
     On standard error. total: seconds of all groups' rough costs.
     """
     track = Track(total, clock)
     if quiet:
-        yield _Shown(track, lambda text: None, lambda track: None)
+        yield Shown(track, lambda text: None, lambda track: None)
         return
     from rich.console import Console
 
@@ -165,7 +197,7 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
 
         threading.Thread(target=beat, daemon=True).start()
         try:
-            yield _Shown(track, say, show)
+            yield Shown(track, say, show)
         finally:
             ended.set()
         return
@@ -178,9 +210,9 @@ def watching(quiet: bool, total: float, clock: Callable[[], float] = time.monoto
 
         def show(track: Track) -> None:
             progress.update(bar, completed=min(track.done, total), description=str(track))
-            progress.update(now, completed=track.part, description=f"  {shown(track.doing)}")
+            progress.update(now, completed=track.part, description=f"  {shown(track.now())}")
 
-        yield _Shown(track, say, show)
+        yield Shown(track, say, show)
 
 
 def _lines(say: Callable[[str], None], clock: Callable[[], float]) -> Callable[[Track], None]:
@@ -190,6 +222,6 @@ def _lines(say: Callable[[str], None], clock: Callable[[], float]) -> Callable[[
         nonlocal last
         if (now := clock()) - last >= EVERY:
             last = now
-            say(f"{track}; {track.doing}")
+            say(f"{track}; {track.now()}")
 
     return show

@@ -13,6 +13,7 @@ import torch
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone
 from malloc_bench.evaluation.evaluate import Job
+from malloc_bench.evaluation.trial import MEASURING, Begin, nobody
 from malloc_bench.results import COLUMNS
 from malloc_bench.state import UserState
 from malloc_bench.suite.file import Measure
@@ -28,6 +29,7 @@ def resources(
     lengths: np.ndarray,
     keep: Callable[[str, dict[str, Any]], None],
     report: Callable[[int], None],
+    begin: Begin = nobody,
 ) -> dict[str, dict[str, Any]]:
     """Latency, FLOPs and peak memory of every job, row columns by job id, on generated histories of two lengths:
 
@@ -36,7 +38,8 @@ def resources(
 
     models: the trained backbone under None, and as structural parts have adapted it. They serve unless the suite's
     length is beyond them: then fresh(max_length) makes one that keeps so many events. keep(job id, raw samples) is
-    called with what was timed, report(cells) before anything is measured.
+    called with what was timed, report(cells) before anything is measured, begin
+    as in `evaluate`.
     """
     if not jobs or not (settings.latency or settings.flops or settings.store):
         return {}
@@ -55,10 +58,10 @@ def resources(
     rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
     taken: dict[str, list[dict[str, Any]]] = {job.id: [] for job in jobs}
     for work in works:
-        for each, columns in _measured(settings, jobs, models, work, taken):
+        for each, columns in _measured(settings, jobs, models, work, taken, begin):
             rows[each] = _both(rows[each], {"measured_history": work.history, **columns})
     raw: dict[str, dict[str, Any]] = {}
-    for each, columns in (_requests(settings, jobs, models, works[0], raw) if settings.store else {}).items():
+    for each, columns in (_requests(settings, jobs, models, works[0], raw, begin) if settings.store else {}).items():
         rows[each] |= columns
     for each, samples in taken.items():
         requests = {"requests": raw[each]} if each in raw else {}
@@ -98,12 +101,13 @@ def _requests(
     models: measure.Models,
     workload: measure.Workload,
     raw: dict[str, dict[str, Any]],
+    begin: Begin,
 ) -> dict[str, dict[str, Any]]:
     """Columns by job id, of a job that could not be served why; seconds of each step are put into `raw`."""
     assert settings.store is not None
     methods: dict[str, measure.Method] = {job.id: (job.compressor, job.budget, job.fitted) for job in jobs}
     found, failed = measure.requests(
-        models, methods, workload, settings.candidates, settings.store, seconds=settings.seconds
+        models, methods, workload, settings.candidates, settings.store, seconds=settings.seconds, begin=begin
     )
     rows: dict[str, dict[str, Any]] = {}
     for each, served in found.items():
@@ -120,13 +124,14 @@ def _measured(
     models: measure.Models,
     workload: measure.Workload,
     taken: dict[str, list[dict[str, Any]]],
+    begin: Begin,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Columns by job id; raw times are added to `taken`."""
     timings: dict[str, measure.Timing] = {}
     if settings.latency:
         methods: dict[str, measure.Method] = {job.id: (job.compressor, job.budget, job.fitted) for job in jobs}
-        timings = measure.latency(models, methods, workload, seconds=settings.seconds)
-    costs = dict(_costs(models, jobs, workload)) if settings.flops else {}
+        timings = measure.latency(models, methods, workload, seconds=settings.seconds, begin=begin)
+    costs = dict(_costs(models, jobs, workload, begin)) if settings.flops else {}
     for job in jobs:
         columns: dict[str, Any] = {}
         if job.id in timings:
@@ -137,7 +142,7 @@ def _measured(
 
 @torch.no_grad()
 def _costs(
-    models: measure.Models, jobs: Sequence[Job], workload: measure.Workload
+    models: measure.Models, jobs: Sequence[Job], workload: measure.Workload, begin: Begin
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """By job id: FLOPs per user by formula, bytes of a state, the peak of what making and reading a batch allocates.
 
@@ -155,6 +160,7 @@ def _costs(
             own.read(tokens, state)
             return state
 
+        begin(MEASURING, job.id)
         try:
             state, peak = measure.peak_memory(work, device)
             found = measure.closed_form(own, job.compressor, state, workload)
@@ -162,3 +168,4 @@ def _costs(
             log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
             continue
         yield job.id, {**found, "peak_bytes": peak, "measured_bytes": float(state.nbytes().double().mean())}
+    begin("", "")

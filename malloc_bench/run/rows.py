@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,46 @@ from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation import metrics
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
 from malloc_bench.evaluation.requests import Values
+from malloc_bench.results import Row
+from malloc_bench.suite.cells import Cell
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+def about(cell: Cell, environment: Mapping[str, Any]) -> Row:
+    """What a row says of its cell, and of the machine and time that it is written on and at."""
+    return {
+        "suite": cell.suite,
+        "dataset": cell.dataset,
+        "task": cell.task.label,
+        "split": cell.split_text,
+        "backbone": cell.backbone.name,
+        "backbone_params": cell.backbone.params,
+        "family": cell.compressor.family,
+        "compressor": cell.compressor.name,
+        "compressor_params": cell.compressor.params,
+        "tuned": cell.tuned,
+        "structural": cell.compressor.structural is not None,
+        "budget": cell.budget_text,
+        "budget_unit": _unit(cell),
+        "seed": cell.seed,
+        "amp": cell.training["amp"],
+        "git_commit": environment.get("git_commit"),
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cell": cell.payload(),
+        "versions": {name: environment.get(name) for name in ("malloc_bench", "python", "torch", "numpy")},
+        "hardware": {name: environment.get(name) for name in ("cpu", "cores", "memory_bytes", "gpu")},
+    }
+
+
+def _unit(cell: Cell) -> str | None:
+    """What its budget counts; None without one, and where the method cannot tell."""
+    try:
+        unit = None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget)
+    except (Exception, SystemExit):  # which is no reason to lose its row
+        return None
+    return unit if isinstance(unit, str) else None
 
 
 def accuracy(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ from malloc_bench.registry import load_part
 from malloc_bench.report import write_report
 from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
 from malloc_bench.run.estimate import probed
-from malloc_bench.run.folder import LockedError, locked, read_manifest, remove_dead, remove_partial
+from malloc_bench.run.executors.local import Local
+from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
@@ -46,6 +47,7 @@ def run_suite(
     quiet: bool = False,
     tuned: str | Path | None = None,
     shard: tuple[int, int] | None = None,
+    workers: int = 1,
 ) -> RunResult:
     """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
 
@@ -53,12 +55,13 @@ def run_suite(
     unfinished chunks (checkpoints are kept). Cells whose data cannot be had, or do not fit the split or the task, are
     skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
     `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only
-    the i-th of n parts of the cells, from 1; `merge` makes one run of the parts. Raises SuiteError, LockedError,
-    ResultsError, StoreError where the store that requests are to be measured with is not installed.
+    the i-th of n parts of the cells, from 1; `merge` makes one run of the parts. workers: processes that share the
+    cells, after which one measures times. Raises SuiteError, LockedError, ResultsError, WorkerError, StoreError where
+    the store that requests are to be measured with is not installed.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     suite = suite if tuned is None else replace(suite, tuned=Path(tuned))
-    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard)
+    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard, workers)
 
 
 def _run(
@@ -72,8 +75,11 @@ def _run(
     quiet: bool,
     whole: bool,
     shard: tuple[int, int] | None = None,
+    workers: int = 1,
 ) -> RunResult:
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, not {workers}")
     cells = suites.only(suite.cells(), only)
     if shard is not None:
         i, n = shard
@@ -108,12 +114,19 @@ def _run(
         rows = read_rows(folder / "rows")
         _forget(folder, rows, known)
         result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
+        undone = [cell for cell, _ in groups(result.plan) if cell.data]
+        if fresh:
+            for cell in undone:
+                Chunks(folder / "partial" / partial_name(cell)).drop()
         if whole:
-            remove_partial(folder, {partial_name(cell) for cell, _ in groups(result.plan) if cell.data})
+            remove_partial(folder, {partial_name(cell) for cell in undone})
         with watching(quiet, result.estimate) as watch:
-            run = Session(suite, folder, datasets, on, watch, result, fresh)
+            run = Session(suite, folder, datasets, on, watch, result)
             try:
-                run.all()
+                if workers == 1 and suite.limits is None:
+                    run.all()
+                else:
+                    Local(run, watch, workers).all()
             finally:
                 result.seconds, result.times = time.perf_counter() - started, watch.track.times()
                 run.finish()

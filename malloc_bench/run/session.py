@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,16 +24,17 @@ from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
 from malloc_bench.evaluation.guard import failure
 from malloc_bench.evaluation.popularity import popularity
+from malloc_bench.evaluation.trial import Begin, nobody
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
 from malloc_bench.paths import home
-from malloc_bench.results import Row, to_parquet, write_per_user, write_row
+from malloc_bench.results import to_parquet, write_per_user, write_row
 from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import Chunks, LockedError, locked
 from malloc_bench.run.manifest import add_session
 from malloc_bench.run.models import fresh, made
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
-from malloc_bench.run.rows import accuracy, ceilings, per_user
+from malloc_bench.run.rows import about, accuracy, ceilings, per_user
 from malloc_bench.state import Fitted
 from malloc_bench.suite.cells import Cell, Part, asks_categories
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, group_key, groups, partial_name
@@ -43,9 +43,11 @@ from malloc_bench.testing import read_alone
 from malloc_bench.training.checkpoints import Fit, copy_weights, finished
 from malloc_bench.training.fit import Training, fit, tune_malloc
 
+TRAINING, ALONE = "training", "read in a fresh process"  # at what a method works, beside chunks and drift
+
 
 class Session:
-    """One session of a suite in its folder."""
+    """One session of a suite in its folder. begin: told whose method works at what, see `evaluate`."""
 
     def __init__(
         self,
@@ -55,10 +57,10 @@ class Session:
         device: torch.device,
         watch: Watch,
         result: RunResult,
-        fresh: bool,
+        begin: Begin = nobody,
     ) -> None:
         self.suite, self.folder, self.datasets, self.device = suite, folder, datasets, device
-        self.watch, self.result, self.fresh = watch, result, fresh
+        self.watch, self.result, self.begin = watch, result, begin
         self.environment = measure.environment()
         self.fits: dict[str, Any] = {}
         self.ceilings: dict[str, Any] = {}
@@ -69,13 +71,21 @@ class Session:
 
     def all(self) -> None:
         for cell, group in groups(self.result.plan):
-            said = f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells"
-            self.watch.group(said, self.result.costs.get(group_key(cell)))
-            todo = [each for each in group if not self._skip(each)]
-            if not todo:
-                continue
+            self.watch.group(titled(group), self.result.costs.get(group_key(cell)))
+            self.group(group)
+
+    def group(self, members: Sequence[Planned], share: tuple[int, int] = (0, 1), later: bool = False) -> None:
+        """Cells that share a trained backbone. later: chunks are left behind for who calls again, and only what fails
+
+        or makes no sense has its row; share: (i, n), then, of every n-th chunk only.
+        """
+        todo = [each for each in members if not self._skip(each)]
+        if todo:
             with self._failing(todo):
-                self._group(cell, todo)
+                self._group(todo[0].cell, todo, share, later)
+
+    def fail(self, each: Planned, reason: str) -> None:
+        self._write(each, {"status": "failed", "reason": reason})
 
     @contextlib.contextmanager
     def _failing(self, cells: Sequence[Planned]) -> Iterator[None]:
@@ -85,12 +95,14 @@ class Session:
         except (ResultsError, LockedError, KeyboardInterrupt):
             raise
         except BaseException as error:
+            self.begin("", "")
             for each in cells:
                 self._write(each, {"status": "failed", **failure(error)._asdict()})
 
     def _skip(self, each: Planned) -> bool:
         """Whether its row is written already: skipped as it makes no sense, or failed as its parts cannot be made."""
         with self._failing([each]):
+            self.begin("its making", each.id)
             why = each.cell.impossible
             if why is None:
                 backbone = made(each.cell, self._split(each.cell).dataset)
@@ -101,8 +113,10 @@ class Session:
             if why is not None:
                 self._write(each, {"status": "skipped", "reason": why})
             elif each.cell.compressor not in self.alone:
+                self.begin(ALONE, each.id)
                 read_alone(each.cell.compressor.build())
                 self.alone.add(each.cell.compressor)
+            self.begin("", "")
             return why is not None
         return True
 
@@ -125,7 +139,7 @@ class Session:
             self.cut = key, cell.task.cut(self.datasets[cell.dataset], cell.split)
         return self.cut[1]
 
-    def _group(self, cell: Cell, todo: list[Planned]) -> None:
+    def _group(self, cell: Cell, todo: list[Planned], share: tuple[int, int], later: bool) -> None:
         split = self._split(cell)
         data = self.datasets[cell.dataset]
         asked = split if cell.evaluate == "test" else validating(split)
@@ -141,24 +155,27 @@ class Session:
             for each in todo
         }
         store = Chunks(self.folder / "partial" / partial_name(cell), {"": str(plain.weights), **read})
-        if self.fresh:
-            store.drop()
         jobs = [
             Job(each.id, each.cell.compressor.build(), each.cell.budget, trained[_part(each)][0], fits[each.id])
             for each in todo
         ]
         evaluation = evaluate(
             backbone, asked, jobs, seed=cell.seed, filter_seen=cell.filter_seen, loss=self.suite.measure.loss,
-            store=store, report=self.watch.chunk,
+            store=store, report=self.watch.chunk, begin=self.begin, share=share,
         )  # fmt: skip
+        if later:
+            for each in (each for each in todo if each.id in evaluation.failed):
+                self._write(each, {"status": "failed", **evaluation.failed[each.id]._asdict()})
+            return
         columns = accuracy(evaluation, [each.id for each in todo])
         if isinstance(asked, Split):
             floor = popularity(asked, cell.filter_seen)
             columns = {each: own | floor for each, own in columns.items()}
         measured = [job for job in jobs if job.id in columns and self.suite.measure.covers(job.budget)]
         lost, broken = drift(
-            backbone, asked, measured, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift
-        )
+            backbone, asked, measured, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift,
+            begin=self.begin,
+        )  # fmt: skip
         evaluation.failed.update(broken)
         for job, drifts in lost.items():
             columns[job] |= drifts
@@ -174,6 +191,7 @@ class Session:
             evaluation.length,
             self._keep_samples,
             self.watch.measure,
+            self.begin,
         )
         for each in todo:
             own, fitted, key = trained[_part(each)]
@@ -207,9 +225,11 @@ class Session:
         plain, found = trained[None][0], {}
         for each in todo:
             with self._failing([each]):
+                self.begin("learning", each.id)
                 model, fitted, key = trained[_part(each)]
                 fits = Fits(model, plain, split, home() / "checkpoints" / key / "fits", fitted.weights, seed)
                 found[each.id] = fits.of(each.cell.compressor.build(), each.cell.budget)
+        self.begin("", "")
         return found
 
     def _all_trained(
@@ -221,7 +241,9 @@ class Session:
             if part is not None:
                 own = [each for each in todo if _part(each) == part]
                 with self._failing(own):
+                    self.begin(TRAINING, own[0].id)
                     trained[part] = self._trained(own[0].cell, split)
+        self.begin("", "")
         return trained
 
     def _knows_ceilings(self, cell: Cell, split: Split) -> bool:
@@ -282,35 +304,8 @@ class Session:
         self.files.setdefault(each, {})[path] = hashlib.sha256(content).hexdigest()
 
     def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
-        cell = each.cell
-        environment = self.environment
-        row: Row = {
-            "cell_id": each.id,
-            "suite": cell.suite,
-            "dataset": cell.dataset,
-            "task": cell.task.label,
-            "split": cell.split_text,
-            "backbone": cell.backbone.name,
-            "backbone_params": cell.backbone.params,
-            "family": cell.compressor.family,
-            "compressor": cell.compressor.name,
-            "compressor_params": cell.compressor.params,
-            "tuned": cell.tuned,
-            "structural": cell.compressor.structural is not None,
-            "budget": cell.budget_text,
-            "budget_unit": _unit(cell),
-            "seed": cell.seed,
-            "amp": cell.training["amp"],
-            "git_commit": environment.get("git_commit"),
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "cell": cell.payload(),
-            "versions": {name: environment.get(name) for name in ("malloc_bench", "python", "torch", "numpy")},
-            "hardware": {name: environment.get(name) for name in ("cpu", "cores", "memory_bytes", "gpu")},
-            **columns,
-        }
-        write_row(self.folder / "rows", row)
-        count = str(columns["status"])
-        setattr(self.result, count, getattr(self.result, count) + 1)
+        write_row(self.folder / "rows", {"cell_id": each.id, **about(each.cell, self.environment), **columns})
+        self.result.add(each.id, str(columns["status"]))
 
     def finish(self) -> None:
         """The derived table and the manifest, also after an interrupt."""
@@ -320,13 +315,10 @@ class Session:
         add_session(self.folder, self.suite, self.datasets, self.result, self.environment, known)
 
 
-def _unit(cell: Cell) -> str | None:
-    """What its budget counts; None without one, and where the method cannot tell."""
-    try:
-        unit = None if cell.budget is None else cell.compressor.build().budget_unit(cell.budget)
-    except (Exception, SystemExit):  # which is no reason to lose its row
-        return None
-    return unit if isinstance(unit, str) else None
+def titled(group: Sequence[Planned]) -> str:
+    """A group in a line."""
+    cell = group[0].cell
+    return f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells"
 
 
 def _part(each: Planned) -> Structural | None:

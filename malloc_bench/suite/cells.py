@@ -41,6 +41,10 @@ class Part:
     kind: str = "compressors"
     training: dict[str, Any] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without weightless backbones, which another process makes again."""
+        return {key: value for key, value in vars(self).items() if key != "probes"}
+
     def __hash__(self) -> int:
         return hash((self.kind, self.name, canonical_json([self.params, self.training])))
 

@@ -17,10 +17,12 @@ from malloc_bench.data.tasks.splits import RULES, Rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.paths import shipped
 from malloc_bench.registry import clipped, suggest
+from malloc_bench.results import size
 from malloc_bench.strict_yaml import YamlError, number_hint, read_yaml
 from malloc_bench.training.fit import Training
 
 MAX_BYTES = 1 << 18
+MIN_MEMORY = 1 << 28
 
 
 class SuiteError(ValueError):
@@ -62,6 +64,18 @@ class Measure:
     def covers(self, budget: Budget | None) -> bool:
         """Whether cells of this budget are measured."""
         return budget is None or self.budgets is None or budget in self.budgets
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one cell may take, beyond which its row fails and the others go on; None: no limit.
+
+    seconds: of its method's own work, learning and all chunks of users together, and each turn where time is measured;
+    memory: bytes in the memory of the process that evaluates it, data that processes share not counted.
+    """
+
+    seconds: float | None = None
+    memory: int | None = None
 
 
 # ---- the schema
@@ -111,6 +125,19 @@ class MeasureKeys(_Strict):
     loss: bool = False
 
 
+def _bytes(value: Any) -> Any:
+    """Bytes from a number, or text such as 8GB."""
+    found = int(size(value)) if isinstance(value, str) else value
+    if type(found) is int and found < MIN_MEMORY:
+        raise ValueError(f"expected at least 256MiB, which a process takes that does nothing, not {shown(value)}")
+    return found
+
+
+class LimitKeys(_Strict):
+    seconds: Seconds | None = None
+    memory: Annotated[int | None, BeforeValidator(_bytes)] = None
+
+
 class SuiteKeys(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     datasets: Names
@@ -122,6 +149,7 @@ class SuiteKeys(_Strict):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
     training: TrainingKeys = TrainingKeys()
     measure: MeasureKeys = MeasureKeys()
+    limits: LimitKeys = LimitKeys()
     filter_seen: bool = True
     evaluate: Literal["test", "validation"] = "test"
     tuned: str | None = None
@@ -235,7 +263,7 @@ def fault(error: ValidationError, under: str = "") -> Fault:
     where = where.removeprefix(".")
     if problem["type"] != "extra_forbidden":
         return Fault(where, expected(problem))
-    models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys}
+    models: dict[str, type[BaseModel]] = {"training": TrainingKeys, "measure": MeasureKeys, "limits": LimitKeys}
     model: type[BaseModel] = SuiteKeys if not under else TrainingKeys
     if len(problem["loc"]) > 1:
         model = models[str(problem["loc"][0])]

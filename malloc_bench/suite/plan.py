@@ -49,7 +49,7 @@ class RunResult:
     """What a run came to. plan: all cells in order; costs: of each group of undone ones that can be run, by
 
     `group_key`; probe: seconds that this machine was probed for them, None: they are rough; times: wall-clock seconds
-    of training, evaluation and measuring.
+    of training, evaluation and measuring; written: the status of each row of this run, by cell id.
     """
 
     folder: Path
@@ -62,6 +62,14 @@ class RunResult:
     costs: dict[Any, Cost] = field(default_factory=dict)
     probe: float | None = None
     times: dict[str, float] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+
+    def add(self, cell_id: str, status: str) -> None:
+        """A row has been written, or written again."""
+        if was := self.written.get(cell_id):
+            setattr(self, was, getattr(self, was) - 1)
+        self.written[cell_id] = status
+        setattr(self, status, getattr(self, status) + 1)
 
     @property
     def estimate(self) -> float:

@@ -17,7 +17,7 @@ from malloc_bench.results import budget_asked, budget_label, canonical_json
 from malloc_bench.suite import file as suite_file
 from malloc_bench.suite import parts as suite_parts
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.file import Measure, SuiteError
+from malloc_bench.suite.file import Limits, Measure, SuiteError
 from malloc_bench.training.fit import Training
 
 __all__ = ["Cell", "Measure", "Part", "Suite", "SuiteError", "load_suite", "only"]
@@ -31,6 +31,7 @@ class Suite:
 
     cards: for data sets of the user's own, by name, the card's file that `get_dataset` takes.
     remarks: by compressor, what its sound rows give as their `reason`; not from the file, and in no cell's id.
+    limits: of each cell, in no cell's id; None: nobody looks.
     evaluate: on which targets, `test` or `validation`. tuned: a file of chosen parameters (`tuning.Tuned`).
     """
 
@@ -50,6 +51,7 @@ class Suite:
     remarks: Mapping[str, str] = field(default_factory=dict)
     evaluate: str = "test"
     tuned: Path | None = None
+    limits: Limits | None = None
 
     def cells(self) -> list[Cell]:
         """Every cell once, by dataset, task, split, backbone and seed; within each, compressors in order, then budgets.
@@ -131,6 +133,7 @@ def load_suite(path: str | Path) -> Suite:
             seeds=tuple(content.seeds),
             training=Training(**content.training.model_dump()),
             measure=_measure(content.measure),
+            limits=_limits(content.limits),
             filter_seen=content.filter_seen,
             evaluate=content.evaluate,
             tuned=None if content.tuned is None else file.parent / content.tuned,
@@ -139,6 +142,11 @@ def load_suite(path: str | Path) -> Suite:
     except suite_file.Fault as fault:
         raise SuiteError(f"{file}: {fault}") from None
     return suite
+
+
+def _limits(keys: suite_file.LimitKeys) -> Limits | None:
+    given = keys.model_dump()
+    return Limits(**given) if any(given.values()) else None
 
 
 def _measure(keys: suite_file.MeasureKeys) -> Measure:

@@ -132,13 +132,13 @@ def test_help_is_fast_because_it_imports_little() -> None:
 def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> None:
     folder, plan = smoke
     calls = fake("run_suite", RunResult(folder, plan[:2], ok=2, reused=1, seconds=4.2))
-    words = "run smoke --out there --only backbone=sasrec --only budget=0.25 --fresh --offline --device cpu"
+    words = "run smoke --out there --only backbone=sasrec --only budget=0.25 --fresh --offline --device cpu --workers 3"
     assert cli.main(words.split()) == 0
     ((args, kwargs),) = calls
     assert args == ("smoke", Path("there"))
     assert kwargs == {
         "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
-        "device": "cpu", "quiet": False, "tuned": None, "shard": None,
+        "device": "cpu", "quiet": False, "tuned": None, "shard": None, "workers": 3,
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "synthetic · retrieval · sasrec" in shown

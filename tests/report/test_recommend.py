@@ -8,8 +8,9 @@ from rich.console import Console
 from malloc_bench.files import file_digest
 from malloc_bench.report import leaderboard as lb
 from malloc_bench.report.board import aggregate
-from malloc_bench.report.recommend import Limits, best_per_budget, print_recommended, recommend, share, size
+from malloc_bench.report.recommend import Limits, best_per_budget, print_recommended, recommend, share
 from malloc_bench.report.users import Users
+from malloc_bench.results import size
 
 
 def state(row, name, overlap, kb, ms, *, ndcg=0.19, family="eviction", budget=0.25, **values):

@@ -70,6 +70,31 @@ def test_a_group_without_a_cost_does_no_harm():
     assert track.done == 0 and str(track) == "100% after 0 s"
 
 
+def test_lanes_of_workers_add_up_and_what_begins_again_counts_once(capsys):
+    clock = Clock()
+    with watching(False, 200.0, clock) as watch:
+        one = watch.lane("a", "first", Cost(40.0, 60.0, 0.0, epochs=4))
+        two = watch.lane("b", "second", Cost(0.0, 100.0, 0.0))
+        clock.now = 10.0
+        one.fit(step(1, 2))
+        two.chunk(1, 4)
+        assert watch.track.done == pytest.approx(20 + 25)
+        two = watch.lane("b", "second", Cost(0.0, 100.0, 0.0))  # its worker has died
+        assert watch.track.done == pytest.approx(20)
+        clock.now = 30.0
+        two.chunk(2, 4)
+        assert watch.track.left() == pytest.approx(30 * (200 - 70) / 70)
+        one.end()
+        assert watch.track.done == pytest.approx(100 + 50) and watch.track.now() == "evaluate: users, chunk 2/4"
+        clock.now = 50.0
+        two.end()
+        assert watch.track.done == pytest.approx(200)
+    assert watch.track.times() == {"train": 50.0, "evaluate": 20.0, "drift": 0.0, "measure": 0.0}
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == ["first", "second", "second"] and said[3].startswith("35% after 30 s")
+    assert "train: epoch 2/4, loss 0.500; evaluate: users, chunk 2/4" in " ".join(" ".join(said[3:]).split())
+
+
 def test_durations():
     assert [duration(x) for x in (5, 119, 600, 7300)] == ["5 s", "119 s", "10 min", "2.0 h"]
 

@@ -24,7 +24,7 @@ from malloc_bench.paths import shipped
 from malloc_bench.registry import register
 from malloc_bench.results import budget_label, frame
 from malloc_bench.suite.cells import Cell, Part
-from malloc_bench.suite.file import MAX_BYTES, Measure, MeasureKeys, TrainingKeys
+from malloc_bench.suite.file import MAX_BYTES, Limits, Measure, MeasureKeys, TrainingKeys
 from malloc_bench.suite.suite import Suite, SuiteError, load_suite, only
 from malloc_bench.training.fit import Training
 
@@ -146,6 +146,18 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "training.optimizer: expected 'adam' or 'adam_then_sgd', not 'adam_than_sgd'. Did you mean 'adam_then_sgd'?",
     ),
     ({"training": {"sgd_lr": 0}}, "training.sgd_lr: expected greater than 0, not 0"),
+    ({"limits": {"second": 1}}, "limits.second: unknown key. Did you mean 'seconds'?"),
+    ({"limits": {"seconds": 0}}, "limits.seconds: expected greater than 0, not 0"),
+    (
+        {"limits": {"memory": "8 gigs"}},
+        "limits.memory: '8 gigs' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB",
+    ),
+    (
+        {"limits": {"memory": "8MB"}},
+        "limits.memory: expected at least 256MiB, which a process takes that does nothing, not '8MB'",
+    ),
+    ({"limits": {"memory": True}}, "limits.memory: expected an integer, not True"),
+    ({"limits": "8GB"}, "limits: expected keys and values, not '8GB'"),
     ({"training": {"sgd_rate": 0.1}}, "training.sgd_rate: unknown key. Did you mean 'sgd_lr'?"),
     ({"measure": {"seconds": float("inf")}}, "measure.seconds: expected a finite number, not inf"),
     ({"measure": {"seconds": 1e300}}, "measure.seconds: expected less than or equal to 86400, not 1e+300"),
@@ -308,6 +320,15 @@ def test_defaults(tmp_path: Path) -> None:
 def test_the_schema_knows_every_setting() -> None:
     assert TrainingKeys().model_dump() == asdict(Training())
     assert MeasureKeys().model_dump() == asdict(Measure())
+
+
+def test_limits_are_in_no_id(tmp_path: Path) -> None:
+    plain = load(tmp_path)
+    limited = load(tmp_path, limits={"seconds": 600, "memory": "8GB"})
+    assert (plain.limits, limited.limits) == (None, Limits(600.0, 8_000_000_000))
+    assert [cell.id for cell in plain.cells()] == [cell.id for cell in limited.cells()]
+    assert load(tmp_path, limits={}).limits is None
+    assert load(tmp_path, limits={"memory": "1GiB"}).limits == Limits(None, 2**30)
 
 
 def test_cells_stand_in_groups_that_share_a_backbone(tmp_path: Path) -> None:
