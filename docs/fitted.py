@@ -91,8 +91,8 @@ those of rebuilding the state from raw ids and reading it):
 
 {read}
 
-One token at 200 events is read from 4 bits no cheaper than from the full state: unpacking takes the time that few slots
-save. From 2,000 events on, or with 100 candidates, it is.
+One token at 200 events is read from 4 bits for about half of that; `fit_constant`, a memory without slots, is read by
+plain products there, which no kernel takes, and costs more than few slots do.
 
 What the bytes hold (fit_omp + mxint):
 
