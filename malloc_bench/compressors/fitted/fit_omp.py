@@ -76,9 +76,9 @@ class FitOMP(FittedTokens):
         return torch.cat(found)[::alike].unflatten(0, (-1, heads // alike))
 
     def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
-        """Gains of all slots; then, at most, for each turn what columns have of the new one, and the target of it."""
+        """Gains of all slots; for each turn, at most, what is new of a column, along all columns and the target."""
         turns = min(k, rows // heads)
-        return 2 * rows * history * (wide + turns) + heads * history * turns * (turns - 1 + 2 * wide)
+        return 2 * rows * history * (wide + 2 * turns) + 4 * rows * turns * (turns - 1 + wide)
 
 
 def pursued(
@@ -87,9 +87,8 @@ def pursued(
     """Slots of N heads as they are taken, [N, size]; columns [N, R, S], target [N, R, D], share and even [N, R, 1];
     free [N, S]: which may be taken. alike: so many heads in a row take the same.
 
-    By a Cholesky factor of the columns' Gram matrix whose rows are made as they are needed: `along` is what columns
-    have of a direction, `told` what the target has. A head that is spent takes by weight from there on. In float64: in
-    float32 which of two comes first would hang on rounding.
+    A head that is spent takes by weight from there on. In float64: gains are kept up by differences, and in float32
+    which of two comes first would hang on rounding.
     """
     columns, even = columns.double(), even.double()
     rest = target * even
@@ -102,35 +101,32 @@ def pursued(
         """x [N, S] summed over heads that take the same."""
         return x if alike == 1 else x.unflatten(0, (-1, alike)).sum(1).repeat_interleave(alike, 0)
 
-    left = columns.square().sum(1)  # [N, S]
-    weight, nothing = joint(left), 1e-8 * left
-    answers = columns.mT @ rest  # [N, S, D]: what columns have of what is left
-    ridge = (_RIDGE * left).clamp(min=1e-30)
-    turns, spent = min(size, *columns.shape[1:]), torch.zeros_like(free[:, :1])
-    alongs, taken, least = columns.new_empty(len(columns), turns, columns.shape[2]), [], None
+    # of a_j' R no more than its squared length is kept up: all of it would be S x D numbers a turn
+    squared, left = (columns.mT @ rest).square().sum(-1), columns.square().sum(1)  # [N, S]
+    weight, ridge = joint(left), (_RIDGE * left).clamp(min=1e-30)
+    least = _SPENT**2 * joint(squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
+    turns, spent, taken = min(size, *columns.shape[1:]), torch.zeros_like(free[:, :1]), []
+    basis = columns.new_empty(len(columns), turns, columns.shape[1])
     for turn in range(turns):
-        squared = answers.square().sum(-1)
         gain = joint(squared / (left.clamp(min=0) + ridge)).masked_fill(~free, -1.0)
-        if least is None:
-            least = _SPENT**2 * joint(squared / left.clamp(min=1e-30)).amax(-1, keepdim=True)
         spent |= gain.amax(-1, keepdim=True) <= least
         if bool(spent.all()):
             break
         best = torch.where(spent, weight.masked_fill(~free, -1.0), gain).argmax(-1, keepdim=True)  # [N, 1]
         taken.append(best)
         free = free.scatter(1, best, False)
-        row, column = best.unsqueeze(1), best.unsqueeze(2)
-        new = columns.gather(2, row.expand(-1, columns.shape[1], -1)).mT @ columns  # [N, 1, S]
-        known = alongs[:, :turn]
-        new = new - known.gather(2, row.expand(-1, turn, -1)).mT @ known
-        pivot = new.gather(2, row)
-        some = pivot > nothing.gather(1, best).unsqueeze(2)
-        scale = torch.where(some, pivot.clamp(min=1e-300).rsqrt(), 0.0)  # nothing new: no direction
-        along = new * scale
-        told = answers.gather(1, column.expand(-1, -1, answers.shape[2])) * scale  # [N, 1, D]
-        alongs[:, turn] = along[:, 0]
-        answers = torch.baddbmm(answers, along.mT, told, alpha=-1)
-        left = left - along[:, 0].square()
+        new = columns.gather(2, best.unsqueeze(1).expand(-1, columns.shape[1], -1))  # [N, R, 1]
+        before, known = new.norm(dim=1, keepdim=True), basis[:, :turn]
+        for _ in range(2):  # once is not enough where little is left
+            new = new - known.mT @ (known @ new)
+        beyond = new.norm(dim=1, keepdim=True)
+        new = torch.where(beyond > 1e-4 * before, new / beyond.clamp(min=1e-30), 0.0)  # nothing new: no direction
+        basis[:, turn] = new[..., 0]
+        told = new.mT @ rest  # [N, 1, D]
+        along, both = (torch.cat([new, rest @ told.mT], -1).mT @ columns).unbind(1)  # [N, S]
+        squared = squared - 2 * along * both + along.square() * told.square().sum(-1)
+        left = left - along.square()
+        rest = rest - new * told
     if len(taken) < size:
         by_weight = weight.masked_fill(~free, -1.0).sort(dim=-1, descending=True, stable=True).indices
         taken.append(by_weight[:, : size - len(taken)])
