@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from malloc_bench import kernels
 from malloc_bench.data.dataset import Dataset
 
 TOP = 10
-_FOLD = 16  # the catalogue is folded so often to find the top 10
 _ROWS = 64  # outputs at a time: their scores stay in cache
 
 
@@ -40,39 +40,55 @@ def question(dataset: Dataset, users: np.ndarray, at: np.ndarray, filter_seen: b
     return Question(target, penalty)
 
 
-def rank(hidden: Tensor, table: Tensor, asked: Question, tops: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best, and their top 10 [C, B, 10].
+def best(hidden: Tensor, table: Tensor, asked: Question) -> Tensor:
+    """Columns [B, 10] of the highest scores of outputs [B, d], or of all where there are fewer."""
+    found = [
+        torch.addmm(penalty, own, table.T).topk(min(TOP, len(table)), 1).indices
+        for own, penalty in zip(hidden.split(_ROWS), asked.penalty.split(_ROWS))
+    ]
+    return torch.cat(found)
 
-    The top 10 is unordered; where fewer items may rank it is filled up with -1.
 
-    A tie counts against the target, so outputs that cannot tell items apart rank last, not first.
+def rank(hidden: Tensor, table: Tensor, asked: Question, top: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best, and overlap@10: which share of
+    top [B, 10], the full state's `best`, is in each one's own top 10, [C, B] float32.
+
+    A tie counts against the target and against an item of top, so outputs that cannot tell items apart rank last, not
+    first; items of top that cannot rank, where fewer than 10 can, count as kept.
     Raises ValueError where outputs, items or the targets' scores are not finite.
     """
     if not bool(hidden.isfinite().all() and table.isfinite().all()):
         raise ValueError("the model's outputs are not finite")
     cells, users, _ = hidden.shape
-    ranks = torch.empty(cells, users, dtype=torch.int32, device=hidden.device)
-    top = torch.empty(cells, users, TOP, dtype=torch.int64, device=hidden.device) if tops else None
-    width = -(-len(table) // _FOLD) * _FOLD
-    padded = hidden.new_full((_ROWS, width), -torch.inf)
-    ahead = hidden.new_empty(_ROWS, len(table))
-    step = _ROWS if hidden.device.type == "cpu" else users
-    if step != _ROWS:
-        padded, ahead = hidden.new_full((users, width), -torch.inf), hidden.new_empty(users, len(table))
+    marked = asked.target[:, None] if top is None else torch.cat([asked.target[:, None], top], 1)
+    ahead = torch.empty(cells, *marked.shape, dtype=torch.int32, device=hidden.device)
+    step = _ROWS if hidden.device.type == "cpu" else max(users, 1)
+    room = hidden.new_empty(min(step, users), len(table))
     for start in range(0, users, step):
         rows = slice(start, min(start + step, users))
-        size = rows.stop - rows.start
-        scores, better = padded[:size, : len(table)], ahead[:size]
-        target = asked.target[rows, None]
+        scores = room[: rows.stop - rows.start]
         for cell in range(cells):
             torch.addmm(asked.penalty[rows], hidden[cell, rows], table.T, out=scores)
-            torch.ge(scores, scores.gather(1, target), out=better)  # float: summing bools is slower
-            ranks[cell, rows] = better.sum(1).to(torch.int32) - 1
-            if top is not None:
-                top[cell, rows] = _top(padded[:size])
-    if bool((ranks < 0).any()):  # NaN: not even the target is ahead of itself
+            ahead[cell, rows] = _reach(scores, scores.gather(1, marked[rows]))
+    if bool((ahead[..., 0] < 1).any()):  # NaN: not even the target is ahead of itself
         raise ValueError("the model's scores are not finite")
-    return ranks, top
+    if top is None:
+        return ahead[..., 0] - 1, None
+    kept = (ahead[..., 1:] <= TOP) | (asked.penalty.gather(1, top) == -torch.inf)
+    return ahead[..., 0] - 1, kept.float().mean(-1)
+
+
+def _reach(scores: Tensor, marks: Tensor) -> Tensor:
+    """How many of scores [B, n] are no less than each of marks [B, M], [B, M] int32; but for the first mark, more than
+    10 may be any such number."""
+    counted = kernels.reach(scores, marks)
+    if counted is not None:
+        return counted
+    first = (scores >= marks[:, :1]).float().sum(1, keepdim=True)  # float: summing bools is slower
+    if marks.shape[1] == 1 or scores.shape[1] <= TOP:
+        return first.int().expand_as(marks)
+    beyond = scores.topk(TOP + 1, 1, sorted=False).values.amin(1, keepdim=True)
+    return torch.cat([first, TOP + (marks[:, 1:] <= beyond)], 1).int()
 
 
 def losses(hidden: Tensor, table: Tensor, asked: Question, scale: float = 1.0) -> Tensor:
@@ -84,28 +100,6 @@ def losses(hidden: Tensor, table: Tensor, asked: Question, scale: float = 1.0) -
             logits = torch.addmm(asked.penalty[rows], own, table.T)
             found[cell, rows] = logits.logsumexp(1) - logits.gather(1, asked.target[rows, None])[:, 0]
     return found
-
-
-def _top(scores: Tensor) -> Tensor:
-    """Columns of the 10 highest scores of each row, -1 for scores of -inf.
-
-    A row's 10 best lie in the 10 folds with the best heads.
-    """
-    rows, width = scores.shape
-    if width < TOP * _FOLD * 2:
-        values, columns = scores.topk(TOP, 1, sorted=False)
-        return columns.masked_fill_(values == -torch.inf, -1)
-    folded = scores.view(rows, _FOLD, width // _FOLD)
-    heads = folded.amax(1).topk(TOP, 1, sorted=False).indices  # [rows, 10] columns of the fold
-    few = folded.gather(2, heads[:, None].expand(-1, _FOLD, -1)).flatten(1)
-    values, best = few.topk(TOP, 1, sorted=False)
-    columns = best // TOP * (width // _FOLD) + heads.gather(1, best % TOP)
-    return columns.masked_fill_(values == -torch.inf, -1)
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Share of the items of b [B, 10] that are in a [..., B, 10]: [..., B] float32."""
-    return (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).sum(-1).float() / b.shape[-1]
 
 
 def agreement(scores: Tensor, reference: Tensor, real: Tensor) -> Tensor:

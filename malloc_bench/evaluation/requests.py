@@ -13,7 +13,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.data.tasks.batches import split_newest, window
 from malloc_bench.data.tasks.impressions import Impressions, ask
 from malloc_bench.data.tasks.splits import Split
-from malloc_bench.evaluation.ranking import agreement, losses, overlap, question, rank
+from malloc_bench.evaluation.ranking import agreement, best, losses, question, rank
 from malloc_bench.state import Events, UserState, map_tensors
 
 Values = dict[str, np.ndarray]
@@ -53,11 +53,13 @@ class NextItem:
         return backbone.read(_some(self.tokens, rows), state)[:, 0]
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
-        found = [rank(hidden, backbone.catalogue(), self.question, tops=True) for backbone, hidden in outputs]
-        ranks, tops = (torch.cat([each[i] for each in found]) for i in range(2))  # type: ignore[misc]
+        reference, full = outputs[0]
+        top = best(full[0], reference.catalogue(), self.question)
+        found = [rank(hidden, backbone.catalogue(), self.question, top) for backbone, hidden in outputs]
         judged = [
-            {"rank": r.cpu().numpy().astype(np.int32), "overlap": s.cpu().numpy().astype(np.float32)}
-            for r, s in zip(ranks, overlap(tops, tops[0]))
+            {"rank": r.cpu().numpy(), "overlap": s.cpu().numpy()}
+            for ranks, shares in found
+            for r, s in zip(ranks, shares)
         ]
         if self.with_loss:
             lost = [losses(hidden, model.catalogue(), self.question, model.logit_scale) for model, hidden in outputs]

@@ -6,6 +6,7 @@ and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
 """
 
 from malloc_bench.kernels.affine import Affine
+from malloc_bench.kernels.counting import reach
 from malloc_bench.kernels.entries import Entries
 from malloc_bench.kernels.grouping import group
 from malloc_bench.kernels.plain import Plain
@@ -14,5 +15,5 @@ from malloc_bench.kernels.switch import compiled, eager, fits
 
 __all__ = [
     "FEW", "Affine", "Entries", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager", "fits", "group",
-    "mix",
+    "mix", "reach",
 ]  # fmt: skip
