@@ -63,7 +63,7 @@ def measure(split: Split, search: str, epochs: int) -> list[list[str]]:
     log = window(data, test.users, split.train_end[test.users], history.items.shape[1])
 
     def quality(state: UserState) -> list[str]:
-        (ranks,), _ = rank(backbone.read(tokens, state).transpose(0, 1), backbone.catalogue(), asked)
+        (ranks,) = rank(backbone.read(tokens, state).transpose(0, 1), backbone.catalogue(), asked)
         found = (ranks < 10).float()
         return [f"{found.mean():.4f}", f"{(found / (ranks + 2.0).log2()).mean():.4f}"]
 

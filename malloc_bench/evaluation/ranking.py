@@ -49,19 +49,31 @@ def best(hidden: Tensor, table: Tensor, asked: Question) -> Tensor:
     return torch.cat(found)
 
 
-def rank(hidden: Tensor, table: Tensor, asked: Question, top: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best, and overlap@10: which share of
-    top [B, 10], the full state's `best`, is in each one's own top 10, [C, B] float32.
+def rank(hidden: Tensor, table: Tensor, asked: Question) -> Tensor:
+    """Ranks [C, B] int32 of the targets under C methods' outputs [C, B, d], 0 = best.
 
-    A tie counts against the target and against an item of top, so outputs that cannot tell items apart rank last, not
-    first; items of top that cannot rank, where fewer than 10 can, count as kept.
+    A tie counts against the target, so outputs that cannot tell items apart rank last, not first.
     Raises ValueError where outputs, items or the targets' scores are not finite.
     """
+    return _counts(hidden, table, asked, asked.target[:, None])[..., 0] - 1
+
+
+def compare(hidden: Tensor, table: Tensor, asked: Question, top: Tensor) -> tuple[Tensor, Tensor]:
+    """`rank`, and overlap@10 [C, B] float32: which share of top [B, 10], the full state's `best`, each has in its own.
+
+    A tie counts against an item too; those that cannot rank, where fewer than 10 can, count as kept.
+    """
+    counts = _counts(hidden, table, asked, torch.cat([asked.target[:, None], top], 1))
+    kept = (counts[..., 1:] <= TOP) | (asked.penalty.gather(1, top) == -torch.inf)
+    return counts[..., 0] - 1, kept.float().mean(-1)
+
+
+def _counts(hidden: Tensor, table: Tensor, asked: Question, marked: Tensor) -> Tensor:
+    """How many items score no less than each of marked [B, M], the target first: [C, B, M] int32, see `_reach`."""
     if not bool(hidden.isfinite().all() and table.isfinite().all()):
         raise ValueError("the model's outputs are not finite")
     cells, users, _ = hidden.shape
-    marked = asked.target[:, None] if top is None else torch.cat([asked.target[:, None], top], 1)
-    ahead = torch.empty(cells, *marked.shape, dtype=torch.int32, device=hidden.device)
+    counts = torch.empty(cells, *marked.shape, dtype=torch.int32, device=hidden.device)
     step = _ROWS if hidden.device.type == "cpu" else max(users, 1)
     room = hidden.new_empty(min(step, users), len(table))
     for start in range(0, users, step):
@@ -69,13 +81,10 @@ def rank(hidden: Tensor, table: Tensor, asked: Question, top: Tensor | None = No
         scores = room[: rows.stop - rows.start]
         for cell in range(cells):
             torch.addmm(asked.penalty[rows], hidden[cell, rows], table.T, out=scores)
-            ahead[cell, rows] = _reach(scores, scores.gather(1, marked[rows]))
-    if bool((ahead[..., 0] < 1).any()):  # NaN: not even the target is ahead of itself
+            counts[cell, rows] = _reach(scores, scores.gather(1, marked[rows]))
+    if bool((counts[..., 0] < 1).any()):  # NaN: not even the target is as good as itself
         raise ValueError("the model's scores are not finite")
-    if top is None:
-        return ahead[..., 0] - 1, None
-    kept = (ahead[..., 1:] <= TOP) | (asked.penalty.gather(1, top) == -torch.inf)
-    return ahead[..., 0] - 1, kept.float().mean(-1)
+    return counts
 
 
 def _reach(scores: Tensor, marks: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from malloc_bench.backbones import Backbone
 from malloc_bench.data.tasks.batches import split_newest, window
 from malloc_bench.data.tasks.impressions import Impressions, ask
 from malloc_bench.data.tasks.splits import Split
-from malloc_bench.evaluation.ranking import agreement, best, losses, question, rank
+from malloc_bench.evaluation.ranking import agreement, best, compare, losses, question
 from malloc_bench.state import Events, UserState, map_tensors
 
 Values = dict[str, np.ndarray]
@@ -55,7 +55,7 @@ class NextItem:
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         reference, full = outputs[0]
         top = best(full[0], reference.catalogue(), self.question)
-        found = [rank(hidden, backbone.catalogue(), self.question, top) for backbone, hidden in outputs]
+        found = [compare(hidden, backbone.catalogue(), self.question, top) for backbone, hidden in outputs]
         judged = [
             {"rank": r.cpu().numpy(), "overlap": s.cpu().numpy()}
             for ranks, shares in found

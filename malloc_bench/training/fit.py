@@ -208,7 +208,7 @@ def validation_ndcg(
         last = (events.count.long() - 1)[:, None, None].expand(-1, 1, table.shape[1])
         hidden = backbone(events).gather(1, last).transpose(0, 1)
         asked = map_tensors(to_device, question(split.dataset, users, at, filter_seen))
-        ranks, _ = rank(hidden, table, asked)
+        ranks = rank(hidden, table, asked)
         gains += float(((ranks < 10) / (ranks + 2.0).log2()).sum())
     return gains / max(len(targets), 1)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from malloc_bench import kernels
 from malloc_bench.data import Dataset
-from malloc_bench.evaluation.ranking import TOP, Question, best, losses, question, rank
+from malloc_bench.evaluation.ranking import TOP, Question, best, compare, losses, question, rank
 
 
 @pytest.fixture(params=["kernels", "eager"], autouse=True, scope="module")
@@ -64,7 +64,7 @@ def test_ranks_and_overlap_equal_their_definitions(items, cells, users):
     hidden, table = grid(cells, users, 5, seed=1), grid(items, 5, seed=2)
     asked = asked_of(users, items, min(items // 3, 40))
     top = best(hidden[0], table, asked)
-    ranks, kept = rank(hidden, table, asked, top)
+    ranks, kept = compare(hidden, table, asked, top)
     assert ranks.dtype == torch.int32 and ranks.shape == (cells, users) and top.shape == (users, min(TOP, items))
     np.testing.assert_array_equal(ranks.numpy(), by_definition(hidden, table, asked))
     np.testing.assert_allclose(kept.numpy(), shares(hidden, table, asked, top), rtol=1e-6)
@@ -75,7 +75,7 @@ def test_overlap_is_what_two_sets_of_10_have_in_common(items):
     hidden, table = torch.randn(3, 70, 8), torch.randn(items, 8)
     asked = asked_of(70, items, 12)
     sets = [[set(row) for row in best(h, table, asked).tolist()] for h in hidden]
-    _, kept = rank(hidden, table, asked, best(hidden[0], table, asked))
+    _, kept = compare(hidden, table, asked, best(hidden[0], table, asked))
     want = [[len(a & b) / TOP for a, b in zip(own, sets[0])] for own in sets]
     np.testing.assert_allclose(kept.numpy(), want, rtol=1e-6)
     assert (kept[0] == 1).all()
@@ -87,7 +87,7 @@ def test_any_shape_any_ties(items, users, seen, seed, step):
     hidden, table = grid(2, users, 3, seed=seed, step=step), grid(items, 3, seed=seed + 1, step=step)
     asked = asked_of(users, items, min(seen, items), seed)
     top = best(hidden[0], table, asked)
-    ranks, kept = rank(hidden, table, asked, top)
+    ranks, kept = compare(hidden, table, asked, top)
     scores = hidden.double() @ table.double().T + asked.penalty
     own = scores.gather(2, asked.target[None, :, None].expand(2, -1, 1))
     assert torch.equal(ranks.long(), (scores >= own).sum(-1) - 1)
@@ -96,16 +96,16 @@ def test_any_shape_any_ties(items, users, seen, seed, step):
 
 def test_ranks_do_not_depend_on_a_top_nor_on_company():
     hidden, table, asked = torch.randn(3, 100, 6), torch.randn(500, 6), asked_of(100, 500, 30)
-    together, _ = rank(hidden, table, asked)
-    assert torch.equal(together, rank(hidden, table, asked, best(hidden[0], table, asked))[0])
+    together = rank(hidden, table, asked)
+    assert torch.equal(together, compare(hidden, table, asked, best(hidden[0], table, asked))[0])
     for cell in range(3):
-        assert torch.equal(together[cell : cell + 1], rank(hidden[cell : cell + 1], table, asked)[0])
+        assert torch.equal(together[cell : cell + 1], rank(hidden[cell : cell + 1], table, asked))
 
 
 def test_outputs_that_cannot_tell_items_apart_rank_last():
     asked = asked_of(5, 50, 10)
     table = torch.randn(50, 4)
-    ranks, kept = rank(torch.zeros(1, 5, 4), table, asked, best(torch.randn(5, 4), table, asked))
+    ranks, kept = compare(torch.zeros(1, 5, 4), table, asked, best(torch.randn(5, 4), table, asked))
     assert not kept.any()
     rivals = (asked.penalty == 0).sum(1) - 1
     assert torch.equal(ranks[0].long(), rivals)
@@ -126,7 +126,7 @@ def test_what_is_not_finite_raises(bad):
 def test_users_for_whom_fewer_than_10_items_may_rank_agree():
     asked = asked_of(6, 400, 394)  # 6 or 7 items are left
     hidden, table = torch.randn(2, 6, 4), torch.randn(400, 4)
-    assert (rank(hidden, table, asked, best(hidden[0], table, asked))[1] == 1).all()
+    assert (compare(hidden, table, asked, best(hidden[0], table, asked))[1] == 1).all()
 
 
 def test_scores_that_overflow_raise_where_they_hide_the_target():
