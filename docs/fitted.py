@@ -91,8 +91,8 @@ those of rebuilding the state from raw ids and reading it):
 
 {read}
 
-One token at 200 events is read from 4 bits for about half of that; `fit_constant`, a memory without slots, is read by
-plain products there, which no kernel takes, and costs more than few slots do.
+This is of a state that is read again: its first read also sees how each field of a layer is written. `fit_constant`, a
+memory without slots, is read by plain products, which no kernel takes, and costs more than few slots do.
 
 What the bytes hold (fit_omp + mxint):
 
@@ -129,7 +129,7 @@ candidates, each of the other items and of the tenth:
 {later}
 
 As candidates such items are found as well as others. As readers they ask for what probes drawn by their events never
-asked; probes drawn of all items alike make up for most of it, though none of the tenth is among them.
+asked; probes drawn of all items alike (`which: even`) make up for most of it, though none of the tenth is among them.
 
 ## Why it works, and what that says of the backbones
 
@@ -159,9 +159,10 @@ for the first row, much of it is lost. The horizon costs slots: of those tried i
 
 - A fit knows the positions it was made for. Where attention hangs on distance, probes must stand at those of all
   later requests that the state should serve (above).
-- Items that come to the catalogue later were no probes, and read worse where probes are drawn by events (above). All
-  that were looked at had been in training; of vectors that nobody has trained nothing is known.
-- Fitting costs up to 1.3 prefills for 200 events, up to .3 of one for 2,000. A state that is read once is not
+- Items that come to the catalogue later were no probes, and read worse where probes are drawn by events (above);
+  `which: even` serves them better. All that were looked at had been in training; of vectors that nobody has trained
+  nothing is known.
+- Fitting costs up to 1.5 prefills for 200 events, up to .3 of one for 2,000. A state that is read once is not
   worth it.
 - 943 users of one data set are few. Compare `fit_constant` in your own table before you believe
   any of it.

@@ -29,6 +29,8 @@ def back(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _apart(x: Places) -> Places:
+    if x.positions.shape[2] == 1:
+        return x
     times = None if x.times is None else apart(x.times.unsqueeze(-1)).squeeze(-1)
     return Places(apart(x.positions.unsqueeze(-1)).squeeze(-1), times)
 
@@ -69,7 +71,7 @@ def in_one_pass(
     elif segment.slots is None or segment.lookup is not None or segment.fields.keys() != own.keys():
         return None
     else:
-        written = [segment.fields[name].written() for name in ("keys", "values")]
+        written = [segment.fields[name].known() for name in ("keys", "values")]
         count, mass = segment.slots.count, segment.slots.mass
         if block.biased:
             slots = Places(segment.slots.places(width, length[:, None]), segment.slots.timestamps)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from malloc_bench import kernels
 from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import BLOCK, Block, Places
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.losses import dropout
 from malloc_bench.backbones.sums import Weigher
+from malloc_bench.kernels import Gaps
 from malloc_bench.registry import register
 from malloc_bench.state import Projection
 
@@ -42,8 +45,23 @@ def relative_bias(position_bias: Tensor, time_bias: Tensor | None, distance: Ten
     bias = position_bias[distance.long().clamp(0, len(position_bias) - 1)]  # below 0: masked later
     if time_bias is None or gap is None:
         return bias
-    buckets = (gap.abs().clamp(min=1).float().log() / _OCTAVE).long().clamp(max=TIME_BUCKETS)
-    return bias + _TimeBias.apply(time_bias, buckets)
+    return bias + _TimeBias.apply(time_bias, _buckets(gap.abs().clamp(min=1).float()))
+
+
+def _buckets(gap: Tensor) -> Tensor:
+    """Of gaps from 1 second on."""
+    return (gap.log() / _OCTAVE).long().clamp(max=TIME_BUCKETS)
+
+
+@cache
+def _gaps() -> Gaps:
+    """`_buckets` as kernels look them up: 16 cells an octave are narrower than a bucket."""
+    begin = (torch.arange(64 * 16 + 1, device="cpu") << 19) + (127 << 23)
+    first, step = _buckets(begin.int().view(torch.float32)), torch.zeros_like(begin)
+    for bit in range(18, -1, -1):  # the last float of the cell's own bucket
+        further = step + (1 << bit)
+        step = torch.where(_buckets((begin + further).int().view(torch.float32)) == first, further, step)
+    return Gaps(first.int().numpy(), (begin + step + 1).int().view(torch.float32).numpy())
 
 
 class HSTUBlock(Block):
@@ -105,11 +123,14 @@ class HSTUBlock(Block):
         return own["keys"], own["values"], weigher
 
     def bias(self, queries: Places, slots: Places) -> Tensor:
+        tables, places = (self.position_bias, self.time_bias), ((x.positions, x.times) for x in (queries, slots))
+        if (found := kernels.relative(*tables, _gaps, *places)) is not None:
+            return found
         distance = queries.positions.unsqueeze(-1) - slots.positions.unsqueeze(-2)
         gap = None
         if queries.times is not None and slots.times is not None:
             gap = queries.times.unsqueeze(-1) - slots.times.unsqueeze(-2)
-        return relative_bias(self.position_bias, self.time_bias, distance, gap)
+        return relative_bias(*tables, distance, gap)
 
     def weigh(self, logits: Sequence[Tensor], masks: Sequence[Tensor], masses: Sequence[Tensor | None]) -> list[Tensor]:
         """SiLU(logit) / N for every slot by itself; a slot that stands for m events counts m times: x m."""

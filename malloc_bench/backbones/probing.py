@@ -219,7 +219,7 @@ class Asking:
             if self.reader is None:
                 raise MissingStatistic("nobody knows the tokens that will read")
             return _turns(self.reader.items, self.reader.count, m)
-        known = {"drawn": self.items.get("probes"), "popular": self.items.get("popular")}
+        known = {"drawn": self.items.get("probes"), **{name: self.items.get(name) for name in ("even", "popular")}}
         drawn = known[ask.which] if isinstance(ask.which, str) else torch.tensor(ask.which)
         if drawn is None:
             raise MissingStatistic(f"nobody knows which items are {ask.which}: items need their popularity in training")

@@ -133,6 +133,29 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
 
 
 @jit
+def standing(first, edge, by_distance, by_gap, asked, placed, asked_at, placed_at, out, timed, heads, start, stop):  # type: ignore[no-untyped-def]
+    """Numbers of distances in events, and of gaps in time; see `kernels.relative`."""
+    far = np.empty(BLOCK, f32)
+    bits = far.view(np.int32)
+    for i in range(start, stop):
+        here, there = part(asked, i, len(out), heads), part(placed, i, len(out), heads)
+        now, then = part(asked_at, i, len(out), heads), part(placed_at, i, len(out), heads)
+        for m in range(out.shape[1]):
+            given = out[i, m]
+            for s in range(out.shape[2]):
+                distance = np.int64(here[m]) - np.int64(there[s])
+                given[s] = by_distance[min(max(distance, 0), len(by_distance) - 1)]
+            if timed:
+                for begin in range(0, out.shape[2], BLOCK):
+                    end = min(BLOCK, out.shape[2] - begin)
+                    for s in range(end):
+                        far[s] = f32(max(abs(now[m] - then[begin + s]), 1))
+                    for s in range(end):
+                        cell = (bits[s] >> 19) - (127 << 4)
+                        given[begin + s] += by_gap[first[cell] + (far[s] >= edge[cell])]
+
+
+@jit
 def worth(codes, table, count, out, heads, start, stop):  # type: ignore[no-untyped-def]
     """Sums over numbers of entries of what each is worth to a query, table [H, N, B x M, K]."""
     most = np.uint8(table.shape[3] - 1)

@@ -64,4 +64,4 @@ def some_facts(n_items: int) -> Named:
     popular = torch.from_numpy(np.argsort(-popularity, kind="stable") + 1)
     drawn, gaps = (torch.from_numpy(x) for x in (rng.permutation(n_items) + 1, rng.integers(1, 86_400, n_items)))
     known = {"categories": torch.from_numpy(categories), "popularity": torch.from_numpy(popularity)}
-    return Named({**known, "popular": popular, "probes": drawn, "gaps": gaps})
+    return Named({**known, "popular": popular, "probes": drawn, "even": drawn.flip(0), "gaps": gaps})

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from malloc_bench.state.user_state import Segment, UserState
 
-KINDS = ("drawn", "popular", "own", "top", "candidates")
+KINDS = ("drawn", "even", "popular", "own", "top", "candidates")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Which probes a method needs, so many of them: `which` are "drawn" from training events, of the most "popular"
-    items, the user's "own" newest ones, those that the model ranks at the "top" for the user, the "candidates" that
-    will read (a ceiling: nobody has them when a state is made), or the items given by id. Where the user has fewer
-    they come again. They stand, by turns, at the positions of the requests that `horizon` names, 0 the next one: 1 is
-    the one after that, when one more event has come."""
+    """Which probes a method needs, so many of them: `which` are "drawn" from training events, or "even", from all
+    items of training alike, the most "popular" items, the user's "own" newest ones, those that the model ranks at the
+    "top" for the user, the "candidates" that will read (a ceiling: nobody has them when a state is made), or the items
+    given by id. Where the user has fewer they come again. They stand, by turns, at the positions of the requests that
+    `horizon` names, 0 the next one: 1 is the one after that, when one more event has come."""
 
     number: int
     which: str | tuple[int, ...] = "drawn"

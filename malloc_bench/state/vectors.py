@@ -13,6 +13,8 @@ from torch import Tensor
 from malloc_bench import kernels
 from malloc_bench.kernels import Plain, Written
 
+_KNOWN = "known by kernels"
+
 
 class Ragged(NamedTuple):
     """An array as it must be stored: of `data` only the leading rows x cols of each user and head. what: its name where
@@ -95,14 +97,23 @@ class Vectors(ABC):
         """The vectors as kernels know them, where they are written in one of those ways."""
         return None
 
+    def known(self) -> Written | None:
+        """`written`, made once: a read of few slots costs little more than to see how they are written."""
+        if _KNOWN not in vars(self):
+            vars(self)[_KNOWN] = self.written()
+        return vars(self)[_KNOWN]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: x for name, x in vars(self).items() if name != _KNOWN}
+
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
-        found = None if (written := self.written()) is None else kernels.dot(written, q)
+        found = None if (written := self.known()) is None else kernels.dot(written, q)
         return q @ self.dense().to(q.dtype).transpose(-1, -2) if found is None else found
 
     def mix(self, w: Tensor) -> Tensor:
         """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
-        found = None if (written := self.written()) is None else kernels.mix(written, w)
+        found = None if (written := self.known()) is None else kernels.mix(written, w)
         return w @ self.dense().to(w.dtype) if found is None else found
 
     def each(self, fn: Callable[..., Tensor], *others: Vectors) -> Self:

@@ -126,6 +126,7 @@ class World:
 def _facts(n_items: int) -> Named:
     every = torch.arange(n_items)
     known = {"categories": every % 7, "popularity": every**2 % 11, "probes": every.flip(0) + 1, "popular": every + 1}
+    known["even"] = every.roll(3) + 1
     return Named({**known, "gaps": every**3 % 5_000 + 1})
 
 

@@ -79,7 +79,7 @@ METHODS = [
     ("moments", {"probes": 8, "about": "zero", "rank": 0, "inner": "knorm"}),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
     ("auto", {"candidates": (("recent", "mxint"),), "tests": 2}),
-    *(("fit_recent", {"probes": 5, "which": which}) for which in ("own", "top", "candidates")),
+    *(("fit_recent", {"probes": 5, "which": which}) for which in ("even", "own", "top", "candidates")),
     *((name, {}) for name in ("category_merge", "resets", "vql")),
     *((name, {}) for name in ("pq", "rvq")),
     ("pq", {"group": 3, "bits": 4}),

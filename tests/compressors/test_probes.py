@@ -96,6 +96,9 @@ def test_where_probes_stand(trained):
     assert int(long.probes(0).positions.max()) == backbone.max_length
 
 
+KNOWN = {"drawn": "probes", "even": "even", "popular": "popular"}
+
+
 @pytest.mark.parametrize("case", ["sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads", "marm-2-heads"])
 def test_which_items_are_sent(case, trained):
     """Each kind gives what the same items, given by id, give."""
@@ -108,6 +111,7 @@ def test_which_items_are_sent(case, trained):
         "own": [(x * 4)[:4] for x in newest],
         "candidates": [(x * 4)[:4] for x in tokens.items.tolist()],
         "top": [[int(i) for i in x] for x in best(backbone, plain, last, history)],
+        **{name: [plain.items[fact][:4].tolist()] * len(LENGTHS) for name, fact in KNOWN.items()},
     }
     for which, want in asks.items():
         prefill = World(case, backbone).prefill(Stats(probes=Ask(4, which)))

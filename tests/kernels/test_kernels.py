@@ -1,6 +1,7 @@
 """Kernels give what plain torch gives, and nothing breaks where they cannot run."""
 
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -88,6 +89,22 @@ def test_a_loop_runs_and_not_only_its_substitute():
         assert kernels.dot(x.written(), q) is not None
     x.dot(q).sum().backward()
     assert q.grad is not None and q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_how_vectors_are_written_is_seen_once_and_copied_nowhere(bits):
+    x, _ = vectors(2, 1, 5, 20, bits, "width", 20, False)
+    q, plain = torch.ones(2, 1, 1, 20), pickle.dumps(x)
+    x.dot(q)
+    assert x.known() is x.known() and pickle.dumps(x) == plain
+    kept = x.known().reader(1) is x.known().reader(1)
+    assert kept == (bits == 4)  # 3 bits are padded to whole words: a copy that no state shall hold
+    before = x.dot(q)
+    x.codes.fill_(0)  # what is kept looks at the codes as they are
+    with kernels.eager():
+        plain = x.dot(q)
+    torch.testing.assert_close(x.dot(q), plain)
+    assert not torch.equal(before, plain)
 
 
 def test_what_is_no_number_stays_none():

@@ -157,6 +157,15 @@ def test_popularity_counts_training_events(synthetic):
     assert facts(synthetic, Stats(events=True)) is None
 
 
+def test_even_probes_are_all_items_of_training_alike(synthetic):
+    known = np.flatnonzero(facts(synthetic, Stats(popularity=True))["popularity"]) + 1
+    few, all_of_them = (facts(synthetic, Stats(probes=number))["even"].tolist() for number in (8, 10**6))
+    assert few == all_of_them[:8] and sorted(all_of_them) == known.tolist()
+    assert all_of_them != known.tolist(), "in an order that says nothing of the catalogue's"
+    drawn = facts(synthetic, Stats(probes=8))["probes"].tolist()
+    assert few != drawn
+
+
 def test_categories_that_a_fit_learns_from_are_in_its_identity(world, spy, monkeypatch):  # noqa: F811
     monkeypatch.setattr(spy, "fit_needs", property(lambda self: Stats(categories=True)))
     plain = spy.fit

@@ -17,8 +17,9 @@ class FitRecent(FittedTokens):
     """Keeps the keys of the newest k events; their masses and values are solved for, so that probes get what the whole
     history gives them: the cheapest of its family.
 
-    probes: items whose queries it is fitted to. which: "drawn" by their training events, the most "popular", the user's
-    "own" newest, the model's own "top" for the user; the "candidates" that will read are a ceiling, not deployable.
+    probes: items whose queries it is fitted to. which: "drawn" by their training events, or "even", all alike, which
+    serves rare and later items better; the most "popular", the user's "own" newest, the model's own "top" for the user;
+    the "candidates" that will read are a ceiling, not deployable.
     ridge: of the regression, towards the values as they were. horizon: positions of which later requests the probes
     stand at, 0 the next one.
     """

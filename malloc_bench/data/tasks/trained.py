@@ -83,15 +83,15 @@ def facts(split: Split | Impressions, needs: Stats) -> Named | None:
 def _probes(
     split: Split | Impressions, trained: np.ndarray, popularity: np.ndarray, most: int
 ) -> dict[str, torch.Tensor]:
-    """Distinct items drawn by training events, the most popular ones, and seconds between two training events of a
-
-    user, `most` of each or as many as there are. trained: places of training events.
+    """Distinct items drawn by training events, those of training in any order, the most popular ones, and seconds
+    between two training events of a user, `most` of each or as many as there are. trained: places of training events.
     """
     data, rng = split.dataset, np.random.default_rng(0)
     drawn = data.items[trained[rng.integers(0, max(len(trained), 1), _DRAWS if len(trained) else 0)]]
     _, first = np.unique(drawn, return_index=True)  # one draw for all: fewer probes are the first of more
     found = {
         "probes": torch.from_numpy(drawn[np.sort(first)][:most].astype(np.int64)),
+        "even": torch.from_numpy(np.random.default_rng(1).permutation(np.flatnonzero(popularity) + 1)[:most]),
         "popular": torch.from_numpy(np.argsort(-popularity, kind="stable")[:most] + 1),
     }
     if data.times is not None:
