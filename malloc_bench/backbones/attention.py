@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.block import Block, Known, Places, block_pairs
 from malloc_bench.backbones.folded import CELLS, alone, in_one_pass, over_segment, read_flops, row_size
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
@@ -93,11 +93,18 @@ class AttentionBackbone(ItemBackbone):
         return Prefill(state, ids, events, seed=seed, uses_positions=self.uses_positions, **seen)
 
     def read(self, tokens: Events, state: UserState) -> Tensor:
+        return self._read(tokens, state, None)
+
+    def reads(self, tokens: Events, length: Tensor) -> Callable[[UserState], Tensor]:
+        known = Known()
+        return lambda state: self._read(tokens, state, known if torch.equal(state.length, length) else None)
+
+    def _read(self, tokens: Events, state: UserState, known: Known | None) -> Tensor:
         if state.events is not None:  # raw events only: rebuild, then read
             state = self._rebuild(state, tokens)
         m = tokens.items.shape[1]
         positions = state.length.long()[:, None].expand(-1, m)
-        return self._output(self._over(tokens, positions, state, None)[0])
+        return self._output(self._over(tokens, positions, state, None, known=known)[0])
 
     def reading(self, tokens: Events, state: UserState) -> list[Tensor]:
         positions = state.length.long()[:, None].expand(-1, tokens.items.shape[1])
@@ -202,15 +209,21 @@ class AttentionBackbone(ItemBackbone):
         return self.prefill(events).state
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None, watch: Watch | None = None
+        self,
+        tokens: Events,
+        positions: Tensor,
+        state: UserState,
+        own_mask: Tensor | None,
+        watch: Watch | None = None,
+        known: Known | None = None,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Tokens through every layer, each attending to the state and, by own_mask [1, 1, M, M], to one another.
 
-        None: each to itself alone. watch: see `over`.
+        None: each to itself alone. watch, known: see `over`.
         """
         places, asked = self._places(tokens, positions)
         x = self._embed(tokens, positions)
-        return over(self.blocks, x, own_mask, state.layers, state.length, places, asked, watch)
+        return over(self.blocks, x, own_mask, state.layers, state.length, places, asked, watch, known)
 
 
 def fill(
@@ -260,16 +273,18 @@ def over(
     places: Places,
     asked: Places,
     watch: Watch | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Tokens x [B, M, d] through a stack over its layers and, by own_mask [B or 1, 1, M, M], one another (None: each
     over itself alone).
 
     Returns the outputs [B, M, d] and what each layer would store of the tokens. watch: is told of each layer what went
-    on there.
+    on there. known: of the same tokens what the first block makes of them; it is noted there.
     """
     stored: list[dict[str, Tensor]] = []
     for block, layer in zip(blocks, layers):
-        q, own, gate = block.project(x)
+        q, own, gate = block.project(x) if known is None else known(block, x)
+        known = None
         note = None if watch is None else watch(block, q, own, asked)
         x = block.combine(x, _attend(block, q, own, own_mask, layer, length, places, asked, note), gate)
         stored.append(own)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -112,6 +113,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def read(self, tokens: Events, state: UserState) -> Tensor:
         """Outputs [B, M, d] of M tokens that stand behind the history and do not see one another."""
+
+    def reads(self, tokens: Events, length: Tensor) -> Callable[[UserState], Tensor]:
+        """`read` of the same tokens, for many states of the same histories of `length` [B] events: what no state
+        changes may be worked out once."""
+        return partial(self.read, tokens)
 
     def reading(self, tokens: Events, state: UserState) -> list[Tensor]:
         """`Prefill.reader`: mean |weight| of the tokens on each slot of the full state, [B, H, S] a layer."""

@@ -162,3 +162,13 @@ def block_pairs(slots: int) -> int:
     """Pairs of query and key that `causal_blocks` multiplies."""
     ends = [min(start + BLOCK, slots) for start in range(0, slots, BLOCK)]
     return sum((end - start) * end for start, end in zip([0, *ends], ends))
+
+
+class Known(dict[Block, tuple[Tensor, dict[str, Tensor], Tensor | None]]):
+    """What blocks make of the same tokens, whatever state they read: those that nothing was read before."""
+
+    def __call__(self, block: Block, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """`block.project` of x [B, M, d], the same at each call."""
+        if block not in self:
+            self[block] = block.project(x)
+        return self[block]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.base import Backbone
-from malloc_bench.backbones.block import BLOCK, Block, Places, block_pairs
+from malloc_bench.backbones.block import BLOCK, Block, Known, Places, block_pairs
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.folded import read_flops
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -245,7 +245,13 @@ class Climber(AttentionBackbone):
         return Prefill(state, ids, events, seed=seed, **found)
 
     def _over(
-        self, tokens: Events, positions: Tensor, state: UserState, own_mask: Tensor | None, watch: Watch | None = None
+        self,
+        tokens: Events,
+        positions: Tensor,
+        state: UserState,
+        own_mask: Tensor | None,
+        watch: Watch | None = None,
+        known: Known | None = None,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         places, asked = self._places(tokens, positions)
         embedded = self._embed(tokens, positions)
@@ -257,7 +263,7 @@ class Climber(AttentionBackbone):
         stored: list[dict[str, Tensor]] = []
         for part, mask in zip(self._stacks(), masks):
             layers = state.layers[part]
-            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked, watch)
+            x, own = over(list(self.blocks)[part], embedded, mask, layers, state.length, places, asked, watch, known)
             outputs.append(x)
             stored += own
         return self.fusion(torch.stack(outputs, 2), asked), stored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -48,9 +48,10 @@ class NextItem:
         events = window(split.dataset, users, at, backbone.max_length)
         asked = split_newest(events), question(split.dataset, users, at, filter_seen)
         (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(device), asked)
+        self._reads = Reads(self.history, self.tokens)
 
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
-        return backbone.read(_some(self.tokens, rows), state)[:, 0]
+        return self._reads(backbone, state, rows)[:, 0]
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         reference, full = outputs[0]
@@ -77,11 +78,11 @@ class Candidates:
         device = next(backbone.parameters()).device
         asked = ask(data, data.test.rows(rows), backbone.max_length)[:2]
         self.history, self.tokens = map_tensors(lambda x: x.to(device), asked)
+        self._reads = Reads(self.history, self.tokens)
         self.width = data.width
 
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
-        tokens = _some(self.tokens, rows)
-        return backbone.score(backbone.read(tokens, state), tokens)
+        return backbone.score(self._reads(backbone, state, rows), _some(self.tokens, rows))
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         scores, real = torch.cat([each for _, each in outputs]), self.tokens.mask()
@@ -96,6 +97,21 @@ class Candidates:
             }
             for logits, own, gap in zip(kept, scores, error)
         ]
+
+
+class Reads:
+    """Reads of one chunk's tokens over many states, [B, M, d]; what no state changes is made once a backbone."""
+
+    def __init__(self, history: Events, tokens: Events) -> None:
+        self.length, self.tokens = history.count, tokens
+        self.of: dict[Backbone, Callable[[UserState], Tensor]] = {}
+
+    def __call__(self, backbone: Backbone, state: UserState, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            return backbone.read(_some(self.tokens, rows), state)
+        if backbone not in self.of:
+            self.of[backbone] = backbone.reads(self.tokens, self.length)
+        return self.of[backbone](state)
 
 
 def _some(tokens: Events, rows: Tensor | None) -> Events:

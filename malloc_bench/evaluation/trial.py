@@ -135,8 +135,9 @@ def checked_bytes(job: Job, prefill: Prefill, state: UserState) -> dict[str, Ten
     size = total(parts)
     target = None if job.budget is None else job.budget.target(prefill.full_bytes())
     if target is not None:
-        allowed = target.maximum(job.compressor.floor(prefill).to(target.device))
-        if bool((size > allowed).any()):
+        above = bool((size > target).any())
+        allowed = target.maximum(job.compressor.floor(prefill).to(target.device)) if above else target
+        if above and bool((size > allowed).any()):
             user = int((size - allowed).argmax())
             raise OverBudget(f"user {user} takes {int(size[user])} bytes, the budget allows {int(allowed[user])}")
     return parts

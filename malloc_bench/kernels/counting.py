@@ -1,4 +1,4 @@
-"""How many scores reach a mark."""
+"""How many scores reach another."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from malloc_bench.kernels.switch import fits, spread
 
 
-def reach(scores: Tensor, marks: Tensor) -> Tensor | None:
-    """How many of scores [B, n] are no less than each of marks [B, M], [B, M] int32."""
-    if scores.dtype != torch.float32 or not fits(scores, marks):
-        return None
+def reach(scores: Tensor, marked: Tensor, count: Tensor) -> bool:
+    """Write how many of scores [B, n] are no less than each of those in the columns marked [B, M] int64 to count [B, M]
+    int32; False where there is no kernel for these."""
+    if scores.dtype != torch.float32 or not fits(scores, marked):
+        return False
     from malloc_bench.kernels.counts import counted  # here: its compiler takes half a second to load
 
-    count = torch.empty(marks.shape, dtype=torch.int32)
-    arrays = scores.detach().numpy(), marks.detach().numpy(), count.numpy()
+    arrays = scores.detach().numpy(), marked.numpy(), count.numpy()
     spread(lambda start, stop: counted(*arrays, start, stop), len(scores), scores.numel())
-    return count
+    return True
