@@ -103,6 +103,15 @@ def tokens_do_not_see_each_other(backbone: Backbone) -> None:
         close(backbone.read(one, state), together[:, m : m + 1], f"token {m} alone", 1e-5)
 
 
+def many_states_are_read_as_each(backbone: Backbone) -> None:
+    """`reads`: what is worked out once for all states is of none of them, be it of fewer events than was said."""
+    history, tokens = histories(backbone, LENGTHS)
+    whole, none = (backbone.prefill(_part(history, 0 * _ALL, n)).state for n in (_ALL, 0 * _ALL))
+    read = backbone.reads(tokens, whole.length)
+    for state in (whole, none, whole, none):
+        assert torch.equal(read(state), backbone.read(tokens, state)), f"a read of {state.length.tolist()} events"
+
+
 def candidates_are_scored_alone(backbone: Backbone) -> None:
     """Ranking: a candidate's logit is the same beside others, in another place, and with any number of padding ones."""
     ranker = _ranker(backbone)
@@ -268,7 +277,7 @@ def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
 
 BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (
     read_equals_forward, append_equals_prefill, read_needs_every_field, tokens_do_not_see_each_other,
-    batch_and_padding_do_not_matter, refuses_beyond_max_length, refuses_to_forget_times, states_pack,
+    many_states_are_read_as_each, batch_and_padding_do_not_matter, refuses_beyond_max_length, refuses_to_forget_times, states_pack,
     nothing_is_not_a_problem, loss_reaches_every_parameter, candidates_are_scored_alone,
     ranking_trains_by_the_same_calls, retrieval_has_no_scoring_head,
 )  # fmt: skip
