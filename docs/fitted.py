@@ -131,6 +131,21 @@ candidates, each of the other items and of the tenth:
 As candidates such items are found as well as others. As readers they ask for what probes drawn by their events never
 asked; probes drawn of all items alike (`which: even`) make up for most of it, though none of the tenth is among them.
 
+### One plan for all
+
+`auto` divides bytes over layers, methods and bits by what training users lose, one plan for all: a budget caps each
+user, so that no bytes can move between them. Would users do better with plans of their own, of equal bytes? `bits`:
+fewer slots in more or more in fewer; `layers`: how much of the bytes the lower layer has (overlap@10, seed 0;
+`examples/choices.py`). `kept` is the best single plan; then what is gained on it where each third of users by length or
+by rank of A gets the plan that was best for that third among others, where each user gets the one that 32 probes held
+out lose least by, for which all must be made, and, luck included, by the outcome:
+
+{choices}
+
+Neither length nor rank tells: what they gain is noise, of either sign. Probes held out tell a little where bytes are
+fewest, for the price of all plans. So `auto` stays one plan. What does help is the same for all: most of the bytes to
+the lower layer.
+
 ## Why it works, and what that says of the backbones
 
 {why}
@@ -175,6 +190,7 @@ python examples/fitted.py                         # the same on plain tensors
 python examples/why.py                            # the last table, of the backbones just trained
 python examples/where.py runs/fitted_small --budget 1/32
 python examples/later.py                          # items that were kept from the fit
+python examples/choices.py                        # plans of users' own, half an hour
 ```
 """
 
@@ -316,6 +332,7 @@ def page() -> str:
         ceiling=ceiling(),
         where=committed("where.md"),
         later=committed("later.md"),
+        choices=committed("choices.md"),
         why=committed("why.md"),
         **horizon(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",

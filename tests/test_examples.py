@@ -14,6 +14,7 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget
 from malloc_bench.results import read_rows
 from malloc_bench.run.runner import run_suite
+from malloc_bench.state import Ask, Fitted
 from malloc_bench.testing.worlds import World
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -135,6 +136,37 @@ def test_later_keeps_a_tenth_from_the_fit(synthetic, monkeypatch):
         for budget, least in ((Budget(1.0), 1.0), (Budget(slots=2), 0.0)):
             for _, found in later.overlaps(backbone, synthetic, methods, lots, budget, 40):
                 assert found.keys() == lots.keys() and all(least <= float(x.mean()) <= 1 for x in found.values())
+
+
+def test_choices_are_judged_on_users_that_they_were_not_learnt_from(synthetic, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    choices = importlib.import_module("choices")
+    dice = torch.Generator().manual_seed(0)
+    told, luck = torch.arange(300.0), torch.rand(4, 300, generator=dice)
+    two = torch.stack([torch.full((300,), 0.9), torch.where(told < 100, 1.0, 0.7)])
+    assert choices.by_thirds(told, two) == pytest.approx(0.1 / 3, abs=0.003)
+    assert choices.by_thirds(told[torch.randperm(300, generator=dice)], two) < 0.005
+    assert choices.by_thirds(told, luck) < 0.01 < luck.amax(0).mean() - luck.mean(1).max()
+    for name, value in {
+        "FIT": {"probes": 8, "which": "top"},
+        "TESTS": 4,
+        "PROBES": Ask(12, "top"),
+        "BUDGETS": {"all": 1.0, "1/16": 1 / 16},
+    }.items():
+        monkeypatch.setattr(choices, name, value)
+    torch.manual_seed(0)
+    data = synthetic.dataset
+    backbone = get_backbone("sasrec", data.n_items, data.has_time, layers=2, dim=16, max_length=40).eval()
+    with torch.no_grad():
+        for methods in choices.plans().values():
+            known, (whole, part), gaps = choices.judged(backbone, synthetic, methods, 30)
+            assert known.keys() == {"length", "rank"} and all(x.shape == (30,) for x in known.values())
+            assert (whole == 1).all() and float(gaps[0].max()) < 1e-9, "nothing is lost of what is kept whole"
+            assert part.shape == (len(methods), 30) and 0 < float(part.mean()) < 1 and float(gaps[1].min()) > 0
+    most = methods["90% below"]
+    state = most.compress(World("any", backbone).prefill(most.needs), Budget(1 / 16), Fitted({}))
+    below, above = (int(segment.slots.count.sum()) for (segment,) in state.layers)
+    assert below > 3 * above
 
 
 def test_the_page_on_fitted_states_is_what_the_rows_say():
