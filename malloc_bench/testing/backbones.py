@@ -278,6 +278,6 @@ def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
 BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (
     read_equals_forward, append_equals_prefill, read_needs_every_field, tokens_do_not_see_each_other,
     many_states_are_read_as_each, batch_and_padding_do_not_matter, refuses_beyond_max_length,
-    refuses_to_forget_times, states_pack, nothing_is_not_a_problem, loss_reaches_every_parameter, candidates_are_scored_alone,
-    ranking_trains_by_the_same_calls, retrieval_has_no_scoring_head,
+    refuses_to_forget_times, states_pack, nothing_is_not_a_problem, loss_reaches_every_parameter,
+    candidates_are_scored_alone, ranking_trains_by_the_same_calls, retrieval_has_no_scoring_head,
 )  # fmt: skip
