@@ -68,6 +68,10 @@ def run(
     tuned: Annotated[Path | None, typer.Option(help="Parameters that `tune` chose: a tuned.yaml.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: the I-th of N parts, for many machines; then merge.")] = None,
     workers: Workers = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who works: this machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="The Ray cluster's: HOST:PORT; the one of this machine.")] = None,
 ) -> int:
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench.run import runner
@@ -76,7 +80,7 @@ def run(
     chosen = pairs(only or [])
     result = runner.run_suite(
         suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet,
-        tuned=tuned, shard=part, workers=workers,
+        tuned=tuned, shard=part, workers=workers, executor=executor, address=address,
     )  # fmt: skip
     (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code

@@ -139,6 +139,7 @@ def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> Non
     assert kwargs == {
         "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
         "device": "cpu", "quiet": False, "tuned": None, "shard": None, "workers": 3,
+        "executor": "local", "address": None,
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "synthetic · retrieval · sasrec" in shown
