@@ -15,6 +15,7 @@ import typer
 from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.machines import machines
 from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(reports)
 app.add_typer(plans)
+app.add_typer(machines)
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work; times are measured by one alone.")]
