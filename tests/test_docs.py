@@ -34,8 +34,10 @@ SHIPPED = {path.stem for path in shipped("suites").glob("*.yaml")}
 
 
 def elsewhere(words: tuple[str, ...]) -> bool:
-    """Shipped suites are run at a small size by tests/run/test_shipped.py, checks by tests/test_readme.py."""
-    return words[0] == "check" or (words[0] == "run" and Path(words[1]).stem in SHIPPED and words[1] != "quick.yaml")
+    """Shipped suites are run at a small size by tests/run/test_shipped.py, checks and jobs by tests of their own."""
+    return words[0] in ("check", "submit") or (
+        words[0] == "run" and Path(words[1]).stem in SHIPPED and words[1] != "quick.yaml"
+    )
 
 
 def typed(line: str) -> list[list[str]]:

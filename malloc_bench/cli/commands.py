@@ -15,6 +15,7 @@ import typer
 from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.machines import machines
 from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(reports)
 app.add_typer(plans)
+app.add_typer(machines)
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work; times are measured by one alone.")]
@@ -68,6 +70,10 @@ def run(
     tuned: Annotated[Path | None, typer.Option(help="Parameters that `tune` chose: a tuned.yaml.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: the I-th of N parts, for many machines; then merge.")] = None,
     workers: Workers = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who works: this machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="The Ray cluster's: HOST:PORT; the one of this machine.")] = None,
 ) -> int:
     """Run a suite and print its leaderboard; run again, it goes on where it was and retries what failed."""
     from malloc_bench.run import runner
@@ -76,7 +82,7 @@ def run(
     chosen = pairs(only or [])
     result = runner.run_suite(
         suite, out, only=chosen, dry_run=dry_run, fresh=fresh, offline=offline, device=device, quiet=quiet,
-        tuned=tuned, shard=part, workers=workers,
+        tuned=tuned, shard=part, workers=workers, executor=executor, address=address,
     )  # fmt: skip
     (_plan if dry_run else _finish)(result, quiet)
     return result.exit_code

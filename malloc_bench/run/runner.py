@@ -15,10 +15,11 @@ import torch
 
 from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.measure import STORES
-from malloc_bench.registry import load_part
+from malloc_bench.registry import load_part, suggest
 from malloc_bench.report import write_report
 from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
 from malloc_bench.run.estimate import probed
+from malloc_bench.run.executors.cluster import Cluster
 from malloc_bench.run.executors.local import Local
 from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
@@ -31,6 +32,8 @@ from malloc_bench.suite.tuning import Tuned
 from malloc_bench.testing import broken_promises
 
 log = logging.getLogger(__name__)
+
+EXECUTORS = ("local", "ray")
 
 __all__ = ["LockedError", "RunResult", "compare", "one_row", "reproduce", "run_suite"]
 
@@ -48,6 +51,8 @@ def run_suite(
     tuned: str | Path | None = None,
     shard: tuple[int, int] | None = None,
     workers: int = 1,
+    executor: str = "local",
+    address: str | None = None,
 ) -> RunResult:
     """Run the cells of a suite that have no finished row in `out` (default `runs/<name>`); failed ones run again.
 
@@ -56,12 +61,16 @@ def run_suite(
     skipped with the reason, which is also a warning; every run tries them again. tuned: a file of parameters that
     `tune` chose, in place of the suite's `tuned`; the default folder is then `runs/<name>-tuned`. shard: (i, n), only
     the i-th of n parts of the cells, from 1; `merge` makes one run of the parts. workers: processes that share the
-    cells, after which one measures times. Raises SuiteError, LockedError, ResultsError, WorkerError, StoreError where
-    the store that requests are to be measured with is not installed.
+    cells, after which one measures times; executor: local, or ray: groups are tasks of the cluster at `address` (None:
+    as Ray finds it), `workers` of them at a time. Raises SuiteError, LockedError, ResultsError, WorkerError, StoreError
+    where the store that requests are to be measured with is not installed.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     suite = suite if tuned is None else replace(suite, tuned=Path(tuned))
-    return _run(suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard, workers)
+    return _run(
+        suite, out, only or {}, dry_run, fresh, offline, device, quiet, not only and not shard, shard, workers,
+        executor, address,
+    )  # fmt: skip
 
 
 def _run(
@@ -76,10 +85,16 @@ def _run(
     whole: bool,
     shard: tuple[int, int] | None = None,
     workers: int = 1,
+    executor: str = "local",
+    address: str | None = None,
 ) -> RunResult:
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, not {workers}")
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor '{executor}' is not there.{suggest(executor, EXECUTORS)}")
+    if address is not None and executor != "ray":
+        raise ValueError(f"address {address} is of a Ray cluster: expected executor ray beside it")
     cells = suites.only(suite.cells(), only)
     if shard is not None:
         i, n = shard
@@ -88,15 +103,15 @@ def _run(
         if n > len(cells):
             raise ValueError(f"shard {i}/{n}: there are {len(cells)} cells, expected at most as many parts")
         cells = cells[len(cells) * (i - 1) // n : len(cells) * i // n]  # neighbours share a backbone and its prefills
-    on = _device(device)
+    on = device_of(device)
     chosen = Tuned(suite.tuned) if suite.tuned else None
     usual = suite.name + "-tuned" * bool(chosen) + ("" if shard is None else f"-{shard[0]}of{shard[1]}")
     folder = Path(out) if out is not None else Path("runs") / usual
-    datasets, why = _had(suite, cells, offline, quiet)
-    asked, cells = cells, [_settled(cell, datasets, why, on) for cell in cells]
+    datasets, why = had(suite, cells, offline, quiet)
+    asked, cells = cells, [settled(cell, datasets, why, on) for cell in cells]
     known = [cell for cell, now in zip(asked, cells) if now.data is not None]
     if chosen:  # what is chosen may depend on more than what it stands for
-        cells = [_settled(cell, datasets, why, on) for cell in chosen.applied(cells)]
+        cells = [settled(cell, datasets, why, on) for cell in chosen.applied(cells)]
     if chosen and not any(cell.tuned for cell in cells):
         log.warning("%s has nothing for any cell that was asked for", chosen.path)
     for reason, n in Counter(each.impossible for each in cells if each.data is None).items():
@@ -123,7 +138,9 @@ def _run(
         with watching(quiet, result.estimate) as watch:
             run = Session(suite, folder, datasets, on, watch, result)
             try:
-                if workers == 1 and suite.limits is None:
+                if executor == "ray":
+                    Cluster(run, watch, workers, address).all()
+                elif workers == 1 and suite.limits is None:
                     run.all()
                 else:
                     Local(run, watch, workers).all()
@@ -134,7 +151,7 @@ def _run(
     return result
 
 
-def _had(
+def had(
     suite: Suite, cells: Sequence[Cell], offline: bool, quiet: bool
 ) -> tuple[dict[str, Dataset], dict[str, DataError]]:
     """The data sets of some cells that can be had, and why the others cannot, by name."""
@@ -147,7 +164,7 @@ def _had(
     return datasets, why
 
 
-def _settled(cell: Cell, datasets: Mapping[str, Dataset], why: Mapping[str, DataError], on: torch.device) -> Cell:
+def settled(cell: Cell, datasets: Mapping[str, Dataset], why: Mapping[str, DataError], on: torch.device) -> Cell:
     """The cell, settled; as it is, and `impossible`, where its data cannot be had or do not fit it."""
     try:
         if cell.dataset in why:
@@ -284,7 +301,8 @@ def run_cells(cells: Sequence[Cell], folder: Path, cards: Mapping[str, str] | No
     return run_suite(suite, folder, quiet=True)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What auto, cpu or cuda stands for here; raises ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):

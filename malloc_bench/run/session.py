@@ -40,6 +40,7 @@ from malloc_bench.suite.cells import Cell, Part, asks_categories
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, group_key, groups, partial_name
 from malloc_bench.suite.suite import Suite
 from malloc_bench.testing import read_alone
+from malloc_bench.training import ranks
 from malloc_bench.training.checkpoints import Fit, copy_weights, finished
 from malloc_bench.training.fit import Training, fit, tune_malloc
 
@@ -284,18 +285,17 @@ class Session:
             part.begin(backbone, plain.state_dict())
             settings, start = replace(settings, epochs=part.finetune), before.weights
         backbone, copy = backbone.to(self.device), self.folder / "checkpoints" / folder.name
-        with locked(folder, wait=True):  # two runs that need the same weights train them once
-            remove_leftovers(folder)
-            theirs = (
-                own := finished(copy)
-            ) is not None and own.start == start  # what the rows that are there were made with goes before the cache
-            if theirs and finished(folder) is None:
-                copy_weights(copy, folder)
-            place = copy if theirs else folder
+        # two runs that need the same weights train them once
+        with contextlib.nullcontext() if ranks.rank() else locked(folder, wait=True):
+            place = ranks.first(lambda: _place(folder, copy, start))
             fitted = fit(backbone, split, settings, cell.seed, place, self.watch.fit, cell.filter_seen, start)
-            copy_weights(place, copy)
+            ranks.first(lambda: copy_weights(place, copy))
         self.fits[folder.name] = asdict(fitted)
         return backbone, fitted, folder.name
+
+    def train(self, cell: Cell) -> Fit:
+        """Have the backbone of a settled cell trained, adapted or not."""
+        return self._trained(cell, self._split(cell))[1]
 
     def _keep_samples(self, each: str, samples: Mapping[str, Any]) -> None:
         """A cell's raw times, sealed, and their hash for its row."""
@@ -319,6 +319,17 @@ def titled(group: Sequence[Planned]) -> str:
     """A group in a line."""
     cell = group[0].cell
     return f"{cell.dataset}, {cell.backbone.label}, seed {cell.seed}: {len(group)} cells"
+
+
+def _place(folder: Path, copy: Path, start: str | None) -> Path:
+    """Where weights are, or will be made: what a run's rows were made with goes before the cache."""
+    remove_leftovers(folder)
+    own = finished(copy)
+    if own is None or own.start != start:
+        return folder
+    if finished(folder) is None:
+        copy_weights(copy, folder)
+    return copy
 
 
 def _part(each: Planned) -> Structural | None:

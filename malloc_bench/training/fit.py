@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from malloc_bench.data.tasks.impressions import Impressions, ask, ranking_batche
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.evaluation.metrics import auc_by_user, lists
 from malloc_bench.evaluation.ranking import question, rank
-from malloc_bench.state import map_tensors
-from malloc_bench.training import checkpoints
+from malloc_bench.state import Batch, Events, map_tensors
+from malloc_bench.training import checkpoints, ranks
 from malloc_bench.training.checkpoints import Fit
 
 _BIG_BATCH = 256  # users a batch where nothing is trained
@@ -100,7 +101,8 @@ def fit(
     epoch; what is not what was written is made again, with a warning.
     Epochs draw from their own seeds, so an interrupted fit ends as an uninterrupted one does. filter_seen: the best
     epoch is chosen as the test will ask. start: sha256 of the trained weights that `backbone`
-    comes with, None: they are fresh; a fit that began from others is made again.
+    comes with, None: they are fresh; a fit that began from others is made again. Processes of torchrun fit it together
+    (`ranks`), each with its own call of this.
     """
     device = next(backbone.parameters()).device
 
@@ -126,6 +128,7 @@ def fit(
         return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
 
     steps = sum(1 for _ in batches(0))
+    ranks.alike(backbone)
     while epoch < settings.epochs:
         if epoch - max(best_epoch, sgd_after or 0) >= max(settings.patience, 1):
             if settings.optimizer == "adam" or sgd_after is not None:
@@ -134,36 +137,46 @@ def fit(
             sgd_after, optimizer = epoch, _optimizer(backbone, settings, sgd=True)
         top = settings.lr if sgd_after is None else settings.sgd_lr
         started = time.perf_counter()
-        torch.manual_seed(1_000_003 * seed + epoch)
+        torch.manual_seed(1_000_003 * seed + epoch + (ranks.rank() << 40))
         backbone.train()
         total = 0.0
         for step, batch in enumerate(batches(epoch)):
             rate = top * _schedule(epoch + step / max(steps, 1), settings.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                batch = map_tensors(to_device, batch)
-                loss = backbone.ranking_loss(*batch) if ranking else backbone.loss(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            own = ranks.share(batch)
+            if part := _targets(own) / _targets(batch):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    own = map_tensors(to_device, own)
+                    loss = backbone.ranking_loss(*own) if ranking else backbone.loss(own)
+                (loss * part).backward()
+                total += float(loss.detach())
+            ranks.add_up(backbone)
             optimizer.step()
-            total += float(loss.detach())
             so_far = best if best >= 0 else None
             report(Progress(epoch, settings.epochs, step + 1, steps, total / (step + 1), so_far, metric))
-        score = _validate(backbone, split, filter_seen)
+        score = ranks.first(lambda: _validate(backbone, split, filter_seen))
         epoch += 1
         if score is None or score > best:
             best, best_epoch = -1.0 if score is None else score, epoch
         seconds += time.perf_counter() - started
         where |= {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
-        where = checkpoints.keep(backbone, optimizer, folder, where)
-    if best_epoch:
-        checkpoints.load_best(backbone, folder, where)
-    backbone.eval()
+        where = ranks.first(partial(checkpoints.keep, backbone, optimizer, folder, where))
     reached = best if len(split.valid) else None
     scores = {"best_ndcg": None if ranking else reached, "best_auc": reached if ranking else None}
     result = Fit(epoch, best_epoch, seconds=seconds, sgd_after=sgd_after, start=start, **scores)
-    return checkpoints.save_weights(backbone, folder, result)
+
+    def leave() -> Fit:
+        if best_epoch:
+            checkpoints.load_best(backbone, folder, where)
+        return checkpoints.save_weights(backbone, folder, result)
+
+    fitted = ranks.first(leave)
+    if ranks.rank():
+        checkpoints.load_weights(backbone, folder, start)
+    backbone.eval()
+    return fitted
 
 
 def _start(
@@ -177,6 +190,11 @@ def _start(
         return where, optimizer
     fresh = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0, "sgd_after": None, "weights": None}
     return fresh | ({} if start is None else {"start": start}), _optimizer(backbone, settings, sgd=False)
+
+
+def _targets(batch: Batch | tuple[Events, Events, torch.Tensor]) -> int:
+    """What the loss of a batch is the mean over."""
+    return int((batch.targets > 0).sum() if isinstance(batch, Batch) else batch[1].count.sum())
 
 
 def _validate(backbone: Backbone, split: Split | Impressions, filter_seen: bool) -> float | None:

@@ -18,6 +18,7 @@ import yaml
 
 from malloc_bench import load_run, registry, results
 from malloc_bench.cli import commands as cli
+from malloc_bench.cli.machines import machines
 from malloc_bench.cli.reports import reports
 from malloc_bench.data import DataError
 from malloc_bench.registry import UnknownName
@@ -29,7 +30,7 @@ from malloc_bench.suite.suite import SuiteError, load_suite
 
 COMMANDS = (
     ["run"], ["tune"], ["list"], ["show"], ["compare"], ["tables"], ["merge"], ["report"], ["reproduce"], ["check"],
-    ["verify"], ["site"], ["env"], ["data"], ["recommend"], ["leaderboard"], ["fit"],
+    ["verify"], ["site"], ["env"], ["data"], ["recommend"], ["leaderboard"], ["fit"], ["train"], ["submit"],
     ["data", "list"], ["data", "card"], ["data", "get"], ["data", "verify"], ["data", "stats"],
 )  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_help_of_every_command(command: list[str], capsys: Capture) -> None:
 
 
 def test_every_command_is_known_here() -> None:
-    groups = [(["data"], cli.data), ([], cli.app), ([], reports)]
+    groups = [(["data"], cli.data), ([], cli.app), ([], reports), ([], machines)]
     found = [
         [*prefix, command.name or command.callback.__name__]
         for prefix, app in groups
@@ -139,6 +140,7 @@ def test_run_passes_everything_on(fake: Any, smoke: Any, capsys: Capture) -> Non
     assert kwargs == {
         "only": {"backbone": ["sasrec"], "budget": ["0.25"]}, "dry_run": False, "fresh": True, "offline": True,
         "device": "cpu", "quiet": False, "tuned": None, "shard": None, "workers": 3,
+        "executor": "local", "address": None,
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "synthetic · retrieval · sasrec" in shown

@@ -106,6 +106,17 @@ class Says(Base):
         open(f"{os.environ['SAYS']}-{os.getpid()}", "w").close()
         time.sleep(3000)
 
+@register("waits")
+class Waits(Base):
+    few = 40
+
+    def scores(self, prefill, layer):
+        if len(prefill.users) > self.few:
+            open(f"FOLDER/{prefill.seed}-{len(prefill.users)}-{os.getpid()}", "w").close()
+            while len(prefill.users) == 44 and not os.path.exists("FOLDER/go"):
+                time.sleep(0.1)
+        return prefill.values(layer).norm(dim=-1)
+
 @register("logs")
 class Logs(Base):
     few = 0
@@ -123,7 +134,8 @@ def methods_file(tmp_path: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path_factory.getbasetemp() / "home"))
     registry.names("compressors")
     before = dict(registry._parts["compressors"])
-    (file := tmp_path / "methods.py").write_text(METHODS)
+    (tmp_path / "waits").mkdir()
+    (file := tmp_path / "methods.py").write_text(METHODS.replace("FOLDER", str(tmp_path / "waits")))
     load_part(f"{file}:Good")
     yield file
     registry._parts["compressors"].clear()

@@ -139,6 +139,29 @@ def test_no_worker_outlives_its_run(suite, tmp_path, monkeypatch, wait_for, aliv
     wait_for(lambda: not alive(worker), 30)
 
 
+def test_a_run_cut_under_limits_goes_on_behind_its_last_chunk(suite, tmp_path, trusted, wait_for, alive) -> None:
+    def begun(users: int) -> list[int]:
+        return [int(path.name.rsplit("-", 1)[1]) for path in (tmp_path / "waits").glob(f"0-{users}-*")]
+
+    suite.write_text(SUITE % "waits" + "limits: {seconds: 600, memory: 8GB}")
+    words = [tmp_path / "methods.py", suite, tmp_path / "run"]
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT.replace("Says", "Waits"), *map(str, words)])
+    wait_for(lambda: begun(44))
+    process.kill()
+    process.wait()
+    assert len(list((tmp_path / "run" / "partial").glob("*/*.npz"))) == 1
+    wait_for(lambda: not any(map(alive, begun(44))))
+    (tmp_path / "waits" / "go").touch()
+    result = run_suite(suite, tmp_path / "run", quiet=True)
+    assert (result.ok, result.failed) == (2, 0)
+    assert (len(begun(256)), len(begun(44))) == (1, 2)  # the chunk that was cut, and no other
+    assert not (tmp_path / "run" / "partial").exists()
+    suite.write_text(SUITE % "waits")
+    run_suite(suite, tmp_path / "plain", quiet=True)
+    rows, plain = by_name(tmp_path / "run"), by_name(tmp_path / "plain")
+    assert {name: without_times(rows[name]) for name in plain} == {k: without_times(v) for k, v in plain.items()}
+
+
 def test_every_step_of_a_method_is_told(suite: Path, tmp_path: Path, monkeypatch) -> None:
     told: list[tuple[str, str]] = []
     monkeypatch.setattr(runner, "Session", partial(Session, begin=lambda what, cell: told.append((what, cell))))

@@ -177,7 +177,7 @@ class Local(Executor):
             return
         if not left.again:
             log.warning("a worker was %s; its group is run again: %s", how, titled(left.members))
-            left.again = True
+            left.again = 1
             return
         for each in self._left(left.members):
             self.session.fail(each, f"its group was given up: two workers died of it, the last was {how}")

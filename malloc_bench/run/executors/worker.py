@@ -45,13 +45,13 @@ class SetUp:
 
 @dataclass
 class Task:
-    """Cells of one group, and what they cost; share, later: as in `Session.group`; again: a worker has died of it."""
+    """Cells of one group, and what they cost; share, later: as in `Session.group`; again: how many have died of it."""
 
     members: list[Planned]
     cost: Cost
     share: tuple[int, int] = (0, 1)
     later: bool = False
-    again: bool = False
+    again: int = 0
 
     @property
     def cell(self) -> Cell:
@@ -139,7 +139,7 @@ def _main(parent: Connection, set_up: int, page: int) -> None:
             notes.begin("", "")
             parent.send(("done", session.fits, session.ceilings))
     except BaseException as error:
-        parent.send(("error", told(error), _portable(error)))
+        parent.send(("error", told(error), portable_error(error)))
 
 
 def _listen(parent: Connection, tasks: queue.SimpleQueue[tuple[Task, set[Part]]]) -> None:
@@ -150,7 +150,7 @@ def _listen(parent: Connection, tasks: queue.SimpleQueue[tuple[Task, set[Part]]]
     os.killpg(0, signal.SIGKILL)
 
 
-def _portable(error: BaseException) -> BaseException | None:
+def portable_error(error: BaseException) -> BaseException | None:
     """An error of ours as it is, which the parent raises; None for any other."""
     return error if type(error).__module__.startswith("malloc_bench.") else None
 
