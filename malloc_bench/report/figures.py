@@ -20,6 +20,7 @@ from malloc_bench.report.lines import WIDTHS
 from malloc_bench.report.pareto import pareto_figure
 from malloc_bench.report.parts import told_apart
 from malloc_bench.report.tables import sliced
+from malloc_bench.report.task_figures import task_figures
 from malloc_bench.results import atomic_write, digest
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
         }
         for name, figure in drawn.items():
             paths += [written(figure, Path(folder) / f"{name}.{suffix}") for suffix in formats if figure is not None]
+    for end, width in WIDTHS.items():
+        several = {(name, *key): figure for name, key, figure in task_figures(frame, width)}
+        for names, stem in file_stems({key: key for key in several}).items():
+            paths += [written(several[names], Path(folder) / f"{stem}{end}.{suffix}") for suffix in formats]
     return paths
 
 
