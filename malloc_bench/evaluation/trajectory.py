@@ -97,7 +97,7 @@ class Trajectory(NextItem):
         kept = (tops[..., None] == tops[0][..., None, :]).any(-1).float().mean(-1)
         for c, values in enumerate(judged):
             values["own_items"] = items[c].cpu().numpy().astype(np.int32)
-            for name, rank_of, overlap_of in (("true", *true), ("own", ranks, kept)):
+            for name, rank_of, overlap_of in (("true", true[0], true[1]), ("own", ranks, kept)):
                 values[f"{name}_ranks"] = torch.where(self.real, rank_of[c], -1).cpu().numpy().astype(np.int32)
                 values[f"{name}_overlap"] = torch.where(self.real, overlap_of[c], torch.nan).cpu().numpy()
         return judged
