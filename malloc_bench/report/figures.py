@@ -44,7 +44,7 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
     """Of every dataset, task, split and backbone those figures of PRINTED that there is data for.
 
     `pareto-<...>.<format>`, `pareto-<...>-narrow.<format>`, `curves-<...>.<format>` ...; png, svg or pdf, whose text is
-    text.
+    text. And those of `task_figures`, whose tables may be of several tasks.
     """
     paths = []
     tables = {key: _literal(rows) for key, rows in groups_of(sliced(*told_apart(frame)))}
