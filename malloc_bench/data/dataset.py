@@ -48,6 +48,8 @@ class Dataset:
     user_names: pl.Series | None = None  # (U,) text, sorted; None where the ids are the numbers above
     item_names: pl.Series | None = None  # (n_items,)
     order: np.ndarray | None = None  # (E,) int64, `ranks`; only without times, where a column of the source has ties
+    domains: np.ndarray | None = None  # (n_items,) int16, which of `domain_names` each item is of; None: of one set
+    domain_names: tuple[str, ...] = ()
 
     def original_user(self, index: np.ndarray | slice) -> np.ndarray | pl.Series:
         """The ids of users as their source has them, int64 or text; `index` counts users from 0."""

@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def get_dataset(data: Any, *, offline: bool = False, progress: bool = True, **columns: Any) -> Dataset:
-    """A data set by name, by the path of a card of your own, or from a frame of polars or pandas.
+    """A data set by name, several as one (`a+b`, see `joined`), by the path of a card of your own, or from a frame of
+
+    polars or pandas.
 
     offline: use only what is on this machine already. columns: of a frame, `user=`, `item=` and, where there are,
     `time=` (dates, or numbers of `unit=`: s, ms, us, ns, order), `rating=` and `feedback=[...]`; `name=` it if
@@ -43,8 +45,11 @@ def verify(name: str | Path, *, offline: bool = False) -> list[str]:
 
 
 def _load(name: str | Path, offline: bool, progress: bool, strict: bool) -> Dataset:
-    from malloc_bench.data.sources.cards import load_card
+    from malloc_bench.data.joined import join, parts_of
+    from malloc_bench.data.sources.cards import is_path, list_datasets, load_card
 
+    if not is_path(name) and (parts := parts_of(str(name), list_datasets())):
+        return join([_load(part, offline, progress, strict) for part in parts])
     card = load_card(name)
     if card.parameters is not None:
         from malloc_bench.data.worlds.synthetic import generate

@@ -12,6 +12,7 @@ import torch
 from malloc_bench.backbones import Backbone
 from malloc_bench.data.dataset import mixed
 from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.known import lengths
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of
@@ -47,6 +48,7 @@ def drift(
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
+    split = replace(split, steps=1) if isinstance(split, Split) else split
     if not jobs or not steps:
         return found, failed
     needs = Stats()
@@ -92,7 +94,7 @@ def drift(
 def _chunks(backbone: Backbone, split: Split | Impressions, n: int) -> list[np.ndarray]:
     """Rows of split.test, of users with more than n events in their state: one request a user, by hash."""
     test, data = split.test, split.dataset
-    length = np.minimum(test.at - data.offsets[test.users], backbone.max_length)
+    length = lengths(split, backbone.max_length)
     rows = np.flatnonzero(length > n + 1)  # in retrieval one more: the token that reads
     _, first = np.unique(test.users[rows], return_index=True)
     rows = rows[np.sort(first)]

@@ -18,10 +18,13 @@ from malloc_bench.compressors import Compressor, get_compressor
 from malloc_bench.compressors.base import methods_in
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.known import heard, lengths
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.guard import Failure, InputChanged, failure, fingerprint, undisturbed, unwritten
+from malloc_bench.evaluation.popularity import about_items
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
+from malloc_bench.evaluation.trajectory import Trajectory
 from malloc_bench.evaluation.trial import Begin, Job, Read, Witnesses, attempt, nobody, total
 from malloc_bench.state import Named, Stats
 
@@ -58,7 +61,8 @@ class Evaluation:
     """users: row of the dataset per request, [N]; length: events in the state; bytes_full [N]; values per job id.
 
     failed: by job id, why. A failed job has no values. items (0: none), labels: of the candidates, [N, M], in
-    ranking only. parts: per job id, what of "bytes" is of which part of the state, [N] each.
+    ranking only. parts: per job id, what of "bytes" is of which part of the state, [N] each. about: of each target, in
+    retrieval: its `quarter` by popularity, and of joined data its `domain`, [N] each.
     """
 
     users: np.ndarray
@@ -69,6 +73,7 @@ class Evaluation:
     items: np.ndarray | None = None
     labels: np.ndarray | None = None
     parts: dict[str, Values] = field(default_factory=dict)
+    about: Values = field(default_factory=dict)
 
 
 REFERENCE = "reference"
@@ -81,13 +86,16 @@ def chunks(backbone: Backbone, split: Split | Impressions) -> list[np.ndarray]:
     if users > _USERS:
         users = max(_USERS, min(users, _STATES // _state_bytes(backbone, split)))
     size = max(16, min(max(users, _USERS), _SCORES // max(scores, 1)))
-    return list(by_length(split.test, split.dataset, backbone.max_length, size))
+    data, ends, most = heard(split, backbone.max_length)
+    return list(by_length(ends, data, most, size))
 
 
 def _state_bytes(backbone: Backbone, split: Split | Impressions) -> int:
     """Of the full state of the user of the longest history."""
-    length = split.test.at - split.dataset.offsets[split.test.users]
-    return int(backbone.prefill(asked_of(backbone, split, length.argmax()[None], False).history).state.nbytes()[0])
+    length = lengths(split, backbone.max_length)
+    return int(
+        backbone.prefill(asked_of(backbone, split, np.array([length.argmax()]), False).history).state.nbytes()[0]
+    )
 
 
 @torch.no_grad()
@@ -121,9 +129,7 @@ def evaluate(
             needs |= job.compressor.needs
     items = facts(split, needs)
     everything = [Job(REFERENCE, get_compressor("full")), *jobs]
-    columns = {**(Candidates if isinstance(split, Impressions) else NextItem).columns, **SIZES}
-    if loss and isinstance(split, Split):
-        columns |= NextItem.loss
+    columns = {**_kind(split).columns, **SIZES, **(NextItem.loss if loss and isinstance(split, Split) else {})}
     failed: dict[str, Failure] = {}
     kept: list[dict[str, Values]] = []
     mine = list(enumerate(parts))[share[0] :: share[1]]
@@ -155,12 +161,18 @@ def evaluate(
     of = {each: _side_by_side([x[PARTS] for x in own]) for each, own in whole.items()}
     order = np.concatenate([rows for _, rows in mine]) if mine else np.zeros(0, dtype=np.int64)
     users = split.test.users[order]
-    length = np.minimum(split.test.at[order] - split.dataset.offsets[users], backbone.max_length)
+    length = lengths(split, backbone.max_length)[order]
     full = values[REFERENCE]["bytes"] if kept else np.zeros(0, dtype=np.int64)
     if isinstance(split, Impressions):
         shown, labels, _ = split.candidates(split.test.rows(order))
         return Evaluation(users, length, full, values, failed, shown, labels, of)
-    return Evaluation(users, length - 1, full, values, failed, parts=of)  # the newest event reads
+    about = about_items(split, order)
+    return Evaluation(users, length - 1, full, values, failed, parts=of, about=about)  # the newest event reads
+
+
+def _kind(split: Split | Impressions) -> type[NextItem] | type[Candidates]:
+    """What its requests are."""
+    return Candidates if isinstance(split, Impressions) else Trajectory if split.steps > 1 else NextItem
 
 
 def _side_by_side(chunks: list[np.ndarray]) -> Values:
@@ -178,7 +190,7 @@ def asked_of(
     """The requests of rows of split.test."""
     if isinstance(split, Impressions):
         return Candidates(backbone, split, rows)
-    return NextItem(backbone, split, rows, filter_seen, loss)
+    return (Trajectory if split.steps > 1 else NextItem)(backbone, split, rows, filter_seen, loss)
 
 
 def _chunk(
@@ -250,6 +262,7 @@ def _together(
         found = []
         if model is backbone:
             whole = prefill.full_bytes()
+            asked.walk(model, prefill.state, full)
             found, done = [full], [(Job(REFERENCE, get_compressor("full")), prefill.state.nbytes_by_part())]
         elif not own:
             continue
@@ -271,6 +284,7 @@ def _together(
                     reads = [whole_read] if apart else [whole_read, read]  # nobody else's state is the same as it was
                     with undisturbed():
                         read, parts = attempt(job, model, mine, asked, reads, watched if apart else witnesses)
+                        asked.walk(model, read.state, read.out)
                     found.append(read.out)
                     done.append((job, parts))
             begin("")

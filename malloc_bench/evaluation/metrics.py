@@ -261,17 +261,28 @@ def slices(lengths: npt.ArrayLike) -> dict[str, npt.NDArray[np.bool_]]:
     }
 
 
+def target_slices(about: Mapping[str, npt.NDArray]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Masks (N,) of targets by what is known of each (N,): the `quarter` of the training events that its item belongs
+
+    to, 1: the most popular items, and the data set (`domain`) that it is of.
+    """
+    found = {f"popularity {q}/4": about["quarter"] == q for q in (1, 2, 3, 4) if "quarter" in about}
+    return found | {f"of {name}": about["domain"] == name for name in np.unique(about.get("domain", np.zeros(0)))}
+
+
 def by_slice(
-    values: Mapping[str, npt.ArrayLike], lengths: npt.ArrayLike, users: npt.ArrayLike | None = None
+    values: Mapping[str, npt.ArrayLike],
+    masks: Mapping[str, npt.NDArray[np.bool_]],
+    users: npt.ArrayLike | None = None,
 ) -> dict[str, dict[str, float | None]]:
-    """Mean over users of each array (N,) within each slice, without NaN, and the slice's `n_users`: the row's `slices`.
+    """Mean over users of each array (N,) within each mask (N,), without NaN, and its `n_users`: the row's `slices`.
 
     users (N,): as in `summary`; one whose history grows past an edge is in two slices.
     """
     arrays = {name: np.asarray(each) for name, each in values.items()}
-    owners = np.arange(np.size(lengths)) if users is None else np.asarray(users)
     found: dict[str, dict[str, float | None]] = {}
-    for name, mask in slices(lengths).items():
+    for name, mask in masks.items():
+        owners = np.arange(len(mask)) if users is None else np.asarray(users)
         found[name] = {"n_users": len(np.unique(owners[mask]))}
         for key, array in arrays.items():
             some = mask & ~np.isnan(array)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from malloc_bench import kernels
 from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.tasks.splits import between
 
 TOP = 10
 _ROWS = 96  # outputs at a time: their scores stay in cache
@@ -26,18 +27,24 @@ class Question:
 def question(dataset: Dataset, users: np.ndarray, at: np.ndarray, filter_seen: bool = True) -> Question:
     """The targets at flat places `at` [B]; with filter_seen, items of the user's whole earlier history cannot rank.
 
-    The target itself always can, even where the user has met it before.
+    The target itself always can, even where the user has met it before. Of data sets that were joined, only items of
+    the target's own can.
     """
     target = torch.from_numpy(dataset.items[at].astype(np.int64) - 1)
     penalty = torch.zeros(len(users), dataset.n_items)
     if filter_seen:
-        first = dataset.offsets[users]
-        count = at - first
-        rows = np.repeat(np.arange(len(users)), count)
-        places = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-        penalty[torch.from_numpy(rows), torch.from_numpy(dataset.items[places].astype(np.int64) - 1)] = -torch.inf
+        penalty[met(dataset, users, at)] = -torch.inf
         penalty[torch.arange(len(users)), target] = 0.0
+    if dataset.domains is not None:
+        domains = torch.from_numpy(dataset.domains)
+        penalty[domains[target][:, None] != domains] = -torch.inf
     return Question(target, penalty)
+
+
+def met(dataset: Dataset, users: np.ndarray, at: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(row, column of the catalogue) of every event of users [B] before the flat places at [B]."""
+    rows, places = between(dataset.offsets[users], at)
+    return torch.from_numpy(rows), torch.from_numpy(dataset.items[places].astype(np.int64) - 1)
 
 
 def best(hidden: Tensor, table: Tensor, asked: Question) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from malloc_bench.backbones import Backbone
 from malloc_bench.data.tasks.batches import split_newest, window
 from malloc_bench.data.tasks.impressions import Impressions, ask
+from malloc_bench.data.tasks.known import heard
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.evaluation.ranking import agreement, best, compare, losses, question
 from malloc_bench.state import Events, UserState, map_tensors
@@ -29,6 +30,9 @@ class Asked(Protocol):
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
         """Outputs, [B, ...]; rows [P]: the state is that of these requests only."""
 
+    def walk(self, backbone: Backbone, state: UserState, out: Tensor) -> None:
+        """Go on from what was read of a state, where the task does; once for each of the outputs, in their order."""
+
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         """What is kept of all outputs, [C, B, ...] of each backbone, under `columns`; the first is the full state's."""
 
@@ -44,14 +48,18 @@ class NextItem:
     ) -> None:
         self.with_loss = loss
         device = next(backbone.parameters()).device
-        users, at = split.test.users[rows], split.test.at[rows]
-        events = window(split.dataset, users, at, backbone.max_length)
+        users, at, times = split.test.users[rows], split.test.at[rows], split.dataset.times
+        data, ends, most = heard(split, backbone.max_length)
+        events = window(data, users, ends.at[rows], most, None if times is None else times[at])
         asked = split_newest(events), question(split.dataset, users, at, filter_seen)
         (self.history, self.tokens), self.question = map_tensors(lambda x: x.to(device), asked)
         self._reads = Reads(self.history, self.tokens)
 
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
         return self._reads(backbone, state, rows)[:, 0]
+
+    def walk(self, backbone: Backbone, state: UserState, out: Tensor) -> None:
+        """A next item is one step."""
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         reference, full = outputs[0]
@@ -82,7 +90,10 @@ class Candidates:
         self.width = data.width
 
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
-        return backbone.score(self._reads(backbone, state, rows), _some(self.tokens, rows))
+        return backbone.score(self._reads(backbone, state, rows), some_of(self.tokens, rows))
+
+    def walk(self, backbone: Backbone, state: UserState, out: Tensor) -> None:
+        """Candidates are asked once."""
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         scores, real = torch.cat([each for _, each in outputs]), self.tokens.mask()
@@ -108,11 +119,12 @@ class Reads:
 
     def __call__(self, backbone: Backbone, state: UserState, rows: Tensor | None) -> Tensor:
         if rows is not None:
-            return backbone.read(_some(self.tokens, rows), state)
+            return backbone.read(some_of(self.tokens, rows), state)
         if backbone not in self.of:
             self.of[backbone] = backbone.reads(self.tokens, self.length)
         return self.of[backbone](state)
 
 
-def _some(tokens: Events, rows: Tensor | None) -> Events:
+def some_of(tokens: Events, rows: Tensor | None) -> Events:
+    """Those of rows [P]; None: all."""
     return tokens if rows is None else map_tensors(lambda x: x.index_select(0, rows.to(x.device)), tokens)

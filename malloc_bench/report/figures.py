@@ -20,6 +20,7 @@ from malloc_bench.report.lines import WIDTHS
 from malloc_bench.report.pareto import pareto_figure
 from malloc_bench.report.parts import told_apart
 from malloc_bench.report.tables import sliced
+from malloc_bench.report.task_figures import task_figures
 from malloc_bench.results import atomic_write, digest
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
     """Of every dataset, task, split and backbone those figures of PRINTED that there is data for.
 
     `pareto-<...>.<format>`, `pareto-<...>-narrow.<format>`, `curves-<...>.<format>` ...; png, svg or pdf, whose text is
-    text.
+    text. And those of `task_figures`, whose tables may be of several tasks.
     """
     paths = []
     tables = {key: _literal(rows) for key, rows in groups_of(sliced(*told_apart(frame)))}
@@ -59,6 +60,10 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
         }
         for name, figure in drawn.items():
             paths += [written(figure, Path(folder) / f"{name}.{suffix}") for suffix in formats if figure is not None]
+    for end, width in WIDTHS.items():
+        several = {(name, *key): figure for name, key, figure in task_figures(frame, width)}
+        for names, stem in file_stems({key: key for key in several}).items():
+            paths += [written(several[names], Path(folder) / f"{stem}{end}.{suffix}") for suffix in formats]
     return paths
 
 

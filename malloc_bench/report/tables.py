@@ -30,6 +30,7 @@ from malloc_bench.report.render import (
     significant,
     words,
 )
+from malloc_bench.report.tasks import TABLES as TASKS
 from malloc_bench.results import AFTER, CLIENTS, KNOWN, REQUEST_STEPS, STEPS
 
 ACCURACY = (
@@ -264,6 +265,7 @@ TABLES = {
     ),
     "parts": PARTS,
     "models": MODELS,
+    **TASKS,
     **PAPER,
 }
 

@@ -67,8 +67,7 @@ COLUMNS: dict[str, str] = {
     **{f"{floor}_{name}": "real" for floor in ("popular", "popular_7d") for name in ("hr@10", "ndcg@10")},
     "users_one_class": "whole",  # have liked all or no candidates: not in the GAUC
     **dict.fromkeys(("overlap@10", "agreement", "logit_error"), "real"),  # with the full state
-    # overlap or agreement that compressing from scratch keeps, less what updates after N new events do; what one keeps
-    # to which N events were appended and no more was done; and the users
+    # what compressing from scratch keeps less what updates after N new events do; what appending alone keeps; users
     **{f"{name}@{n}": "real" for n in AFTER for name in ("drift", "appended", "drift_users")},
     **{f"delta_{name}{end}": "real" for name in ("ndcg@10", "gauc", "auc") for end in ("", "_lo", "_hi")},
     **dict.fromkeys(("p_value", "p_auc"), "real"),  # of delta_ndcg@10 or delta_gauc, and of delta_auc
@@ -112,7 +111,8 @@ COLUMNS: dict[str, str] = {
     "threads": "whole",
     "load": "real",
     **dict.fromkeys(("git_commit", "created_at"), "text"),
-    "slices": "json",  # history length -> n_users and ndcg@10, hr@10, overlap@10 or agreement, logit_error
+    "slices": "json",  # events of history, popularity -> n_users, ndcg@10, hr@10, overlap@10 or agreement, logit_error
+    "steps": "json",  # of a trajectory: step -> n_users, and hr@10, ndcg@10, overlap@10 fed the truth, or its own items
     **dict.fromkeys(("per_user", "traceback"), "text"),  # path below the run folder; of what failed
     "values_digest": "text",  # sha256 of the per-user values
     **dict.fromkeys(("cell", "versions", "hashes", "hardware"), "json"),

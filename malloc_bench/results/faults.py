@@ -29,7 +29,7 @@ def fault(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     special = {"budget": "budget", "per_user": "below"}
     inside: dict[str, Any] = {
         "hashes": {"files": ("below", "text"), "reference": "text", "data": "text"},
-        "slices": ("text", ("text", "real")),
+        **dict.fromkeys(("slices", "steps"), ("text", ("text", "real"))),
         "requests": ("digits", columns),
     }
     for name, kind in columns.items():

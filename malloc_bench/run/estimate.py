@@ -18,6 +18,7 @@ import torch
 from malloc_bench.backbones import Backbone
 from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.known import lengths
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.evaluation.evaluate import Job, evaluate
 from malloc_bench.evaluation.guard import undisturbed
@@ -175,8 +176,7 @@ def _evaluation(
 
 def _lengths(backbone: Backbone, split: Split | Impressions) -> np.ndarray:
     """Events of each test request's history, as far as the backbone reads."""
-    test = split.test
-    return np.minimum(test.at - split.dataset.offsets[test.users], backbone.max_length).clip(1)
+    return lengths(split, backbone.max_length).clip(1)
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, An
     gains = {each: metrics.ndcg(ranks[each], 10) for each in ranks}
     means = {each: metrics.by_user(gains[each], users) for each in ranks}
     deltas, kept = _differences("ndcg@10", means, ids), _noninferior(means, ids)
+    masks = metrics.slices(evaluation.length) | metrics.target_slices(evaluation.about)
     rows = {}
     for each, delta in zip(ids, deltas):
         p = delta.pop("p_ndcg@10")
@@ -94,9 +95,28 @@ def _retrieval(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, An
             **delta,
             "p_value": None if np.array_equal(ranks[each], ranks[REFERENCE]) else p,  # nothing to test
             "p_noninferior": kept.get(each),
-            "slices": metrics.by_slice(slices, evaluation.length, users),
+            "slices": metrics.by_slice(slices, masks, users),
+            **_steps(evaluation, each),
         }
     return rows
+
+
+def _steps(evaluation: Evaluation, each: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Of a trajectory, step by step from 1: who has so many items left, and accuracy and overlap of both ways on."""
+    values = evaluation.values[each]
+    if "true_ranks" not in values:
+        return {}
+    found = {}
+    for step in range(values["true_ranks"].shape[1]):
+        some = values["true_ranks"][:, step] >= 0
+        own: dict[str, np.ndarray] = {}
+        for way in ("true", "own"):
+            ranks = values[f"{way}_ranks"][some, step]
+            own |= {f"{way}_hr@10": metrics.hit_rate(ranks, 10), f"{way}_ndcg@10": metrics.ndcg(ranks, 10)}
+            own[f"{way}_overlap@10"] = values[f"{way}_overlap"][some, step]
+        everyone = {"all": np.ones(some.sum(), dtype=bool)}
+        found[str(step + 1)] = metrics.by_slice(own, everyone, evaluation.users[some])["all"]
+    return {"steps": found}
 
 
 def _loss(evaluation: Evaluation, each: str) -> dict[str, float | None]:
@@ -137,7 +157,9 @@ def _ranking(evaluation: Evaluation, ids: list[str]) -> dict[str, dict[str, Any]
             "p_value": None if same else p,
             "p_noninferior": kept.get(each),
             "slices": metrics.by_slice(
-                {name: values[name] for name in ("agreement", "logit_error")}, lengths, evaluation.users
+                {name: values[name] for name in ("agreement", "logit_error")},
+                metrics.slices(lengths),
+                evaluation.users,
             ),
         }
     return rows
@@ -195,9 +217,10 @@ def _ceiling(name: str, values: Values, users: np.ndarray) -> dict[str, float | 
 def per_user(evaluation: Evaluation, each: str, user_ids: np.ndarray | pl.Series) -> Mapping[str, Any]:
     """Columns of a job's per-user file, a row for each target or request; `user` is the id in the source.
 
-    In ranking also the candidates as the data set numbers them, sampled ones too, with labels and logits.
+    In retrieval also what is known of the target; in ranking the candidates as the data set numbers them,
+    sampled ones too, with labels and logits.
     """
-    shown = {"items": evaluation.items, "labels": evaluation.labels}
+    shown = {"items": evaluation.items, "labels": evaluation.labels, **evaluation.about}
     return {
         "user": user_ids[evaluation.users],
         "length": evaluation.length,

@@ -235,6 +235,7 @@ class Cell:
         """
         split = self.split or default_rule(dataset)
         split.check(dataset)
+        self.task.check(split, self.evaluate)
         training = {**self.training, "amp": arithmetic(self.training["amp"], device or torch.device("cpu"))}
         uses = not self.backbone.probes or any(probe.uses_categories for probe in self.backbone.probes)  # or who knows
         data = {**dataset.identity(), **({"categories": _categories(dataset)} if uses else {})}

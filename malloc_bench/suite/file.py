@@ -11,12 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from malloc_bench.compressors import Budget
 from malloc_bench.data import DataError, list_datasets
+from malloc_bench.data.joined import parts_of
 from malloc_bench.data.sources.cards import is_path, load_card
 from malloc_bench.data.tasks.options import O, pick
 from malloc_bench.data.tasks.splits import RULES, Rule
 from malloc_bench.data.tasks.tasks import TASKS, Task
 from malloc_bench.paths import shipped
-from malloc_bench.registry import clipped, suggest
+from malloc_bench.registry import UnknownName, clipped, suggest
 from malloc_bench.results import size
 from malloc_bench.strict_yaml import YamlError, number_hint, read_yaml
 from malloc_bench.training.fit import Training
@@ -199,8 +200,13 @@ def cards(names: Sequence[str], folder: Path) -> dict[str, str]:
                 name = load_card(asked).name
             except DataError as error:
                 raise Fault(f"datasets[{i}]", str(error)) from None
-        elif given not in valid:
-            raise Fault(f"datasets[{i}]", f"no dataset is named '{clipped(given)}'.{suggest(given, valid)}")
+        else:
+            try:
+                joined = parts_of(given, valid)
+            except (UnknownName, DataError) as error:
+                raise Fault(f"datasets[{i}]", str(error)) from None
+            if given not in valid and not joined:
+                raise Fault(f"datasets[{i}]", f"no dataset is named '{clipped(given)}'.{suggest(given, valid)}")
         if name in found:
             raise Fault(f"datasets[{i}]", f"'{name}' is there twice")
         found[name] = asked

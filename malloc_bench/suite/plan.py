@@ -12,7 +12,7 @@ from typing import Any
 from malloc_bench.data import Dataset
 from malloc_bench.evaluation.drift import UPDATES, USERS
 from malloc_bench.paths import home
-from malloc_bench.results import Row, cell_id, spoilt
+from malloc_bench.results import Row, cell_id, digest, spoilt
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.file import Measure
 from malloc_bench.suite.suite import Suite
@@ -162,7 +162,8 @@ def group_key(cell: Cell) -> Any:
 
 def partial_name(cell: Cell) -> str:
     """Of the folder of unfinished chunks of a cell's group."""
-    return checkpoint_folder(cell.plain).name + ("" if cell.evaluate == "test" else f"-{cell.evaluate}")
+    asked = "" if cell.task == cell.task.trained else f"-{digest(cell.task.value())[:8]}"
+    return checkpoint_folder(cell.plain).name + ("" if cell.evaluate == "test" else f"-{cell.evaluate}") + asked
 
 
 def checkpoint_folder(cell: Cell) -> Path:
@@ -171,7 +172,7 @@ def checkpoint_folder(cell: Cell) -> Path:
     parts: dict[str, Any] = {
         "data": cell.data,
         "split": cell.split and cell.split.value(),
-        "task": cell.task.value(),
+        "task": cell.task.trained.value(),
         "backbone": cell.backbone.content,
     }
     if not cell.filter_seen:  # the best epoch was chosen so

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.compressors import Budget
+from malloc_bench.data import DataError
 from malloc_bench.data.tasks.splits import Rule
 from malloc_bench.data.tasks.tasks import Task
 from malloc_bench.registry import suggest
@@ -160,7 +161,12 @@ def _measure(keys: suite_file.MeasureKeys) -> Measure:
 
 
 def _check(suite: Suite) -> None:
-    """That every compressor can run somewhere, and that the grid has a size one can mean."""
+    """That every compressor and task can run somewhere, and that the grid has a size one can mean."""
+    for i, (task, rule) in enumerate(product(suite.tasks, filter(None, suite.splits))):
+        try:
+            task.check(rule, suite.evaluate)
+        except DataError as error:
+            raise suite_file.Fault(f"tasks[{i // len(suite.splits)}]", str(error)) from None
     takers = [part for part in suite.compressors if part.build().takes_budget]
     if takers and not suite.budgets:
         raise suite_file.Fault("budgets", f"missing: {takers[0].label} takes one, such as 0.25")

@@ -183,6 +183,6 @@ def test_slices_part_the_users(lengths):
 def test_slice_edges_and_means():
     lengths = [49, 50, 199, 200, 499]
     assert [mask.tolist().count(True) for mask in metrics.slices(lengths).values()] == [1, 2, 2, 0]
-    means = metrics.by_slice({"ndcg@10": [1.0, 0.0, 0.5, 0.2, 0.4]}, lengths)
+    means = metrics.by_slice({"ndcg@10": [1.0, 0.0, 0.5, 0.2, 0.4]}, metrics.slices(lengths))
     assert means["50-199"] == {"n_users": 2, "ndcg@10": 0.25}
     assert means[">=500"] == {"n_users": 0, "ndcg@10": None}

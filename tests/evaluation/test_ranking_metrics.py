@@ -137,7 +137,7 @@ def test_means_by_user_count_each_user_once():
     assert metrics.by_user([1.0, 5.0, 2.0, 6.0], users).tolist() == [5.0, 3.0]
     summary = metrics.summary([0, 99, 99, 99], users)
     assert summary["hr@10"] == pytest.approx((0 + 1 / 3) / 2)
-    slices = metrics.by_slice({"hr": [1.0, math.nan, 0.0, 1.0]}, [10, 10, 10, 60], users)
+    slices = metrics.by_slice({"hr": [1.0, math.nan, 0.0, 1.0]}, metrics.slices([10, 10, 10, 60]), users)
     assert slices["<50"] == {"n_users": 2, "hr": 0.5} and slices["50-199"] == {"n_users": 1, "hr": 1.0}
 
 

@@ -1,4 +1,5 @@
 import io
+import json
 
 import polars as pl
 import pytest
@@ -19,8 +20,11 @@ def test_every_table_in_every_format(suite, name, format):
         "measured_history_long": 100,
         "read_flops_long": 4e7,
         "bytes_by_part": '{"keys": 60.0, "length": 4.0}',
+        "slices": json.dumps({key: {"n_users": 9, "ndcg@10": 0.1} for key in ("<50", "popularity 1/4", "of ml-1m")}),
+        "steps": '{"1": {"n_users": 9, "true_hr@10": 0.1}}',
     }
     suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
+    suite = pl.concat([suite, suite.with_columns(pl.lit("retrieval(delete=0.5)").alias("task"))])
     text = tables.render_table(suite, name, format)
     assert (
         "hstu" in text and "sasrec" in text and "null" not in text and "None" not in text and "nan" not in text.lower()

@@ -95,7 +95,7 @@ def test_a_run_leaves_rows_and_derived_files_and_a_second_one_changes_nothing(
     for name in ("results.parquet", "leaderboard.md", "leaderboard.csv", "leaderboard.tex", "manifest.json"):
         assert (out / name).stat().st_size > 0, name
     figures = {path.name.split("-synthetic")[0] for path in (out / "figures").glob("*.png")}
-    assert figures == {"pareto", "bytes-by-part"}
+    assert figures == {"pareto", "bytes-by-part", "popularity"}
     assert len(list((out / "per_user").glob("*.parquet"))) == 4
     assert not (out / "partial").exists()
     before = rows_of(out)

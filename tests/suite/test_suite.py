@@ -126,6 +126,25 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"seeds": []}, "seeds: expected at least one value, not an empty list"),
     ({"datasets": ["sintetic"]}, "datasets[0]: no dataset is named 'sintetic'. Did you mean 'synthetic'?"),
     ({"datasets": ["synthetic", "synthetic"]}, "datasets[1]: 'synthetic' is there twice"),
+    (
+        {"tasks": [{"retrieval": {"delete": 0.1, "replace": 0.1}}]},
+        "tasks[0].retrieval: delete and replace are two tasks: name each by itself",
+    ),
+    (
+        {"tasks": [{"retrieval": {"delete": 1.5}}]},
+        "tasks[0].retrieval.delete: expected less than 1, not 1.5",
+    ),
+    (
+        {"tasks": ["retrieval", {"retrieval": {"steps": 10}}], "split": "leave_one_out"},
+        "tasks[1]: retrieval(steps=10): the split leave_one_out holds out 1 of a user's events: name it "
+        "{leave_one_out: {last: 10}}",
+    ),
+    (
+        {"tasks": [{"retrieval": {"steps": 2}}], "split": "ratio", "evaluate": "validation"},
+        "tasks[0]: retrieval(steps=2): steps go on into what is tested, so they cannot be asked of validation",
+    ),
+    ({"datasets": ["ml-100k+ml-100"]}, "datasets[0]: no dataset is named 'ml-100'. Did you mean 'ml-100k'?"),
+    ({"datasets": ["ml-100k+ml-100k"]}, "datasets[0]: ml-100k+ml-100k: a data set is there twice; join different ones"),
     ({"tasks": ["retrival"]}, "tasks[0]: no task is named 'retrival'. Did you mean 'retrieval'?"),
     ({"split": "leave_1_out"}, "split: no split is named 'leave_1_out'. Did you mean 'leave_one_out'?"),
     ({"seeds": ["0"]}, "seeds[0]: expected an integer, not '0'"),
@@ -507,8 +526,9 @@ def test_a_whole_number_for_a_float_is_the_same_cell(tmp_path: Path) -> None:
         {"datasets": ["ml-1m"]},
         {"seeds": [1]},
         *({"tasks": [task]} for task in ("ranking", {"ranking": {"negatives": 1}}, {"ranking": {"seed": 1}})),
+        *({"tasks": [{"retrieval": task}]} for task in ({"history": 5}, {"delete": 0.1}, {"replace": 0.1})),
         *({"split": split} for split in ("temporal", {"temporal": {"valid": 0.2}}, "ratio", {"ratio": {"test": 0.1}})),
-        *({"split": {"leave_one_out": {name: 7}}} for name in ("k_core", "min_history", "max_history", "long")),
+        *({"split": {"leave_one_out": {name: 7}}} for name in ("k_core", "min_history", "max_history", "long", "last")),
         {"filter_seen": False},
         *({"training": {name: value}} for name, value in {
             "epochs": 3, "batch_size": 8, "lr": 1.0, "patience": 1, "weight_decay": 0.5, "amp": "fp32",

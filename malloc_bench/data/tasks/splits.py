@@ -42,6 +42,10 @@ class Rule(Option, ABC):
     def bounds(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """(end of training, end of validation), flat places [U] each. Raises DataError where it cannot cut."""
 
+    def test_end(self, dataset: Dataset, valid_end: np.ndarray) -> np.ndarray:
+        """Flat places [U] behind what retrieval's test asks of each user."""
+        return dataset.offsets[1:]
+
     def kept(self, users: np.ndarray, history: np.ndarray, total: np.ndarray) -> np.ndarray:
         """Rows [K] of what is asked: users [N] in order, events before each [N], events of each user in all [U]."""
         asked = (history >= (self.min_history or 1)) & (total[users] >= (self.long or 0))
@@ -60,16 +64,21 @@ class LeaveOneOut(Rule):
     """Each user's last event is tested, the one before validates; users with fewer than 3 events only train.
 
     protocol: "published": nothing validates, all but the last event train, for a fixed number of epochs (the tables of
-    HSTU, arXiv 2402.17152).
+    HSTU, arXiv 2402.17152). last: so many of each user's last events are held out, and retrieval asks for the first of
+    them; the one before validates. None: 1.
     """
 
     protocol: Literal["published"] | None = None
+    last: Whole | None = None
     name: ClassVar[str] = "leave_one_out"
 
     def bounds(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        end = dataset.offsets[1:]
-        enough = np.diff(dataset.offsets) >= 3
-        return end - (enough if self.protocol else 2 * enough), end - enough
+        end, last = dataset.offsets[1:], self.last or 1
+        enough = np.diff(dataset.offsets) >= last + 2
+        return end - (last + (self.protocol is None)) * enough, end - last * enough
+
+    def test_end(self, dataset: Dataset, valid_end: np.ndarray) -> np.ndarray:
+        return np.minimum(valid_end + 1, dataset.offsets[1:])
 
 
 class Shares(Rule):
@@ -143,14 +152,33 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Histories that requests are made of, in place of what users did; training has nothing of it.
+
+    histories: the known events of the same users. before: [E] int64, flat places in them at which the history of each
+    place of the split's own events ends. most: so many of the newest are known; None: all.
+    """
+
+    histories: Dataset
+    before: np.ndarray
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class Split:
-    """A dataset cut up. train_end [U]: user u trains on events [offsets[u], train_end[u])."""
+    """A dataset cut up. train_end [U]: user u trains on events [offsets[u], train_end[u]).
+
+    known: what is known of users who are asked; None: all that they did before. steps: items of a user that are asked
+    for one after the other, from the target on.
+    """
 
     name: str
     dataset: Dataset
     train_end: np.ndarray
     valid: Targets
     test: Targets
+    known: Known | None = None
+    steps: int = 1
 
 
 def get_split(rule: Rule | str | dict[str, Any], dataset: Dataset) -> Split:
@@ -159,7 +187,7 @@ def get_split(rule: Rule | str | dict[str, Any], dataset: Dataset) -> Split:
     dataset = k_core(dataset, rule.k_core or 1)
     train_end, valid_end = rule.bounds(dataset)
     valid = _targets(rule, dataset, train_end, valid_end, rule.valid_users)
-    test = _targets(rule, dataset, valid_end, dataset.offsets[1:], rule.test_users)
+    test = _targets(rule, dataset, valid_end, rule.test_end(dataset, valid_end), rule.test_users)
     return Split(rule.name, dataset, rule.training(dataset, train_end), valid, test)
 
 
@@ -218,6 +246,7 @@ def k_core(dataset: Dataset, k: int) -> Dataset:
         item_ids=core.item_ids[items - 1],
         user_names=None if core.user_names is None else core.user_names.filter(stay),
         item_names=None if core.item_names is None else core.item_names[items - 1],
+        domains=None if core.domains is None else core.domains[items - 1],
         offsets=np.concatenate(([0], core.offsets[1:][stay])),
         items=(np.searchsorted(items, core.items) + 1).astype(np.int32),
         hash=hashlib.sha256(f"{dataset.hash} {k}-core".encode()).hexdigest(),
