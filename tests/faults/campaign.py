@@ -118,7 +118,7 @@ class Campaign:
 
     def _fresh(self, tiny: Tiny, turn: int) -> Trial:
         path = f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        trial = Trial(self.base, tiny.commands, turn=turn, more={"PATH": path})
+        trial = Trial(self.base, tiny.commands, seed=self.seed, turn=turn, more={"PATH": path})
         shutil.rmtree(trial.folder, ignore_errors=True)
         trial.folder.mkdir()
         write_inputs(trial.folder, tiny)
@@ -245,6 +245,8 @@ def in_a_fork(base: Path, what: str, seed: int) -> Counter[str]:
     if not (pid := os.fork()):
         try:
             (folder := base / "hostile").mkdir(exist_ok=True)
+            for descriptor in (1, 2):  # warnings of what was read all the same
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             os.environ["MALLOC_BENCH_HOME"] = str(folder / "home")
             found = hostile(what, seed, folder)
         except BaseException as error:
@@ -262,15 +264,17 @@ def in_a_fork(base: Path, what: str, seed: int) -> Counter[str]:
 # ---- the command
 
 
-def pairs(short: bool) -> Iterator[tuple[Tiny, Fault, int]]:
-    """(suite, fault, turn) without end: every fault in turn, each time on another suite, dear suites more seldom."""
+def pairs(short: bool, seed: int) -> Iterator[tuple[Tiny, Fault, int]]:
+    """(suite, fault, turn) without end: rounds of all faults, each on a suite that is drawn, dear ones more seldom."""
     turns: Counter[tuple[str, str]] = Counter()
     known = [tiny for tiny in SUITES if tiny.short or not short]
     for around in itertools.count():
-        for place, fault in enumerate(FAULTS):
+        draw = random.Random(f"{seed} {around}")
+        due = [fault for place, fault in enumerate(FAULTS) if (around + place) % fault.seldom == 0]
+        often = [fault.often for fault in due]
+        for fault in draw.sample(due, sum(often), counts=often):
             fit = [tiny for tiny in known if (tiny.name in fault.suites if fault.suites else tiny.name != "redis")]
-            if fit and around % fault.seldom == 0:
-                draw = random.Random(f"{around} {place}")
+            if fit:
                 (tiny,) = draw.choices(fit, [1 / each.weight for each in fit])
                 yield tiny, fault, turns[tiny.name, fault.name]
                 turns[tiny.name, fault.name] += 1
@@ -339,7 +343,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         found = Campaign(Path(folder), asked.seed)
         preload(found.base)
-        for number, (tiny, fault, turn) in enumerate(pairs(asked.short)):
+        for number, (tiny, fault, turn) in enumerate(pairs(asked.short, asked.seed)):
             if number >= asked.trials or time.monotonic() - began > 60 * asked.minutes:
                 break
             if f"{tiny.name}/{fault.name}/{turn}".startswith(asked.only):

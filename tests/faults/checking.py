@@ -90,7 +90,8 @@ def after_the_hurt(fault: Fault, trial: Trial, ended: Ended, want: Rows, run: st
     found = rows(trial.folder / run)
     for line in differing({n: r for n, r in found.items() if r["status"] == "ok"}, want):
         yield "silently wrong", line
-    if ended.code == 0 and found.keys() != want.keys():
+    said = " cells are skipped: " in ended.said  # as data cannot be had; the next run tries again
+    if ended.code == 0 and found.keys() != want.keys() and not said:
         yield "silently lost", f"exit code 0 with {len(found)} of {len(want)} rows: {ended.said[-500:]}"
 
 

@@ -57,6 +57,7 @@ class Trial:
     draw: random.Random = field(default_factory=random.Random)
     events: dict[str, int] = field(default_factory=dict)
     seconds: float = 1.0
+    seed: int = 0
     turn: int = 0
     whole: Path | None = None
     more: dict[str, str] = field(default_factory=dict)  # of its environment
@@ -123,7 +124,7 @@ class Trial:
     def nth(self, op: str) -> int:
         """Every event of the undisturbed run in turn, in an order drawn once."""
         many = max(self.events[op], 1)
-        return random.Random(f"{op} {self.turn // many}").sample(range(1, many + 1), many)[self.turn % many]
+        return random.Random(f"{self.seed} {op} {self.turn // many}").sample(range(1, many + 1), many)[self.turn % many]
 
 
 def _arm() -> None:
@@ -315,7 +316,7 @@ def processes(folder: Path) -> list[int]:
 class Fault:
     """What is done to a run. lasting: rows that it leaves whole stay as they are; heals: the run itself ends well;
 
-    suites: those it is for, all where it names none; seldom: of so many rounds it has its turn in one.
+    suites: those it is for, all where it names none; seldom, often: of so many rounds it has its turns in one, so many.
     """
 
     name: str
@@ -324,6 +325,7 @@ class Fault:
     heals: bool = False
     suites: tuple[str, ...] = ()
     seldom: int = 1
+    often: int = 1
 
 
 YEARS = 10 * 365 * 86400
@@ -346,8 +348,8 @@ FAULTS = (
     Fault("the clock jumps 10 years back", at("any", "clock", -YEARS), heals=True),
     Fault("two writers on one folder", two_writers),
     Fault("two runs, one cache, one is killed", one_cache),
-    Fault("a file that it reads is spoilt", rot, lasting=False),
-    Fault("a suite, card or log is spoilt", bad_input),
+    Fault("a file that it reads is spoilt", rot, lasting=False, often=6),
+    Fault("a suite, card or log is spoilt", bad_input, often=2),
     *(Fault(f"the store {how}", store(how), suites=("redis",), seldom=3)
       for how in ("hangs", "closes", "talks nonsense")),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(__file__).with_name("campaign.py")
-ALL = r"\| \*\*all\*\* \| \| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \|"
+ALL = r"\| \*\*all\*\* \| \| \*\*\d+\*\* \| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \|"
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="shim.c needs a C compiler")
 
@@ -22,10 +22,9 @@ def campaign(*words: str, command: Path = COMMAND) -> tuple[int, str]:
 
 
 def test_nothing_is_lost_changed_or_left() -> None:
-    code, said = campaign("--trials", "24", "--minutes", "1")
-    ((trials, fired, wrong),) = re.findall(ALL, said)
-    assert code == 0 and wrong == "0", said
-    assert int(fired) > 3, said
+    code, said = campaign("--trials", "32", "--minutes", "1")
+    ((hurt, wrong),) = re.findall(ALL, said)
+    assert code == 0 and wrong == "0" and int(hurt) > 3, said
 
 
 @pytest.mark.slow
