@@ -132,11 +132,7 @@ class Campaign:
         trial.events, trial.seconds, trial.whole = model.events, model.seconds, model.whole
         trial.draw = random.Random(f"{self.seed} {tiny.name} {fault.name} {turn}")
         ended = fault.hurt(trial)
-        found = [
-            each
-            for run, one in zip(("run", "second") if fault.name.startswith("two runs") else ("run", "run"), ended)
-            for each in after_the_hurt(fault, trial, one, want, run)
-        ]
+        found = [each for one in ended for each in after_the_hurt(fault, trial, one, want)]
         before = kept(trial)
         trial.commands = (*trial.commands, ("verify", "run"))
         found += after_the_next(fault, trial, trial.run(), before, want)

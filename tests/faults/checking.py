@@ -22,6 +22,7 @@ TIMES = (
     "versions", "peak_bytes",
 )  # fmt: skip
 
+ELSEWHERE = ("second/", "run.away/", "home.away/")  # what a fault itself has put beside the run
 Rows = dict[str, dict[str, Any]]
 
 
@@ -73,7 +74,7 @@ def names(folder: Path) -> set[str]:
     return {str(path) for path in found if path.name != "lock" and "quarantine" not in path.parts}
 
 
-def after_the_hurt(fault: Fault, trial: Trial, ended: Ended, want: Rows, run: str = "run") -> Iterator[tuple[str, str]]:
+def after_the_hurt(fault: Fault, trial: Trial, ended: Ended, want: Rows) -> Iterator[tuple[str, str]]:
     """(kind, what) of all that a hurt run did wrong."""
     if ended.code is None:
         yield "hung", ended.said[-500:]
@@ -85,9 +86,9 @@ def after_the_hurt(fault: Fault, trial: Trial, ended: Ended, want: Rows, run: st
         yield "not one line", ended.said[-500:]
     if fault.heals and ended.code != 0:
         yield "given up", f"{ended.code}: {ended.said[-1000:]}"
-    if fault.name.startswith("a suite,"):  # what it says now is what its rows are of
+    if fault.another:
         return
-    found = rows(trial.folder / run)
+    found = rows(trial.folder / ended.run)
     for line in differing({n: r for n, r in found.items() if r["status"] == "ok"}, want):
         yield "silently wrong", line
     said = " cells are skipped: " in ended.said  # as data cannot be had; the next run tries again
@@ -113,28 +114,26 @@ def after_the_next(
     found = rows(trial.folder / "run")
     if missing := want.keys() - found.keys():
         yield "lost", f"{len(missing)} rows"
-    if more := found.keys() - want.keys():
-        if fault.name.startswith("a suite,"):  # rows of what the files said meanwhile
-            more = set()
-        if more:
-            yield "leftovers", f"{len(more)} rows of no cell"
+    if (more := found.keys() - want.keys()) and not fault.another:
+        yield "leftovers", f"{len(more)} rows of no cell"
     for line in differing(found, want):
         yield "changed", line
     if any(map(unmeasured, found.values())):
         yield "lost", "requests are not measured"
-    anew = [each for each, data in before.items() if each in want and _made_anew(trial, each, data, want, fault)]
-    if anew and (fault.lasting or not ended.said.replace("done before", "")):
+    anew = [each for each, data in before.items() if each in want and _made_anew(trial, each, data)]
+    warned = any(not line[:1].isdigit() for line in ended.said.splitlines())  # counts are all else that it says
+    if anew and (fault.lasting or not warned):
         yield "lost", f"{len(anew)} finished rows were computed again: {ended.said[-500:]}"
-    if not fault.name.startswith("a suite,"):
-        left = names(trial.folder) - names(trial.whole)
-        if left := {each for each in left if not each.startswith(("second", "run.away", "home.away", "."))}:
-            yield "leftovers", ", ".join(sorted(left)[:5])
+    left = {each for each in names(trial.folder) - names(trial.whole) if not each.startswith(ELSEWHERE)}
+    if left and not fault.another:
+        yield "leftovers", ", ".join(sorted(left)[:5])
     if still := _alive(trial.folder):
         yield "leftovers", f"{len(still)} processes"
 
 
-def _made_anew(trial: Trial, name: str, data: bytes, want: Rows, fault: Fault) -> bool:
-    if json.loads(data)["status"] != "ok" or unmeasured(json.loads(data)):  # these are tried again
+def _made_anew(trial: Trial, name: str, data: bytes) -> bool:
+    row = json.loads(data)
+    if row["status"] != "ok" or unmeasured(row):  # these are tried again
         return False
     return (trial.folder / "run" / "rows" / name).read_bytes() != data
 

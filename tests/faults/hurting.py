@@ -37,11 +37,12 @@ def shim(folder: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. code: None where it hung, below 0 by a signal; fired: whether it came to the event."""
+    """How a run ended. code: None where it hung, below 0 by a signal; fired: whether it was hurt before; run: where."""
 
     code: int | None
     said: str
     fired: bool = True
+    run: str = "run"
 
 
 @dataclass
@@ -208,7 +209,7 @@ def one_cache(trial: Trial) -> list[Ended]:
     one, other = trial.start(), trial.start(out="second")
     time.sleep(trial.draw.uniform(0, trial.seconds))
     os.kill(one, signal.SIGKILL)
-    ended = [trial.end(one), trial.end(other, "second")]
+    ended = [trial.end(one), replace(trial.end(other, "second"), run="second")]
     return [replace(each, fired=ended[0].code != 0) for each in ended]
 
 
@@ -314,15 +315,17 @@ def processes(folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to a run. lasting: rows that it leaves whole stay as they are; heals: the run itself ends well;
+    """What is done to a run, in `often` turns of every `seldom`-th round.
 
-    suites: those it is for, all where it names none; seldom, often: of so many rounds it has its turns in one, so many.
+    lasting: rows that it leaves whole stay as they are; heals: the run itself ends well; another: the hurt run is of
+    another suite or log; suites: those it is for, all where it names none.
     """
 
     name: str
     hurt: Hurt
     lasting: bool = True
     heals: bool = False
+    another: bool = False
     suites: tuple[str, ...] = ()
     seldom: int = 1
     often: int = 1
@@ -349,7 +352,7 @@ FAULTS = (
     Fault("two writers on one folder", two_writers),
     Fault("two runs, one cache, one is killed", one_cache),
     Fault("a file that it reads is spoilt", rot, lasting=False, often=6),
-    Fault("a suite, card or log is spoilt", bad_input, often=2),
+    Fault("a suite, card or log is spoilt", bad_input, another=True, often=2),
     *(Fault(f"the store {how}", store(how), suites=("redis",), seldom=3)
       for how in ("hangs", "closes", "talks nonsense")),
 )  # fmt: skip
