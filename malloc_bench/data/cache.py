@@ -22,7 +22,7 @@ from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
 from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
-from malloc_bench.files import advice, new_part, read_sealed, sealed, with_home
+from malloc_bench.files import advice, new_part, read_sealed, remove_parts, sealed, with_home
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
 
     Raises whatever is wrong with the files; DataError where their content is not what was written.
     """
+    remove_parts(target)  # of another process, which was killed while this one, or a third, made the same
     about = read_sealed(folder / "about.json")
     if about["for"] != target.name:
         raise DataError("about.json is of another folder")
