@@ -342,9 +342,12 @@ def main() -> int:
         for number, (tiny, fault, turn) in enumerate(pairs(asked.short, asked.seed)):
             if number >= asked.trials or time.monotonic() - began > 60 * asked.minutes:
                 break
-            if f"{tiny.name}/{fault.name}/{turn}".startswith(asked.only):
+            name = f"{tiny.name}/{fault.name}/{turn}"
+            if name.startswith(asked.only):
                 for kind, what in found.once(tiny, fault, turn):
-                    print(f"{tiny.name}/{fault.name}/{turn}: {kind}: {what}\n", flush=True)
+                    print(f"{name}: {kind}: {what}\n", flush=True)
+            if name == asked.only:
+                break
             if number % len(FAULTS) == 0 and not (asked.short or asked.only):
                 for what in HOSTILE:
                     counts = in_a_fork(found.base, what, asked.seed + number)
