@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 POLARS_MAX_THREADS=1
 export MALLOC_BENCH_DATA ?= $(abspath $(wildcard ../shared/data))
 
-.PHONY: setup services run test test-slow lint bench lock audit dist clean
+.PHONY: setup services run test test-slow campaign lint bench lock audit dist clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ test: setup
 
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m slow
+
+# an hour at most on one core; MINUTES=10 cuts it short
+campaign: setup
+	$(ONE_THREAD) $(BIN)/python tests/faults/campaign.py --minutes $(or $(MINUTES),60) --write docs/reliability.md
 
 lint: setup
 	$(BIN)/ruff check .

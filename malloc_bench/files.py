@@ -162,12 +162,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def new_part(path: Path) -> Path:
     """A name beside `path` for what is not whole yet, of this process alone; what dead ones have left is removed."""
+    remove_parts(path)
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def remove_parts(path: Path) -> None:
+    """Delete what processes that are dead have begun beside `path`."""
     host = socket.gethostname()
     for left in path.parent.glob(f"{_plain(path.name)}.*.part"):
         with contextlib.suppress(OSError):  # another process may clear up as well
             if _is_left(left, host):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return path.with_name(f"{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def _is_left(part: Path, host: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import zlib
@@ -20,7 +22,7 @@ from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
 from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
-from malloc_bench.files import new_part, read_sealed, sealed, with_home
+from malloc_bench.files import advice, new_part, read_sealed, remove_parts, sealed, with_home
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
         log.warning("%s is not cached: %s", card.name, with_home(error))
         keep, folder = False, Path(tempfile.mkdtemp())
     try:
-        digest, notes = write(folder)
+        digest, notes = _written(write, folder)
         about = {"for": target.name, "hash": digest, "notes": notes, "crc32": {n: _crc(folder / n) for n in FILES}}
         (folder / "about.json").write_bytes(sealed(about))
         dataset = read(card, folder, target, source)
@@ -70,11 +72,22 @@ def make(card: Card, target: Path, source: str, write: Callable[[Path], tuple[st
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _written(write: Callable[[Path], tuple[str, dict[str, int]]], folder: Path) -> tuple[str, dict[str, int]]:
+    """What `write` says; raises DataError where there is no room, which is no fault of the source."""
+    try:
+        return write(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise DataError(f"cannot write {folder.parent}: {os.strerror(error.errno)}; {advice(folder, error)}") from None
+
+
 def read(card: Card, folder: Path, target: Path, source: str) -> Dataset:
     """The prepared data in `folder`, made to lie at `target`.
 
     Raises whatever is wrong with the files; DataError where their content is not what was written.
     """
+    remove_parts(target)  # of another process, which was killed while this one, or a third, made the same
     about = read_sealed(folder / "about.json")
     if about["for"] != target.name:
         raise DataError("about.json is of another folder")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from malloc_bench.data import DataError, Dataset, get_dataset
+from malloc_bench.files import ResultsError
 from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part, suggest
 from malloc_bench.report import write_report
@@ -147,8 +148,16 @@ def _run(
             finally:
                 result.seconds, result.times = time.perf_counter() - started, watch.track.times()
                 run.finish()
+        _check_there(folder, result)
         write_report(folder)
     return result
+
+
+def _check_there(folder: Path, result: RunResult) -> None:
+    """Raises ResultsError where rows are gone again, as of a folder that was moved away while the run went on."""
+    had = {each.id for each in result.plan if each.done} | set(result.written)
+    if gone := [each for each in had if not (folder / "rows" / f"{each}.json").exists()]:
+        raise ResultsError(f"{folder}: {len(gone)} of {len(had)} rows are gone again: was it moved? Run again for them")
 
 
 def had(

@@ -6,6 +6,7 @@ torn, rotten or another fit's, is not used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ def load_weights(backbone: Backbone, folder: Path, start: str | None = None) -> 
         log.warning("the weights in %s do not fit (%s) and are made again", folder, _line(error))
         return None
     backbone.eval()
+    _forget_the_way(folder)
     return fit
 
 
@@ -85,9 +87,15 @@ def save_weights(backbone: Backbone, folder: Path, fit: Fit) -> Fit:
     """Leave the weights and the fit, with their hash in it, and nothing of the way there; raises ResultsError."""
     fit = Fit(**{**asdict(fit), "weights": write_tensors(folder / WEIGHTS, backbone.state_dict())})
     atomic_write(folder / DONE, sealed({**asdict(fit), "folder": folder.name}))
-    for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
-        leftover.unlink()
+    _forget_the_way(folder)
     return fit
+
+
+def _forget_the_way(folder: Path) -> None:
+    """Of a finished fit; who loads it forgets what one that was killed here, or could not delete, has left."""
+    for leftover in (*folder.glob("resume*"), *folder.glob("best-*")):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def copy_weights(source: Path, target: Path) -> None:

@@ -76,7 +76,8 @@ def test_the_prepared_folder_of_another_is_not_believed(toy, tmp_path, udata, ca
     assert get_dataset(toy).hash == first.hash and "about.json is of another folder" in caplog.text
 
 
-def test_what_dead_processes_leave_is_removed(toy, tmp_path):
+@pytest.mark.parametrize("there", [True, False], ids=["read", "made"])
+def test_what_dead_processes_leave_is_removed(there, toy, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = socket.gethostname()
@@ -94,7 +95,8 @@ def test_what_dead_processes_leave_is_removed(toy, tmp_path):
     gone.append(leave(f"{folder.name}.abcd1234", 2 * 86400))  # as an older version named it
     kept = [leave(f"{folder.name}.{host}-{os.getpid()}-00", 2 * 86400), leave(f"{folder.name}.elsewhere-1-01")]
     kept.append(leave(f"another-target.{host}-{dead.pid}-00"))
-    shutil.rmtree(folder)
+    if not there:
+        shutil.rmtree(folder)
     get_dataset(toy)
     assert prepared(tmp_path) == sorted([folder, *kept]) and not any(part.exists() for part in gone)
 

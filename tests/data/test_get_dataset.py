@@ -1,5 +1,6 @@
 """get_dataset: which source answers, what is said of the others, what is kept; and the real files."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -253,6 +254,17 @@ def test_an_unwritable_cache_costs_a_warning_only(make_card, data_folder, udata,
     put(tmp_path, "home", b"a file where a folder should be")
     assert get_dataset(make_card(sources=[{"local": "u.data"}])).n_events == 4
     assert "toy is not cached" in caplog.text and "MALLOC_BENCH_HOME names" in caplog.text
+
+
+def test_a_full_disk_names_the_cache_folder(make_card, data_folder, udata, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    put(data_folder, "u.data", udata)
+    monkeypatch.setattr("malloc_bench.data.prepare.prepare", full)
+    with pytest.raises(DataError, match=r"prepared: No space left on device; free some .* \(MALLOC_BENCH_HOME\)"):
+        get_dataset(make_card(sources=[{"local": "u.data"}]))
+    assert not list((tmp_path / "home" / "prepared").iterdir())
 
 
 def test_a_download_that_cannot_be_kept_names_the_cache_folder(make_card, server, udata, tmp_path):

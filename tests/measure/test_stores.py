@@ -182,6 +182,18 @@ def test_a_port_that_is_taken_is_not_used(server, installed, monkeypatch):
             other.get(b"a")
 
 
+@pytest.mark.parametrize("then", ["hangs", "closes", "talks nonsense"])
+def test_a_server_that_does_not_answer_as_it_should_is_one_line(then, monkeypatch):
+    pytest.importorskip("redis")
+    monkeypatch.setenv("PATH", f"{Path(__file__).parents[1] / 'faults' / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SERVER_ANSWERS", "12")
+    monkeypatch.setenv("SERVER_THEN", then)
+    monkeypatch.setattr(redis_store, "SECONDS", 0.5)
+    with STORES["redis"]() as store, pytest.raises(StoreError, match=r"^redis: [^\n]+$"):
+        for _ in range(12):
+            store.put(b"a", b"1")
+
+
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(redis_store.shutil, "which", lambda name: None)
     with pytest.raises(StoreError, match=r"^redis: there is no redis-server: `make services`"):

@@ -431,6 +431,23 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(suite: Path, tmp_path:
     os.environ["MALLOC_BENCH_HOME"] = str(tmp_path / "home")
 
 
+def test_rows_that_are_gone_again_are_said(suite: Path, tmp_path: Path, monkeypatch) -> None:
+    out, write, written = tmp_path / "run", runner.Session._write, []
+
+    def moving(session, each, columns) -> None:
+        write(session, each, columns)
+        written.append(each)
+        if len(written) == 1:
+            out.rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Session, "_write", moving)
+        with pytest.raises(ResultsError, match="run: 1 of 4 rows are gone again: was it moved"):
+            run_suite(suite, out, quiet=True)
+    result = run_suite(suite, out, quiet=True)
+    assert (result.ok, result.reused) == (1, 3)
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(suite: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ResultsError, match=r"file.*--out"):

@@ -270,6 +270,23 @@ def test_killed_between_any_two_files(split, tmp_path, whole, monkeypatch, call)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("whole", ["sasrec"], indirect=True)
+def test_killed_while_it_forgets_the_way_there(split, tmp_path, whole, monkeypatch):
+    name, _, _, final = whole
+
+    def dies(folder):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints, "_forget_the_way", dies)
+        fit(fresh(split, name), split, SETTINGS, 7, tmp_path)
+    assert list(tmp_path.glob("resume*")) and list(tmp_path.glob("best-*"))
+    backbone = fresh(split, name)
+    fit(backbone, split, SETTINGS, 7, tmp_path)
+    assert_equal(weights(backbone), final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
+
+
 def test_a_lost_epoch_leaves_no_trace(split, tmp_path, scores, monkeypatch):
     """An epoch that was killed before its checkpoint was whole is not kept as the best, though it was better."""
     first = scores(0.3, 0.5)

@@ -1,0 +1,366 @@
+"""The fault campaign: tiny suites of every kind, hurt in every way, run again, and held against runs that nobody hurt.
+
+`make campaign` (60 minutes at most; `--minutes N`, `--trials N`, `--seed N`, `--only WORD`), or by hand:
+python tests/faults/campaign.py --minutes 60 --write docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checking import Rows, after_the_hurt, after_the_next, kept, rows
+from hurting import FAULTS, OPS, Fault, Trial, shim
+
+BASE = """
+name: tiny
+datasets: [./log.yaml]
+backbones: [{sasrec: {layers: 1, heads: 2, dim: 8, max_length: 12}}]
+budgets: [0.25]
+training: {epochs: 2, batch_size: 128}
+"""
+PLAIN = "measure: {latency: false, flops: false}\n"
+RETRIEVAL = BASE + "split: leave_one_out\n" + PLAIN + "compressors: [full, none, recent, int8, fit_constant]\n"
+ASKED = BASE + "split: leave_one_out\ncompressors: [full, none, recent]\n"
+CUT = "compressors: [full, none, {gqa: {n_kv_heads: 1}}, {compose: [{mla: {latent: 6}}, recent]}]"
+RUN = ("run", "suite.yaml", "--out", "{out}", "--quiet")
+CARD = """
+format: table
+local: log.csv
+table: {user: who, item: what, time: when, unit: s, rating: stars}
+label: {column: rating, at_least: 4}
+"""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A suite of less than a second. weight: of so many trials it gets one; short: whether the short form has it."""
+
+    name: str
+    text: str
+    commands: tuple[tuple[str, ...], ...] = (RUN,)
+    weight: int = 1
+    short: bool = True
+    reports: bool = False
+
+
+REDIS = "measure: {latency: false, flops: false, seconds: 0.01, users: 4, store: redis, candidates: [1]}\n"
+SUITES = (
+    Tiny("retrieval", RETRIEVAL + "seeds: [0, 1]\n"),
+    Tiny("ranking", BASE + PLAIN + "tasks: [ranking]\nsplit: ratio\ncompressors: [full, none, recent, svd]\n"),
+    Tiny("requests", ASKED + REDIS.replace("redis", "lmdb")),
+    Tiny("times", ASKED + "measure: {latency: true, flops: true, seconds: 0.01, users: 4, drift: [1]}\n"),
+    Tiny(
+        "tuned",
+        BASE + "split: leave_one_out\n" + PLAIN + "compressors: [full, none, recent, {ends: {}}]\n",
+        (("tune", "suite.yaml", "--out", "tune", "--quiet"), (*RUN, "--tuned", "tune/tuned.yaml")),
+    ),
+    Tiny("structural", f"{BASE}split: leave_one_out\n{PLAIN}{CUT}\n"),
+    Tiny("redis", ASKED + REDIS),
+    Tiny("reports", RETRIEVAL.replace("int8, fit_constant", "int8"), weight=6, short=False, reports=True),
+    Tiny("workers", RETRIEVAL + "seeds: [0, 1]\n", ((*RUN, "--workers", "2"),), weight=8, short=False),
+    Tiny("limits", RETRIEVAL + "seeds: [0, 1]\nlimits: {seconds: 600, memory: 20GB}\n", weight=8, short=False),
+)  # fmt: skip
+
+
+def write_inputs(folder: Path, tiny: Tiny) -> None:
+    draw, lines = random.Random(0), ["who,what,when,stars"]
+    for user in range(300):
+        for _ in range(draw.randint(3, 12)):
+            when = 1_700_000_000 + draw.randrange(86_400 * 60)
+            lines.append(f"{user},{int(40 * draw.random() ** 2)},{when},{draw.randint(1, 5)}")
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    (folder / "log.yaml").write_text(CARD)
+    (folder / "suite.yaml").write_text(tiny.text)
+
+
+@dataclass
+class Campaign:
+    """What was tried and what was found. wrong: (suite, fault, turn, kind, what)."""
+
+    base: Path
+    seed: int
+    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
+    fired: Counter[tuple[str, str]] = field(default_factory=Counter)
+    wrong: list[tuple[str, str, int, str, str]] = field(default_factory=list)
+    whole: dict[str, tuple[Trial, Rows]] = field(default_factory=dict)
+    read: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def undisturbed(self, tiny: Tiny) -> tuple[Trial, Rows]:
+        """A trial of the suite that nobody hurts, kept aside, and its rows. Raises AssertionError where it fails."""
+        if tiny.name not in self.whole:
+            trial = self._fresh(tiny, 0)
+            began = time.perf_counter()
+            ended = trial.run()
+            trial.seconds = time.perf_counter() - began
+            found = rows(trial.folder / "run")
+            assert ended.code == 0 and all(row["status"] == "ok" for row in found.values()), f"{tiny.name}: {ended}"
+            trial.events = dict(zip(OPS, trial.counted()))
+            trial.whole = self.base / f"whole-{tiny.name}"
+            trial.folder.rename(trial.whole)
+            self.whole[tiny.name] = trial, found
+        return self.whole[tiny.name]
+
+    def _fresh(self, tiny: Tiny, turn: int) -> Trial:
+        path = f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        trial = Trial(self.base, tiny.commands, seed=self.seed, turn=turn, more={"PATH": path})
+        shutil.rmtree(trial.folder, ignore_errors=True)
+        trial.folder.mkdir()
+        write_inputs(trial.folder, tiny)
+        reporting(tiny.reports)
+        return trial
+
+    def once(self, tiny: Tiny, fault: Fault, turn: int) -> list[tuple[str, str]]:
+        """Hurt a run, run it again; what was wrong."""
+        model, want = self.undisturbed(tiny)
+        trial = self._fresh(tiny, turn)
+        trial.events, trial.seconds, trial.whole = model.events, model.seconds, model.whole
+        trial.draw = random.Random(f"{self.seed} {tiny.name} {fault.name} {turn}")
+        ended = fault.hurt(trial)
+        found = [each for one in ended for each in after_the_hurt(fault, trial, one, want)]
+        before = kept(trial)
+        trial.commands = (*trial.commands, ("verify", "run"))
+        found += after_the_next(fault, trial, trial.run(), before, want)
+        self.tried[tiny.name, fault.name] += 1
+        self.fired[tiny.name, fault.name] += any(one.fired for one in ended)
+        self.wrong += [(tiny.name, fault.name, turn, *each) for each in found]
+        return found
+
+
+# ---- a parent to fork from
+
+
+def reporting(wanted: bool) -> None:
+    """Whether runs write their reports, which take longer than all else."""
+    from malloc_bench.report import write_report
+    from malloc_bench.run import runner
+
+    runner.write_report = write_report if wanted else lambda folder: []
+
+
+def preload(base: Path) -> None:
+    """Have imported what runs import, so that forks need not.
+
+    In the forks nothing is read in a fresh process, and a store's silence is told after half a second.
+    """
+    from malloc_bench.measure.stores import redis
+    from malloc_bench.run import session
+    from malloc_bench.run.executors.local import Local
+
+    whole = Local.all
+
+    def trusting(self: Local) -> None:
+        self.session.alone |= {each.cell.compressor for each in self.session.result.plan}
+        whole(self)
+
+    Local.all = trusting
+    session.read_alone = lambda method: None
+    redis.SECONDS = 0.5
+    listed = base / "modules"
+    for tiny in (each for each in SUITES if each.name in ("times", "tuned", "structural")):
+        campaign = Campaign(base, 0)
+        trial = campaign._fresh(tiny, 0)
+        exits, os._exit = os._exit, _telling(listed, os._exit)
+        try:
+            assert trial.run().code == 0, trial.said()
+        finally:
+            os._exit = exits
+        for name in json.loads(listed.read_text()):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    warm()
+
+
+def _telling(listed: Path, leave: Callable[[int], Any]) -> Callable[[int], Any]:
+    def left(code: int) -> None:
+        listed.write_text(json.dumps([name for name in sys.modules if name != "__main__"]))
+        leave(code)
+
+    return left
+
+
+def warm() -> None:
+    """Have compiled kernels loaded, which takes a second in each fork."""
+    import torch
+
+    from malloc_bench.backbones import get_backbone
+    from malloc_bench.compressors import Budget, get_compressor
+    from malloc_bench.testing import World
+
+    world = World("sasrec", get_backbone("sasrec", 60, True, heads=2, dim=8, layers=1, max_length=64).eval())
+    with torch.no_grad():
+        for name in ("full", "recent", "int8", "svd", "none"):
+            method = get_compressor(name)
+            world.read(
+                method.compress(world.prefill(method.needs), Budget.parse(0.25) if method.takes_budget else None)
+            )
+
+
+# ---- what is read of strangers
+
+
+def hostile(what: str, seed: int, folder: Path) -> Counter[str]:
+    """What became of some damaged packed states, data files, or suites and cards: read, refused, or what is wrong."""
+    if what == "packed states":
+        import test_unpack
+
+        return test_unpack.fuzz(200, seed)
+    if what == "data files":
+        import test_fuzz_data
+
+        return Counter(test_fuzz_data.outcome(200 * seed + i, folder) for i in range(200))
+    import test_fuzz_suites
+
+    from malloc_bench.run import runner
+
+    runner.probed = lambda *plan: None
+    return test_fuzz_suites.fuzz(seed, 60, folder)
+
+
+HOSTILE = ("packed states", "data files", "suites and cards")
+
+
+def in_a_fork(base: Path, what: str, seed: int) -> Counter[str]:
+    """`hostile`, whose crash is one more thing that may come of it."""
+    ours, theirs = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            (folder := base / "hostile").mkdir(exist_ok=True)
+            for descriptor in (1, 2):  # warnings of what was read all the same
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            os.environ["MALLOC_BENCH_HOME"] = str(folder / "home")
+            found = hostile(what, seed, folder)
+        except BaseException as error:
+            found = Counter({f"{type(error).__name__}: {error}": 1})
+        with os.fdopen(theirs, "w") as file:
+            json.dump(found, file)
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as file:
+        told = file.read()
+    os.waitpid(pid, 0)
+    return Counter(json.loads(told) if told else {f"crash, seed {seed}": 1})
+
+
+# ---- the command
+
+
+def pairs(short: bool, seed: int) -> Iterator[tuple[Tiny, Fault, int]]:
+    """(suite, fault, turn) without end: rounds of all faults, each on a suite that is drawn, dear ones more seldom."""
+    turns: Counter[tuple[str, str]] = Counter()
+    known = [tiny for tiny in SUITES if tiny.short or not short]
+    for around in itertools.count():
+        draw = random.Random(f"{seed} {around}")
+        due = [fault for place, fault in enumerate(FAULTS) if (around + place) % fault.seldom == 0]
+        often = [fault.often for fault in due]
+        for fault in draw.sample(due, sum(often), counts=often):
+            fit = [tiny for tiny in known if (tiny.name in fault.suites if fault.suites else tiny.name != "redis")]
+            if fit:
+                (tiny,) = draw.choices(fit, [1 / each.weight for each in fit])
+                yield tiny, fault, turns[tiny.name, fault.name]
+                turns[tiny.name, fault.name] += 1
+
+
+def table(found: Campaign) -> str:
+    """What was done, how often, and what came of it, as markdown."""
+    lines = ["| what was done | suites | trials | came to it | wrong |", "| :-- | --: | --: | --: | --: |"]
+    for fault in FAULTS:
+        mine = [key for key in found.tried if key[1] == fault.name]
+        counts = [sum(each[key] for key in mine) for each in (found.tried, found.fired)]
+        wrong = sum(each[1] == fault.name for each in found.wrong)
+        if mine:
+            lines.append(f"| {fault.name} | {len(mine)} | {counts[0]:,} | {counts[1]:,} | {wrong} |")
+    lines.append(f"| **all** | | **{found.tried.total():,}** | **{found.fired.total():,}** | **{len(found.wrong)}** |")
+    lines += ["", "| what was read of strangers | tried | refused | read | wrong |", "| :-- | --: | --: | --: | --: |"]
+    for what, counts in found.read.items():
+        bad = counts.total() - counts["refused"] - counts["read"]
+        lines.append(f"| {what} | {counts.total():,} | {counts['refused']:,} | {counts['read']:,} | {bad} |")
+    kinds = ("lost", "silently lost", "changed", "silently wrong", "traceback", "leftovers", "hung")
+    said = Counter(kind for *_, kind, _ in found.wrong)
+    other = len(found.wrong) - sum(said[kind] for kind in kinds)
+    lines += ["", ", ".join(f"{kind}: {said[kind]}" for kind in kinds) + f", anything else: {other}."]
+    return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """The text between the two marks of a page."""
+    before, rest = path.read_text().split(BEGINS)
+    path.write_text(f"{before}{BEGINS}\n\n{text}\n\n{ENDS}{rest.split(ENDS)[1]}")
+
+
+BEGINS, ENDS = "<!-- campaign -->", "<!-- /campaign -->"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--trials", type=int, default=1 << 30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="suite/fault/turn, or the start of it: one trial again")
+    parser.add_argument("--short", action="store_true", help="no suite that takes seconds, no strangers")
+    parser.add_argument("--write", type=Path, help="a page between whose marks the table goes")
+    return parser.parse_args()
+
+
+def restarted() -> int | None:
+    """This again, with the shim and one thread, and its exit code; None where both are there."""
+    if "FAULT_SHIM" in os.environ:
+        return None
+    with tempfile.TemporaryDirectory(prefix="faults-shim-") as folder:
+        made = shim(Path(folder))
+        if made is None:
+            print("there is no C compiler (cc, gcc, clang), which shim.c needs", file=sys.stderr)
+            return 2
+        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+        more = {"LD_PRELOAD": str(made), "FAULT_SHIM": str(made), "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run([sys.executable, *sys.argv], env=os.environ | one | more).returncode
+
+
+def main() -> int:
+    asked = arguments()
+    if (code := restarted()) is not None:
+        return code
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        found = Campaign(Path(folder), asked.seed)
+        preload(found.base)
+        for number, (tiny, fault, turn) in enumerate(pairs(asked.short, asked.seed)):
+            if number >= asked.trials or time.monotonic() - began > 60 * asked.minutes:
+                break
+            name = f"{tiny.name}/{fault.name}/{turn}"
+            if name.startswith(asked.only):
+                for kind, what in found.once(tiny, fault, turn):
+                    print(f"{name}: {kind}: {what}\n", flush=True)
+            if name == asked.only:
+                break
+            if number % len(FAULTS) == 0 and not (asked.short or asked.only):
+                for what in HOSTILE:
+                    counts = in_a_fork(found.base, what, asked.seed + number)
+                    found.read[what] += counts
+                    for bad in counts.keys() - {"read", "refused"}:
+                        found.wrong.append(("", what, number, "stranger", bad))
+                        print(f"{what}, {number}: {bad[:2000]}\n", flush=True)
+    text = f"{(time.monotonic() - began) / 60:.0f} minutes, seed {asked.seed}.\n\n{table(found)}"
+    print(text)
+    if asked.write:
+        write(asked.write, text)
+    return bool(found.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
