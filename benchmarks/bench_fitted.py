@@ -37,13 +37,17 @@ SECONDS = 4.0  # of all calls of a row
 
 
 def medians(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of CPU time of each call, made in turns until the seconds are over, three times at least."""
+    """Milliseconds of CPU time of each call, made in turns until the seconds are over, three times at least.
+
+    Each is made twice and the second is timed: the turn before it leaves another call's numbers in the caches.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     began = time.perf_counter()
     while len(next(iter(found.values()))) < 3 or time.perf_counter() - began < seconds:
         for name, call in calls.items():
+            call()
             start = time.process_time()
             call()
             found[name].append(time.process_time() - start)
