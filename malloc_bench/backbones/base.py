@@ -150,6 +150,13 @@ class Backbone(nn.Module, ABC):
     def loss(self, batch: Batch) -> Tensor:
         """Mean training loss over the batch's targets."""
 
+    def carried(self, users: int) -> dict[str, Tensor]:
+        """What training on so many users keeps from step to step beside its parameters, by name, anew and empty.
+
+        `loss` changes the tensors in place; a fit saves them at each epoch's end and goes on from them.
+        """
+        return {}
+
     @abstractmethod
     def catalogue(self) -> Tensor:
         """[n_items, d]: an output's scores are hidden @ catalogue.T; row i is item i + 1."""

@@ -49,7 +49,11 @@ class ItemBackbone(Backbone):
         self.items = nn.Embedding(n_items + 1, config.dim, padding_idx=0)
 
     def loss(self, batch: Batch) -> Tensor:
-        hidden, table, targets = self(batch.events) * self.logit_scale, self.catalogue(), batch.targets.long() - 1
+        return self._told(self(batch.events), batch)
+
+    def _told(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of outputs [B, S, d], those of the batch's events."""
+        hidden, table, targets = outputs * self.logit_scale, self.catalogue(), batch.targets.long() - 1
         if batch.negatives is not None:
             return sampled_loss(hidden, table, targets, batch.negatives.long() - 1)
         return next_item_loss(hidden[targets >= 0], table, targets[targets >= 0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone
 from malloc_bench.backbones.block import Block, Places, block_pairs
+from malloc_bench.backbones.folded import alone
 from malloc_bench.backbones.items import Sizes
 from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.sasrec import SASRecBlock
 from malloc_bench.backbones.sums import Weigher, softmax
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, Vectors, take
+from malloc_bench.state import Batch, Dense, Events, Prefill, Segment, Slots, Stats, UserState, Vectors, take
 
 _GATHER = 8  # a gathered row costs about as much as so many that are multiplied in place
 
@@ -28,11 +29,14 @@ class MARMSizes(Sizes):
 
     "dot": the slots whose product with the layer's query is largest, head by head. "group": the newest slots in the
     token's own of `groups` hashed groups. The token itself is one of the top_k.
+
+    cached: retrieval trains as the paper does, on what is cached of the past, without a gradient.
     """
 
     search: Literal["none", "dot", "group"] = "none"
     top_k: int = 32
     groups: int = 8
+    cached: bool = field(default=False, metadata={"unsaid": False})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +124,15 @@ class MARMBlock(SASRecBlock):
         hidden = own["hidden"].expand(-1, self.heads, -1, -1)
         return (hidden, hidden, softmax) if self.search == "none" else None
 
+    def beside(self, q: Tensor, own: dict[str, Tensor], past: Tensor, places: Places, asked: Places) -> Tensor:
+        """Each event's attention to itself and, of what is kept of those before it, `past` [B, 1, S, d], no other."""
+        kept = Segment({"hidden": Dense(past)}, None)
+        before = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril(-1)[None, None]
+        among, mix_own = alone(self, q, own, asked, places)
+        itself = torch.ones_like(among[:1, :1], dtype=torch.bool)
+        older, mine = self.weigh([self.logits(q, kept, asked, places), among], [before, itself], [None, None])
+        return self.mix(older, kept) + mix_own(mine)
+
     def causal_blocks(
         self, q: Tensor, own: dict[str, Tensor], places: Places, asked: Places
     ) -> Iterator[tuple[Tensor, Segment, slice]]:
@@ -165,9 +178,12 @@ class MARM(AttentionBackbone):
     numbers; layer 0 is the item itself; multi-layer target attention, O(n d) a layer; results are written back; with
     SIM, each layer searches its own history. Ours, where the paper is silent: the masked self-attention stack is
     SASRec's (pre-norm, learned positions, the same weights by the same names); an output is stored as the next layer
-    reads it, normalised; key and value maps are absorbed into query and mixture; training goes through the stack, not
-    through cached outputs; what a cache misses is built by the stack; a search by group hashes the layer's stored
-    vectors (cross-polytope), as ids are no part of a state. Searches score every slot: they save the mixture only.
+    reads it, normalised; key and value maps are absorbed into query and mixture; what a cache misses is built by the
+    stack; a search by group hashes the layer's stored vectors (cross-polytope), as ids are no part of a state. Searches
+    score every slot: they save the mixture only. Training goes through the stack, or with `cached` as the paper's does:
+    an event attends to itself and to what the memory holds of those before it, written when they were last trained on,
+    with the parameters (and the dropout) of that step, here an epoch ago, and passes no gradient to it. Layer 0, the
+    items, is no entry and does learn. An entry is found at its place, so training needs `window: newest`.
     """
 
     paper = "MARM, the Memory Augmented Recommendation Model, Kuaishou, CIKM 2025, arXiv 2411.09425"
@@ -178,9 +194,46 @@ class MARM(AttentionBackbone):
         super().__init__(config, n_items, lambda: MARMBlock(config))
         self.norm = torch.nn.LayerNorm(config.dim)
         self.memory: MemoryCache | None = None
+        self.entries: MemoryCache | None = None  # of the users that it trains on
 
     def _output(self, x: Tensor) -> Tensor:
         return self._head(self.norm(x))
+
+    def carried(self, users: int) -> dict[str, Tensor]:
+        if not self.config.cached:
+            return {}
+        held = self.entries = MemoryCache(users, self.config, device=self.items.weight.device)
+        return {"vectors": held.vectors, "items": held.items, "steps": held.steps, "now": held.now}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """With `cached`, and entries for the batch's users, over those; else through the stack."""
+        if self.entries is None or batch.users is None:
+            return super().loss(batch)
+        self.entries.now += 1
+        return self._told(self._over_entries(self.entries, batch.users, batch.events, batch.targets > 0), batch)
+
+    def _over_entries(self, memory: MemoryCache, users: Tensor, events: Events, due: Tensor) -> Tensor:
+        """`forward` over the entries of users [B], or where there are none over outputs of today without a gradient.
+
+        What it gives for events that are due, [B, S] bool, is written back.
+        """
+        held = memory.held(users, events)[:, None, :, None]
+        kept = memory.vectors[users, : events.items.shape[1]]
+        positions = torch.arange(events.items.shape[1], device=events.items.device)[None]
+        places, asked = self._places(events, positions)
+        x, layers = self._embed(events, positions), []
+        for i, block in enumerate(self.blocks):
+            q, own, gate = block.project(x)
+            layers.append((Segment({"hidden": Dense(own["hidden"])}, None),))
+            if i:
+                today = own["hidden"].detach()
+                past = torch.where(held, kept[:, None, :, i - 1].to(today.dtype), today)
+                mixed = block.beside(q, own, past, places, asked)
+            else:
+                mixed = block.causal(q, own, places, asked)
+            x = block.combine(x, mixed, gate)
+        memory.write(users, events, UserState(tuple(layers), events.count), due)
+        return self._output(x)
 
     def prefill(self, events: Events, users: Tensor | None = None, stats: Stats = Stats(), seed: int = 0) -> Prefill:
         """A look-up in `memory` where there is one and users are named, else built by the masked self-attention stack.

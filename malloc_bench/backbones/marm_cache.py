@@ -18,14 +18,20 @@ class MemoryCache:
 
     refresh: the stream writes an event again in every so many-th epoch; 0: never, entries stay as first written.
     vectors: [users, max_length, L - 1, d] float32; items, steps: [users, max_length] (item 0: no entry); now: steps
-    trained so far; asked, found: events looked up and those that had an entry.
+    trained so far, []; asked, found: events looked up and those that had an entry.
     """
 
-    def __init__(self, users: int, config: Sizes, refresh: int = 1) -> None:
-        self.vectors = torch.zeros(users, config.max_length, config.layers - 1, config.dim)
-        self.items = torch.zeros(users, config.max_length, dtype=torch.int32)
-        self.steps = torch.zeros(users, config.max_length, dtype=torch.long)
-        self.refresh, self.now, self.asked, self.found = refresh, 0, 0, 0
+    def __init__(self, users: int, config: Sizes, refresh: int = 1, device: torch.device | None = None) -> None:
+        self.vectors = torch.zeros(users, config.max_length, config.layers - 1, config.dim, device=device)
+        self.items = torch.zeros(users, config.max_length, dtype=torch.int32, device=device)
+        self.steps = torch.zeros(users, config.max_length, dtype=torch.long, device=device)
+        self.now = torch.zeros((), dtype=torch.long, device=device)
+        self.refresh, self.asked, self.found = refresh, 0, 0
+
+    def nbytes(self) -> Tensor:
+        """Bytes of each user's entries, [users]: vectors, and the item that each is of; steps are for study alone."""
+        each = self.vectors[0, 0].nbytes + self.items.element_size()
+        return (self.items > 0).sum(1) * each
 
     @property
     def hit_rate(self) -> float:
@@ -51,4 +57,5 @@ class MemoryCache:
         at = users[row], place
         self.items[at], self.steps[at] = events.items[row, place], self.now
         for i, (segment,) in enumerate(state.layers[1:]):
-            self.vectors[(*at, i)] = segment.fields["hidden"].dense()[row, 0, place].detach()
+            entries = segment.fields["hidden"].dense()[row, 0, place].detach()
+            self.vectors[(*at, i)] = entries.to(self.vectors.dtype)  # under autocast they may be bfloat16

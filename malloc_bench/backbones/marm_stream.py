@@ -26,8 +26,10 @@ def stream(
 
     log: row u is user u of the memories; without times all users' first events come first, then their second ones.
     After each step its events attend to what a memory holds of the past, and their outputs are written to it with the
-    parameters of that step, so in one epoch entries differ in age.
+    parameters of that step, so in one epoch entries differ in age. A `cached` model also trains on entries: those of
+    the first memory.
     """
+    backbone.entries = memories[0] if backbone.config.cached else None
     for epoch in range(epochs):
         before = torch.zeros_like(log.count)
         for after in slices(log, chunk):
@@ -40,7 +42,7 @@ def stream(
             if bool(targets.any()):
                 backbone.train()
                 optimizer.zero_grad()
-                backbone.loss(Batch(_first(items, (stop - 1)), targets)).backward()
+                backbone.loss(Batch(_first(items, (stop - 1)), targets, users=users)).backward()
                 optimizer.step()
             backbone.eval()
             with torch.no_grad():

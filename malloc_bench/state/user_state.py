@@ -91,11 +91,13 @@ class Batch:
     """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] int32 (0: none).
 
     negatives: [B, K] int32 items that a user's targets are held against; None: the whole catalogue.
+    users: whose they are, [B] int64 from 0; None: it is not told.
     """
 
     events: Events
     targets: Tensor
     negatives: Tensor | None = None
+    users: Tensor | None = None
 
 
 @final

@@ -91,7 +91,8 @@ class Part:
             return content(self.build())
         cls = find(self.kind, self.name)
         config = cls.Config(**self.params)
-        return _identity(cls, asdict(config), getattr(config, "files", ()))
+        params = asdict(config)
+        return _identity(cls, {name: params[name] for name in _said(config)}, getattr(config, "files", ()))
 
     @cached_property
     def content_placed(self) -> dict[str, Any]:
@@ -133,12 +134,15 @@ def content(value: Any, placed: bool = False) -> Any:
     placed: for a backbone that reads the positions of slots, of which a method may have a version of its own.
     """
     if isinstance(value, Compressor):
-        # a parameter that came later says by which value rows from before it go on being what they were
-        known = [f.name for f in fields(value) if getattr(value, f.name) != f.metadata.get("unsaid", MISSING)]  # type: ignore[arg-type]
-        params = {name: content(getattr(value, name), placed) for name in known}
+        params = {name: content(getattr(value, name), placed) for name in _said(value)}
         about = _identity(type(value), params, value.files)
         return about | ({"version_placed": value.version_placed} if placed and value.version_placed > 1 else {})
     return [content(each, placed) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _said(part: Any) -> list[str]:
+    """A dataclass's parameters; one that came later says by which value rows from before it stay what they were."""
+    return [f.name for f in fields(part) if getattr(part, f.name) != f.metadata.get("unsaid", MISSING)]
 
 
 def _identity(cls: type, params: dict[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:

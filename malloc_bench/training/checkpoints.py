@@ -110,10 +110,10 @@ def copy_weights(source: Path, target: Path) -> None:
 
 
 def resume(
-    backbone: Backbone, folder: Path, start: str | None = None
+    backbone: Backbone, folder: Path, start: str | None = None, carried: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]] | None:
-    """The whereabouts of an interrupted fit from `start`, its optimizer's state by parameter, its weights loaded; None:
-    none.
+    """The whereabouts of an interrupted fit from `start`, its optimizer's state by parameter, its weights loaded and
+    what it `carried` set; None: none.
 
     None, with a warning, also where anything of it is not what was written; the backbone is then as it was.
     """
@@ -131,17 +131,24 @@ def resume(
             if kind == "optimizer":
                 key, _, name = rest.partition(".")
                 state[numbers[name]][key] = tensor
+        kept = [(x, tensors[f"carried.{name}"].reshape(x.shape)) for name, x in (carried or {}).items()]
         backbone.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     except FileNotFoundError:
         return None
     except (Damaged, KeyError, OSError, RuntimeError) as error:
         log.warning("the unfinished training in %s cannot be gone on from (%s) and begins anew", folder, _line(error))
         return None
+    for tensor, found in kept:
+        tensor.copy_(found)
     return where, state
 
 
 def keep(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, where: Mapping[str, Any]
+    backbone: Backbone,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    where: Mapping[str, Any],
+    carried: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Keep an epoch: the tensors first, then the small file that names them; a kill between the two leaves the older
 
@@ -149,6 +156,7 @@ def keep(
     """
     current, best = (f"{kind}-{where[key]}.safetensors" for kind, key in (("resume", "epoch"), ("best", "best_epoch")))
     tensors = {f"model.{k}": v for k, v in backbone.state_dict().items()}
+    tensors |= {f"carried.{k}": v for k, v in (carried or {}).items()}
     for name, parameter in backbone.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value

@@ -113,11 +113,17 @@ def fit(
         return done
     if settings.optimizer == "adam_then_sgd" and not len(split.valid):
         raise ValueError("adam_then_sgd goes over to SGD when validation stalls, and with this split nothing validates")
-    where, optimizer = _start(backbone, settings, folder, start)
+    ranking = isinstance(split, Impressions)
+    carried = backbone.carried(len(split.dataset.offsets) - 1)
+    if carried and (ranking or ranks.together() or settings.window != "newest" or settings.stochastic_length):
+        raise ValueError(
+            f"{backbone.name} trains on what it keeps of each event at its place in the history: that needs the "
+            "retrieval task, one process, `training: {window: newest}` and no stochastic_length"
+        )
+    where, optimizer = _start(backbone, settings, folder, start, carried)
     epoch, best_epoch, best, seconds = (where[key] for key in ("epoch", "best_epoch", "best", "seconds"))
     sgd_after: int | None = where["sgd_after"]
     amp = arithmetic(settings.amp, device) == "bf16"
-    ranking = isinstance(split, Impressions)
     metric = "AUC" if ranking else "NDCG@10"
 
     def batches(epoch: int) -> Iterator[Any]:
@@ -162,7 +168,7 @@ def fit(
             best, best_epoch = -1.0 if score is None else score, epoch
         seconds += time.perf_counter() - started
         where |= {"epoch": epoch, "best_epoch": best_epoch, "best": best, "seconds": seconds, "sgd_after": sgd_after}
-        where = ranks.first(partial(checkpoints.keep, backbone, optimizer, folder, where))
+        where = ranks.first(partial(checkpoints.keep, backbone, optimizer, folder, where, carried))
     reached = best if len(split.valid) else None
     scores = {"best_ndcg": None if ranking else reached, "best_auc": reached if ranking else None}
     result = Fit(epoch, best_epoch, seconds=seconds, sgd_after=sgd_after, start=start, **scores)
@@ -180,10 +186,10 @@ def fit(
 
 
 def _start(
-    backbone: Backbone, settings: Training, folder: Path, start: str | None
+    backbone: Backbone, settings: Training, folder: Path, start: str | None, carried: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Any], torch.optim.Optimizer]:
     """The whereabouts of an interrupted fit, or of a fresh one, and its optimizer."""
-    if found := checkpoints.resume(backbone, folder, start):
+    if found := checkpoints.resume(backbone, folder, start, carried):
         where, state = found
         optimizer = _optimizer(backbone, settings, sgd=where["sgd_after"] is not None)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

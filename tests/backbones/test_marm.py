@@ -12,7 +12,7 @@ from malloc_bench.backbones.marm_cache import MemoryCache
 from malloc_bench.backbones.marm_stream import read_gap, slices, stream
 from malloc_bench.data.tasks.batches import window
 from malloc_bench.measure import count_flops
-from malloc_bench.state import Dense, Events, Segment, Slots, Stats, UserState
+from malloc_bench.state import Batch, Dense, Events, Segment, Slots, Stats, UserState
 from malloc_bench.testing import check_backbone, histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
@@ -262,3 +262,69 @@ def test_unseen_events_are_no_hits(streamed):
     gap = read_gap(backbone, memory, users, later, tokens)
     assert gap.hit_rate == pytest.approx(1 - len(users) / int(log.count.sum()))
     assert read_gap(backbone, memory, users, later, tokens).hit_rate == 1  # written back
+
+
+def trains_on(backbone, memory, events):
+    """Outputs of the cached pass with nothing written."""
+    users = torch.arange(len(events.count))
+    return backbone._over_entries(memory, users, events, torch.zeros_like(events.mask()))
+
+
+@pytest.mark.parametrize("search", [{"search": "none"}, *SEARCHES], ids=lambda p: p["search"])
+def test_training_over_entries_of_today_is_the_stack(search, trained):
+    """Missing and fresh entries alike; of both the gradient stops at what is kept."""
+    backbone, memory, users, history, _ = remembered(trained("marm-2-heads"))
+    backbone = like(backbone, **search, cached=True)
+    plain = backbone(history)
+    for _ in range(2):
+        close(trains_on(backbone, memory, history), plain, "over entries", 1e-5)
+        backbone.recall(memory, users, history)
+
+
+def test_an_event_trains_on_its_own_past_alone(trained):
+    """By loops: a read of each event over the entries of those before it, stale ones, is what the pass gives."""
+    backbone, memory, users, history, _ = remembered(trained("marm-2-heads"))
+    backbone.recall(memory, users, history)
+    memory.vectors += torch.randn(memory.vectors.shape, generator=torch.Generator().manual_seed(0))
+    found = trains_on(backbone, memory, history)
+    for user, n in ((3, 3), (4, 23)):
+        for at in (0, 1, n - 1):
+            past = Events(history.items[user : user + 1, :at], torch.tensor([at], dtype=torch.int32))
+            token = Events(history.items[user : user + 1, at : at + 1], torch.ones(1, dtype=torch.int32))
+            read = backbone.read(token, backbone.recall(memory, users[user : user + 1], past))
+            close(found[user, at], read[0, 0], f"user {user}, event {at}", 1e-5)
+
+
+def test_no_gradient_passes_through_what_is_kept(trained):
+    """Of the last event's output: an earlier item is reached in layer 0 only, as it is in a stack of one layer."""
+    backbone, memory, _, history, _ = remembered(trained("marm"))
+    backbone.requires_grad_(True)
+    for width, reached in ((1, False), (2, True)):
+        backbone.zero_grad()
+        events = Events(history.items[4:5, :width].clone(), torch.tensor([width], dtype=torch.int32))
+        events.items[0] = torch.arange(1, width + 1)
+        with torch.enable_grad():
+            trains_on(backbone, memory, events)[0, -1].sum().backward()
+        assert bool(backbone.items.weight.grad[1].any()) and bool(backbone.items.weight.grad[2].any()) == reached
+    backbone.zero_grad()
+    with torch.enable_grad(), pytest.MonkeyPatch.context() as patch:  # nothing of layer 0 either: nothing is left
+        patch.setattr(type(backbone.blocks[0]), "causal", lambda self, q, own, *_: own["hidden"].detach())
+        trains_on(backbone, memory, events)[0, -1].sum().backward()
+    assert not backbone.items.weight.grad[1].any()
+
+
+def test_a_step_writes_what_it_trained_on(trained):
+    backbone = like(trained("marm"), cached=True)
+    history, _ = histories(backbone, LENGTHS)
+    targets = torch.where(history.mask(), history.items.roll(-1, 1).clamp(min=1), 0)
+    targets[:, 30:] = 0
+    carried = backbone.carried(10)
+    users = torch.arange(len(LENGTHS)) + 2
+    plain = backbone.loss(Batch(history, targets))
+    assert not carried["items"].any()
+    for step in (1, 2):
+        close(backbone.loss(Batch(history, targets, users=users)), plain, "loss", 1e-5)
+        assert int(carried["now"]) == step and carried["steps"].unique().tolist() == [0, step]
+    assert (carried["items"] > 0).sum(1).tolist() == [0, 0, *(min(n, 30) for n in LENGTHS), 0, 0]
+    assert backbone.entries.nbytes().tolist() == [(16 * 4 + 4) * n for n in (carried["items"] > 0).sum(1).tolist()]
+    assert like(trained("marm")).carried(10) == {}

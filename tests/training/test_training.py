@@ -216,6 +216,40 @@ def test_a_killed_fit_ends_as_an_uninterrupted_one(split, tmp_path, whole, epoch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "model.safetensors"]
 
 
+CACHED = replace(SETTINGS, window="newest")
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_what_a_backbone_carries_is_kept_too(split, tmp_path, epoch):
+    """A fit over MARM's entries goes on from those of the last whole epoch, and not without them."""
+    final, losses = {}, {}
+    for where, told in (("whole", None), ("killed", epoch), ("lost", epoch)):
+        folder = tmp_path / where
+        if told:
+            with pytest.raises(Killed):
+                fit(fresh(split, "marm", cached=True), split, CACHED, 7, folder, kill_at(told, 3))
+        if where == "lost":
+            about = json.loads((folder / "resume.json").read_text())
+            file = folder / f"resume-{told}.safetensors"
+            tensors = {k: torch.zeros_like(v) if k == "carried.items" else v for k, v in load_file(file).items()}
+            known = {k: about[k] for k in about.keys() - {"sha256", "resume"}}
+            atomic_write(folder / "resume.json", sealed({**known, "resume": checkpoints.write_tensors(file, tensors)}))
+        backbone = fresh(split, "marm", cached=True)
+        fit(backbone, split, CACHED, 7, folder, lambda p, where=where: losses.update({where: p.loss}))
+        final[where] = weights(backbone)
+        assert not any("entries" in name or "vectors" in name for name in final[where])
+    assert_equal(final["killed"], final["whole"])
+    assert losses["killed"] == losses["whole"] != losses["lost"]
+
+
+@pytest.mark.parametrize("more", [{"window": None}, {"stochastic_length": 1.5}], ids=str)
+def test_entries_are_found_at_their_places_only(split, tmp_path, more):
+    with pytest.raises(
+        ValueError, match=r"marm trains on what it keeps .* the retrieval task, `training: .window: newest"
+    ):
+        fit(fresh(split, "marm", cached=True), split, replace(CACHED, **more), 7, tmp_path)
+
+
 def test_killed_again_and_again(split, tmp_path, whole):
     name, _, _, final = whole
     for epoch in (1, 1, 2, 3):

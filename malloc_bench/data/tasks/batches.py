@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -85,12 +86,13 @@ def training_batches(
         events = window(dataset, rows, end - 1, max_length)
         index, _ = _places(dataset, rows, end - 1, max_length)
         following = dataset.items[np.minimum(index + 1, end[:, None] - 1)]
-        batch = Batch(events, torch.where(events.mask(), torch.from_numpy(following), 0))
+        targets = torch.where(events.mask(), torch.from_numpy(following), 0)
+        batch = Batch(events, targets, users=torch.from_numpy(rows))
         if stochastic_length is not None:
             batch = thin(rng, batch, steps[rows])
         if negatives is not None:
             drawn = rng.integers(1, dataset.n_items + 1, (len(rows), negatives), dtype=np.int32)
-            batch = Batch(batch.events, batch.targets, torch.from_numpy(drawn))
+            batch = replace(batch, negatives=torch.from_numpy(drawn))
         yield batch
 
 
@@ -104,7 +106,8 @@ def thin(rng: np.random.Generator, batch: Batch, keep: np.ndarray) -> Batch:
     def pick(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, torch.zeros_like(x[:, :1])], dim=1).gather(1, index)
 
-    return Batch(batch.events.each(pick, torch.from_numpy(keep.astype(np.int32))), pick(batch.targets))
+    few = batch.events.each(pick, torch.from_numpy(keep.astype(np.int32)))
+    return replace(batch, events=few, targets=pick(batch.targets))
 
 
 def alike(rng: np.random.Generator, rows: np.ndarray, length: np.ndarray, size: int) -> Iterator[np.ndarray]:
