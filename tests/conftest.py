@@ -34,6 +34,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 RECIPES = {
     "": (2.0, 150, 16),
     "hstu": (6.0, 100, 16),
+    "fuxi": (1.0, 300, 32),
     "hstu-times-2-heads": (1.0, 600, 32),
     **dict.fromkeys(("climber-times-2-heads", "climber-stride"), (1.0, 250, 32)),
     "climber": (16.0, 15, 16),
@@ -59,6 +60,8 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
     ),
     "climber-stride": ("climber", 1, False, {"blocks": 3, "strategy": "stride"}),
     "lsrm-2-heads": ("lsrm", 2, False),
+    "fuxi": ("fuxi", 1, False),
+    "fuxi-times-2-heads": ("fuxi", 2, True),
     "sasrec-gqa": ("sasrec", 4, False, {"adapt": ("gqa", {"n_kv_heads": 2})}),
     "sasrec-mla": ("sasrec", 2, False, {"adapt": ("mla", {"latent": 6})}),
     "hstu-times-gqa": ("hstu", 4, True, {"adapt": ("gqa", {"n_kv_heads": 2})}),

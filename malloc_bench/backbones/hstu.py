@@ -43,9 +43,12 @@ class _TimeBias(torch.autograd.Function):
 def relative_bias(position_bias: Tensor, time_bias: Tensor | None, distance: Tensor, gap: Tensor | None) -> Tensor:
     """Learned numbers of distances in events and gaps in seconds, integers of one shape (gap None: no times)."""
     bias = position_bias[distance.long().clamp(0, len(position_bias) - 1)]  # below 0: masked later
-    if time_bias is None or gap is None:
-        return bias
-    return bias + _TimeBias.apply(time_bias, _buckets(gap.abs().clamp(min=1).float()))
+    return bias if time_bias is None or gap is None else bias + of_gaps(time_bias, gap)
+
+
+def of_gaps(time_bias: Tensor, gap: Tensor) -> Tensor:
+    """Learned numbers of gaps in seconds."""
+    return _TimeBias.apply(time_bias, _buckets(gap.abs().clamp(min=1).float()))
 
 
 def _buckets(gap: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ class MARM(AttentionBackbone):
     items, is no entry and does learn. An entry is found at its place, so training needs `window: newest`.
     """
 
+    config: MARMSizes
     paper = "MARM, the Memory Augmented Recommendation Model, Kuaishou, CIKM 2025, arXiv 2411.09425"
     Config = MARMSizes
     fields = ("hidden",)

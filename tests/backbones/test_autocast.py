@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, dict[str, Any]] | None]] = [
     ("climber", {"blocks": 2, "strategy": "part_of_day", "scenario": "weekend"}, None),
     ("gated_delta", {}, None),
     ("rwkv", {}, None),
+    ("fuxi", {}, None),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from malloc_bench.backbones import attention, block, climber, folded, hstu
+from malloc_bench.backbones import attention, block, climber, folded, fuxi, hstu
 from malloc_bench.registry import names
 from malloc_bench.testing import Check, backbone_checks, check_backbone, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES
@@ -13,7 +13,7 @@ CASES = (
     "sasrec-gqa", "sasrec-mla", "hstu-times-gqa", "hstu-mla", "lsrm-mqa",
     "sasrec-longformer", "sasrec-linformer", "sasrec-reformer", "hstu-times-beacon",
     "marm", "marm-2-heads", "climber", "climber-times-2-heads", "climber-stride", "gated_delta", "gated_delta-2-heads",
-    "rwkv-2-heads",
+    "rwkv-2-heads", "fuxi", "fuxi-times-2-heads",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_blocks_do_not_change_results(case, trained, monkeypatch):
     outputs, plain = backbone.read(tokens, prefill.state), backbone(history)
     for module in (attention, folded):
         monkeypatch.setattr(module, "CELLS", 1)
-    for module in (block, hstu, climber):
+    for module in (block, hstu, climber, fuxi):
         monkeypatch.setattr(module, "BLOCK", 7)
     close(backbone.read(tokens, prefill.state), outputs, "read, one query at a time", 1e-5)
     close(backbone(history), plain, "plain pass, 7 queries at a time", 1e-5)

@@ -16,7 +16,7 @@ OWN_PASS = ("longformer", "linformer", "reformer", "beacon")  # they hide slots,
 WITH_TILES = [
     name
     for name in BACKBONES
-    if not name.startswith(("climber", "gated_delta", "rwkv")) and not name.endswith(OWN_PASS)
+    if not name.startswith(("climber", "gated_delta", "rwkv", "fuxi")) and not name.endswith(OWN_PASS)
 ]
 
 

@@ -32,7 +32,9 @@ class Search(Compressor):
 
     def supports(self, backbone: Backbone) -> str | None:
         if backbone.has_slots and {"keys", "values"} <= set(backbone.fields):
-            return None
+            if all(block.heads == block.stored_heads for block in getattr(backbone, "blocks", ())):
+                return None
+            return f"{self.name} searches head by head, and query heads of {backbone.name} share what is stored"
         return f"{self.name} searches keys for values, {backbone.name} stores {', '.join(backbone.fields)}"
 
     @abstractmethod
