@@ -39,6 +39,7 @@ def stream(
             place = torch.arange(seen.items.shape[1])
             new = (place >= start) & seen.mask()
             targets = torch.where(new, seen.items, 0)[:, 1:]  # of the events before them
+            steps = [memory.now + 1 for memory in memories]
             if bool(targets.any()):
                 backbone.train()
                 optimizer.zero_grad()
@@ -46,8 +47,8 @@ def stream(
                 optimizer.step()
             backbone.eval()
             with torch.no_grad():
-                for memory in memories:
-                    memory.now += 1
+                for memory, step in zip(memories, steps):
+                    memory.now.copy_(step)  # a loss over its entries has counted the step already
                     renewed = memory.refresh > 0 and epoch % memory.refresh == 0
                     due = new if renewed else new & ~memory.held(users, seen)
                     if bool(due.any()):

@@ -328,3 +328,21 @@ def test_a_step_writes_what_it_trained_on(trained):
     assert (carried["items"] > 0).sum(1).tolist() == [0, 0, *(min(n, 30) for n in LENGTHS), 0, 0]
     assert backbone.entries.nbytes().tolist() == [(16 * 4 + 4) * n for n in (carried["items"] > 0).sum(1).tolist()]
     assert like(trained("marm")).carried(10) == {}
+
+
+def test_a_stream_trains_over_its_first_memory(synthetic):
+    """Of a cached model the loss is over entries, whose ages are counted once; of another none is looked at."""
+    data = synthetic.dataset
+    users = np.flatnonzero(synthetic.train_end - data.offsets[:-1] >= 12)[:40]
+    log, found = window(data, users, synthetic.train_end[users], 20), {}
+    for cached in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            backbone = get_backbone("marm", data.n_items, dim=16, max_length=64, dropout=0.0, cached=cached)
+            memories = [MemoryCache(len(users), backbone.config, n) for n in (1, 0)]
+            stream(backbone, log, torch.optim.Adam(backbone.parameters(), 1e-2), memories, epochs=2, chunk=200)
+        found[cached] = backbone.items.weight.detach()
+        assert backbone.entries is (memories[0] if cached else None)
+        assert [int(memory.now) for memory in memories] == [2 * len(slices(log, 200))] * 2
+        assert memories[0].held(torch.arange(len(users)), log).sum() == log.count.sum()
+    assert not torch.equal(found[True], found[False])

@@ -97,6 +97,17 @@ def test_the_law_of_size_is_of_full_rows_by_parameters_beside_the_embeddings(row
     np.testing.assert_allclose(by_ndcg.points.y, 0.9)
 
 
+def test_ways_of_training_are_no_sizes(row):
+    """Parameters that are words or yes and no tell kinds of a backbone apart; numbers do not."""
+    rows = []
+    for kind in (True, False):
+        for one in rows_of_sizes(row, lambda n, kind=kind: power(n) + kind):
+            rows.append(one | {"backbone_params": {**(one["backbone_params"] or {}), "cached": kind}})
+    found = fitted(frame(rows), "model", bootstraps=0)
+    assert [each.group.split(" · ")[-1] for each in found] == ["lsrm(cached=false)", "lsrm(cached=true)"]
+    assert found[1].points.y.min() > found[0].points.y.min() + 0.9
+
+
 def test_the_law_of_compression_is_of_each_method_and_backbone(row):
     rows = []
     for name, lost in (("recent", lambda b: 1.5 - 0.12 * np.log(b)), ("fit_omp", lambda b: (20 / b) ** 0.7)):

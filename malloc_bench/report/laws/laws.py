@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Law:
 
 
 _FULL = pl.col("compressor") == "full"
-_SAME = ("dataset", "task", "split", "bare")  # of the backbone its bare name: sizes differ
+_SAME = ("dataset", "task", "split", "bare")  # of the backbone its kind: sizes differ
 _DENSE = pl.col("params") - pl.col("params_embedding")
 LAWS = {
     "model": Law(
@@ -115,16 +116,20 @@ def fitted(
 
 
 def _labelled(frame: pl.DataFrame) -> pl.DataFrame:
-    """With labels for names, as tables have them, and the backbone's name alone as `bare`."""
+    """With labels for names, as tables have them, and as `bare` the backbone's without its numbers, which are sizes."""
 
     def named(name: str) -> pl.Expr:
         both = pl.struct(name, f"{name}_params")
         return both.map_elements(lambda row: label(*row.values()), pl.String).alias(name)
 
+    def kind(row: Mapping[str, str | None]) -> str:
+        params = json.loads(row["backbone_params"] or "{}")
+        words = {key: value for key, value in params.items() if isinstance(value, bool | str)}
+        return label(str(row["backbone"]), json.dumps(words))
+
+    bare = pl.struct("backbone", "backbone_params").map_elements(kind, pl.String).alias("bare")
     budget = pl.col("budget").map_elements(budget_label, pl.String)
-    return frame.with_columns(pl.col("backbone").alias("bare")).with_columns(
-        named("backbone"), named("compressor"), budget
-    )
+    return frame.with_columns(bare).with_columns(named("backbone"), named("compressor"), budget)
 
 
 def _one(group: pl.DataFrame, what: Law, metric: str | None, hold: int | None, bootstraps: int) -> Found:
