@@ -245,7 +245,7 @@ def test_what_a_backbone_carries_is_kept_too(split, tmp_path, epoch):
 @pytest.mark.parametrize("more", [{"window": None}, {"stochastic_length": 1.5}], ids=str)
 def test_entries_are_found_at_their_places_only(split, tmp_path, more):
     with pytest.raises(
-        ValueError, match=r"marm trains on what it keeps .* the retrieval task, `training: .window: newest"
+        ValueError, match=r"marm trains on what it keeps .* the retrieval task, one process, `training: .window: newest"
     ):
         fit(fresh(split, "marm", cached=True), split, replace(CACHED, **more), 7, tmp_path)
 
