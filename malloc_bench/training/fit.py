@@ -152,7 +152,7 @@ def fit(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             own = ranks.share(batch)
-            if part := _targets(own) / _targets(batch):
+            if part := _targets(own) / max(_targets(batch), 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     own = map_tensors(to_device, own)
                     loss = backbone.ranking_loss(*own) if ranking else backbone.loss(own)
