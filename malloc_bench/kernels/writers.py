@@ -78,32 +78,30 @@ def writers(bits: int) -> Writers:
 
     @partial(jit, how=exact)
     def write_by_slot(x, real, group, step, low, middle, least, most, codes, start, stop):  # type: ignore[no-untyped-def]
-        width = x.shape[2]
         row = np.zeros(codes.shape[2] * PLANES, np.uint8)
         for n in range(start, stop):
             for s in range(x.shape[1]):
-                row[:width] = np.uint8(least)
                 if real[n, s]:
                     for g in range(step.shape[2]):
                         size, first = step[n, s, g], low[n, s, g]
-                        for d in range(g * group, min(width, g * group + group)):
-                            row[d] = placed(x[n, s, d], size, first, middle, least, most)
+                        own, at = x[n, s, g * group : g * group + group], row[g * group : g * group + group]
+                        for d in range(len(own)):  # slices: an index that might wrap around stops the compiler
+                            at[d] = placed(own[d], size, first, middle, least, most)
+                else:
+                    row[: x.shape[2]] = np.uint8(least)
                 packed(row, codes[n, s], bits, PLANES)
 
     @partial(jit, how=exact)
     def write_by_channel(x, real, group, step, low, middle, least, most, codes, start, stop):  # type: ignore[no-untyped-def]
+        row = np.zeros(codes.shape[2] * PLANES, np.uint8)
         for n in range(start, stop):
             for s in range(x.shape[1]):
                 g = s // group
-                for j in range(codes.shape[2]):
-                    byte = i32(0)
-                    for p in range(PLANES):
-                        d = j * PLANES + p
-                        if d < x.shape[2]:
-                            at = np.uint8(least)
-                            if real[n, s]:
-                                at = placed(x[n, s, d], step[n, g, d], low[n, g, d], middle, least, most)
-                            byte = i32(byte | i32(at) << (p * bits))
-                    codes[n, s, j] = np.uint8(byte)
+                if real[n, s]:
+                    for d in range(x.shape[2]):
+                        row[d] = placed(x[n, s, d], step[n, g, d], low[n, g, d], middle, least, most)
+                else:
+                    row[: x.shape[2]] = np.uint8(least)
+                packed(row, codes[n, s], bits, PLANES)
 
     return Writers(span_by_slot, span_by_channel, write_by_slot, write_by_channel)

@@ -35,17 +35,19 @@ class Leverage(Eviction):
             raise ValueError(f"leverage: ridge > 0 is needed, not {self.ridge}")
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        keys, real = prefill.keys(layer).double(), prefill.mask(layer).unsqueeze(-1)
+        keys, real = prefill.keys(layer), prefill.mask(layer).unsqueeze(-1)
         if keys.shape[2] == 0:
             return keys.new_zeros(keys.shape[:3])
-        count = real.sum(2, keepdim=True).clamp(min=1)
-        x = torch.where(real, keys - torch.where(real, keys, 0.0).sum(2, keepdim=True) / count, 0.0)
-        x = x / x.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)  # squares of huge keys stay finite
+        x = keys.to(torch.float64, copy=True).masked_fill_(~real, 0.0)  # ours: all that follows is in place
+        mean = x.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
+        x.sub_(mean).masked_fill_(~real, 0.0)
+        most = torch.maximum(x.amax((2, 3), keepdim=True), -x.amin((2, 3), keepdim=True))
+        x.div_(most.clamp(min=1e-30))  # squares of huge keys stay finite
         gram = x.mT @ x
         width = gram.shape[-1]
         weight = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None] * self.ridge
         root = torch.linalg.cholesky(gram + weight * torch.eye(width, device=x.device, dtype=x.dtype))
-        return torch.linalg.solve_triangular(root, x.mT, upper=False).square().sum(2)
+        return torch.linalg.solve_triangular(root, x.mT, upper=False).square_().sum(2)
 
     def flops(self, state: UserState, history: int) -> int:
         """The Gram matrix of the keys and one triangular system for each; its root is not counted."""

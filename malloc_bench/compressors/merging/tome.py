@@ -11,7 +11,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState, grouped
+from malloc_bench.state import Prefill, Stats, UserState, grouped, take
 
 
 @register("tome")
@@ -88,7 +88,7 @@ class _Left(NamedTuple):
         first, other = ((count[:, None] + odd) % 2 + twos for odd in (0, 1))
         rows = unit(x)
         near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
-        best, match = near.masked_fill((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
+        best, match = near.masked_fill_((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
         best = best.masked_fill((first >= count[:, None])[:, None], -torch.inf)
         order = best.argsort(dim=-1, descending=True, stable=True)
         going, into = (side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match)))
@@ -106,4 +106,4 @@ class _Left(NamedTuple):
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:
     """Rows `at` [B, K] of x [B, H, N, D], the last where there is none such: [B, H, K, D]."""
-    return x.gather(2, at.clamp(max=max(x.shape[2] - 1, 0))[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return take(x, at.clamp(max=max(x.shape[2] - 1, 0))[:, None])
