@@ -10,11 +10,12 @@ from malloc_bench.kernels.counting import reach
 from malloc_bench.kernels.entries import Entries
 from malloc_bench.kernels.grouping import group
 from malloc_bench.kernels.plain import Plain
+from malloc_bench.kernels.quadratic import quadratic
 from malloc_bench.kernels.reading import FEW, Written, attend, dense, dot, mix
 from malloc_bench.kernels.relative import Gaps, relative
 from malloc_bench.kernels.switch import compiled, eager, fits
 
 __all__ = [
     "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager", "fits",
-    "group", "mix", "reach", "relative",
+    "group", "mix", "quadratic", "reach", "relative",
 ]  # fmt: skip

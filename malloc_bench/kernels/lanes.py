@@ -107,9 +107,13 @@ class Lanes:
 
     def dotted(self, of: Callable[[Any], dict[int, Any]], out: Any) -> None:
         """out[s] = what comes to slot s, which `of` has by the width of vectors."""
+        self.together(lambda some: [of(slot) for slot in some], out)
+
+    def together(self, of: Callable[[list[Any]], list[dict[int, Any]]], out: Any) -> None:
+        """`dotted`, where `of` has what comes to each of several slots."""
 
         def body(some: list[Any]) -> None:
-            four = [of(slot) for slot in some] * (4 // len(some))
+            four = of(some) * (4 // len(some))
             found = None
             for lanes in four[0]:
                 found = self.sum(found, self.folded([each[lanes] for each in four]))
@@ -125,12 +129,21 @@ class _Row(Lanes):
         super().__init__(*given)
         self.bits, self.words, self.groups = (self.constant(i) for i in (-3, -2, -1))
         self.planes, self.step = WORDS[self.bits]
-        self.parts = [(g, j, lanes) for g in range(self.groups) for j, lanes in pieces(self.words)]
+        self.parts = list(pieces(self.groups * self.words))  # one vector may have words of several groups
 
-    def code_planes(self, codes: Any, slot: Any, g: int, j: int, lanes: int) -> list[Any]:
+    def of_groups(self, array: Any, columns: Any, slot: Any, first: int, lanes: int, each: int) -> Any:
+        """array [g, slot] for each of `lanes` neighbours from `first` on, of whom `each` are in a group."""
+        found = None
+        for g in range(first // each, (first + lanes - 1) // each + 1):
+            own = self.everywhere(array, self.plus(slot, self.builder.mul(columns, ir.Constant(AT, g))), lanes)
+            index = [k + lanes * ((first + k) // each >= g) for k in range(lanes)]
+            found = own if found is None else self.picked(found, own, index)
+        return found
+
+    def code_planes(self, codes: Any, slot: Any, j: int, lanes: int) -> list[Any]:
         """Code p of each of `lanes` words, for every p."""
         b, wide = self.builder, ir.VectorType(_I32, lanes)
-        first = self.plus(self.times(slot, self.groups * self.words * self.step), (g * self.words + j) * self.step)
+        first = self.plus(self.times(slot, self.groups * self.words * self.step), j * self.step)
         raw, words = self.load(codes, first, lanes * self.step, _I8), None
         for k in range(self.step):
             byte = b.zext(self.picked(raw, raw, list(range(k, lanes * self.step, self.step))), wide)
@@ -143,10 +156,9 @@ class _Row(Lanes):
             found.append(b.sitofp(code, ir.VectorType(F32, lanes)))
         return found
 
-    def taken_apart(self, row: Any, g: int, j: int, lanes: int) -> list[Any]:
+    def taken_apart(self, row: Any, j: int, lanes: int) -> list[Any]:
         """The numbers of a plain row that meet those planes."""
-        first = (g * self.words + j) * self.planes
-        x = self.load(row, ir.Constant(AT, first), lanes * self.planes)
+        x = self.load(row, ir.Constant(AT, j * self.planes), lanes * self.planes)
         return [self.picked(x, x, list(range(p, lanes * self.planes, self.planes))) for p in range(self.planes)]
 
     def put_together(self, planes: list[Any]) -> Any:
@@ -183,17 +195,13 @@ def _products(x: _Row) -> None:
     def of(slot: Any) -> dict[int, Any]:
         """By the width of vectors, what comes to the product."""
         total: dict[int, Any] = {}
-        for g in range(x.groups):
-            mine: dict[int, Any] = {}
-            for part in x.parts:
-                if part[0] == g:
-                    for one, other in zip(known[part], x.code_planes(codes, slot, *part)):
-                        mine[part[2]] = x.sum(mine.get(part[2]), x.product(one, other))
-            for lanes, vector in mine.items():
-                if x.groups > 1:
-                    size = x.everywhere(sizes, x.plus(slot, x.builder.mul(slots, ir.Constant(AT, g))), lanes)
-                    vector = x.product(vector, size)
-                total[lanes] = x.sum(total.get(lanes), vector)
+        for j, lanes in x.parts:
+            found = None
+            for one, other in zip(known[j, lanes], x.code_planes(codes, slot, j, lanes)):
+                found = x.sum(found, x.product(one, other))
+            if x.groups > 1:
+                found = x.product(found, x.of_groups(sizes, slots, slot, j, lanes, x.words))
+            total[lanes] = x.sum(total.get(lanes), found)
         return total
 
     x.dotted(of, out)
@@ -204,15 +212,14 @@ def _sums(x: _Row) -> None:
     columns = x.columns(3)
     kept = {}
     for part in x.parts:
-        kind = ir.VectorType(F32, part[2])
+        kind = ir.VectorType(F32, part[1])
         kept[part] = [cgutils.alloca_once(x.builder, kind, zfill=True) for _ in range(x.planes)]
 
     def body(some: list[Any]) -> None:
         for part in x.parts:
             found: list[Any] = [None] * x.planes
             for slot in some:
-                at = x.plus(slot, x.builder.mul(columns, ir.Constant(AT, part[0])))
-                weight = x.everywhere(weights, at, part[2])
+                weight = x.of_groups(weights, columns, slot, *part, x.words)
                 planes = x.code_planes(codes, slot, *part)
                 found = [x.sum(to, x.product(weight, code)) for to, code in zip(found, planes)]
             for place, vector in zip(kept[part], found):
@@ -220,23 +227,20 @@ def _sums(x: _Row) -> None:
 
     x.loop(x.number(1), x.number(2), 2, body)
     for part in x.parts:
-        g, j, _ = part
         planes = [x.builder.load(place) for place in kept[part]]
-        x.store(x.put_together(planes), out, ir.Constant(AT, (g * x.words + j) * x.planes))
+        x.store(x.put_together(planes), out, ir.Constant(AT, part[0] * x.planes))
 
 
 def _unpacked(x: _Row) -> None:
     codes, sizes, lows, out = (x.array(i) for i in (0, 3, 4, 5))
     columns = x.columns(3)
     by_channel, width = x.types[6].literal_value, x.types[7].literal_value
-    each = -(-width // x.groups)
 
     def body(some: list[Any]) -> None:
         (slot,) = some
-        for g, j, lanes in x.parts:
-            numbers = x.put_together(x.code_planes(codes, slot, g, j, lanes))
-            first = (g * x.words + j) * x.planes
-            real = min(numbers.type.count, g * each + each - first, width - first)
+        for j, lanes in x.parts:
+            numbers, first = x.put_together(x.code_planes(codes, slot, j, lanes)), j * x.planes
+            real = min(numbers.type.count, width - first)  # several groups have no words that are filled up
             if real < numbers.type.count:
                 numbers = x.picked(numbers, numbers, list(range(max(real, 0))))
             if real <= 0:
@@ -244,11 +248,29 @@ def _unpacked(x: _Row) -> None:
             if by_channel:
                 size, low = (x.load(each, ir.Constant(AT, first), real) for each in (sizes, lows))
             else:
-                at = x.plus(slot, x.builder.mul(columns, ir.Constant(AT, g)))
-                size, low = (x.everywhere(array, at, real) for array in (sizes, lows))
+                each = x.words * x.planes
+                size, low = (x.of_groups(array, columns, slot, first, real, each) for array in (sizes, lows))
             x.store(x.sum(low, x.product(numbers, size)), out, x.plus(x.times(slot, width), first))
 
     x.loop(x.number(1), x.number(2), 1, body)
+
+
+def _turned(x: Lanes) -> None:
+    given, out = x.array(0), x.array(2)
+    slots, groups = x.columns(2), x.constant(-1)
+
+    def body(some: list[Any]) -> None:
+        row = x.load(given, x.times(some[0], groups), groups * len(some))
+        for g in range(groups):
+            column = x.picked(row, row, list(range(g, groups * len(some), groups)))
+            x.store(column, out, x.plus(some[0], x.builder.mul(slots, ir.Constant(AT, g))))
+
+    x.loop(ir.Constant(AT, 0), x.number(1), _LANES, body)
+
+
+@inlined(_turned, Lanes)
+def turned(typing, x, end, out, groups):  # type: ignore[no-untyped-def]
+    """out[g, s] = x[s, g], slots 0 to end."""
 
 
 @inlined(_products)

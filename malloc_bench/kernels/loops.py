@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from malloc_bench.kernels.lanes import products, sums, unpacked
-from malloc_bench.kernels.words import BYTES, MIDDLE, WORDS
+from malloc_bench.kernels.lanes import products, sums, turned, unpacked
+from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 
 PLANES = {bits: planes for bits, (planes, _) in WORDS.items()}
 f32, i32, zero = np.float32, np.int32, np.float32(0)
@@ -53,6 +53,10 @@ def sized(scale, offset, whole, s, g, bits, how):  # type: ignore[no-untyped-def
 
 @inlined
 def all_sized(scale, offset, whole, end, sizes, lows, bits, groups, how):  # type: ignore[no-untyped-def]
+    if how == GIVEN and groups > 1:
+        turned(scale, end, sizes, groups)
+        turned(offset, end, lows, groups)
+        return
     for g in range(groups):
         for s in range(end):
             sizes[g, s], lows[g, s] = sized(scale, offset, whole, s, g, bits, how)

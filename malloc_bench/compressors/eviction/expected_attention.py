@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from malloc_bench import kernels
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -62,5 +63,7 @@ class ExpectedAttention(Eviction):
 
 def gaussian(keys: Tensor, half: Tensor, mean: Tensor) -> Tensor:
     """mu.k + k'Ck / 2; keys [n, S, D], half a C [n, group, D, D] and mu [n, group, 1, D] -> [n, group, S]."""
+    if (found := kernels.quadratic(keys, half, mean.squeeze(2))) is not None:
+        return found
     k = keys.unsqueeze(1)
     return (k @ half).add_(mean).mul_(k).sum(-1)
