@@ -35,7 +35,7 @@ class Executor(ABC):
     Each has its share of this machine's cores as threads, unless the environment says how many (OMP_NUM_THREADS).
     """
 
-    #: where groups are fewer than n, whether their chunks are shared
+    #: where groups are few, whether their chunks are shared
     shares = True
 
     def __init__(self, session: Session, watch: Shown, n: int) -> None:
@@ -81,16 +81,18 @@ class Executor(ABC):
         """Nothing of ours goes on."""
 
     def _tasks(self, whole: Sequence[list[Planned]], measured: bool) -> list[Task]:
-        """The longest groups first; where there are fewer of them than workers, each in shares of its chunks."""
-        known, tasks = self.session.result.costs, []
+        """The longest groups first, each in shares of its chunks where there are less than two groups a worker: the
+        first shares of all, which train, then the others, so that no worker is long without work at the end."""
+        known = self.session.result.costs
         costs = [known.get(group_key(group[0].cell), _NOTHING) for group in whole]
         if self.n == 1:
             return [Task(group, cost) for group, cost in zip(whole, costs)]
-        for i, (group, cost) in enumerate(sorted(zip(whole, costs), key=lambda each: -each[1].total)):
-            parts = max(1, self.n // len(whole) + (i < self.n % len(whole))) if self.shares else 1
-            if later := measured or parts > 1:
-                cost = replace(cost, evaluate=cost.evaluate / parts, drift=0.0, measure=0.0)
-            for part in range(parts):
+        parts = -(-2 * self.n // len(whole)) if self.shares else 1
+        later, tasks = measured or parts > 1, []
+        for part in range(parts):
+            for group, cost in sorted(zip(whole, costs), key=lambda each: -each[1].total):
+                if later:
+                    cost = replace(cost, evaluate=cost.evaluate / parts, drift=0.0, measure=0.0)
                 tasks.append(Task(group, replace(cost, train=cost.train * (part == 0)), (part, parts), later))
         return tasks
 
