@@ -12,6 +12,7 @@ import torch
 
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget
+from malloc_bench.data.tasks.batches import window
 from malloc_bench.results import read_rows
 from malloc_bench.run.runner import run_suite
 from malloc_bench.state import Ask, Fitted
@@ -171,3 +172,27 @@ def test_choices_are_judged_on_users_that_they_were_not_learnt_from(synthetic, m
 
 def test_the_page_on_fitted_states_is_what_the_rows_say():
     subprocess.run([sys.executable, EXAMPLES.parent / "docs" / "fitted.py", "--check"], check=True)
+
+
+def test_predicted_bits_are_those_of_each_event_alone(synthetic, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    predicted = importlib.import_module("predicted")
+    data = synthetic.dataset
+    torch.manual_seed(0)
+    backbone = get_backbone("sasrec", data.n_items, data.has_time, layers=1, dim=16, max_length=40).eval()
+    common, rows = predicted.popularity(synthetic), np.arange(6)
+    assert float((2**-common).sum()) == pytest.approx(1)
+    with torch.no_grad():
+        found = predicted.bits(backbone, synthetic, rows)
+        for row, (count, by_all, by_model, target, by_all_target) in zip(rows, found.tolist()):
+            user, at = synthetic.test.users[row : row + 1], synthetic.test.at[row : row + 1]
+            items = torch.from_numpy(data.items[data.offsets[user[0]] : at[0] + 1].astype(np.int64) - 1)[-41:]
+            own = [float(common[items[0]])]
+            for place in range(int(at[0]) - len(items) + 2, int(at[0]) + 1):  # each of the others, from those before
+                before = window(data, user, np.array([place]), len(items) - 1 - (int(at[0]) - place))
+                scores = backbone(before)[0, int(before.count[0]) - 1] @ backbone.catalogue().mT * backbone.logit_scale
+                own.append(-float(scores.log_softmax(-1)[data.items[place] - 1]) / np.log(2))
+            assert count == len(items) - 1 and own.pop() == pytest.approx(target, rel=1e-4)
+            assert by_model == pytest.approx(np.mean(own), rel=1e-4)
+            assert by_all == pytest.approx(float(common[items[:-1]].mean()))
+            assert by_all_target == pytest.approx(float(common[items[-1]]))
