@@ -93,7 +93,7 @@ def work(step: str, folder: str, paths: list[str]) -> None:
         elif step == "prepare":
             events = make(card, target, "bench", lambda to: prepare(reader.frames(parts), reader, to)).n_events
         else:
-            events = read(card, target, "bench").n_events
+            events = read(card, target, target, "bench").n_events
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
