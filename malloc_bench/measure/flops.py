@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from malloc_bench import kernels
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
+from malloc_bench.compressors.base import LayerHeads
 from malloc_bench.measure.workload import Workload
 from malloc_bench.state import Stats, UserState
 
@@ -53,10 +54,11 @@ def closed_form(
     prefill = backbone.flops("prefill", n)
     statistics = backbone.flops("statistics", n, stats=compressor.needs) if compressor.needs != Stats() else 0
     raw = state.events is not None
-    heads = [block.heads for block in getattr(backbone, "blocks", ())]
+    blocks = getattr(backbone, "blocks", ())
+    heads = [LayerHeads(block.heads, block.heads // getattr(block, "channels", 1)) for block in blocks]
     return {
         "prefill_flops": prefill,
-        "compress_flops": None if statistics is None else statistics + compressor.work(state, n, heads),
+        "compress_flops": None if statistics is None else statistics + compressor.flops(state, n, heads),
         "append_flops": None if raw else backbone.flops("append", workload.appended, state),
         "read_flops": backbone.flops("read", workload.candidates, state),
     }

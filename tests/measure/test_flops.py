@@ -52,6 +52,20 @@ PARAMS = {  # beside the defaults
     "xquant": [{}, {"across": True}],
 }
 METHODS = [get_compressor(name, **params) for name in names("compressors") for params in PARAMS.get(name, [{}])]
+TURNED, LOOKS = {"turboquant": {"bits": 2}}, "expected_attention"  # inner methods that multiply, one of them by queries
+AROUND = [
+    get_compressor(name, **params)
+    for name, params in [
+        *[(name, {"inner": LOOKS}) for name in ("ada", "cam", "chunkkv", "d2o", "pyramid", "resets", "squeeze")],
+        ("critical", {"inner": "capkv"}),
+        ("ids_below", {"inner": LOOKS}),
+        ("moments", {"inner": LOOKS, "probes": 8}),
+        ("intactkv", {"score": LOOKS, "inner": TURNED}),
+        ("gear", {"inner": {"zstd": {"inner": TURNED}}}),
+        ("entropy", {"inner": TURNED}),
+        ("compose", {"steps": ({"critical": {"inner": "keyformer"}}, TURNED)}),
+    ]
+]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]
 TOP = Stats(probes=Ask(4, "top"))
 BACKBONES = [*ATTENTION, ("gated_delta", False), ("rwkv", False)]
@@ -61,9 +75,11 @@ WORKS = [Workload(3, 40), Workload(2, 300, 5, 2)]
 
 
 @cache
-def build(name, has_time, length):
+def build(name, has_time, length, heads=HEADS, part=None):
+    """part: what has adapted it."""
     torch.manual_seed(0)
-    return get_backbone(name, ITEMS, has_time, layers=LAYERS, heads=HEADS, dim=DIM, max_length=length).eval()
+    made = get_backbone(name, ITEMS, has_time, layers=LAYERS, heads=heads, dim=DIM, max_length=length).eval()
+    return adapted(get_compressor(part), made) if part else made
 
 
 def pairs():
@@ -74,6 +90,19 @@ def pairs():
                 again = (name, has_time) in (("lsrm", False), ("hstu", False)) and not method.structural
                 slow = again and type(method).name not in ("full", "h2o", "kivi")
                 yield pytest.param(method, name, has_time, marks=[pytest.mark.slow] if slow else [])
+
+
+def shared():
+    """Every method where several query heads share a stored one; what wraps others, where none does too."""
+    for name, heads, part in (("fuxi", 2, None), ("sasrec", 4, "gqa"), ("sasrec", 2, "mqa"), ("hstu", 2, "mqa")):
+        backbone = build(name, name == "fuxi", 41, heads, part)
+        for method in METHODS + AROUND:
+            if not (part and method.structural) and not method.supports(backbone):
+                slow = name == "hstu" and method in METHODS
+                marks = [pytest.mark.slow] if slow else []
+                yield pytest.param(method, backbone, id=f"{method}-{name}-{part}", marks=marks)
+    for name in ("sasrec", "hstu"):
+        yield from (pytest.param(m, build(name, False, 41), id=f"{m}-{name}") for m in AROUND)
 
 
 def adapted(method, backbone):
@@ -113,27 +142,41 @@ def per_user(fn, users):
     return total // users
 
 
+def compared(backbone, method, work, monkeypatch):
+    """The state and its closed forms, that of compress being what the counter counts."""
+    monkeypatch.setattr(fit_omp, "_SPENT", 0.0)  # what is fitted well costs less
+    monkeypatch.setattr(descent, "_RIGHT", -1.0)
+    full = learned(method, replace(filled(backbone, work, method.needs | method.fit_needs), memo={}))
+    state = method.compress(full, budget(method))
+    found = closed_form(backbone, method, state, work)
+    compressing = per_user(lambda: method.compress(replace(full, memo={}), budget(method)), work.users)
+    statistics = backbone.flops("statistics", work.history, stats=method.needs)
+    assert found["compress_flops"] == compressing + eigen(state) + statistics
+    return state, found
+
+
 @pytest.mark.parametrize("work", WORKS, ids=str)
 @pytest.mark.parametrize("method, name, has_time", list(pairs()), ids=str)
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work, monkeypatch):
-    monkeypatch.setattr(fit_omp, "_SPENT", 0.0)  # what is fitted well costs less
-    monkeypatch.setattr(descent, "_RIGHT", -1.0)
     backbone = adapted(method, build(name, has_time, work.max_length))
     events, tokens, new = work.events(ITEMS)
     with torch.no_grad():
-        full = learned(method, replace(filled(backbone, work, method.needs | method.fit_needs), memo={}))
-        state = method.compress(full, budget(method))
-        found = closed_form(backbone, method, state, work)
-
+        state, found = compared(backbone, method, work, monkeypatch)
         assert found["prefill_flops"] == per_user(lambda: backbone.prefill(events), work.users) > 0
         assert found["read_flops"] == per_user(lambda: backbone.read(tokens, state), work.users) > 0
         if state.events is not None:
             assert found["append_flops"] is None
         else:
             assert found["append_flops"] == per_user(lambda: backbone.append(state, new), work.users) > 0
-        compressing = per_user(lambda: method.compress(replace(full, memo={}), budget(method)), work.users)
-        statistics = backbone.flops("statistics", work.history, stats=method.needs)
-        assert found["compress_flops"] == compressing + eigen(state) + statistics
+
+
+@pytest.mark.parametrize("method, backbone", list(shared()))
+def test_the_closed_form_knows_of_query_heads(method, backbone, monkeypatch):
+    backbone = adapted(method, backbone)
+    _, tokens, _ = WORKS[0].events(ITEMS)
+    with torch.no_grad():
+        state, found = compared(backbone, method, WORKS[0], monkeypatch)
+        assert found["read_flops"] == per_user(lambda: backbone.read(tokens, state), WORKS[0].users)
 
 
 @pytest.mark.parametrize("history", [100, 300])

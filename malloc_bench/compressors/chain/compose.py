@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, Structural, as_compressor, beside_memories
+from malloc_bench.compressors.base import Compressor, Encoder, Heads, Structural, as_compressor, beside_memories
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Budget, Layout, slots_within
 from malloc_bench.registry import register
@@ -186,12 +186,9 @@ class Compose(TokenMethod):
         one = self.most(prefill).clamp(max=1)
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
-    def flops(self, state: UserState, history: int) -> int:
-        """The sum over its steps."""
-        return sum(step.flops(state, history) for step in self.steps)
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        total = sum(step.work(state, history, heads) for step in self.steps)
+    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+        """The sum over its steps, and what settles the last token method."""
+        total = super().flops(state, history, heads)
         return total + self._tokens()[-1].settling(state, heads) if self._encoder() and self._tokens() else total
 
 

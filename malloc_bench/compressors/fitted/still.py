@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Heads, grows
 from malloc_bench.compressors.fitted.fitting import Asking
 from malloc_bench.compressors.fitted.solving import evened
 from malloc_bench.compressors.quantization.codebooks import entries
@@ -118,7 +118,7 @@ class Still(Asking, TokenMethod):
             adam.step()
             slower.step()
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, history: int, heads: Heads) -> int:
         """Learned queries times keys; what they read of keys, values, positions and times."""
         total = 0
         for ((_, h, k, d), (*_, wide)), slots in (
