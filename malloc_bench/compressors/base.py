@@ -64,15 +64,16 @@ def grows(memory: str = "b n L d", compress: str = "0", read: str = "b n L d") -
     return {"memory": memory, "compress": compress, "read": read}
 
 
-class LayerHeads(NamedTuple):
-    """Heads of a layer's queries, several of which may share a stored one; asking: those that multiply keys, all but
-    behind FuXi, whose others weigh slots by where they stand."""
+class Source(NamedTuple):
+    """What a layer's slots are made of: so many events, and heads of queries, several of which may share a stored one;
+    asking: those that multiply keys, all but behind FuXi, whose others weigh slots by where they stand."""
 
+    events: int
     queries: int
     asking: int
 
 
-Heads = Sequence[LayerHeads]
+Sources = Sequence[Source]
 
 
 def inner_methods(compressor: Compressor) -> Iterator[Compressor]:
@@ -211,13 +212,13 @@ class Compressor(ABC):
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
         return torch.zeros(len(prefill.state), dtype=torch.long)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
-        """Matmul-like work of making `state` of `history` events, for one user, 2 per multiply-add.
+    def flops(self, state: UserState, of: Sources) -> int:
+        """Matmul-like work of making `state`, for one user, 2 per multiply-add; of: what each layer is made of.
 
-        heads: of each layer's queries, of which a state does not tell. Not counted: sorting, element-wise work, and the
-        statistics, which the backbone gathers. As it stands here, what the methods that its parameters name cost.
+        Not counted: sorting, element-wise work, and the statistics, which the backbone gathers. As it stands here, what
+        the methods that its parameters name cost.
         """
-        return sum(each.flops(state, history, heads) for each in inner_methods(self))
+        return sum(each.flops(state, of) for each in inner_methods(self))
 
 
 class Encoder(Compressor):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import Heads, grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -64,7 +64,7 @@ class CapKV(Eviction):
         score = weight * torch.linalg.solve_triangular(root, v.mT, upper=False).square().sum(2)  # [B, Hq, S]
         return score.unflatten(1, (-1, group)).mean(2).to(keys.dtype)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Cosines, the capacity matrix and a triangular system of each query head; no Cholesky factor."""
         keys, values = ([layer[0].fields[name].shape[3] for layer in state.layers] for name in ("keys", "values"))
-        return history * sum(h.queries * (2 * d + 3 * wide**2) for h, d, wide in zip(heads, keys, values))
+        return sum(x.events * x.queries * (2 * d + 3 * wide**2) for x, d, wide in zip(of, keys, values))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Heads, as_compressor, grows
+from malloc_bench.compressors.base import Sources, as_compressor, grows
 from malloc_bench.compressors.selection import Eviction, beside_slots, chosen, filled, ranked
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -65,8 +65,8 @@ class Critical(Eviction):
         kept.scatter_(2, early.masked_fill(beyond, then.shape[2]), True)
         return filled(then, kept[..., :-1].gather(2, then), k)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Every value through its head's part of the output map, as wide as all heads."""
         widths = [layer[0].fields["values"].shape[3] for layer in state.layers]
-        mapped = sum(h.queries * d * h.asking * d for h, d in zip(heads, widths))
-        return super().flops(state, history, heads) + 2 * history * mapped
+        mapped = sum(2 * x.events * x.queries * d * x.asking * d for x, d in zip(of, widths))
+        return super().flops(state, of) + mapped

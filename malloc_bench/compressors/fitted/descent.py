@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import LayerHeads
+from malloc_bench.compressors.base import Source
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, held_out, ridge_flops, rows_of
 from malloc_bench.state import Probes, Segment
 
@@ -134,7 +134,7 @@ def descended(asked: Asked, rows: Rows, begin: Slot, steps: int, rate: float, wh
     return moving[0], None if mass is None else mass.exp(), values
 
 
-def refining_flops(probes: int, own: LayerHeads, segment: Segment, steps: int, whole: bool) -> int:
+def refining_flops(probes: int, own: Source, segment: Segment, steps: int, whole: bool) -> int:
     """Of `refined` in one layer, all heads moving."""
     (_, heads, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
     rows, known = (own.queries * each for each in (probes, probes - int(held_out(probes, torch.device("cpu")).sum())))

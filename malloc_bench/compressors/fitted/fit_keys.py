@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Heads, grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.fitted.descent import refined, refining_flops
 from malloc_bench.compressors.fitted.fit_omp import FitOMP
 from malloc_bench.compressors.fitted.solving import Rows, solve
@@ -44,9 +44,9 @@ class FitKeys(FitOMP):
             return begin
         return refined(probes, chosen, rows, begin, self.ridge, self.rounds, self.rate, self.whole)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         refining = (
-            refining_flops(self.probes, heads[layer], segment, self.rounds, self.whole)
-            for layer, (segment, *_) in enumerate(state.layers)
+            refining_flops(self.probes, x, segment, self.rounds, self.whole)
+            for x, (segment, *_) in zip(of, state.layers)
         )
-        return super().flops(state, history, heads) + sum(refining)
+        return super().flops(state, of) + sum(refining)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Heads, LayerHeads
-from malloc_bench.compressors.fitted.rounding import Rounding, rounded, rounded_flops
+from malloc_bench.compressors.base import Compressor, Source, Sources
+from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, rounded, rounded_flops
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -121,21 +121,25 @@ class FittedTokens(Asking, TokenMethod):
             layers.append((Segment({"keys": segment.fields["keys"], "values": Dense(kept)}, slots),))
         return rounded(UserState(tuple(layers), state.length), roundings, write)
 
-    def settling(self, state: UserState, heads: Heads) -> int:
-        layers = [(segment, own) for (segment, *others), own in zip(state.layers, heads) if not others]
-        return sum(self._solving(s, own) + rounded_flops(self.probes * own.queries, s) for s, own in layers)
+    def settling(self, state: UserState, of: Sources, writing: int) -> int:
+        layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
+        total = writing + sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
+        if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
+            return total
+        writing += sum(segment.fields["values"].dense_flops() for segment, *_ in state.layers)
+        return total + sum(rounding) + TURNS * writing
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
         total = 0
-        for own, (segment, *_) in zip(heads, state.layers):
+        for own, (segment, *_) in zip(of, state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
             weighed = segment.slots is not None and segment.slots.mass is not None
             rows = self.probes * own.queries
-            total += self._solving(segment, own) + self.choosing(h, rows, k, d, wide + weighed, history)
+            total += self._solving(segment, own) + self.choosing(h, rows, k, d, wide + weighed, own.events)
         return total
 
-    def _solving(self, segment: Segment, own: LayerHeads) -> int:
+    def _solving(self, segment: Segment, own: Source) -> int:
         """FLOPs of `solve` in one layer."""
         (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
         rows = self.probes * own.queries

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Heads, grows, map_vectors
+from malloc_bench.compressors.base import Compressor, Sources, grows, map_vectors
 from malloc_bench.compressors.low_rank.shrinkage import shrunk
 from malloc_bench.compressors.quantization.turboquant import TurboQuant
 from malloc_bench.compressors.sizing import Budget
@@ -52,7 +52,7 @@ class EOptShrink(Compressor):
             made |= {id(v): Summed(thin[id(v)], other.fields[name]) for name, v in segment.fields.items()}
         return map_vectors(prefill.state, lambda name, s: made[id(s.fields[name])])
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Gram matrix, eigenvectors, projection and product of each head, and the rotation of the residual."""
         total = 0
         for v in {id(v): v for s in state.segments() for v in s.fields.values()}.values():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from malloc_bench.compressors.base import Encoder, Heads, as_compressor, map_layers, together
+from malloc_bench.compressors.base import Encoder, Sources, as_compressor, map_layers, together
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import (
@@ -87,9 +87,9 @@ class Entropy(Encoder):
 
         return map_layers(together(self.inner.write(prefill.given(inner))), vectors)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """What the inner encoder costs."""
-        return super().flops(map_layers(state, lambda layer, name, s: under(s.fields[name], Streamed)), history, heads)
+        return super().flops(map_layers(state, lambda layer, name, s: under(s.fields[name], Streamed)), of)
 
     def cost(self, layout: Layout, n: "Tensor", length: "Tensor") -> "Tensor":
         """What the inner encoder takes: about the most; `measured` says that it is not exact."""

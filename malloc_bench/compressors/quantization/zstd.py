@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from malloc_bench.compressors.base import Encoder, Heads, as_compressor, map_layers
+from malloc_bench.compressors.base import Encoder, Sources, as_compressor, map_layers
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Segment, Stats, UserState, Vectors, Zipped, zipped
@@ -55,9 +55,9 @@ class Zstd(Encoder):
 
         return map_layers(prefill.state if self.inner is None else self.inner.write(prefill), vectors)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """What the inner encoder costs."""
-        return super().flops(map_layers(state, lambda layer, name, s: _bare(s.fields[name])), history, heads)
+        return super().flops(map_layers(state, lambda layer, name, s: _bare(s.fields[name])), of)
 
     def cost(self, layout: Layout, n: "Tensor", length: "Tensor") -> "Tensor":
         """What is sent through it: about the most; `measured` says that it is not exact."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Heads, as_compressor, grows
+from malloc_bench.compressors.base import Compressor, Sources, as_compressor, grows
 from malloc_bench.compressors.recompute.inputs import refusal
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
 from malloc_bench.registry import register
@@ -87,11 +87,11 @@ class IdsBelow(Compressor):
             layers.append((projection.rebuilt(prefill.segment(layer), Normed(ids, projection)),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def flops(self, state: UserState, history: int, heads: Heads) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """What the inner method costs above the lowest layers."""
         above = [i for i, layer in enumerate(state.layers) if not _from_ids(layer)]
         upper = replace(state, layers=tuple(state.layers[i] for i in above))
-        return super().flops(upper, history, [heads[i] for i in above])
+        return super().flops(upper, [of[i] for i in above])
 
 
 def _from_ids(layer: Layer) -> bool:
