@@ -41,6 +41,7 @@ class Block(nn.Module):
 
     heads: int  # of the queries
     stored_heads: int  # of the fields that `split` gives
+    channels: int = 1  # query heads of one query, the first of which alone asks keys
     normalised: bool = True  # a token's weights come to 1: a softmax
     weighing: Literal["softmax", "silu"] | None = None  # over q.k and `bias`, SiLU over `normaliser`; None: another way
     normaliser: float = 1.0

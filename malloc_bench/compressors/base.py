@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,13 +64,29 @@ def grows(memory: str = "b n L d", compress: str = "0", read: str = "b n L d") -
     return {"memory": memory, "compress": compress, "read": read}
 
 
-def methods_in(compressor: Compressor) -> Iterator[Compressor]:
-    """The method and all that its parameters name: the steps of a chain, an inner method, and theirs."""
-    yield compressor
+class Source(NamedTuple):
+    """What a layer's slots are made of: so many events, and heads of queries, several of which may share a stored one;
+    asking: those that multiply keys, all but behind FuXi, whose others weigh slots by where they stand."""
+
+    events: int
+    queries: int
+    asking: int
+
+
+Sources = Sequence[Source]
+
+
+def inner_methods(compressor: Compressor) -> Iterator[Compressor]:
+    """The methods that its parameters name: the steps of a chain, an inner method."""
     for value in (getattr(compressor, each.name) for each in fields(compressor)):  # type: ignore[arg-type]
-        for part in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(part, Compressor):
-                yield from methods_in(part)
+        yield from (x for x in (value if isinstance(value, list | tuple) else (value,)) if isinstance(x, Compressor))
+
+
+def methods_in(compressor: Compressor) -> Iterator[Compressor]:
+    """The method and all that its parameters name, and theirs."""
+    yield compressor
+    for part in inner_methods(compressor):
+        yield from methods_in(part)
 
 
 def said(compressor: Compressor) -> str:
@@ -196,18 +212,13 @@ class Compressor(ABC):
         """Bytes [B] of the smallest state the method can make: what a target below it comes to."""
         return torch.zeros(len(prefill.state), dtype=torch.long)
 
-    def flops(self, state: UserState, history: int) -> int:
-        """Matmul-like work of making `state` of `history` events, for one user, 2 per multiply-add.
+    def flops(self, state: UserState, of: Sources) -> int:
+        """Matmul-like work of making `state`, for one user, 2 per multiply-add; of: what each layer is made of.
 
-        Not counted: sorting, element-wise work, and the statistics, which the backbone gathers.
+        Not counted: sorting, element-wise work, and the statistics, which the backbone gathers. As it stands here, what
+        the methods that its parameters name cost.
         """
-        return 0
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        """`flops` of methods that look at queries; heads: query heads of each layer, several of which may share a
-
-        stored one."""
-        return self.flops(state, history)
+        return sum(each.flops(state, of) for each in inner_methods(self))
 
 
 class Encoder(Compressor):

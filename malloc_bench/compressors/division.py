@@ -128,7 +128,3 @@ class Divided(Eviction):
 
     def supports(self, backbone: Backbone) -> str | None:
         return super().supports(backbone) or self.inner.supports(backbone)
-
-    def flops(self, state: UserState, history: int) -> int:
-        """What the inner method costs."""
-        return self.inner.flops(state, history)

@@ -38,11 +38,13 @@ def shortened(state: UserState) -> UserState:
 def beside_memories(write: Callable[[UserState], UserState], state: UserState) -> UserState:
     """What `write` makes of the segments with slots, and the memories that stand beside them as they are."""
     memories = [tuple(s for s in layer if s.slots is None) if len(layer) > 1 else () for layer in state.layers]
-    if not any(memories):
-        return write(state)
-    slotted = tuple(tuple(s for s in layer if s.slots is not None) for layer in state.layers)
-    made = write(replace(state, layers=slotted))
+    made = write(slotted(state))
     return replace(made, layers=tuple((*layer, *own) for layer, own in zip(made.layers, memories)))
+
+
+def slotted(state: UserState) -> UserState:
+    """The state without memories that stand beside slots."""
+    return replace(state, layers=tuple(tuple(s for s in layer if s.slots) or layer for layer in state.layers))
 
 
 def together(state: UserState) -> UserState:

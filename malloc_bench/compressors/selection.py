@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, grows
+from malloc_bench.compressors.base import Compressor, Sources, grows
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
@@ -39,8 +39,8 @@ class TokenMethod(Compressor):
         """`state`, which `keep` made, given the encoder that will `write` it; itself where that changes nothing."""
         return state
 
-    def settling(self, state: UserState, heads: Sequence[int]) -> int:
-        """FLOPs of `settled`, as `work`."""
+    def settling(self, state: UserState, of: Sources, writing: int) -> int:
+        """FLOPs of `settled`; writing: those of the encoder, once."""
         return 0
 
     @abstractmethod

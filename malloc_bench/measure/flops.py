@@ -3,7 +3,8 @@
 Counted: matmul-like work, 2 per multiply-add, as the code does it, and eigenvectors by formula (9 d^3 a matrix).
 A triangular system of n unknowns counts n^2 for each right-hand side.
 Not counted: sorting and top-k, softmax, SiLU and all other element-wise work, norms, gathers and sums over runs,
-(un)packing and (de)quantizing, and the catalogue scores that follow a read (2 x items x dim a token, for every method).
+(un)packing and (de)quantizing, the catalogue scores that follow a read (2 x items x dim a token, for every method), and
+states that are made while one is sized, and found too large.
 Causal attention by SDPA counts as the full square, though the kernel skips most of its upper half; the blockwise path
 counts the blocks that it multiplies.
 """
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from malloc_bench import kernels
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
+from malloc_bench.compressors.base import Source
 from malloc_bench.measure.workload import Workload
 from malloc_bench.state import Stats, UserState
 
@@ -41,11 +43,16 @@ def count_flops(fn: Callable[[], object]) -> int:
 
 
 def closed_form(
-    backbone: Backbone, compressor: Compressor, state: UserState, workload: Workload
+    backbone: Backbone,
+    compressor: Compressor,
+    state: UserState,
+    workload: Workload,
+    full: UserState | None = None,
 ) -> dict[str, int | None]:
     """FLOPs per user of each step of a workload: prefill_flops, compress_flops, append_flops, read_flops.
 
-    state: what the compressor made of the workload's histories; padded widths count, as in the code. Compress includes
+    state: what the compressor made of the workload's histories; padded widths count, as in the code. full: what it was
+    made from, which says how many events each layer has; without it all, as behind all but Climber. Compress includes
     the attention statistics that the method needs: the matmul-like work that they add to a blockwise prefill. A read of
     raw events includes their prefill. None: appending to raw events computes nothing; the backbone has no closed form.
     """
@@ -53,10 +60,12 @@ def closed_form(
     prefill = backbone.flops("prefill", n)
     statistics = backbone.flops("statistics", n, stats=compressor.needs) if compressor.needs != Stats() else 0
     raw = state.events is not None
-    heads = [block.heads for block in getattr(backbone, "blocks", ())]
+    blocks = getattr(backbone, "blocks", ())
+    events = [n] * len(blocks) if full is None else [layer[0].width for layer in full.layers]
+    of = [Source(x, each.heads, each.heads // getattr(each, "channels", 1)) for x, each in zip(events, blocks)]
     return {
         "prefill_flops": prefill,
-        "compress_flops": None if statistics is None else statistics + compressor.work(state, n, heads),
+        "compress_flops": None if statistics is None else statistics + compressor.flops(state, of),
         "append_flops": None if raw else backbone.flops("append", workload.appended, state),
         "read_flops": backbone.flops("read", workload.candidates, state),
     }

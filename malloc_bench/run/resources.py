@@ -163,7 +163,8 @@ def _costs(
         begin(MEASURING, job.id)
         try:
             state, peak = measure.peak_memory(work, device)
-            found = measure.closed_form(own, job.compressor, state, workload)
+            full = prefills[job.compressor.structural].state
+            found = measure.closed_form(own, job.compressor, state, workload, full)
         except (Exception, SystemExit):
             log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
             continue

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, Structural, as_compressor, beside_memories
+from malloc_bench.compressors.base import Compressor, Encoder, Sources, Structural, as_compressor, beside_memories
+from malloc_bench.compressors.encoding import slotted
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Budget, Layout, slots_within
 from malloc_bench.registry import register
@@ -186,13 +187,14 @@ class Compose(TokenMethod):
         one = self.most(prefill).clamp(max=1)
         return prefill.remember(("floor", self), lambda: self.keep(prefill, one).nbytes())
 
-    def flops(self, state: UserState, history: int) -> int:
-        """The sum over its steps."""
-        return sum(step.flops(state, history) for step in self.steps)
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        total = sum(step.work(state, history, heads) for step in self.steps)
-        return total + self._tokens()[-1].settling(state, heads) if self._encoder() and self._tokens() else total
+    def flops(self, state: UserState, of: Sources) -> int:
+        """The sum over its steps, and what settles the last token method, for which the encoder writes again."""
+        encoder, tokens = self._encoder(), self._tokens()
+        total = sum(step.flops(state, of) for step in self.steps if step is not encoder)
+        if encoder is None:
+            return total
+        writing = encoder.flops(slotted(state), of)
+        return total + writing + (tokens[-1].settling(state, of, writing) if tokens else 0)
 
 
 def _chains(step: Compressor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState
@@ -64,7 +64,7 @@ class CapKV(Eviction):
         score = weight * torch.linalg.solve_triangular(root, v.mT, upper=False).square().sum(2)  # [B, Hq, S]
         return score.unflatten(1, (-1, group)).mean(2).to(keys.dtype)
 
-    def flops(self, state: UserState, history: int) -> int:
-        """Cosines, the capacity matrix and a triangular system, where no stored head is shared; no Cholesky factor."""
-        keys, values = ([layer[0].fields[name].shape for layer in state.layers] for name in ("keys", "values"))
-        return history * (sum(2 * h * d for _, h, _, d in keys) + sum(3 * h * d**2 for _, h, _, d in values))
+    def flops(self, state: UserState, of: Sources) -> int:
+        """Cosines, the capacity matrix and a triangular system of each query head; no Cholesky factor."""
+        keys, values = ([layer[0].fields[name].shape[3] for layer in state.layers] for name in ("keys", "values"))
+        return sum(x.events * x.queries * (2 * d + 3 * wide**2) for x, d, wide in zip(of, keys, values))

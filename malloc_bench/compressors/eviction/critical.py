@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor, grows
+from malloc_bench.compressors.base import Sources, as_compressor, grows
 from malloc_bench.compressors.selection import Eviction, beside_slots, chosen, filled, ranked
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, UserState
 
 
 @register("critical")
@@ -49,11 +49,14 @@ class Critical(Eviction):
         group = maps.shape[0] // values.shape[1]
         sizes = [(values[:, h // group] @ each.to(values.dtype)).norm(p=1, dim=-1) for h, each in enumerate(maps)]
         size = torch.stack(sizes, 1).unflatten(1, (-1, group)).mean(2)  # [B, H, S]
-        return (self.inner.scores(prefill, layer) + 1e-4) * size
+        return (self._inner(prefill, layer) + 1e-4) * size
+
+    def _inner(self, prefill: Prefill, layer: int) -> Tensor:
+        return prefill.remember(("scores", self.inner, layer), lambda: self.inner.scores(prefill, layer))
 
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         count = prefill.slots(layer).count.long()
-        first = prefill.remember(("order", self.inner, layer), lambda: ranked(self.inner.scores(prefill, layer), count))
+        first = prefill.remember(("order", self.inner, layer), lambda: ranked(self._inner(prefill, layer), count))
         then = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
         half = (k // 2).clamp(min=1).minimum(k)
         early = chosen(first, count, half, *self.inner.forced(half))  # [B, H, max half]
@@ -62,7 +65,8 @@ class Critical(Eviction):
         kept.scatter_(2, early.masked_fill(beyond, then.shape[2]), True)
         return filled(then, kept[..., :-1].gather(2, then), k)
 
-    def flops(self, state: Any, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Every value through its head's part of the output map, as wide as all heads."""
-        values = [layer[0].fields["values"].shape for layer in state.layers]
-        return self.inner.flops(state, history) + sum(2 * history * (h * d) ** 2 for _, h, _, d in values)
+        widths = [layer[0].fields["values"].shape[3] for layer in state.layers]
+        mapped = sum(2 * x.events * x.queries * d * x.asking * d for x, d in zip(of, widths))
+        return super().flops(state, of) + mapped

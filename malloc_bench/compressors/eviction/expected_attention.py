@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from malloc_bench import kernels
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState, by_heads
@@ -55,10 +55,10 @@ class ExpectedAttention(Eviction):
         weights = logits.masked_fill(~real.unsqueeze(2), -1e30).softmax(-1).mean(2)
         return weights * prefill.values(layer).norm(dim=-1)
 
-    def flops(self, state: UserState, history: int) -> int:
-        """The covariance of the queries, and each key with it, where no stored head is shared."""
-        keys = [layer[0].fields["keys"].shape for layer in state.layers]
-        return sum(2 * (history + self.window) * h * d * d for _, h, _, d in keys)
+    def flops(self, state: UserState, of: Sources) -> int:
+        """The covariance of each query head's newest, and each key with it."""
+        widths = [layer[0].fields["keys"].shape[3] for layer in state.layers]
+        return sum(2 * (x.events + self.window) * x.queries * d * d for x, d in zip(of, widths))
 
 
 def gaussian(keys: Tensor, half: Tensor, mean: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -67,7 +67,7 @@ class Keyformer(Eviction):
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, (k * self.recent).long()
 
-    def flops(self, state: UserState, history: int) -> int:
-        """Each key with each query, where no stored head is shared."""
-        keys = [layer[0].fields["keys"].shape for layer in state.layers]
-        return sum(2 * history * self.window * h * d for _, h, _, d in keys)
+    def flops(self, state: UserState, of: Sources) -> int:
+        """Each key with each query."""
+        widths = [layer[0].fields["keys"].shape[3] for layer in state.layers]
+        return sum(2 * x.events * self.window * x.queries * d for x, d in zip(of, widths))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, UserState
@@ -49,7 +49,7 @@ class Leverage(Eviction):
         root = torch.linalg.cholesky(gram + weight * torch.eye(width, device=x.device, dtype=x.dtype))
         return torch.linalg.solve_triangular(root, x.mT, upper=False).square_().sum(2)
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """The Gram matrix of the keys and one triangular system for each; its root is not counted."""
-        shapes = [segment.fields["keys"].shape for segment in state.segments()]
-        return sum(3 * heads * history * width**2 for _, heads, _, width in shapes)
+        shapes = [layer[0].fields["keys"].shape for layer in state.layers]
+        return sum(3 * h * x.events * width**2 for x, (_, h, _, width) in zip(of, shapes))

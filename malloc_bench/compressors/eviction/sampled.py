@@ -1,6 +1,5 @@
 """Slots by a lot that another method's score loads, each standing for those that might have been drawn instead."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,13 +72,6 @@ class Sampled(TokenMethod):
     def chances(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Of each slot to be kept, [B, H or 1, S] float64, k [B, H or 1] in all; 0 for padding."""
         return proportional(prefill.remember(("sampled", self, layer), lambda: self._scores(prefill, layer)), k)
-
-    def flops(self, state: UserState, history: int) -> int:
-        """Of the inner method."""
-        return self.inner.flops(state, history)
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        return self.inner.work(state, history, heads)
 
     def _scores(self, prefill: Prefill, layer: int) -> Tensor:
         heads = next(iter(prefill.segment(layer).fields.values())).shape[1] if self.inner.per_head else 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, as_compressor, grows, said
+from malloc_bench.compressors.base import Compressor, Sources, as_compressor, grows, said
 from malloc_bench.compressors.fitted.allocation import Curves
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
@@ -152,13 +152,10 @@ class Auto(Compressor):
             total += torch.stack([each.floor(view) for each in self.candidates]).amax(0) - COUNT_BYTES
         return total
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Of the candidate that costs most for a layer's slots."""
-        return self.work(state, history, [next(iter(layer[0].fields.values())).shape[1] for layer in state.layers])
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        alone = [(UserState((layer,), state.length), [h]) for layer, h in zip(state.layers, heads)]
-        return sum(max(each.work(one, history, h) for each in self.candidates) for one, h in alone)
+        alone = [(UserState((layer,), state.length), [x]) for layer, x in zip(state.layers, of)]
+        return sum(max(each.flops(one, x) for each in self.candidates) for one, x in alone)
 
 
 def _least(method: Compressor, prefill: Prefill) -> Tensor:

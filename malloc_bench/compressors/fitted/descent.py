@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from malloc_bench.compressors.base import Source
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, held_out, ridge_flops, rows_of
 from malloc_bench.state import Probes, Segment
 
@@ -133,13 +134,13 @@ def descended(asked: Asked, rows: Rows, begin: Slot, steps: int, rate: float, wh
     return moving[0], None if mass is None else mass.exp(), values
 
 
-def refining_flops(probes: int, queries: int, segment: Segment, steps: int, whole: bool) -> int:
-    """Of `refined` in one layer, all heads moving; queries: query heads."""
+def refining_flops(probes: int, own: Source, segment: Segment, steps: int, whole: bool) -> int:
+    """Of `refined` in one layer, all heads moving."""
     (_, heads, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
-    rows, known = (queries * each for each in (probes, probes - int(held_out(probes, torch.device("cpu")).sum())))
+    rows, known = (own.queries * each for each in (probes, probes - int(held_out(probes, torch.device("cpu")).sum())))
     weighed = segment.slots is not None and segment.slots.mass is not None
     step = 4 * known * k * d + 2 * known * k * wide * (3 if whole else 2)
     again = 2 * rows * k * wide + ridge_flops(rows, heads, k, wide, 1)
     if weighed:
         again += 2 * rows * k * k + 4 * rows * k + 2 * ROUNDS * heads * k * k + 4 * rows * k
-    return steps * step + again + 4 * rows * k * d + 4 * rows * k * wide
+    return steps * step + again + 2 * (probes * own.asking + rows) * k * d + 4 * rows * k * wide

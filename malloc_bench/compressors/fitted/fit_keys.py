@@ -1,12 +1,11 @@
 """Slots as pursuit takes them, whose keys are moved too."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.fitted.descent import refined, refining_flops
 from malloc_bench.compressors.fitted.fit_omp import FitOMP
 from malloc_bench.compressors.fitted.solving import Rows, solve
@@ -45,9 +44,9 @@ class FitKeys(FitOMP):
             return begin
         return refined(probes, chosen, rows, begin, self.ridge, self.rounds, self.rate, self.whole)
 
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         refining = (
-            refining_flops(self.probes, heads[layer], segment, self.rounds, self.whole)
-            for layer, (segment, *_) in enumerate(state.layers)
+            refining_flops(self.probes, x, segment, self.rounds, self.whole)
+            for x, (segment, *_) in zip(of, state.layers)
         )
-        return super().work(state, history, heads) + sum(refining)
+        return super().flops(state, of) + sum(refining)

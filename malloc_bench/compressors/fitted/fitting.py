@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
-from malloc_bench.compressors.fitted.rounding import Rounding, rounded, rounded_flops
+from malloc_bench.compressors.base import Compressor, Source, Sources
+from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, rounded, rounded_flops
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -121,29 +121,29 @@ class FittedTokens(Asking, TokenMethod):
             layers.append((Segment({"keys": segment.fields["keys"], "values": Dense(kept)}, slots),))
         return rounded(UserState(tuple(layers), state.length), roundings, write)
 
-    def flops(self, state: UserState, history: int) -> int:
+    def settling(self, state: UserState, of: Sources, writing: int) -> int:
+        layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
+        total = writing + sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
+        if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
+            return total
+        writing += sum(segment.fields["values"].dense_flops() for segment, *_ in state.layers)
+        return total + sum(rounding) + TURNS * writing
+
+    def flops(self, state: UserState, of: Sources) -> int:
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
-        return self.work(state, history, [layer[0].fields["keys"].shape[1] for layer in state.layers])
-
-    def settling(self, state: UserState, heads: Sequence[int]) -> int:
-        probes = [self.probes * each for each in heads]
-        layers = [(segment, rows) for (segment, *others), rows in zip(state.layers, probes) if not others]
-        return sum(self._solving(segment, rows) + rounded_flops(rows, segment) for segment, rows in layers)
-
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
-        """As `flops`, of query heads that a state does not tell of."""
         total = 0
-        for layer, (segment, *_) in enumerate(state.layers):
+        for own, (segment, *_) in zip(of, state.layers):
             (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
             weighed = segment.slots is not None and segment.slots.mass is not None
-            rows = self.probes * heads[layer]
-            total += self._solving(segment, rows) + self.choosing(h, rows, k, d, wide + weighed, history)
+            rows = self.probes * own.queries
+            total += self._solving(segment, own) + self.choosing(h, rows, k, d, wide + weighed, own.events)
         return total
 
-    def _solving(self, segment: Segment, rows: int) -> int:
-        """FLOPs of `solve` in one layer; rows: probes of all query heads."""
+    def _solving(self, segment: Segment, own: Source) -> int:
+        """FLOPs of `solve` in one layer."""
         (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
-        total = 2 * rows * k * d + ridge_flops(rows, h, k, wide, 2)
+        rows = self.probes * own.queries
+        total = 2 * self.probes * own.asking * k * d + ridge_flops(rows, h, k, wide, 2)
         if segment.slots is None or segment.slots.mass is None:
             return total + 8 * rows * k * wide  # SiLU: what was read is the same twice
         return total + 10 * rows * k * wide + 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k

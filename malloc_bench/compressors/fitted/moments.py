@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor, grows
+from malloc_bench.compressors.base import Sources, as_compressor, grows
 from malloc_bench.compressors.fitted.fitting import Asking, pair, split, without_slots
 from malloc_bench.compressors.fitted.solving import rows_of
 from malloc_bench.compressors.selection import TokenMethod
@@ -133,13 +133,14 @@ class Moments(Asking, TokenMethod):
             counts = counts * segment.slots.mass
         return Part(logits, counts.unsqueeze(2).expand(-1, keys.shape[1], -1, -1), keys, values)
 
-    def work(self, state: UserState, history: int, heads: Sequence[int]) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Logits of probes over all slots and kept ones, the sums of both, and the factors."""
-        total = self.inner.work(state, history, heads)
-        for number, (kept, memory) in enumerate(state.layers):
-            (_, h, k, d), (_, _, _, wide) = (x.shape for x in pair(kept))
-            slots, softmax = history + k, "weight" in memory.fields
-            total += 2 * self.probes * heads[number] * slots * d + 2 * h * slots * (d * wide + wide + d * softmax)
+        total = super().flops(state, of)
+        for x, (kept, *_, memory) in zip(of, state.layers):
+            (_, h, k, d), (_, _, _, wide) = (each.shape for each in pair(kept))
+            slots, softmax = x.events + k, "weight" in memory.fields
+            total += 2 * self.probes * x.asking * slots * d
+            total += 2 * h * slots * (d * wide + wide + d * softmax)
             total += 2 * h * slots * d * (self.about == "zero") + 2 * h * d * wide * softmax
             if self.rank:
                 total += h * (2 * wide * d * d + 9 * d**3 + 2 * min(self.rank, d) * (wide * d + d + wide))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.fitted.fitting import Asking
 from malloc_bench.compressors.fitted.solving import evened
 from malloc_bench.compressors.quantization.codebooks import entries
@@ -118,14 +118,13 @@ class Still(Asking, TokenMethod):
             adam.step()
             slower.step()
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Learned queries times keys; what they read of keys, values, positions and times."""
         total = 0
-        for ((_, h, k, d), (*_, wide)), slots in (
-            ([s.fields[name].shape for name in ("keys", "values")], s.slots) for s in state.segments()
-        ):
-            timed = slots is not None and slots.timestamps is not None
-            total += 2 * h * history * k * (2 * d + wide + 1 + timed)
+        for x, (segment, *_) in zip(of, state.layers):
+            (_, h, k, d), (*_, wide) = (segment.fields[name].shape for name in ("keys", "values"))
+            timed = segment.slots is not None and segment.slots.timestamps is not None
+            total += 2 * h * x.events * k * (2 * d + wide + 1 + timed)
         return total
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, grows, map_vectors
+from malloc_bench.compressors.base import Compressor, Sources, grows, map_vectors
 from malloc_bench.compressors.low_rank.shrinkage import shrunk
 from malloc_bench.compressors.quantization.turboquant import TurboQuant
 from malloc_bench.compressors.sizing import Budget
@@ -52,14 +52,14 @@ class EOptShrink(Compressor):
             made |= {id(v): Summed(thin[id(v)], other.fields[name]) for name, v in segment.fields.items()}
         return map_vectors(prefill.state, lambda name, s: made[id(s.fields[name])])
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Gram matrix, eigenvectors, projection and product of each head, and the rotation of the residual."""
         total = 0
         for v in {id(v): v for s in state.segments() for v in s.fields.values()}.values():
             assert isinstance(v, Summed) and isinstance(v.first, LowRank)
-            _, heads, slots, width = v.shape
+            _, h, slots, width = v.shape
             ranks = v.first.left.shape[3]
-            total += heads * (2 * slots * width * (width + 2 * ranks) + 9 * width**3) + v.second.dense_flops()
+            total += h * (2 * slots * width * (width + 2 * ranks) + 9 * width**3) + v.second.dense_flops()
         return total
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor
+from malloc_bench.compressors.base import Compressor, Sources
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, slots_within
 from malloc_bench.state import Factor, Map, Prefill, Rebuilt, Segment, UserState, factor
 
@@ -98,7 +98,7 @@ class LatentMethod(Compressor):
         latents = prefill.remember(("latents", self), lambda: self.latents(prefill))
         return self._sizes(prefill, latents)(torch.full_like(prefill.state.length, self.rank or 1).long())
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Every slot through the map down."""
         rebuilt = {id(v.base): v for s in state.segments() for v in s.fields.values() if isinstance(v, Rebuilt)}
         return sum(2 * v.base.shape[2] * v.base.shape[3] * self.wide(v) for v in rebuilt.values())

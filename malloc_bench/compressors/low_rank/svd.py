@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, grows, map_vectors
+from malloc_bench.compressors.base import Encoder, Sources, grows, map_vectors
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.registry import register
 from malloc_bench.state import LowRank, Prefill, Segment, UserState, Vectors, low_ranks, principal, side_by_side
@@ -166,13 +166,13 @@ class SVD(Encoder):
         assert self.rank is not None
         return self._bytes(layout, n, length, torch.full_like(n, self.rank))
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Gram matrix, eigenvectors (about 9 d^3: tridiagonal QR, Golub and Van Loan) and projection, each left factor:
         of the smaller side of its matrix."""
         lefts = {id(v.left): v.left for s in state.segments() for v in s.fields.values() if isinstance(v, LowRank)}
         total = 0
         for left in lefts.values():
-            _, heads, slots, rank = left.shape
+            _, h, slots, rank = left.shape
             side = min(slots, left.most)
-            total += heads * (2 * slots * left.most * (side + rank) + 9 * side**3)
+            total += h * (2 * slots * left.most * (side + rank) + 9 * side**3)
         return total

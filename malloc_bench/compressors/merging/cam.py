@@ -104,7 +104,3 @@ class CaM(TokenMethod):
         for at, x in ((first, given), (last, -given)):
             steps.scatter_add_(2, at.clamp(max=size).unsqueeze(-1).expand_as(x), x)
         return steps.cumsum(2)[:, :, :size].to(values.dtype)
-
-    def flops(self, state: UserState, history: int) -> int:
-        """Of the inner method."""
-        return self.inner.flops(state, history)

@@ -70,9 +70,9 @@ class Clusters(TokenMethod):
 
 
 def compared_shapes(state: UserState) -> list[tuple[int, int, int]]:
-    """(heads, kept slots, width) of what `placed` gives of each layer, of a state of one segment a layer."""
+    """(heads, kept slots, width) of what `placed` gives of each layer; an encoder's first segment is as wide as all."""
     found = []
-    for (segment,) in state.layers:
+    for segment, *_ in state.layers:
         _, heads, kept, width = segment.fields.get("keys", next(iter(segment.fields.values()))).shape
         read_by_place = segment.slots is not None and segment.slots.positions is not None
         found.append((heads, kept, width + read_by_place))

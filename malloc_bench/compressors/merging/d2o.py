@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import as_compressor, grows
+from malloc_bench.compressors.base import Sources, as_compressor, grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
@@ -67,10 +67,10 @@ class D2O(Clusters):
         cosine = (x * x.gather(2, chosen.unsqueeze(-1).expand_as(x))).sum(-1)
         return cosine.exp() * mass
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Products of all keys with the kept ones, and what the inner method costs."""
-        near = sum(2 * heads * history * kept * width for heads, kept, width in compared_shapes(state))
-        return near + self.inner.flops(state, history)
+        near = sum(2 * h * x.events * kept * width for x, (h, kept, width) in zip(of, compared_shapes(state)))
+        return near + super().flops(state, of)
 
     def _kept(self, prefill: Prefill, layer: int, k: Tensor, heads: int) -> Tensor:
         return self.inner.index(prefill, layer, k).expand(-1, heads, -1)

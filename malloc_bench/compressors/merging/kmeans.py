@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, spread
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState, grouped
@@ -70,6 +70,7 @@ class KMeans(Clusters):
         seeds = spread(prefill.slots(layer).count[:, 0].long(), k, size)[:, None]
         return seeds, torch.zeros_like(seeds, dtype=torch.bool)
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Products of all keys with all centres, each round."""
-        return sum(2 * self.rounds * heads * history * kept * width for heads, kept, width in compared_shapes(state))
+        pairs = sum(h * x.events * kept * width for x, (h, kept, width) in zip(of, compared_shapes(state)))
+        return super().flops(state, of) + 2 * self.rounds * pairs

@@ -11,7 +11,7 @@ from malloc_bench.compressors.merging.clusters import ASKED, spread
 from malloc_bench.compressors.merging.kmeans import KMeans
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Prefill, Stats
 
 
 @register("resets")
@@ -61,7 +61,3 @@ class Resets(KMeans):
         marks.scatter_(2, more.masked_fill(~fits, width), 1)
         chosen = (marks[..., :width] + kept).argsort(dim=-1, descending=True, stable=True)[..., :size]
         return chosen, kept.gather(2, chosen).bool()
-
-    def flops(self, state: UserState, history: int) -> int:
-        """The clusters, and what the inner method costs."""
-        return super().flops(state, history) + self.inner.flops(state, history)

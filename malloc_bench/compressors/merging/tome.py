@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import grows
+from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.merging.clusters import ASKED, Clusters, compared_shapes, placed, unit
 from malloc_bench.registry import register
 from malloc_bench.state import Prefill, Stats, UserState, grouped, take
@@ -49,13 +49,13 @@ class ToMe(Clusters):
                 turn, now = len(made), now.merged(gone.minimum(most))
         return now.owner
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Cosines of every second slot that is left with the others, each round."""
         total = 0
-        for heads, kept, width in compared_shapes(state):
-            left = history
+        for x, (h, kept, width) in zip(of, compared_shapes(state)):
+            left = x.events
             while left > kept:
-                total += 2 * heads * ((left + 1) // 2) ** 2 * width
+                total += 2 * h * ((left + 1) // 2) ** 2 * width
                 left -= min(left - kept, left // 2)
         return total
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, grows
+from malloc_bench.compressors.base import Compressor, Sources, grows
 from malloc_bench.compressors.quantization.codebooks import entries
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
@@ -99,7 +99,7 @@ class VQL(Compressor):
         }
         return Segment(fields, slots)
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Every key against every entry."""
-        shapes = [segment.fields["keys"].shape for segment in state.segments()]
-        return sum(2 * heads * history * width * self.codes for _, heads, _, width in shapes)
+        shapes = [layer[0].fields["keys"].shape for layer in state.layers]
+        return sum(2 * h * x.events * width * self.codes for x, (_, h, _, width) in zip(of, shapes))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, map_layers
+from malloc_bench.compressors.base import Encoder, Sources, map_layers
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.state import (
     Codebook,
@@ -65,7 +65,7 @@ class Codebooks(Encoder):
         slot = sum(heads * -(-self.codes(width) * self.bits // 8) for _, heads, width in layout.vectors)
         return layout.beside(n, length) + n * slot
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Each part of each vector, or all of it in each stage, against each entry."""
         shapes = (v.shape for segment in state.segments() for v in segment.fields.values())
         return sum(2 * h * s * self.codes(d) * self.part(d) * 2**self.bits for _, h, s, d in shapes)

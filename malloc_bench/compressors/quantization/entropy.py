@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from malloc_bench.compressors.base import Encoder, as_compressor, map_layers, together
+from malloc_bench.compressors.base import Encoder, Sources, as_compressor, map_layers, together
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import (
@@ -21,6 +21,7 @@ from malloc_bench.state import (
     frequencies,
     integers,
     streamed,
+    under,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Entropy(Encoder):
             return streamed(x, count, Frequencies(tables[f"{layer}.{name}"]))
 
         return map_layers(together(self.inner.write(prefill.given(inner))), vectors)
+
+    def flops(self, state: UserState, of: Sources) -> int:
+        """What the inner encoder costs."""
+        return super().flops(map_layers(state, lambda layer, name, s: under(s.fields[name], Streamed)), of)
 
     def cost(self, layout: Layout, n: "Tensor", length: "Tensor") -> "Tensor":
         """What the inner encoder takes: about the most; `measured` says that it is not exact."""

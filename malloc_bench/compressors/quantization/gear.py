@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, grows, map_layers, together
+from malloc_bench.compressors.base import Compressor, Encoder, Sources, as_compressor, grows, map_layers, together
 from malloc_bench.compressors.low_rank.svd import SVD
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -89,7 +89,7 @@ class GEAR(Encoder):
         runs = sum(heads * -(-n * width // self.every) for _, heads, width in layout.vectors) if self.every else 0
         return total + 3 * runs
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """The inner encoder's, its vectors multiplied out, and the factors of what they leave."""
         near = map_layers(state, lambda layer, name, s: under(s.fields[name], Sum))
         coded = map_layers(near, lambda layer, name, s: under(s.fields[name], Outliers))
@@ -97,4 +97,5 @@ class GEAR(Encoder):
         multiplied = sum(
             v.dense_flops() for v in {id(v): v for s in near.segments() for v in s.fields.values()}.values()
         )
-        return self.inner.flops(coded, history) + multiplied + self._low_rank.flops(rest, history)
+        inner = super().flops(coded, of)
+        return inner + multiplied + self._low_rank.flops(rest, of)

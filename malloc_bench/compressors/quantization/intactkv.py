@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, as_compressor, grows, map_layers, together
+from malloc_bench.compressors.base import Compressor, Encoder, Sources, as_compressor, grows, map_layers, together
 from malloc_bench.compressors.selection import Eviction, ranked
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
@@ -88,7 +88,7 @@ class IntactKV(Encoder):
         beside = sum(heads * ((n + 7) // 8 + 2 * width * self._many(n)) for _, heads, width in layout.vectors)
         return self.inner.cost(layout, n, length) + beside
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Those of its two parts."""
         coded = map_layers(state, lambda layer, name, s: under(s.fields[name], Intact))
-        return self.score.flops(state, history) + self.inner.flops(coded, history)
+        return super().flops(coded, of)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, grows
+from malloc_bench.compressors.base import Encoder, Sources, grows
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import (
@@ -116,7 +116,7 @@ class KVTC(Encoder):
         numbers = sum(heads * width for _, heads, width in layout.vectors)
         return layout.beside(n, length) + (n * numbers * self.bits / 8).long()
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Every coefficient a product with all of a slot's numbers."""
         return sum(2 * h * s * d * v.basis.rows.shape[1] for v in _fields(state) for _, h, s, d in [v.shape])
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, grows, map_vectors
+from malloc_bench.compressors.base import Encoder, Sources, grows, map_vectors
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Coded, Segment, Table, UserState, coded
@@ -49,7 +49,7 @@ class TurboQuant(Encoder):
         per_slot = sum(heads * (-(-width * self.bits // 8) + 2) for _, heads, width in layout.vectors)
         return layout.beside(n, length) + n * per_slot
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """One rotation a vector."""
         made = {id(v): v for s in state.segments() for v in s.fields.values() if isinstance(v, Coded)}
         return sum(v.dense_flops() for v in made.values())

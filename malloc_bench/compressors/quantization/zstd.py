@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from malloc_bench.compressors.base import Encoder, as_compressor, map_layers
+from malloc_bench.compressors.base import Encoder, Sources, as_compressor, map_layers
 from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Segment, Stats, UserState, Zipped, zipped
+from malloc_bench.state import Prefill, Segment, Stats, UserState, Vectors, Zipped, zipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,14 @@ class Zstd(Encoder):
 
         return map_layers(prefill.state if self.inner is None else self.inner.write(prefill), vectors)
 
+    def flops(self, state: UserState, of: Sources) -> int:
+        """What the inner encoder costs."""
+        return super().flops(map_layers(state, lambda layer, name, s: _bare(s.fields[name])), of)
+
     def cost(self, layout: Layout, n: "Tensor", length: "Tensor") -> "Tensor":
         """What is sent through it: about the most; `measured` says that it is not exact."""
         return layout.dense(n, length) if self.inner is None else self.inner.cost(layout, n, length)
+
+
+def _bare(vectors: Vectors) -> Vectors:
+    return vectors.bare if isinstance(vectors, Zipped) else vectors

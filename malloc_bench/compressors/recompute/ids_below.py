@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, as_compressor, grows
+from malloc_bench.compressors.base import Compressor, Sources, as_compressor, grows
 from malloc_bench.compressors.recompute.inputs import refusal
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
 from malloc_bench.registry import register
-from malloc_bench.state import Embedded, MissingStatistic, Normed, Prefill, Stats, UserState
+from malloc_bench.state import Embedded, Layer, MissingStatistic, Normed, Prefill, Stats, UserState
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -87,9 +87,15 @@ class IdsBelow(Compressor):
             layers.append((projection.rebuilt(prefill.segment(layer), Normed(ids, projection)),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def flops(self, state: UserState, history: int) -> int:
-        """What the inner method costs."""
-        return self.inner.flops(state, history) if self.inner else 0
+    def flops(self, state: UserState, of: Sources) -> int:
+        """What the inner method costs above the lowest layers."""
+        above = [i for i, layer in enumerate(state.layers) if not _from_ids(layer)]
+        upper = replace(state, layers=tuple(state.layers[i] for i in above))
+        return super().flops(upper, [of[i] for i in above])
+
+
+def _from_ids(layer: Layer) -> bool:
+    return any(isinstance(getattr(v, "base", None), Normed) for segment in layer for v in segment.fields.values())
 
 
 def _lowest(prefill: Prefill) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from malloc_bench.compressors.base import Sources
 from malloc_bench.compressors.search.searched import Search
 from malloc_bench.state import Dense, Prefill, UserState, hash_flops, signs
 
@@ -25,7 +26,7 @@ class Hashed(Search):
         mean = torch.where(real, keys, 0.0).sum(2, keepdim=True) / count
         return Dense(signs(keys - mean, self.bits))
 
-    def flops(self, state: UserState, history: int) -> int:
+    def flops(self, state: UserState, of: Sources) -> int:
         """Of the hashes."""
         shapes = [segment.fields["keys"].shape for segment in state.segments()]
-        return sum(hash_flops(slots, heads, width, self.bits) for _, heads, slots, width in shapes)
+        return sum(hash_flops(slots, h, width, self.bits) for _, h, slots, width in shapes)
