@@ -268,6 +268,31 @@ def _turned(x: Lanes) -> None:
     x.loop(ir.Constant(AT, 0), x.number(1), _LANES, body)
 
 
+def _largest(x: Lanes) -> None:
+    b, given, out = x.builder, x.array(0), x.array(2)
+    kept = cgutils.alloca_once_value(b, x.everywhere(out, ir.Constant(AT, 0), _LANES))
+
+    def larger(one: Any, other: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", other, one), other, one)
+
+    def body(some: list[Any]) -> None:
+        several = x.load(given, some[0], _LANES) if len(some) > 1 else x.everywhere(given, some[0], _LANES)
+        b.store(larger(b.load(kept), several), kept)
+
+    x.loop(ir.Constant(AT, 0), x.number(1), _LANES, body)
+    found = b.load(kept)
+    while found.type.count > 1:
+        half = found.type.count // 2
+        first, last = (x.picked(found, found, list(range(k, k + half))) for k in (0, half))
+        found = larger(first, last)
+    x.store(found, out, ir.Constant(AT, 0))
+
+
+@inlined(_largest, Lanes)
+def largest(typing, x, size, out):  # type: ignore[no-untyped-def]
+    """out[0] = the largest of itself and x[0] to x[size - 1]; what is no number is no larger than any."""
+
+
 @inlined(_turned, Lanes)
 def turned(typing, x, end, out, groups):  # type: ignore[no-untyped-def]
     """out[g, s] = x[s, g], slots 0 to end."""

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 
+from malloc_bench.kernels.lanes import largest
 from malloc_bench.kernels.loops import f32, i32, inlined, jit, part, zero
 
 one = f32(1)
 BLOCK = 256  # weights at a time
-LANES = 16  # of which the largest are sought side by side: one search alone goes in no vectors
 
 
 @inlined
@@ -78,7 +78,7 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
     def weigh(q, own_key, own_value, own_bias, count, mass, bias, scale, heads, out, logits, first, start, stop):  # type: ignore[no-untyped-def]
         slots, rows, by = logits.shape[2], len(q), f32(scale)
         kept, powers = np.empty(BLOCK, f32), np.empty(BLOCK, np.int32)
-        turned, peaks = powers.view(f32), np.empty(LANES, f32)
+        turned, peak = powers.view(f32), np.empty(1, f32)
         for i in range(start, stop):
             size = min(slots, part(count, i, rows, heads))
             masses, biases = part(mass, i, rows, heads), part(bias, i, rows, heads)
@@ -93,14 +93,9 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
                     itself += part(own_bias, i, rows, heads)[m]
                 most, whole = itself, zero
                 if softmax:
-                    peaks[:] = itself
-                    for begin in range(0, size - size % LANES, LANES):
-                        for k in range(LANES):
-                            peaks[k] = max(peaks[k], weights[begin + k])
-                    for s in range(size - size % LANES, size):
-                        most = max(most, weights[s])
-                    for k in range(LANES):
-                        most = max(most, peaks[k])
+                    peak[0] = itself
+                    largest(weights, size, peak)
+                    most = peak[0]
                 for begin in range(0, size + 1, BLOCK):
                     here = weights[begin : min(size, begin + BLOCK)]
                     n = len(here)
