@@ -178,7 +178,7 @@ def _many(q: Tensor, keys: Known, values: Known, weigh: Callable[..., None], out
     for start in range(0, stored, step):
         stop = min(stored, start + step)
         part, weights = slice(start * each, stop * each), logits[: stop - start]
-        torch.matmul(_folded(q[part], weights), keys[1].rows(start, stop, room).mT, out=weights)
+        torch.bmm(_folded(q[part], weights), keys[1].rows(start, stop, room).mT, out=weights)
         spread(_moved(weigh, numbers, part.start), part.stop - part.start, weights.numel())
         _folded(out[part], weights).baddbmm_(weights, values[1].rows(start, stop, room))
 
