@@ -1,8 +1,8 @@
 """Reads of vectors as they are written down, with no copy of them in full; what `state` and backbones call.
 
 Each function answers None where it has no kernel for what is asked: the caller then does it in plain torch. There is
-none without numba (`pip install 'malloc-bench[fast]'`), on another device than a CPU, where gradients are asked for,
-and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
+none on a CPU without numba (`pip install 'malloc-bench[fast]'`), on a GPU without Triton (`[cuda]`; it reads, nothing
+more), elsewhere, where gradients are asked for, and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
 """
 
 from malloc_bench.kernels.affine import Affine
@@ -13,9 +13,9 @@ from malloc_bench.kernels.plain import Plain
 from malloc_bench.kernels.quadratic import quadratic
 from malloc_bench.kernels.reading import FEW, Written, attend, dense, dot, mix
 from malloc_bench.kernels.relative import Gaps, relative
-from malloc_bench.kernels.switch import compiled, eager, fits
+from malloc_bench.kernels.switch import compiled, eager, reads
 
 __all__ = [
-    "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager", "fits",
-    "group", "mix", "quadratic", "reach", "relative",
+    "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager",
+    "group", "mix", "quadratic", "reach", "reads", "relative",
 ]  # fmt: skip

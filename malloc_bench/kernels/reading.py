@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from malloc_bench.kernels.switch import After, Loop, array, fits, spread
+from malloc_bench.kernels.switch import After, Loop, array, fits, on_gpu, spread
 
 FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
 _CACHED = 1 << 18  # numbers at a time: a megabyte, so that they are multiplied where they lie
@@ -49,7 +49,11 @@ class Written(Protocol):
 def dot(x: Written, q: Tensor) -> Tensor | None:
     """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
     b, h, m, d = q.shape
-    if (reader := _reader(x, q)) is None:
+    if not _alike(x, q):
+        return None
+    if (gpu := on_gpu(q, *x.tensors())) is not None:
+        return gpu.dot(x, q)
+    if not fits(q, *x.tensors()) or (reader := x.reader(m)) is None:
         return None
     rows = q.detach().reshape(b * h, m, d)
     out = q.new_empty(b * h, m, x.shape[2])
@@ -65,7 +69,11 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
 def mix(x: Written, w: Tensor) -> Tensor | None:
     """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]."""
     b, h, m, s = w.shape
-    if (reader := _reader(x, w)) is None:
+    if not _alike(x, w):
+        return None
+    if (gpu := on_gpu(w, *x.tensors())) is not None:
+        return gpu.mix(x, w)
+    if not fits(w, *x.tensors()) or (reader := x.reader(m)) is None:
         return None
     rows = w.detach().reshape(b * h, m, s)
     if m > FEW:
@@ -91,12 +99,10 @@ def dense(x: Written) -> Tensor | None:
     return reader.rows(0, b * h, room).view(b, h, s, d)
 
 
-def _reader(x: Written, asked: Tensor) -> Reader | None:
+def _alike(x: Written, asked: Tensor) -> bool:
     """Heads that share vectors are neighbours."""
-    b, h, m, _ = asked.shape
-    if x.shape[0] != b or h % x.shape[1] or not asked.numel() or asked.dtype != torch.float32:
-        return None
-    return x.reader(m) if fits(asked, *x.tensors()) else None
+    b, h, _, _ = asked.shape
+    return x.shape[0] == b and not h % x.shape[1] and asked.numel() > 0 and asked.dtype == torch.float32
 
 
 def _all(x: Written) -> np.ndarray:
@@ -132,10 +138,13 @@ def attend(
     given = [q, own["keys"], own["values"], *([] if mass is None else [mass]), *(bias or ())]
     b, h, m, d = q.shape
     users, heads, s, _ = keys.shape
-    if not fits(*given, *keys.tensors(), *values.tensors()) or any(x.dtype != torch.float32 for x in given):
-        return None
     alike = values.shape[:3] == (users, heads, s) and users == b and not h % heads
-    if not alike or not m or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
+    if not alike or not m or any(x.dtype != torch.float32 for x in given):
+        return None
+    given += [count, *keys.tensors(), *values.tensors()]
+    if (gpu := on_gpu(*given)) is not None:
+        return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
+    if not fits(*given) or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
         return None
     from malloc_bench.kernels.passes import weighing  # here: its compiler takes half a second to load
 

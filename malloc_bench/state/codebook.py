@@ -65,7 +65,7 @@ class FromCodebook(Vectors):
 
     def written(self) -> Entries:
         codes = unpack_bits(self.codes, self.book.bits, self.book.tables.shape[1])
-        return Entries(codes, self.book.tables, self.book.width, self.book.added)
+        return Entries(codes, self.book.tables.to(codes.device), self.book.width, self.book.added)
 
     def dense(self) -> Tensor:
         found = kernels.dense(self.written())
