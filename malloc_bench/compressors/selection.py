@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from malloc_bench import kernels
 from malloc_bench.compressors.base import Compressor, Sources, grows
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
@@ -221,6 +222,8 @@ def filled(order: Tensor, forced: Tensor | None, k: Tensor) -> Tensor:
     if forced is not None:
         free = ~forced
         wanted = forced | (free & (free.cumsum(-1) <= k - forced.sum(-1, keepdim=True)))
+    if (known := kernels.sorted_places(order, wanted.expand(b, h, s), size)) is not None:
+        return known
     kept = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, wanted.expand(b, h, s))
     found = kept.view(-1).nonzero().view(-1) % max(s, 1)  # in time order, head after head
     if len(found) == b * h * size:

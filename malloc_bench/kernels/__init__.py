@@ -13,9 +13,10 @@ from malloc_bench.kernels.plain import Plain
 from malloc_bench.kernels.quadratic import quadratic
 from malloc_bench.kernels.reading import FEW, Written, attend, dense, dot, mix
 from malloc_bench.kernels.relative import Gaps, relative
+from malloc_bench.kernels.sorting import sorted_places
 from malloc_bench.kernels.switch import compiled, eager, reads
 
 __all__ = [
     "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager",
-    "group", "mix", "quadratic", "reach", "reads", "relative",
+    "group", "mix", "quadratic", "reach", "reads", "relative", "sorted_places",
 ]  # fmt: skip
