@@ -88,7 +88,9 @@ class _Left(NamedTuple):
         first, other = ((count[:, None] + odd) % 2 + twos for odd in (0, 1))
         rows = unit(x)
         near = _rows(rows, first) @ _rows(rows, other).mT  # [B, H, N/2, N/2] cosines
-        best, match = near.masked_fill_((other >= count[:, None])[:, None, None], -torch.inf).max(-1)
+        alike = int(count.min()) // 2  # so many columns are real of all users
+        near[..., alike:].masked_fill_((other >= count[:, None])[:, None, None, alike:], -torch.inf)
+        best, match = near.max(-1)
         best = best.masked_fill((first >= count[:, None])[:, None], -torch.inf)
         order = best.argsort(dim=-1, descending=True, stable=True)
         going, into = (side[:, None].expand_as(order).gather(2, at) for side, at in ((first, order), (other, match)))
