@@ -33,7 +33,7 @@ def test_ids_come_back_in_the_bytes_that_entropy_allows(n_items):
     for user, n in enumerate(COUNTS):
         bits = sum(math.log2((1 << 24) / int(table.freq[item - 1])) for item in events.items[user, :n].tolist())
         assert len(blobs[user]) == int(state.nbytes()[user]) <= 8 + 5 + bits / 8
-        assert n == 0 or len(blobs[user]) >= 8 + bits / 8
+        assert n == 0 or len(blobs[user]) > 8 + 4 + bits / 8 - 0.01  # the coder's state and whole bytes, no more
     others, _ = drawn(n_items, seed=1)
     back = state_of(others, table).take(torch.tensor([4, 0, 1])).unpack(blobs[::-1])
     assert back.events is not None

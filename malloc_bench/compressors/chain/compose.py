@@ -105,6 +105,7 @@ class Compose(TokenMethod):
             return state
         sizes, most = self.sizes(prefill), self.most(prefill)
         while bool(((state.nbytes() > target) & (k > 1)).any()):  # scales that needed float32
+            # fewer slots may need fewer such scales, so some users keep a slot less than would fit
             extra = (state.nbytes() - sizes(k)).clamp(min=0)
             left = slots_within(target - extra, most, sizes)
             k = torch.where(state.nbytes() > target, left, k)

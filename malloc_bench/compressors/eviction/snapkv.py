@@ -17,9 +17,9 @@ from malloc_bench.state import Prefill, Stats
 class SnapKV(Eviction):
     """Keeps what the newest queries attend to, on average and pooled over neighbours (Li et al., NeurIPS 2024).
 
-    The window itself stays as far as half the budget goes; its slots do not leak into the pool of those before it.
-    SiLU weights can be negative: absolute values are averaged. On ML-100K, at a quarter of the
-    bytes though not at a sixteenth, slots by lot keep the top 10 better: see `oracle_evict`.
+    The window itself stays as far as half the budget goes, the rest of it by its pool; its slots do not leak into the
+    pool of those before it. SiLU weights can be negative: absolute values are averaged. On ML-100K, at a quarter of
+    the bytes though not at a sixteenth, slots by lot keep the top 10 better: see `oracle_evict`.
     """
 
     window: int = 16

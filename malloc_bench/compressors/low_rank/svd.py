@@ -43,7 +43,7 @@ class SVD(Encoder):
     paper = "Eckart and Young 1936; shared over layers as in xKV, arXiv 2503.18893; absorbed as in arXiv 2405.04434"
     formula = "[K1 V1 K2 V2 ...] = U [W1 W2 ...] with rank r: q.K1' is read as (q W1') U'"
     growth = grows(memory="r n + r L d", compress="n L^2 d^2 + L^3 d^3", read="r n L + r L d")
-    stores = "one n x r factor for all layers, heads and fields, an r x d one for each; int8: a scale a rank of each"
+    stores = "one n x r factor for all layers, heads and fields, an r x d one for each; int8: a float16 a rank for both"
     version = 2
     shares: ClassVar[tuple[str, ...]] = ("all", "layer", "none")
 

@@ -22,7 +22,7 @@ class MergeAdjacent(TokenMethod):
 
     family = "merging"
     paper = "adjacent token merging as in LONGER, Chai et al., RecSys 2025, arXiv 2505.04421; count term ours"
-    formula = "k runs of nearly equal length; key and value = mean over the run, mass = events in it"
+    formula = "event i of n is in run floor(i k / n) of k; key and value = mean over the run, mass = events in it"
     stores = "k mean keys and values, their counts, and mean positions where the backbone reads them"
 
     def layout(self, prefill: Prefill) -> Layout:

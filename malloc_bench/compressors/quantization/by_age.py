@@ -31,7 +31,7 @@ class ByAge(Encoder):
     family = "quantization"
     paper = "none: recency, which windowing makes absolute, as a choice of precision"
     formula = "code = round((2^b - 1) (x - min) / (max - min)), b = bits for the newest share of slots, else old_bits"
-    stores = "codes in two widths, a float16 scale and zero point per vector (float32 where float16 would overflow)"
+    stores = "codes in two widths, a float16 scale and zero point per vector (float32 where that loses digits)"
 
     def __post_init__(self) -> None:
         if not {self.bits, self.old_bits} <= {1, 2, 3, 4, 8} or not 0 < self.newest < 1:

@@ -22,7 +22,7 @@ class Int4Token(Encoder):
     family = "quantization"
     paper = "per-token asymmetric rounding, as KIVI (arXiv 2402.02750) has it for values; for keys too"
     formula = "code = round(15 (x - min) / (max - min)), min and max over one slot and head"
-    stores = "4-bit codes, a float16 scale and zero point per vector (float32 where float16 would overflow)"
+    stores = "4-bit codes, a float16 scale and zero point per vector (float32 where that loses digits)"
 
     def encode(self, state: UserState) -> UserState:
         def vectors(name: str, segment: Segment) -> Quantized:

@@ -18,7 +18,7 @@ class Int8(Encoder):
     family = "quantization"
     paper = "vector-wise int8 as in LLM.int8(), Dettmers et al., NeurIPS 2022, arXiv 2208.07339"
     formula = "code = round(127 x / max|x|), one scale per slot and head"
-    stores = "int8 codes and a float16 scale per vector (float32 where float16 would overflow)"
+    stores = "int8 codes and a float16 scale per vector (float32 where that loses digits)"
 
     def encode(self, state: UserState) -> UserState:
         def vectors(name: str, segment: Segment) -> Quantized:

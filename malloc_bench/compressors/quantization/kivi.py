@@ -23,7 +23,8 @@ class KIVI(Encoder):
     bits: 8, 4, 3, 2 or 1. group: numbers that share a scale and a zero point, None for as many as a vector is wide: the
     paper's 32 would leave most of the second group of a vector of 50 empty, and pay for it. tail: newest slots kept in
     full precision; the paper keeps 32 to 128 in language models (`kivi_tail`), the default here is 0. Fields that are
-    not values are treated as keys. Scales are float16, float32 for a user and head where float16 would overflow.
+    not values are treated as keys. Scales are float16, float32 for a user and head where float16 would overflow or,
+    below 2^-14, lose digits.
     """
 
     bits: int = 4

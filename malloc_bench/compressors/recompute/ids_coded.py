@@ -23,7 +23,7 @@ class IdsCoded(Compressor):
 
     family = "recompute"
     paper = "none: Duda's asymmetric numeral systems, arXiv 1311.2540, under a static model"
-    formula = "bytes = ceil(sum over events of log2(1 / p(item)) / 8) and 5 for the coder's state; read as recompute"
+    formula = "bytes = floor(sum over events of log2(1 / p(item)) / 8) and 5 for the coder's state; read as recompute"
     growth = grows(memory="n", read="n^2 L d + n L d^2")
     stores = "a size (int32), coded item ids, times (int64) and kinds (uint8) where read; fixed bytes: counts of items"
 
