@@ -19,9 +19,8 @@ class LagKV(Eviction):
 
     The history is cut into stretches of `lag` slots behind the `sinks` oldest; a slot's score is its rank within its
     stretch, so each gives up alike. Sinks stay as far as half of the slots go; then the last whole stretch and what
-    follows come first, the newest before others.
-    The paper's lag is 128; histories of recommenders are shorter. A channel that is constant in the next stretch tells
-    nothing and is left out, where public code divides by zero.
+    follows come first, the newest before others. The paper's lag is 128; histories of recommenders are shorter. A
+    channel that is constant in the next stretch tells nothing and is left out, where public code divides by zero.
     """
 
     lag: int = 16
