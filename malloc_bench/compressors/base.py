@@ -46,7 +46,8 @@ def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
         budget = None if budget is None else Budget.parse(budget)
         made: Any = compress(self, prefill, budget, prefill.fitted) if asks else compress(self, prefill, budget)
         if not isinstance(made, UserState):
-            raise TypeError(f"{self.name}: compress must return a UserState, not {type(made).__name__}")
+            users = f"the {len(prefill.state)} users it was given"
+            raise TypeError(f"a method must return a UserState of {users}, not {type(made).__name__}")
         return made
 
     return parsed

@@ -79,5 +79,5 @@ def test_what_is_no_state():
         def compress(self, prefill, budget=None, fitted=None):
             return prefill.keys(0)
 
-    with pytest.raises(TypeError, match=r"^odd: compress must return a UserState, not Tensor$"):
+    with pytest.raises(TypeError, match=r"^a method must return a UserState of the 2 users it was given, not Tensor$"):
         Odd().compress(keys(), 0.5)
