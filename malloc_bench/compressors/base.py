@@ -26,11 +26,13 @@ from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.compressors.encoding import shortened as shortened
 from malloc_bench.compressors.encoding import together as together
 from malloc_bench.compressors.sizing import Budget, Layout
-from malloc_bench.registry import find, place, suggest, told
+from malloc_bench.registry import clipped, find, place, suggest, told
 from malloc_bench.state import Fitted, Prefill, Sample, Stats, UserState
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
+
+MAX_SIZE = 100_000  # any whole number of a method of ours: slots, ranks, probes, rounds
 
 
 def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
@@ -42,7 +44,11 @@ def _parsing(compress: Callable[..., UserState]) -> Callable[..., UserState]:
         if prefill.fitted is None and self.fit_parts():
             raise MissingFit(f"{self.name} must be fitted first: compress(prefill, budget, fitted=fit(sample, budget))")
         budget = None if budget is None else Budget.parse(budget)
-        return compress(self, prefill, budget, prefill.fitted) if asks else compress(self, prefill, budget)
+        made: Any = compress(self, prefill, budget, prefill.fitted) if asks else compress(self, prefill, budget)
+        if not isinstance(made, UserState):
+            users = f"the {len(prefill.state)} users it was given"
+            raise TypeError(f"a method must return a UserState of {users}, not {type(made).__name__}")
+        return made
 
     return parsed
 
@@ -303,7 +309,7 @@ class Structural(Compressor):
 def get_compressor(name: str, **params: Any) -> Compressor:
     """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range, and for
 
-    a class that cannot be made.
+    a class that cannot be made. No whole number of ours is above `MAX_SIZE`, but for seeds.
     """
     cls = find("compressors", name)
     if not is_dataclass(cls):
@@ -312,6 +318,10 @@ def get_compressor(name: str, **params: Any) -> Compressor:
     for key in params.keys() - valid:
         what = suggest(key, valid) if valid else " It has none."
         raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
+    for key, value in params.items() if cls.__module__.startswith("malloc_bench.") else ():
+        sizes = (x for x in (value if isinstance(value, list | tuple) else (value,)) if isinstance(x, int))
+        if key != "seed" and max(sizes, default=0) > MAX_SIZE:  # a window or a horizon that nothing could hold
+            raise ValueError(f"{name}: {key} must be at most {MAX_SIZE:,}, not {clipped(str(value))}")
     try:
         return cls(**params)  # type: ignore[return-value]
     except ValueError:

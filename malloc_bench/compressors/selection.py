@@ -158,10 +158,23 @@ class Eviction(TokenMethod):
     def index(self, prefill: Prefill, layer: int, k: Tensor) -> Tensor:
         """Kept slots in time order, [B, H or 1, max k]; k [B] or [B, H or 1]."""
         count = prefill.slots(layer).count.long()
-        order = prefill.remember(("order", self, layer), lambda: ranked(self.scores(prefill, layer), count))
+        order = prefill.remember(("order", self, layer), lambda: ranked(self._scored(prefill, layer), count))
         heads = next(iter(prefill.segment(layer).fields.values())).shape[1] if self.per_head else 1
         oldest, newest = self.forced(k)
         return chosen(order, count, k, oldest, newest).expand(-1, heads, -1)
+
+    def _scored(self, prefill: Prefill, layer: int) -> Tensor:
+        """`scores`, of a shape that broadcasts over no users or slots unseen: [B, S] would where B is H."""
+        b, h, s, _ = next(iter(prefill.segment(layer).fields.values())).shape
+        scores, heads = self.scores(prefill, layer), (1, h) if self.per_head else (1,)
+        shape = list(getattr(scores, "shape", ()))
+        if shape not in [[b, n, s] for n in heads]:
+            found = shape if isinstance(scores, Tensor) else type(scores).__name__
+            want = f"[{b}, {' or '.join(map(str, sorted({*heads})))}, {s}]"
+            raise ValueError(
+                f"{self.name}: scores must be [B, H, S] (H 1 where all heads share), here {want}, not {found}"
+            )
+        return scores
 
 
 def ranked(scores: Tensor, count: Tensor) -> Tensor:

@@ -556,7 +556,7 @@ def test_the_reference_is_there(want: Evaluation) -> None:
 
 def test_a_method_whose_needs_cannot_be_met(split: Split, backbone: Backbone, want: Evaluation) -> None:
     """It alone: all others share the prefill that it asks for."""
-    assert "cannot give" in failure(get_compressor("snapkv", window=2**62), split, backbone, want)
+    assert "cannot give" in failure(replace(get_compressor("snapkv"), window=2**62), split, backbone, want)
 
 
 # --- drift: what goes on is held to the same ------------------------------------------------------------------------

@@ -31,8 +31,8 @@ class Leverage(Eviction):
     reads = ("keys",)
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError(f"leverage: ridge > 0 is needed, not {self.ridge}")
+        if not self.ridge >= 1e-10:  # below, the last digits of the Gram matrix make its root fail
+            raise ValueError(f"leverage: ridge must be at least 1e-10, not {self.ridge}")
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         keys, real = prefill.keys(layer), prefill.mask(layer).unsqueeze(-1)

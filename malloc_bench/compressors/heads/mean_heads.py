@@ -56,6 +56,8 @@ class MeanHeads(Compressor):
 
     def compress(self, prefill: Prefill, budget: Budget | None = None, fitted: Any = None) -> UserState:
         def pooled(name: str, segment: Segment) -> Vectors:
+            if (had := segment.fields[name].shape[1]) % self.heads:
+                raise ValueError(f"mean_heads: heads must divide the state's {had}, not {self.heads}")
             groups = segment.fields[name].dense().unflatten(1, (self.heads, -1))  # [B, heads, group, S, D]
             return Shared(Dense(groups.mean(2)), groups.shape[2])
 
