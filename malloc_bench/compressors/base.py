@@ -319,8 +319,9 @@ def get_compressor(name: str, **params: Any) -> Compressor:
         what = suggest(key, valid) if valid else " It has none."
         raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
     for key, value in params.items() if cls.__module__.startswith("malloc_bench.") else ():
-        sizes = (x for x in (value if isinstance(value, list | tuple) else (value,)) if isinstance(x, int))
-        if key != "seed" and max(sizes, default=0) > MAX_SIZE:  # a window or a horizon that nothing could hold
+        if (
+            key != "seed" and isinstance(value, int) and value > MAX_SIZE
+        ):  # a window or a horizon that nothing could hold
             raise ValueError(f"{name}: {key} must be at most {MAX_SIZE:,}, not {clipped(str(value))}")
     try:
         return cls(**params)  # type: ignore[return-value]
