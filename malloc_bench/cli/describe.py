@@ -176,10 +176,16 @@ def explained(name: str, run: Path, only: Mapping[str, Sequence[str]]) -> list[t
 
 def _compressor(cls: type[Compressor]) -> Lines:
     from malloc_bench.compressors import Compressor
+    from malloc_bench.compressors.base import inner_methods
     from malloc_bench.state import Stats
 
-    own = "none that is matmul-like" if cls.flops is Compressor.flops else _doc(cls.flops) or "see its file"
     method = _default(cls)
+    if cls.flops is not Compressor.flops:
+        own = _doc(cls.flops) or "see its file"
+    elif method is not None and any(inner_methods(method)):
+        own = "what the inner method costs"
+    else:
+        own = "none that is matmul-like"
     work = (
         f"{own.rstrip('.')}, beside gathering what it reads" if method is not None and method.needs != Stats() else own
     )

@@ -319,9 +319,8 @@ def get_compressor(name: str, **params: Any) -> Compressor:
         what = suggest(key, valid) if valid else " It has none."
         raise ValueError(f"compressor {name} has no parameter '{key}'.{what}")
     for key, value in params.items() if cls.__module__.startswith("malloc_bench.") else ():
-        if (
-            key != "seed" and isinstance(value, int) and value > MAX_SIZE
-        ):  # a window or a horizon that nothing could hold
+        sizes = (x for x in (value if isinstance(value, list | tuple) else (value,)) if isinstance(x, int))
+        if key not in ("seed", "which") and max(sizes, default=0) > MAX_SIZE:  # `which` names items
             raise ValueError(f"{name}: {key} must be at most {MAX_SIZE:,}, not {clipped(str(value))}")
     try:
         return cls(**params)  # type: ignore[return-value]

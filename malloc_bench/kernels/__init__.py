@@ -8,13 +8,14 @@ more), elsewhere, where gradients are asked for, and within `eager()` or with MA
 from malloc_bench.kernels.affine import Affine
 from malloc_bench.kernels.counting import reach
 from malloc_bench.kernels.entries import Entries
+from malloc_bench.kernels.gpu import reads
 from malloc_bench.kernels.grouping import group
 from malloc_bench.kernels.plain import Plain
 from malloc_bench.kernels.quadratic import quadratic
 from malloc_bench.kernels.reading import FEW, Written, attend, dense, dot, mix
 from malloc_bench.kernels.relative import Gaps, relative
 from malloc_bench.kernels.sorting import sorted_places
-from malloc_bench.kernels.switch import compiled, eager, reads
+from malloc_bench.kernels.switch import compiled, eager
 
 __all__ = [
     "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager",

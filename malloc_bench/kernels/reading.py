@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from malloc_bench.kernels.switch import After, Loop, array, fits, on_gpu, spread
+from malloc_bench.kernels.gpu import on_gpu
+from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 
 FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
 _CACHED = 1 << 18  # numbers at a time: a megabyte, so that they are multiplied where they lie

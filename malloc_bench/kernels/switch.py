@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 Loop = Callable[[int, int], object]  # over rows, of users and heads, from one to another
 After = Callable[[], object] | None  # what is left to do when all rows are done
@@ -34,6 +30,11 @@ def eager() -> Iterator[None]:
         _off -= 1
 
 
+def stopped() -> bool:
+    """Whether this is within `eager()`."""
+    return _off > 0
+
+
 @cache
 def compiled() -> bool:
     """Whether there is a compiler for CPUs here, and it is wanted."""
@@ -46,42 +47,6 @@ def fits(*given: Tensor) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return all(x.is_cpu and not (grad and x.requires_grad) for x in given)
-
-
-@cache
-def _triton() -> str | None:
-    """What Triton reads, if it is here and wanted: what lies on GPUs, in its interpreter what lies on CPUs."""
-    if os.environ.get("MALLOC_BENCH_KERNELS", "") == "eager" or find_spec("triton") is None:
-        return None
-    return "cpu" if os.environ.get("TRITON_INTERPRET", "") == "1" else "cuda"
-
-
-def on_gpu(*given: Tensor) -> ModuleType | None:
-    """`kernels.tiles` where it may read these."""
-    kind = _triton()
-    if kind is None or _off or any(x.device.type != kind for x in given):
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return None
-    return _tiles(given[0].device)
-
-
-@cache
-def _tiles(device: torch.device) -> ModuleType | None:
-    """Tried once, before anything is measured."""
-    try:
-        from malloc_bench.kernels import tiles  # here: Triton need not be installed
-
-        tiles.tried(device)
-    except Exception as wrong:
-        log.warning("Triton does not read on %s, plain torch does: %s: %s", device, type(wrong).__name__, wrong)
-        return None
-    return tiles
-
-
-def reads(x: Tensor) -> bool:
-    """Whether some kernel reads for what lies where x does."""
-    return fits(x) or on_gpu(x) is not None
 
 
 def array(x: Tensor) -> np.ndarray:

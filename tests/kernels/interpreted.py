@@ -10,7 +10,7 @@ import torch
 from malloc_bench import kernels
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, get_compressor
-from malloc_bench.kernels import reading, switch, tiles
+from malloc_bench.kernels import gpu, reading, tiles
 from malloc_bench.measure import Workload
 from malloc_bench.state import Dense, Prefill
 from malloc_bench.state.codebook import Codebook, FromCodebook
@@ -24,7 +24,7 @@ SOFTMAX, SILU = None, 7.0
 def loops():
     """Numba's, which stand behind."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(switch, "_triton", lambda: None)
+    patch.setattr(gpu, "_triton", lambda: None)
     try:
         yield
     finally:
@@ -218,25 +218,25 @@ def test_low_rank_in_codes():
 def test_where_it_does_not_read():
     q = torch.randn(1, 1, 1, 4)
     x = kernels.Plain(torch.randn(1, 1, 3, 4))
-    assert switch.on_gpu(q) is tiles and switch.on_gpu(q.to("meta")) is None
+    assert gpu.on_gpu(q) is tiles and gpu.on_gpu(q.to("meta")) is None
     assert kernels.dot(x, q.double()) is None
     q.requires_grad_()
     for context in (nullcontext, kernels.eager):
         with context():
-            assert switch.on_gpu(q) is None
+            assert gpu.on_gpu(q) is None
     with torch.no_grad():
         assert reading.dot(x, q) is not None
 
 
 def test_it_says_once_why_it_cannot(monkeypatch, caplog):
-    switch._tiles.cache_clear()
+    gpu._tiles.cache_clear()
     monkeypatch.setattr(tiles, "dot", lambda *given: 1 / 0)
     q = torch.randn(1, 1, 1, 4)
     with caplog.at_level(logging.WARNING, "malloc_bench"):
         for _ in range(2):
-            assert switch.on_gpu(q) is None
+            assert gpu.on_gpu(q) is None
             assert kernels.dot(kernels.Plain(q), q) is not None  # numba's
-    switch._tiles.cache_clear()
+    gpu._tiles.cache_clear()
     assert [x.message for x in caplog.records] == [
         "Triton does not read on cpu, plain torch does: ZeroDivisionError: division by zero"
     ]

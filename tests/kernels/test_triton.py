@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from malloc_bench.kernels import switch
+from malloc_bench.kernels import gpu
 
 HERE = Path(__file__).parent
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install '.[cuda]'")
@@ -75,16 +75,16 @@ def test_compiled_for_gpus_that_are_not_here(capability, tmp_path):
 
 def test_not_chosen_for_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    switch._triton.cache_clear()
+    gpu._triton.cache_clear()
     try:
-        assert switch._triton() == (None if find_spec("triton") is None else "cuda")
-        assert switch.on_gpu(torch.ones(1)) is None
-        switch._triton.cache_clear()
-        monkeypatch.setattr(switch, "find_spec", lambda name: None)
-        assert switch._triton() is None
-        switch._triton.cache_clear()
+        assert gpu._triton() == (None if find_spec("triton") is None else "cuda")
+        assert gpu.on_gpu(torch.ones(1)) is None
+        gpu._triton.cache_clear()
+        monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+        assert gpu._triton() is None
+        gpu._triton.cache_clear()
         monkeypatch.undo()
         monkeypatch.setenv("MALLOC_BENCH_KERNELS", "eager")
-        assert switch._triton() is None
+        assert gpu._triton() is None
     finally:
-        switch._triton.cache_clear()
+        gpu._triton.cache_clear()

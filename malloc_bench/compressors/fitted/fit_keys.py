@@ -45,6 +45,7 @@ class FitKeys(FitOMP):
         return refined(probes, chosen, rows, begin, self.ridge, self.rounds, self.rate, self.whole)
 
     def flops(self, state: UserState, of: Sources) -> int:
+        """Of `fit_omp`, and the steps of every key."""
         refining = (
             refining_flops(self.probes, x, segment, self.rounds, self.whole)
             for x, (segment, *_) in zip(of, state.layers)
