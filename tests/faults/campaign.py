@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import itertools
-import json
 import os
 import random
 import shutil
@@ -19,13 +18,16 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from checking import Rows, after_the_hurt, after_the_next, kept, rows
-from hurting import FAULTS, OPS, Fault, Trial, shim
+from forking import forked, preload, reporting
+from hurting import FAULTS, Fault
+from nodes import Nodes
+from trial import OPS, Trial, shim
 
 BASE = """
 name: tiny
@@ -74,6 +76,13 @@ SUITES = (
     Tiny("redis", ASKED + REDIS),
     Tiny("reports", RETRIEVAL.replace("int8, fit_constant", "int8"), weight=6, short=False, reports=True),
     Tiny("workers", RETRIEVAL + "seeds: [0, 1]\n", ((*RUN, "--workers", "2"),), weight=8, short=False),
+    Tiny(
+        "ray",
+        RETRIEVAL + "seeds: [0, 1]\n",
+        ((*RUN, "--workers", "2", "--executor", "ray", "--address", "{address}"),),
+        weight=12,
+        short=False,
+    ),
     Tiny("limits", RETRIEVAL + "seeds: [0, 1]\nlimits: {seconds: 600, memory: 20GB}\n", weight=8, short=False),
 )  # fmt: skip
 
@@ -99,12 +108,37 @@ class Campaign:
     fired: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     whole: dict[str, tuple[Trial, Rows]] = field(default_factory=dict)
-    read: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    read: defaultdict[str, Counter[str]] = field(default_factory=partial(defaultdict, Counter))
+    nodes: Nodes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nodes = Nodes(self.base / "ray")
+
+    def cluster(self) -> Nodes:
+        """Of two nodes, begun when it is first asked for."""
+        while len(self.nodes.marks) < 2:
+            self.nodes.start()
+        return self.nodes
+
+    def add(self, other: Campaign) -> None:
+        """What another has found too."""
+        self.tried += other.tried
+        self.fired += other.fired
+        self.wrong += other.wrong
+        for what, counts in other.read.items():
+            self.read[what] += counts
+
+    def hear(self, what: str, number: int, counts: Counter[str] | Exception) -> None:
+        """What became of what strangers sent."""
+        self.read[what] += (told := Counter([str(counts)]) if isinstance(counts, Exception) else counts)
+        for bad in told.keys() - {"read", "refused"}:
+            self.wrong.append(("", what, number, "stranger", bad))
+            print(f"{what}, {number}: {bad[:2000]}\n", flush=True)
 
     def undisturbed(self, tiny: Tiny) -> tuple[Trial, Rows]:
         """A trial of the suite that nobody hurts, kept aside, and its rows. Raises AssertionError where it fails."""
         if tiny.name not in self.whole:
-            trial = self._fresh(tiny, 0)
+            trial = self.fresh(tiny, 0)
             began = time.perf_counter()
             ended = trial.run()
             trial.seconds = time.perf_counter() - began
@@ -116,9 +150,11 @@ class Campaign:
             self.whole[tiny.name] = trial, found
         return self.whole[tiny.name]
 
-    def _fresh(self, tiny: Tiny, turn: int) -> Trial:
+    def fresh(self, tiny: Tiny, turn: int) -> Trial:
         path = f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        trial = Trial(self.base, tiny.commands, seed=self.seed, turn=turn, more={"PATH": path})
+        nodes = self.cluster() if "ray" in tiny.commands[0] else None
+        words = [[word.format(out="{out}", address=self.nodes.address) for word in each] for each in tiny.commands]
+        trial = Trial(self.base, words, seed=self.seed, turn=turn, more={"PATH": path}, nodes=nodes)
         shutil.rmtree(trial.folder, ignore_errors=True)
         trial.folder.mkdir()
         write_inputs(trial.folder, tiny)
@@ -128,7 +164,7 @@ class Campaign:
     def once(self, tiny: Tiny, fault: Fault, turn: int) -> list[tuple[str, str]]:
         """Hurt a run, run it again; what was wrong."""
         model, want = self.undisturbed(tiny)
-        trial = self._fresh(tiny, turn)
+        trial = self.fresh(tiny, turn)
         trial.events, trial.seconds, trial.whole = model.events, model.seconds, model.whole
         trial.draw = random.Random(f"{self.seed} {tiny.name} {fault.name} {turn}")
         ended = fault.hurt(trial)
@@ -142,80 +178,15 @@ class Campaign:
         return found
 
 
-# ---- a parent to fork from
-
-
-def reporting(wanted: bool) -> None:
-    """Whether runs write their reports, which take longer than all else."""
-    from malloc_bench.report import write_report
-    from malloc_bench.run import runner
-
-    runner.write_report = write_report if wanted else lambda folder: []
-
-
-def preload(base: Path) -> None:
-    """Have imported what runs import, so that forks need not.
-
-    In the forks nothing is read in a fresh process, and a store's silence is told after half a second.
-    """
-    from malloc_bench.measure.stores import redis
-    from malloc_bench.run import session
-    from malloc_bench.run.executors.local import Local
-
-    whole = Local.all
-
-    def trusting(self: Local) -> None:
-        self.session.alone |= {each.cell.compressor for each in self.session.result.plan}
-        whole(self)
-
-    Local.all = trusting
-    session.read_alone = lambda method: None
-    redis.SECONDS = 0.5
-    listed = base / "modules"
-    for tiny in (each for each in SUITES if each.name in ("times", "tuned", "structural")):
-        campaign = Campaign(base, 0)
-        trial = campaign._fresh(tiny, 0)
-        exits, os._exit = os._exit, _telling(listed, os._exit)
-        try:
-            assert trial.run().code == 0, trial.said()
-        finally:
-            os._exit = exits
-        for name in json.loads(listed.read_text()):
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-    warm()
-
-
-def _telling(listed: Path, leave: Callable[[int], Any]) -> Callable[[int], Any]:
-    def left(code: int) -> None:
-        listed.write_text(json.dumps([name for name in sys.modules if name != "__main__"]))
-        leave(code)
-
-    return left
-
-
-def warm() -> None:
-    """Have compiled kernels loaded, which takes a second in each fork."""
-    import torch
-
-    from malloc_bench.backbones import get_backbone
-    from malloc_bench.compressors import Budget, get_compressor
-    from malloc_bench.testing import World
-
-    world = World("sasrec", get_backbone("sasrec", 60, True, heads=2, dim=8, layers=1, max_length=64).eval())
-    with torch.no_grad():
-        for name in ("full", "recent", "int8", "svd", "none"):
-            method = get_compressor(name)
-            world.read(
-                method.compress(world.prefill(method.needs), Budget.parse(0.25) if method.takes_budget else None)
-            )
-
-
 # ---- what is read of strangers
 
 
-def hostile(what: str, seed: int, folder: Path) -> Counter[str]:
+def hostile(what: str, seed: int, base: Path) -> Counter[str]:
     """What became of some damaged packed states, data files, or suites and cards: read, refused, or what is wrong."""
+    (folder := base / "hostile").mkdir(exist_ok=True)
+    os.environ["MALLOC_BENCH_HOME"] = str(folder / "home")
+    for descriptor in (1, 2):  # warnings of what was read all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     if what == "packed states":
         import test_unpack
 
@@ -235,28 +206,6 @@ def hostile(what: str, seed: int, folder: Path) -> Counter[str]:
 HOSTILE = ("packed states", "data files", "suites and cards")
 
 
-def in_a_fork(base: Path, what: str, seed: int) -> Counter[str]:
-    """`hostile`, whose crash is one more thing that may come of it."""
-    ours, theirs = os.pipe()
-    if not (pid := os.fork()):
-        try:
-            (folder := base / "hostile").mkdir(exist_ok=True)
-            for descriptor in (1, 2):  # warnings of what was read all the same
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            os.environ["MALLOC_BENCH_HOME"] = str(folder / "home")
-            found = hostile(what, seed, folder)
-        except BaseException as error:
-            found = Counter({f"{type(error).__name__}: {error}": 1})
-        with os.fdopen(theirs, "w") as file:
-            json.dump(found, file)
-        os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as file:
-        told = file.read()
-    os.waitpid(pid, 0)
-    return Counter(json.loads(told) if told else {f"crash, seed {seed}": 1})
-
-
 # ---- the command
 
 
@@ -264,6 +213,8 @@ def pairs(short: bool, seed: int) -> Iterator[tuple[Tiny, Fault, int]]:
     """(suite, fault, turn) without end: rounds of all faults, each on a suite that is drawn, dear ones more seldom."""
     turns: Counter[tuple[str, str]] = Counter()
     known = [tiny for tiny in SUITES if tiny.short or not short]
+    if not importlib.util.find_spec("ray"):
+        known = [tiny for tiny in known if tiny.name != "ray"]
     for around in itertools.count():
         draw = random.Random(f"{seed} {around}")
         due = [fault for place, fault in enumerate(FAULTS) if (around + place) % fault.seldom == 0]
@@ -312,6 +263,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1 << 30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="suite/fault/turn, or the start of it: one trial again")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     parser.add_argument("--short", action="store_true", help="no suite that takes seconds, no strangers")
     parser.add_argument("--write", type=Path, help="a page between whose marks the table goes")
     return parser.parse_args()
@@ -331,31 +283,45 @@ def restarted() -> int | None:
         return subprocess.run([sys.executable, *sys.argv], env=os.environ | one | more).returncode
 
 
+def share(asked: argparse.Namespace, base: Path, job: int, until: float) -> Campaign:
+    """Every `asked.jobs`-th trial, one after another."""
+    base.mkdir()
+    found = Campaign(base, asked.seed)
+    with contextlib.closing(found.nodes):
+        for number, (tiny, fault, turn) in enumerate(pairs(asked.short, asked.seed)):
+            if number >= asked.trials or time.monotonic() > until:
+                break
+            name = f"{tiny.name}/{fault.name}/{turn}"
+            if number % asked.jobs == job and name.startswith(asked.only):
+                for kind, what in found.once(tiny, fault, turn):
+                    print(f"{name}: {kind}: {what}\n", flush=True)
+            if name == asked.only:
+                break
+            if number % (len(FAULTS) * asked.jobs) == job and not (asked.short or asked.only):
+                for what in HOSTILE:
+                    found.hear(what, number, forked(hostile, what, asked.seed + number, base)())
+    found.whole = {}
+    return found
+
+
 def main() -> int:
     asked = arguments()
     if (code := restarted()) is not None:
         return code
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        found = Campaign(Path(folder), asked.seed)
-        preload(found.base)
-        for number, (tiny, fault, turn) in enumerate(pairs(asked.short, asked.seed)):
-            if number >= asked.trials or time.monotonic() - began > 60 * asked.minutes:
-                break
-            name = f"{tiny.name}/{fault.name}/{turn}"
-            if name.startswith(asked.only):
-                for kind, what in found.once(tiny, fault, turn):
-                    print(f"{name}: {kind}: {what}\n", flush=True)
-            if name == asked.only:
-                break
-            if number % len(FAULTS) == 0 and not (asked.short or asked.only):
-                for what in HOSTILE:
-                    counts = in_a_fork(found.base, what, asked.seed + number)
-                    found.read[what] += counts
-                    for bad in counts.keys() - {"read", "refused"}:
-                        found.wrong.append(("", what, number, "stranger", bad))
-                        print(f"{what}, {number}: {bad[:2000]}\n", flush=True)
-    text = f"{(time.monotonic() - began) / 60:.0f} minutes, seed {asked.seed}.\n\n{table(found)}"
+        first = Campaign(Path(folder), asked.seed)
+        preload(first.fresh(tiny, 0) for tiny in SUITES if tiny.name in ("times", "tuned", "structural"))
+        until = began + 60 * asked.minutes
+        shares = [forked(share, asked, first.base / str(job), job, until) for job in range(asked.jobs)]
+        found = Campaign(first.base, asked.seed)
+        for result in shares:
+            if isinstance(told := result(), Exception):
+                raise told
+            found.add(told)
+    text = (
+        f"{(time.monotonic() - began) / 60:.0f} minutes, {asked.jobs} at a time, seed {asked.seed}.\n\n{table(found)}"
+    )
     print(text)
     if asked.write:
         write(asked.write, text)

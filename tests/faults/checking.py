@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hurting import Ended, Fault, Trial, processes
+from hurting import Fault
+from trial import Ended, Trial, processes
 
 from malloc_bench.results import read_row
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nodes import Nodes
 
 from malloc_bench.cli import main
 from malloc_bench.results import ResultsError, Row, read_rows
@@ -185,51 +185,14 @@ def test_an_address_is_of_ray_alone(tmp_path: Path, capsys) -> None:
         run_suite(tmp_path / "s.yaml", tmp_path / "run", executor="rey")
 
 
-class Nodes:
-    """Nodes of a cluster; whatever a node has started carries its mark."""
-
-    def __init__(self) -> None:
-        self.marks: list[str] = []
-        self.address = ""
-
-    def start(self) -> str:
-        mark = uuid.uuid4().hex
-        if self.address:
-            where = [f"--address={self.address}", "--node-ip-address=127.0.0.1"]
-        else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            self.address = f"127.0.0.1:{port}"
-            where = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--num-cpus=1", "--disable-usage-stats"]
-        self.marks.append(mark)
-        environment = {**os.environ, "MARK_OF_NODE": mark}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return mark
-
-    def kill(self, mark: str) -> None:
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if f"MARK_OF_NODE={mark}".encode() in entry.read_bytes():
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
-            except (OSError, ProcessLookupError):
-                continue
-
-
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     """A head; more can be started."""
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = Nodes()
-    try:
+    with closing(Nodes()) as found:
         found.start()
         yield found
-    finally:
-        for mark in found.marks:
-            found.kill(mark)
 
 
 @pytest.fixture
