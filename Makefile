@@ -28,8 +28,9 @@ test: setup
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m slow
 
-# an hour at most on one core; MINUTES=10 cuts it short
+# an hour at most on all cores; MINUTES=10 cuts it short
 campaign: setup
+	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
 	$(ONE_THREAD) $(BIN)/python tests/faults/campaign.py --minutes $(or $(MINUTES),60) --write docs/reliability.md
 
 lint: setup

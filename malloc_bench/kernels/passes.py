@@ -77,8 +77,10 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
     @jit
     def weigh(q, own_key, own_value, own_bias, count, mass, bias, scale, heads, out, logits, first, start, stop):  # type: ignore[no-untyped-def]
         slots, rows, by = logits.shape[2], len(q), f32(scale)
-        kept, powers = np.empty(BLOCK, f32), np.empty(BLOCK, np.int32)
-        turned, peak = powers.view(f32), np.empty(1, f32)
+        room, peak = np.zeros(2 * BLOCK + 16, f32), np.empty(1, f32)
+        edge = -(room.ctypes.data >> 2) & 15  # vectors that lie across two lines of a cache take twice as long
+        kept, turned = room[edge : edge + BLOCK], room[edge + BLOCK : edge + 2 * BLOCK]
+        powers = turned.view(np.int32)
         for i in range(start, stop):
             size = min(slots, part(count, i, rows, heads))
             masses, biases = part(mass, i, rows, heads), part(bias, i, rows, heads)
@@ -103,7 +105,7 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
                         kept[s] = here[s] - most if softmax else -here[s]
                     if n < BLOCK:  # the token itself comes last
                         kept[n] = itself - most if softmax else -itself
-                    exponentials(kept, min(n + 1, BLOCK), powers, turned)
+                    exponentials(kept, min(n + 16 & ~15, BLOCK), powers, turned)  # in whole vectors
                     for s in range(n):
                         here[s] = kept[s] if softmax else here[s] / (one + kept[s]) * by
                     if masses.shape[0]:
