@@ -16,7 +16,7 @@ from malloc_bench.registry import literal
 from malloc_bench.report.bars import latency_figure, parts_figure
 from malloc_bench.report.board import groups_of, title
 from malloc_bench.report.curves import curves_figure, history_figure
-from malloc_bench.report.lines import WIDTHS
+from malloc_bench.report.lines import WIDTHS, lay_out
 from malloc_bench.report.pareto import pareto_figure
 from malloc_bench.report.parts import told_apart
 from malloc_bench.report.tables import sliced
@@ -76,10 +76,12 @@ def _literal(board: pl.DataFrame) -> pl.DataFrame:
 def written(figure: Figure, path: Path) -> Path:
     """The figure in a file, whole, in the format of its suffix; the same figure makes the same file. Its path.
 
-    Letters that no font has are boxes. Raises ResultsError.
+    It is laid out once, however many files are made of it: that takes as long as to draw it. Letters that no font has are boxes. Raises ResultsError.
     """
     from matplotlib import rc_context
 
+    lay_out(figure)
+    figure.set_layout_engine(None)
     buffer, suffix = BytesIO(), path.suffix[1:]
     dated = {"svg": "Date", "pdf": "CreationDate"}.get(suffix)
     settled: Any = {"svg.hashsalt": "malloc-bench", "svg.fonttype": "none", "pdf.fonttype": 42}

@@ -141,8 +141,9 @@ def _look(curve: Curve) -> tuple[str, Any]:
 
 def lay_out(figure: Figure) -> None:
     """Give panels their real sizes, which names need."""
-    with warnings.catch_warnings(action="ignore"):  # of letters that no font has
-        figure.draw_without_rendering()
+    if (engine := figure.get_layout_engine()) is not None:
+        with warnings.catch_warnings(action="ignore"):  # of letters that no font has
+            engine.execute(figure)
 
 
 def name_ends(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> None:
@@ -167,7 +168,7 @@ def name_ends(axes: Axes, curves: Sequence[Curve], font: float, left: bool) -> N
         axes.set_ylim(*map(y_of, (min(low, places.min() - height / 2), max(high, places.max() + height / 2))))
     for i, place in zip(order, places):
         colour, _ = _look(curves[i])
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2}
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 4, "shrinkB": 0, "patchA": None}
         line["relpos"] = (1, 0.5) if left else (0, 0.5)  # the side of the name that the line begins at
         at = (0.01 if left else 1.05 - share, float(y_of(place)))
         axes.annotate(

@@ -81,13 +81,13 @@ class Executor(ABC):
         """Nothing of ours goes on."""
 
     def _tasks(self, whole: Sequence[list[Planned]], measured: bool) -> list[Task]:
-        """The longest groups first, each in shares of its chunks where there are less than two groups a worker: the
+        """The longest groups first, each in shares of its chunks where there are less than four groups a worker: the
         first shares of all, which train, then the others, so that no worker is long without work at the end."""
         known = self.session.result.costs
         costs = [known.get(group_key(group[0].cell), _NOTHING) for group in whole]
         if self.n == 1:
             return [Task(group, cost) for group, cost in zip(whole, costs)]
-        parts = -(-2 * self.n // len(whole)) if self.shares else 1
+        parts = -(-4 * self.n // len(whole)) if self.shares else 1
         later, tasks = measured or parts > 1, []
         for part in range(parts):
             for group, cost in sorted(zip(whole, costs), key=lambda each: -each[1].total):
