@@ -76,7 +76,8 @@ def _literal(board: pl.DataFrame) -> pl.DataFrame:
 def written(figure: Figure, path: Path) -> Path:
     """The figure in a file, whole, in the format of its suffix; the same figure makes the same file. Its path.
 
-    It is laid out once, however many files are made of it: that takes as long as to draw it. Letters that no font has are boxes. Raises ResultsError.
+    It is laid out once, however many files are made of it: that takes as long as to draw it. Letters that no font has
+    are boxes. Raises ResultsError.
     """
     from matplotlib import rc_context
 
