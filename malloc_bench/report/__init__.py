@@ -11,6 +11,15 @@ from malloc_bench.results import atomic_write, load_results, spoilt, to_parquet
 log = logging.getLogger(__name__)
 
 
+def get_ready() -> None:
+    """Load what reports are written with, a second's work: while others compute it costs nobody any time."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+    from malloc_bench.report import figures, leaderboard, page, recommend  # noqa: F401
+
+
 def write_report(rundir: str | Path) -> list[Path]:
     """Write `results.parquet`, `leaderboard.md|csv|tex`, `report.html` and `figures/` of a run folder from its rows.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.files import ResultsError
 from malloc_bench.measure import STORES
 from malloc_bench.registry import load_part, suggest
-from malloc_bench.report import write_report
+from malloc_bench.report import get_ready, write_report
 from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
 from malloc_bench.run.estimate import probed
 from malloc_bench.run.executors.cluster import Cluster
@@ -139,12 +140,12 @@ def _run(
         with watching(quiet, result.estimate) as watch:
             run = Session(suite, folder, datasets, on, watch, result)
             try:
-                if executor == "ray":
-                    Cluster(run, watch, workers, address).all()
-                elif workers == 1 and suite.limits is None:
+                if executor == "local" and workers == 1 and suite.limits is None:
                     run.all()
                 else:
-                    Local(run, watch, workers).all()
+                    threading.Thread(target=get_ready, daemon=True).start()
+                    other = Cluster(run, watch, workers, address) if executor == "ray" else Local(run, watch, workers)
+                    other.all()
             finally:
                 result.seconds, result.times = time.perf_counter() - started, watch.track.times()
                 run.finish()

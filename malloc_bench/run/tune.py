@@ -46,7 +46,8 @@ def tune(
     The setting with the best mean of the metric over budgets and seeds (per_budget: over seeds, for each budget by
     itself) is chosen for each data set, task, split and backbone; at a tie, what the suite has. metric: overlap@10, or
     agreement in ranking, unless named. A method whose size follows from its parameters may not grow: its trials count
-    where they are no larger than it is. options: as `run_suite` has them. Raises as `run_suite`.
+    where they are no larger than it is. options: as `run_suite` has them. Raises as `run_suite`, and SuiteError where
+    no trial has a result: what was chosen before stays.
     """
     if metric is not None and metric not in METRICS:
         raise SuiteError(f"--metric {metric}: nothing is tuned by it.{suggest(metric, METRICS)}")
@@ -56,6 +57,9 @@ def tune(
     if dry_run:
         return Tuning(result, [], None)
     rows = {row["cell_id"]: row for row in read_rows(result.folder / "rows", quarantine=False)}
+    tried = [rows[each.id] for each in result.plan if each.id in rows]
+    if tried and all(row["status"] != "ok" for row in tried):
+        raise SuiteError(f"{suite}: nothing is tuned, for no trial has a result: {tried[0]['reason']}")
     chosen = [each for part in base.compressors for each in _chosen(part, result, rows, metric, per_budget)]
     path = result.folder / "tuned.yaml"
     write(path, str(suite), metric or "overlap@10, agreement in ranking", chosen)

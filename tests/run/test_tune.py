@@ -135,13 +135,16 @@ def test_ranking_is_tuned_by_agreement_or_what_is_named(folder: Path) -> None:
     assert best["gauc"] == pytest.approx(max(row["gauc"] for row in rows), abs=1e-6)
 
 
-def test_where_nothing_validates_nothing_is_chosen(folder: Path, capsys: Capture) -> None:
+def test_where_no_trial_has_a_result_nothing_is_tuned_and_what_was_chosen_stays(folder: Path, capsys: Capture) -> None:
     write(folder, compressors=["full", "ends"], split={"leave_one_out": {"protocol": "published"}})
-    assert cli.main(["tune", "t.yaml"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("0 chosen, 0 better")
-    reasons = {row["reason"] for row in read_rows(Path("runs/t-tune/rows"))}
-    assert reasons == {"with the split leave_one_out(protocol=published) nothing validates"}
+    chosen = Path("runs/t-tune/tuned.yaml")
+    chosen.parent.mkdir(parents=True)
+    chosen.write_text("of before")
+    assert cli.main(["tune", "t.yaml", "--quiet"]) == 2
+    why = "with the split leave_one_out(protocol=published) nothing validates"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"malloc-bench: t.yaml: nothing is tuned, for no trial has a result: {why}"
+    assert {row["reason"] for row in read_rows(Path("runs/t-tune/rows"))} == {why} and chosen.read_text() == "of before"
 
 
 def test_the_command_plans_names_and_refuses(folder: Path, capsys: Capture) -> None:
