@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +14,7 @@ import typer
 from malloc_bench.cli.arguments import Device, DryRun, MethodArg, Only, Out, Quiet, RunArg, SuiteArg, pairs, run_folder
 from malloc_bench.cli.arguments import shard as parse_shard
 from malloc_bench.cli.data import NameArg, Offline, data
+from malloc_bench.cli.ending import end_as_by_ctrl_c
 from malloc_bench.cli.machines import machines
 from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in words
     ended: list[int] = []  # by a signal that asks to end
     try:
-        _end_as_by_ctrl_c(ended)
+        end_as_by_ctrl_c(ended)
         code = app(args=[word for word in words if word != "--debug"], prog_name="malloc-bench", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
@@ -269,17 +269,6 @@ def main(arguments: list[str] | None = None) -> int:
         code = 128 + ended[0] if ended else 130
         say("malloc-bench: interrupted; finished cells are kept, run again to go on", err=True)
     return code
-
-
-def _end_as_by_ctrl_c(ended: list[int]) -> None:
-    """Let SIGTERM (of a scheduler, or `timeout`) end a run as ctrl-C does; the exit code is then 143, as of shells."""
-
-    def end(number: int, frame: object) -> None:
-        ended.append(number)
-        raise KeyboardInterrupt
-
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, end)
 
 
 def _expected(error: Exception) -> bool:

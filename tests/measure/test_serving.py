@@ -199,10 +199,10 @@ def test_an_interrupt_leaves_no_process_and_no_folder(how, installed, tmp_path):
     code = """
         import sys, types
         sys.path.insert(0, sys.argv[1])
-        from malloc_bench.cli.commands import _end_as_by_ctrl_c
+        from malloc_bench.cli.ending import end_as_by_ctrl_c
         from malloc_bench.measure import clients, requests
         from test_serving import SMALL, cells, make
-        _end_as_by_ctrl_c([])
+        end_as_by_ctrl_c([])
         clients.time = types.SimpleNamespace(perf_counter=lambda: 0.0)  # they go on for ever
         clients.PATIENCE, said = 99, clients._said
         clients._said = lambda *given: [print("clients", flush=True), said(*given)][1]
