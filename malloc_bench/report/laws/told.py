@@ -121,6 +121,9 @@ def drawn(name: str, found: Sequence[Found]) -> Figure | None:
     lower.axhline(0, color="#999999", lw=0.6)
     ends = [end(group.points.x[:, 0].tolist()) for end in (min, max) for group in some if group.points is not None]
     upper.set_yscale("log")
+    upper.tick_params(which="minor", labelsize=font - 0.5)
+    if upper.dataLim.y1 < 10 * upper.dataLim.y0:  # there is no whole power to read others by
+        upper.yaxis.set_minor_formatter("{x:.3g}")
     for each, named in ((upper, metric), (lower, "log(fitted / seen)")):
         each.set_xscale("log")
         human_ticks(each.xaxis, min(ends), max(ends), None)
