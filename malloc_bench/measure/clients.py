@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
+import os
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -16,6 +19,7 @@ from malloc_bench.registry import in_a_line
 if TYPE_CHECKING:
     from malloc_bench.measure.serving import Request
 
+_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 PATIENCE = 30.0  # seconds beyond those of measuring, after which a client is ended
 
 
@@ -30,7 +34,9 @@ def rate(request: Request, clients: int, seconds: float) -> float:
     try:
         for first in range(clients):
             ours, theirs = fork.Pipe()
-            process = fork.Process(target=_serve, args=(theirs, request, first, clients, seconds), daemon=True)
+            process = fork.Process(
+                target=_serve, args=(theirs, request, first, clients, seconds, os.getpid()), daemon=True
+            )
             started.append((process, ours))
             process.start()
             theirs.close()  # so that its end is the pipe's
@@ -59,10 +65,19 @@ def _said(pipe: Connection, seconds: float) -> Any:
     raise StoreError(f"a client process did not answer within {seconds:.0f} s")
 
 
-def _serve(pipe: Connection, request: Request, first: int, step: int, seconds: float) -> None:
+def _end_with(parent: int) -> None:
+    """Be killed when the parent is, whose lock on the run folder this process holds too (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os._exit(1)
+
+
+def _serve(pipe: Connection, request: Request, first: int, step: int, seconds: float, parent: int) -> None:
     """In the client: says when it is warm, begins when it is told to, says (requests, seconds)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with(parent)
     try:
         torch.set_num_threads(1)
         request.store, request.taken = request.store.client(), []

@@ -57,9 +57,10 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def differing(found: Rows, want: Rows) -> Iterator[str]:
+def differing(found: Rows, want: Rows, renamed: bool = False) -> Iterator[str]:
+    """renamed: the suite that made a row may have had another name."""
     for name in found.keys() & want.keys():
-        costs = ("request",) * unmeasured(found[name])
+        costs = ("request",) * unmeasured(found[name]) + ("suite",) * renamed
         one, other = judged(found[name], costs), judged(want[name], costs)
         if not same(one, other):
             yield f"{name[:12]}: " + ", ".join(
@@ -117,7 +118,7 @@ def after_the_next(
         yield "lost", f"{len(missing)} rows"
     if (more := found.keys() - want.keys()) and not fault.another:
         yield "leftovers", f"{len(more)} rows of no cell"
-    for line in differing(found, want):
+    for line in differing(found, want, renamed=fault.another):
         yield "changed", line
     if any(map(unmeasured, found.values())):
         yield "lost", "requests are not measured"

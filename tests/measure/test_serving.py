@@ -234,3 +234,26 @@ def test_rows_of_a_batch():
     history, _, _ = SMALL.events(30)
     one = row(history, 2)
     assert torch.equal(one.items, history.items[2:]) and one.count.tolist() == [20]
+
+
+def test_a_client_dies_with_who_started_it():
+    """Else it would hold that one's lock on the run folder."""
+    code = """
+        import multiprocessing, os, signal, sys, time
+        from malloc_bench.measure.clients import _end_with
+        def client(parent, pipe):
+            _end_with(parent)
+            pipe.send(os.getpid())
+            time.sleep(60)
+        if __name__ == "__main__":
+            fork = multiprocessing.get_context("fork")
+            ours, theirs = fork.Pipe()
+            fork.Process(target=client, args=(os.getpid(), theirs), daemon=True).start()
+            print(ours.recv(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, timeout=60)
+    client, until = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 20
+    while client.exists() and client.read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -27,9 +27,10 @@ from malloc_bench.registry import register
 from malloc_bench.report.leaderboard import to_markdown
 from malloc_bench.results import ResultsError, load_results, read_rows, write_row
 from malloc_bench.run import folder as run_folder
-from malloc_bench.run import runner
+from malloc_bench.run import runner, session
 from malloc_bench.run.folder import LockedError, locked
 from malloc_bench.run.runner import compare, reproduce, run_suite
+from malloc_bench.run.verify import verify
 from malloc_bench.state import UserState
 from malloc_bench.training import fit as training
 
@@ -446,6 +447,23 @@ def test_rows_that_are_gone_again_are_said(suite: Path, tmp_path: Path, monkeypa
             run_suite(suite, out, quiet=True)
     result = run_suite(suite, out, quiet=True)
     assert (result.ok, result.reused) == (1, 3)
+
+
+def test_a_row_whose_files_were_moved_away_before_it_goes_too(suite: Path, tmp_path: Path, monkeypatch) -> None:
+    out, write, written = tmp_path / "run", session.write_row, []
+
+    def moving(folder, row):
+        if not written:
+            out.rename(tmp_path / "elsewhere")
+        written.append(row)
+        return write(folder, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "write_row", moving)
+        with pytest.raises(ResultsError, match="run: 1 of 4 rows are gone again: was it moved"):
+            run_suite(suite, out, quiet=True)
+    result = run_suite(suite, out, quiet=True)
+    assert (result.ok, result.reused) == (1, 3) and not verify(out).damaged
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(suite: Path, tmp_path: Path) -> None:
