@@ -18,7 +18,6 @@ def end_as_by_ctrl_c(ended: list[int]) -> None:
     Either may come while Python is in what it calls itself, as beside a fork, and drops what is raised there: then the
     signal comes again.
     """
-
     before = getattr(sys.unraisablehook, "before", sys.unraisablehook)
 
     def end(number: int, frame: object) -> None:

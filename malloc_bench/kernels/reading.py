@@ -14,7 +14,7 @@ from malloc_bench.kernels.gpu import on_gpu
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 
 FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
-_CACHED = 1 << 19  # numbers at a time: two megabytes, so that they are multiplied where they lie
+_CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
 _NONE, _NO_ROWS = np.zeros((1, 1, 0, 0), np.float32), np.zeros((1, 1, 0), np.float32)
 
 

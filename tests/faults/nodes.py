@@ -15,17 +15,17 @@ from pathlib import Path
 class Nodes:
     """`start` makes a head first, then nodes beside it, of one CPU each; what a node has started carries its mark.
 
-    folder: where the head keeps what is its own, None: where Ray would; cpus: of the head.
+    folder: where the head keeps what is its own, None: where Ray would.
     """
 
-    def __init__(self, folder: Path | None = None, cpus: int = 1) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.marks: list[str] = []
         self.address = ""
-        self.folder, self.cpus = folder, cpus
+        self.folder = folder
 
     def start(self) -> str:
         """Another node; its mark. Raises AssertionError with what Ray says where it does not come up."""
-        mark, cpus = uuid.uuid4().hex, 1 if self.address else self.cpus
+        mark = uuid.uuid4().hex
         if self.address:
             where = [f"--address={self.address}"]
         else:
@@ -35,7 +35,7 @@ class Nodes:
             self.address = f"127.0.0.1:{port}"
             where = ["--head", f"--port={port}", "--include-dashboard=false"]
             where += [f"--temp-dir={self.folder}"] if self.folder else []
-        where += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats"]
+        where += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"]
         environment = {**os.environ, "MARK_OF_NODE": mark}
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", *where]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
