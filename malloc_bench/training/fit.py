@@ -78,7 +78,7 @@ def tune_malloc() -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         m_mmap_max, m_trim_threshold, m_top_pad = -4, -1, -2
-        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 << 20)):
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 256 << 20)):
             libc.mallopt(option, value)
     except (OSError, AttributeError):
         pass  # not glibc: slower, not wrong

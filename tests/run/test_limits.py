@@ -19,7 +19,7 @@ from malloc_bench import registry
 from malloc_bench.registry import register
 from malloc_bench.results import Row, read_rows
 from malloc_bench.run import runner
-from malloc_bench.run.executors import shared
+from malloc_bench.run.executors import page, shared
 from malloc_bench.run.executors.page import SIZE, Notes, Page
 from malloc_bench.run.runner import run_suite
 from malloc_bench.run.session import ALONE, TRAINING, Session
@@ -184,7 +184,7 @@ def test_notes_add_up_what_a_cell_takes(monkeypatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with tempfile.TemporaryFile() as file:
         file.truncate(SIZE)
-        notes, page = Notes(Page(file.fileno())), Page(file.fileno())
+        notes, seen = Notes(Page(file.fileno())), Page(file.fileno())
     for what, cell, since, spent in (
         ("chunk 1 of 2", "a", 100.0, 0.0),
         ("chunk 1 of 2", "b", 101.0, 0.0),
@@ -196,9 +196,22 @@ def test_notes_add_up_what_a_cell_takes(monkeypatch) -> None:
         ("drift, part 1 of 2", "a", 107.0, 2.0),
     ):
         notes.begin(what, cell)
-        found = page.read()
+        found = seen.read()
         assert found is not None and found[1:5] == (since, spent, cell, what) and found.memory > 1e7
         now[0] += 1.0
+
+
+@pytest.mark.parametrize(("share", "given_back"), [(0.7, 0), (0.8, 1)])
+def test_unused_memory_is_given_back_only_near_the_limit(monkeypatch, share: float, given_back: int) -> None:
+    limit, calls = 1e9, []
+    monkeypatch.setattr(page, "memory_of", lambda process: int(share * limit))
+    monkeypatch.setattr(page, "give_back", lambda: calls.append(1))
+    with tempfile.TemporaryFile() as file:
+        file.truncate(SIZE)
+        notes = Notes(Page(file.fileno()), limit)
+    notes.begin("chunk 1 of 2", "a")
+    notes.begin("chunk 1 of 2", "b")  # it gave nothing back: not again
+    assert len(calls) == given_back
 
 
 def test_arrays_are_mapped_and_what_is_written_stays_private(tmp_path: Path) -> None:

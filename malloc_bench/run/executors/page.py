@@ -65,12 +65,12 @@ def _text(field: bytes) -> str:
 class Notes:
     """A worker's: told by a session whose method works at what (`begin`), it notes that on the page.
 
-    limit: bytes of memory; beyond half of it, what others no longer use is given back before a method begins.
+    limit: bytes of memory; beyond three quarters of it, what others no longer use is given back before a method begins.
     """
 
     def __init__(self, page: Page, limit: float | None = None) -> None:
         self.page, self.turn, self.since = page, 0, 0.0
-        self.limit, self.much = limit, math.inf if limit is None else limit / 2
+        self.limit, self.much = limit, math.inf if limit is None else 0.75 * limit
         self.cell = self.what = ""
         self.spent: dict[str, float] = {}
 
