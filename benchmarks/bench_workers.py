@@ -70,11 +70,12 @@ def report(data: str = "ml-1m", rounds: int = 3) -> None:
             for way, (more, workers) in WAYS.items():
                 found[way].append(seconds(Path(place), suite(data) | more, workers, f"{way} {turn}".replace(" ", "-")))
     one = found["1 worker"]
-    print(f"\n{os.cpu_count()} cores, one thread a process, load {load():.1f}; wall seconds, medians of {rounds} runs")
+    print("# Two workers, and what limits cost, by `python benchmarks/bench_workers.py`\n")
+    print(f"{os.cpu_count()} cores, one thread a process, load {load():.1f}; wall seconds, medians of {rounds} runs\n")
     for way, each in found.items():
         shares = [a / b for a, b in zip(one, each)]
         spread = f"[{min(shares):.2f}, {max(shares):.2f}]"
-        print(f"  {way:18s} {median(each):7.1f} s   {median(shares):.2f} x as fast as one {spread}")
+        print(f"- {way:18s} {median(each):7.1f} s   {median(shares):.2f} x as fast as one {spread}")
 
 
 def test_workers(benchmark) -> None:
