@@ -683,7 +683,7 @@ def test_a_batch_without_targets_costs_nothing():
 
 
 def test_what_is_freed_stays_with_the_process_after_tuning_malloc():
-    """Beyond 2 GB too: a page that is given back is faulted in again by the next method, which took 3 % of a run."""
+    """Beyond 2 GB too: a page that is given back is faulted in again by the next method."""
     code = """
 import os, torch
 from malloc_bench.run.executors.page import memory_of
