@@ -236,7 +236,13 @@ def table(found: Campaign) -> str:
         wrong = sum(each[1] == fault.name for each in found.wrong)
         if mine:
             lines.append(f"| {fault.name} | {len(mine)} | {counts[0]:,} | {counts[1]:,} | {wrong} |")
-    lines.append(f"| **all** | | **{found.tried.total():,}** | **{found.fired.total():,}** | **{len(found.wrong)}** |")
+    deadly = {fault.name for fault in FAULTS if fault.kills}
+    for name, among in (("all", {fault.name for fault in FAULTS}), ("of these, kills", deadly)):
+        tried, fired = (
+            sum(n for (_, fault), n in each.items() if fault in among) for each in (found.tried, found.fired)
+        )
+        wrong = sum(each[1] in among for each in found.wrong)
+        lines.append(f"| **{name}** | | **{tried:,}** | **{fired:,}** | **{wrong}** |")
     lines += ["", "| what was read of strangers | tried | refused | read | wrong |", "| :-- | --: | --: | --: | --: |"]
     for what, counts in found.read.items():
         bad = counts.total() - counts["refused"] - counts["read"]

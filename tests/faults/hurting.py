@@ -199,7 +199,7 @@ class Fault:
     """What is done to a run, in `often` turns of every `seldom`-th round.
 
     lasting: rows that it leaves whole stay as they are; heals: the run itself ends well; another: the hurt run is of
-    another suite or log; suites: those it is for, all where it names none.
+    another suite or log; kills: a process ends without a word; suites: those it is for, all where it names none.
     """
 
     name: str
@@ -207,6 +207,7 @@ class Fault:
     lasting: bool = True
     heals: bool = False
     another: bool = False
+    kills: bool = False
     suites: tuple[str, ...] = ()
     seldom: int = 1
     often: int = 1
@@ -215,13 +216,14 @@ class Fault:
 YEARS = 10 * 365 * 86400
 WITH_WORKERS = ("workers", "limits")
 FAULTS = (
-    *(Fault(f"killed at the n-th {op}", at(op, "kill"), often=2) for op in ("write", "sync", "rename", "other")),
-    Fault("half written, then killed", at("write", "torn"), often=2),
-    Fault("power cut: what was not synced is torn", power_cut, often=2),
-    Fault("killed at a random time", later(signal.SIGKILL), often=2),
+    *(Fault(f"killed at the n-th {op}", at(op, "kill"), kills=True, often=3)
+      for op in ("write", "sync", "rename", "other")),
+    Fault("half written, then killed", at("write", "torn"), kills=True, often=3),
+    Fault("power cut: what was not synced is torn", power_cut, kills=True, often=3),
+    Fault("killed at a random time", later(signal.SIGKILL), kills=True, often=3),
     Fault("asked to end at a random time", later(signal.SIGTERM)),
-    Fault("a worker is killed", worker_killed, heals=True, suites=WITH_WORKERS, seldom=6),
-    Fault("a node of its cluster goes away", node_gone, heals=True, suites=("ray",), seldom=6),
+    Fault("a worker is killed", worker_killed, heals=True, kills=True, suites=WITH_WORKERS, seldom=6),
+    Fault("a node of its cluster goes away", node_gone, heals=True, kills=True, suites=("ray",), seldom=6),
     Fault("disk full from the n-th write on", at("write", "errno", errno.ENOSPC, stay=True)),
     Fault("disk full at the n-th write", at("write", "errno", errno.ENOSPC)),
     *(Fault(f"EIO at the n-th {op}", at(op, "errno", errno.EIO)) for op in ("write", "sync", "rename")),
@@ -232,7 +234,7 @@ FAULTS = (
     Fault("the clock jumps 10 years on", at("any", "clock", YEARS), heals=True),
     Fault("the clock jumps 10 years back", at("any", "clock", -YEARS), heals=True),
     Fault("two writers on one folder", two_writers),
-    Fault("two runs, one cache, one is killed", one_cache),
+    Fault("two runs, one cache, one is killed", one_cache, kills=True),
     Fault("a file that it reads is spoilt", rot, lasting=False, often=6),
     Fault("a suite, card or log is spoilt", bad_input, another=True, often=2),
     *(Fault(f"the store {how}", store(how), suites=("redis",), seldom=3)
