@@ -156,6 +156,18 @@ class _Row(Lanes):
             found.append(b.sitofp(code, ir.VectorType(F32, lanes)))
         return found
 
+    def codes_in_order(self, codes: Any, slot: Any, j: int, lanes: int) -> Any:
+        """The codes of `lanes` words as numbers, one behind the other."""
+        if 8 % self.bits:
+            return self.put_together(self.code_planes(codes, slot, j, lanes))
+        b, size = self.builder, lanes * self.step
+        kind, first = ir.VectorType(_I8, size), self.plus(self.times(slot, self.groups * self.words), j)
+        raw, low = self.load(codes, self.times(first, self.step), size, _I8), kind([(1 << self.bits) - 1] * size)
+        planes = [b.and_(b.lshr(raw, kind([k] * size)), low) for k in range(0, 8, self.bits)]
+        found = self.put_together(planes)  # as bytes: four times as many as numbers go in a vector
+        count = found.type.count
+        return b.sitofp(b.zext(found, ir.VectorType(_I32, count)), ir.VectorType(F32, count))
+
     def taken_apart(self, row: Any, j: int, lanes: int) -> list[Any]:
         """The numbers of a plain row that meet those planes."""
         x = self.load(row, ir.Constant(AT, j * self.planes), lanes * self.planes)
@@ -239,7 +251,7 @@ def _unpacked(x: _Row) -> None:
     def body(some: list[Any]) -> None:
         (slot,) = some
         for j, lanes in x.parts:
-            numbers, first = x.put_together(x.code_planes(codes, slot, j, lanes)), j * x.planes
+            numbers, first = x.codes_in_order(codes, slot, j, lanes), j * x.planes
             real = min(numbers.type.count, width - first)  # several groups have no words that are filled up
             if real < numbers.type.count:
                 numbers = x.picked(numbers, numbers, list(range(max(real, 0))))
