@@ -7,6 +7,7 @@ import pytest
 from malloc_bench.cli import main
 from malloc_bench.registry import UnknownName
 from malloc_bench.report.laws import drawn, fitted, told
+from malloc_bench.report.laws.equal import equal
 from malloc_bench.report.laws.forms import JOINT, LINE, POWER, PURE, SATURATING
 from malloc_bench.report.laws.judged import Points, judged
 from malloc_bench.results import frame, write_row
@@ -150,3 +151,29 @@ def test_the_command_writes_a_page_and_a_figure(tmp_path, capsys, row):
     assert (tmp_path / "figures" / "law-model.png").stat().st_size > 1000
     assert main(["fit", str(tmp_path), "--law", "dat"]) == 2
     assert "no law is named 'dat'; there are model, data, cache, flops, compression" in capsys.readouterr().err
+
+
+def test_backbones_stand_side_by_side_at_equal_flops(row):
+    """Shapes within a doubling of FLOPs, each the mean of its seeds; what has no shape there has no row."""
+    rows = []
+    for backbone, gain in (("sasrec", 0.0), ("climber", 0.01)):
+        for n, layers, flops, auc in (
+            (50, 1, 1e6, 0.70),
+            (25, 2, 1.1e6, 0.72),
+            (100, 1, 2.1e6, 0.73),
+            (50, 2, 9e6, 0.75),
+        ):
+            for seed in (0, 1):
+                params = {"dim": 32, "max_length": n, "layers": layers}
+                about = {"compressor": "full", "backbone": backbone, "backbone_params": params, "seed": seed}
+                cost = {"prefill_flops": int(flops), "read_flops": 1000, "auc": auc + gain + 0.002 * seed}
+                rows.append(row(**about, **cost))
+    found = equal(fitted(frame(rows[:-2]), "flops", bootstraps=0))
+    assert found["cost"].to_list() == ["0.524 to 1.05"] * 2 + ["1.05 to 2.1"] * 2 + ["2.1 to 4.19"] * 2 + [
+        "8.39 to 16.8"
+    ]
+    assert found["group"][-1].endswith("sasrec")
+    first = found.row(1, named=True)
+    assert first["shapes"] == 1 and first["shape"] == "layers 1, max_length 50"
+    assert first["mean"] == pytest.approx(0.701) == first["highest"]
+    assert "## At equal FLOPs" in told("flops", fitted(frame(rows), "flops", bootstraps=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,7 @@ LAWS = {
 @dataclass(frozen=True)
 class Found:
     """A group, what falls in it (`metric`) over what grows, and the forms that it was fitted with, the best first; none
-    and `why` where there is too little."""
+    and `why` where there is too little. shapes: of each point what tells its backbone from the others."""
 
     group: str
     columns: Mapping[str, str | None]
@@ -74,6 +74,7 @@ class Found:
     points: Points | None
     forms: Sequence[Judged]
     why: str = ""
+    shapes: Sequence[str] = ()
 
 
 def law(name: str) -> Law:
@@ -149,8 +150,16 @@ def _one(group: pl.DataFrame, what: Law, metric: str | None, hold: int | None, b
     good = np.isfinite(y) & (y > _LEAST)
     if not good.any():
         return Found(said, columns, asked, None, [], f"no {asked} that is short of the best")
-    points = Points.of(x[good], y[good], hold)
+    points, sizes = Points.of(x[good], y[good], hold), _shapes(group.filter(pl.Series(good))["backbone_params"])
     try:
-        return Found(said, columns, asked, points, judged(points, bootstraps))
+        return Found(said, columns, asked, points, judged(points, bootstraps), shapes=sizes)
     except ValueError as error:
-        return Found(said, columns, asked, points, [], str(error))
+        return Found(said, columns, asked, points, [], str(error), sizes)
+
+
+def _shapes(params: Iterable[str | None]) -> list[str]:
+    """Of the parameters of each of several backbones what tells them from the others."""
+    known = [json.loads(each or "{}") for each in params]
+    keys = dict.fromkeys(key for each in known for key in each)
+    apart = [key for key in keys if len({json.dumps(each.get(key)) for each in known}) > 1]
+    return [", ".join(f"{key} {each[key]}" for key in apart if key in each) for each in known]

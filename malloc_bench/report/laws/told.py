@@ -10,6 +10,8 @@ import numpy as np
 import polars as pl
 from matplotlib import colormaps
 
+from malloc_bench.report.laws.equal import COLUMNS as EQUAL
+from malloc_bench.report.laws.equal import equal
 from malloc_bench.report.laws.forms import LINE, PLANE
 from malloc_bench.report.laws.judged import NEEDED, Judged, Points
 from malloc_bench.report.laws.laws import LOSSES, Found, law
@@ -93,6 +95,14 @@ def told(name: str, found: Sequence[Found]) -> str:
         "",
         markdown(table(found), COLUMNS),
     ]
+    if name == "flops":
+        said += [
+            "", "## At equal FLOPs", "",
+            f"{metrics.removeprefix('1 - ')} within each doubling of what a request costs from scratch, over all "
+            "shapes that were run there. The best shape is picked by the figure itself, among as many as `shapes` "
+            "says, which flatters who has more of them; the mean does not.",
+            "", markdown(equal(found), EQUAL),
+        ]  # fmt: skip
     return "\n".join(said)
 
 
