@@ -98,9 +98,9 @@ def told(name: str, found: Sequence[Found]) -> str:
     if name == "flops":
         said += [
             "", "## At equal FLOPs", "",
-            f"{metrics.removeprefix('1 - ')} within each doubling of what a request costs from scratch, over all "
-            "shapes that were run there. The best shape is picked by the figure itself, among as many as `shapes` "
-            "says, which flatters who has more of them; the mean does not.",
+            f"{metrics.removeprefix('1 - ')} within each doubling of FLOPs of a request from scratch over the longest "
+            "history, over all shapes that were run there. The best shape is picked by the figure itself, among as "
+            "many as `shapes` says, which flatters who has more of them; the mean does not.",
             "", markdown(equal(found), EQUAL),
         ]  # fmt: skip
     return "\n".join(said)
