@@ -55,7 +55,7 @@ class Affine:
             return None
         planes, step = known
         groups, group, rows, columns = 1, s, s, self.scale.shape[3]
-        if self.channels == 1:
+        if self.channels == 1 and self.top is None:  # loops by channel know of no top
             rows, columns = self.scale.shape[2], self.width
             group = self.slots if rows > 1 else s
         elif self.slots != 1 or (columns > 1 and (columns * self.channels != self.width or self.channels % planes)):
@@ -69,7 +69,7 @@ class Affine:
         from malloc_bench.kernels.loops import loops  # here: its compiler takes half a second to load
 
         of = loops(self.bits, codes.shape[3] // (step * groups), groups, self.width, how)
-        way = of.by_channel if self.channels == 1 else of.by_slot
+        way = of.by_channel if self.channels == 1 and self.top is None else of.by_slot
         top = scale if self.top is None else array(self.top)
         read = Coded(way, (array(codes), scale, offset, top, group), (s, self.width))
         at = {x.data_ptr() for x in self.tensors()}

@@ -15,8 +15,9 @@ BLOCK = 256  # weights at a time
 
 @inlined
 def exponentials(x, size, powers, turned):  # type: ignore[no-untyped-def]
-    """x[s] = exp(x[s]) to float32's last digit or two: 2^n e^r, |r| <= ln 2 / 2, in steps that go in vectors; what is
-    no number stays none. powers: room [S] int32, `turned` the same as float32."""
+    """x[s] = exp(x[s]) to float32's last digit or two: 2^n e^r, |r| <= ln 2 / 2, in steps that go in vectors, no
+    less than e^-87 and no more than e^88; what is no number stays none. powers: room [S] int32, `turned` the same as
+    float32."""
     for s in range(size):
         here = min(max(x[s], f32(-87)), f32(88))
         n = np.rint(here * f32(1.4426950408889634))
@@ -25,9 +26,15 @@ def exponentials(x, size, powers, turned):  # type: ignore[no-untyped-def]
         p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
         p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
         p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
-        x[s] = p * r * r + r + one + zero * x[s]
+        x[s] = p * r * r + r + one + (zero if x[s] == x[s] else x[s])
     for s in range(size):
         x[s] *= turned[s]
+
+
+@inlined
+def gated(x, power):  # type: ignore[no-untyped-def]
+    """SiLU(x) from e^-x, which ends at e^88: x ends there as well; what is infinite is no number."""
+    return max(x, f32(-88)) / (one + power) + zero * x
 
 
 @jit
@@ -107,7 +114,7 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
                         kept[n] = itself - most if softmax else -itself
                     exponentials(kept, min(n + 16 & ~15, BLOCK), powers, turned)  # in whole vectors
                     for s in range(n):
-                        here[s] = kept[s] if softmax else here[s] / (one + kept[s]) * by
+                        here[s] = kept[s] if softmax else gated(here[s], kept[s]) * by
                     if masses.shape[0]:
                         for s in range(n):
                             here[s] *= max(masses[begin + s], f32(1e-6)) if softmax else masses[begin + s]
@@ -115,7 +122,7 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
                         for s in range(n):
                             whole += here[s]
                     if n < BLOCK:
-                        itself = kept[n] if softmax else itself / (one + kept[n]) * by
+                        itself = kept[n] if softmax else gated(itself, kept[n]) * by
                 if softmax:
                     whole = one / (whole + itself)
                     for s in range(size):

@@ -50,7 +50,7 @@ class Written(Protocol):
 def dot(x: Written, q: Tensor) -> Tensor | None:
     """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
     b, h, m, d = q.shape
-    if not _alike(x, q):
+    if not _alike(x, q, x.shape[3]):
         return None
     if (gpu := on_gpu(q, *x.tensors())) is not None:
         return gpu.dot(x, q)
@@ -59,7 +59,7 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
     rows = q.detach().reshape(b * h, m, d)
     out = q.new_empty(b * h, m, x.shape[2])
     if m > FEW:
-        asked, found = (each.view(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
+        asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
             torch.matmul(asked[part], vectors.mT, out=found[part])
     else:
@@ -70,7 +70,7 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
 def mix(x: Written, w: Tensor) -> Tensor | None:
     """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]."""
     b, h, m, s = w.shape
-    if not _alike(x, w):
+    if not _alike(x, w, x.shape[2]):
         return None
     if (gpu := on_gpu(w, *x.tensors())) is not None:
         return gpu.mix(x, w)
@@ -79,7 +79,7 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
     rows = w.detach().reshape(b * h, m, s)
     if m > FEW:
         out = w.new_empty(b * h, m, x.shape[3])
-        asked, found = (each.view(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
+        asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
             torch.matmul(asked[part], vectors, out=found[part])
     else:
@@ -100,10 +100,20 @@ def dense(x: Written) -> Tensor | None:
     return reader.rows(0, b * h, room).view(b, h, s, d)
 
 
-def _alike(x: Written, asked: Tensor) -> bool:
-    """Heads that share vectors are neighbours."""
-    b, h, _, _ = asked.shape
-    return x.shape[0] == b and not h % x.shape[1] and asked.numel() > 0 and asked.dtype == torch.float32
+def _alike(x: Written, asked: Tensor, width: int) -> bool:
+    """Heads that share vectors are neighbours. What does not fit is for plain torch to refuse: loops look at no end."""
+    b, _, _, last = asked.shape
+    fits = asked.numel() > 0 and asked.dtype == torch.float32 and last == width and x.shape[0] == b
+    return fits and _of_heads(x.shape[1], asked.shape[1])
+
+
+def _of_heads(some: int, every: int) -> bool:
+    return some > 0 and not every % some
+
+
+def _known(x: Tensor, b: int, h: int, *rest: int) -> bool:
+    """Whether x is [B or 1, H or fewer, ...], as `loops.part` takes it."""
+    return x.shape[0] in (1, b) and _of_heads(x.shape[1], h) and tuple(x.shape[2:]) == rest
 
 
 def _all(x: Written) -> np.ndarray:
@@ -138,18 +148,22 @@ def attend(
     """
     given = [q, own["keys"], own["values"], *([] if mass is None else [mass]), *(bias or ())]
     b, h, m, d = q.shape
-    users, heads, s, _ = keys.shape
-    alike = values.shape[:3] == (users, heads, s) and users == b and not h % heads
+    users, heads, s, wide = values.shape
+    alike = keys.shape == (users, heads, s, d) and users == b and _of_heads(heads, h)
     if not alike or not m or any(x.dtype != torch.float32 for x in given):
         return None
-    given += [count, *keys.tensors(), *values.tensors()]
+    ends = (m, d), (m, d), (m, wide), *([] if mass is None else [(s,)]), *([] if bias is None else [(m, s), (m,)]), ()
+    given.append(count)
+    if not all(_known(x, b, h, *rest) for x, rest in zip(given, ends, strict=True)):
+        return None
+    given += [*keys.tensors(), *values.tensors()]
     if (gpu := on_gpu(*given)) is not None:
         return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
     if not fits(*given) or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
         return None
     from malloc_bench.kernels.passes import weighing  # here: its compiler takes half a second to load
 
-    rows, wide = b * h, values.shape[3]
+    rows = b * h
     asked, out = array(q).reshape(rows, m, d), q.new_empty(b, h, m, wide)
     mixed, counts = out.numpy().reshape(rows, m, wide), array(count.int())
     biases, own_bias = (_NONE, _NO_ROWS) if bias is None else map(array, bias)
@@ -195,7 +209,7 @@ def _many(q: Tensor, keys: Known, values: Known, weigh: Callable[..., None], out
 
 def _folded(rows: Tensor, like: Tensor) -> Tensor:
     """[R, M, D] with the queries of heads that share vectors in a row, as like [R', M', ...] has them."""
-    return rows.view(*like.shape[:2], rows.shape[2])
+    return rows.reshape(*like.shape[:2], rows.shape[2])
 
 
 def _moved(weigh: Callable[..., None], numbers: np.ndarray, first: int) -> Loop:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from malloc_bench import kernels
 from malloc_bench.kernels import Entries
-from malloc_bench.state.quantized import pack_bits, unpack_bits
+from malloc_bench.state.quantized import checked, pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 _CELLS = 1 << 22  # distances at a time: 16 MB
@@ -83,8 +83,9 @@ class FromCodebook(Vectors):
         return replace(self, codes=read(self.codes, all_rows(self.codes) if count is None else count))
 
     @staticmethod
-    def of(x: Tensor, book: Codebook) -> FromCodebook:
-        return FromCodebook(pack_bits(book.nearest(x), book.bits), book)
+    def of(x: Tensor, mask: Tensor, book: Codebook) -> FromCodebook:
+        """x [B, H, S, D], mask [B, H or 1, S]: which vectors are real; raises ValueError as `checked`."""
+        return FromCodebook(pack_bits(book.nearest(checked(x, mask)), book.bits), book)
 
 
 class Pool:

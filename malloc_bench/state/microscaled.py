@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from malloc_bench import kernels
 from malloc_bench.kernels import Affine
-from malloc_bench.state.quantized import pack_bits, unpack_bits
+from malloc_bench.state.quantized import checked, pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 STEPS = 8  # of a scale in an octave
@@ -69,9 +69,9 @@ def _size(top: Tensor, scale: Tensor) -> Tensor:
 def microscaled(x: Tensor, mask: Tensor, bits: int) -> MicroScaled:
     """x [B, H, S, D] in codes of `bits` bits; of a few scales each vector gets the one with the least squared error.
 
-    mask [B, H or 1, S]: which vectors are real.
+    mask [B, H or 1, S]: which vectors are real. Raises ValueError as `checked`.
     """
-    x, levels = torch.where(mask.unsqueeze(-1), x.float(), 0.0), 2**bits - 1
+    x, levels = torch.where(mask.unsqueeze(-1), checked(x.float(), mask), 0.0), 2**bits - 1
     low, high = x.amin(3, keepdim=True), x.amax(3, keepdim=True)
     # a zero point moves by 63 steps at most: where all numbers lie close together and far from 0, steps are wider
     need = torch.maximum((high - low) / levels, (low / 2 + high / 2).abs() / 63)

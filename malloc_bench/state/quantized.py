@@ -108,10 +108,11 @@ def quantize(
 ) -> Quantized:
     """Round-to-nearest quantization of x [B, H, S, D]; mask [B, H or 1, S] keeps padding out of every group's range.
 
-    Asymmetric: zero = min, scale = (max - min) / (2^bits - 1). Symmetric: scale = max|x| / (2^(bits-1) - 1).
+    Asymmetric: zero = min, scale = (max - min) / (2^bits - 1). Symmetric: scale = max|x| / (2^(bits-1) - 1). Raises
+    ValueError as `checked`.
     """
     b, h, s, d = x.shape
-    x = x.float() if x.element_size() < 4 else x
+    x = checked(x.float() if x.element_size() < 4 else x, mask)
     real = mask.unsqueeze(-1)
     known = writing.spans(x, mask, bits, group, along)
     if known is not None:
@@ -140,6 +141,16 @@ def quantize(
     shifted = x / step + 2 ** (bits - 1) if zero is None else (x - out._spread(zero)) / step
     codes = torch.where(real, shifted, 0.0).round_().clamp_(1 if symmetric else 0, levels).byte()
     return replace(out, codes=pack_bits(codes, bits))
+
+
+def checked(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, H, S, D]; raises ValueError where what is real of it, mask [B, H or 1, S], is NaN or infinite: codes have
+    no word for that, and would read as any number."""
+    if x.numel() and not bool(x.sum().isfinite()):  # may also be of padding, or too large a sum
+        wrong = int((~x.isfinite() & mask.unsqueeze(-1)).sum())
+        if wrong:
+            raise ValueError(f"numbers to be written in codes are NaN or infinite: {wrong} of {x.numel()}")
+    return x
 
 
 def _grouped(x: Tensor, group: int, along: str, fill: float) -> Tensor:

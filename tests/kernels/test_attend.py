@@ -1,5 +1,7 @@
 """A read in one pass gives what the plain read gives, and no kernel weighs for a block that has its own way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -174,6 +176,58 @@ def test_masses_and_counts():
     weights = times * logits.exp()
     torch.testing.assert_close(attended(logits, None, mass, counts), weights / weights.sum(-1, keepdim=True))
     torch.testing.assert_close(attended(logits, 2.0, mass, counts), times * torch.nn.functional.silu(logits) / 2)
+
+
+@pytest.mark.parametrize("far", [-200.0, -1e30, -1e36, -3e38, -torch.inf])
+def test_what_is_far_below_weighs_nothing(far):
+    logits = torch.tensor([[0.5, far, 2.0, 1.0], [far, far, 80.0, far], [-1.0, 3e38, far, 0.0]])
+    torch.testing.assert_close(attended(logits), logits.softmax(-1), rtol=3e-6, atol=1e-30)
+    if far > -torch.inf:
+        torch.testing.assert_close(attended(logits, 2.0), torch.nn.functional.silu(logits) / 2, rtol=3e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("m", [1, 4, 5, 16])
+def test_tokens_of_one_user_whose_heads_share_slots(m):
+    generator = torch.Generator().manual_seed(7)
+    keys, values = (torch.randn(1, 2, 11, 20, generator=generator) for _ in range(2))
+    q, *own = (torch.randn(1, m, 4, 20, generator=generator).transpose(1, 2) for _ in range(3))
+    known = dict(zip(("keys", "values"), own)), torch.tensor([[7, 4]]), None, None, None
+    found = kernels.attend(q, known[0], kernels.Plain(keys), kernels.Plain(values), *known[1:])
+    each = (kernels.Plain(x.repeat_interleave(2, 1)) for x in (keys, values))
+    plain = kernels.attend(q.contiguous(), known[0], *each, known[1].repeat_interleave(2, 1), *known[2:])
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("candidates", [1, 3, 9])
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("width", [4, 9])
+@torch.no_grad()
+def test_keys_of_another_width_are_refused_however_many_ask(name, width, candidates):
+    backbone, tokens, prefill = world(name, False, candidates)
+    odd = torch.nn.functional.pad
+    layers = tuple(
+        tuple(replace(s, fields={k: Dense(odd(v.dense(), (0, width - 8)) if k == "keys" else v.dense())
+                                 for k, v in s.fields.items()}) for s in layer)
+        for layer in prefill.state.layers
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        backbone.read(tokens, replace(prefill.state, layers=layers))
+
+
+def test_what_has_other_shapes_is_not_looked_at():
+    q = torch.randn(2, 2, 1, 8)
+    slots, own = kernels.Plain(torch.randn(2, 2, 5, 8)), {"keys": q, "values": q}
+
+    def reads(own=own, keys=slots, values=slots, count=None, mass=None, bias=None):
+        count = torch.tensor([[5]]) if count is None else count
+        return kernels.attend(q, own, keys, values, count, mass, bias, None) is not None
+
+    assert reads() and reads(mass=torch.rand(2, 1, 5), bias=(torch.rand(1, 2, 1, 5), torch.rand(2, 1, 1)))
+    assert not reads(keys=kernels.Plain(torch.randn(2, 2, 5, 7))) and not reads(own={"keys": q[..., :7], "values": q})
+    assert not reads(own={"keys": q, "values": q[..., :7]}) and not reads(mass=torch.rand(2, 1, 4))
+    assert not reads(mass=torch.rand(3, 1, 5)) and not reads(count=torch.full((3, 1), 5))
+    assert not reads(bias=(torch.rand(1, 1, 1, 4), torch.rand(1, 1, 1)))
+    assert not reads(bias=(torch.rand(1, 1, 1, 5), torch.rand(1, 1, 2)))
 
 
 @pytest.mark.parametrize("normaliser", [None, 3.0])

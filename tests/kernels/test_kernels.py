@@ -1,5 +1,6 @@
 """Kernels give what plain torch gives, and nothing breaks where they cannot run."""
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -57,6 +58,56 @@ def test_microscaled_codes_too(bits, m):
     generator = torch.Generator().manual_seed(1)
     x = microscaled(torch.randn(2, 3, 7, 20, generator=generator), torch.ones(2, 1, 7, dtype=torch.bool), bits)
     same(x, torch.randn(2, 3, m, 20, generator=generator), torch.rand(2, 3, m, 7, generator=generator))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("slots", [1, 5])
+def test_microscaled_numbers_by_themselves(width, slots):
+    generator = torch.Generator().manual_seed(1)
+    x = 40 * torch.randn(2, 3, slots, width, generator=generator)
+    found = microscaled(x, torch.ones(2, 1, slots, dtype=torch.bool), 8)
+    torch.testing.assert_close(found.dense(), x, rtol=0.02, atol=0.5)
+    same(found, torch.randn(2, 3, 1, width, generator=generator), torch.rand(2, 3, 1, slots, generator=generator))
+
+
+@pytest.mark.parametrize("m", [1, 4, 5, 16])
+def test_queries_of_shared_heads_that_lie_by_token(m):
+    x, generator = vectors(1, 2, 11, 20, 4, "slots", 4, False)
+    q, w = (torch.randn(1, m, 4, size, generator=generator).transpose(1, 2) for size in (20, 11))
+    assert not q.is_contiguous() or m == 1
+    wide = x.dense().repeat_interleave(2, 1)
+    torch.testing.assert_close(kernels.dot(x.written(), q), q @ wide.mT)
+    torch.testing.assert_close(kernels.mix(x.written(), w), w @ wide)
+
+
+@pytest.mark.parametrize("kind", ["codes", "entries"])
+def test_what_does_not_fit_is_refused_as_by_plain_torch(kind):
+    x, _ = vectors(2, 1, 5, 8, 4, "width", 8, False)
+    if kind == "entries":
+        x = FromCodebook(x.codes, Codebook(torch.randn(1, 4, 256, 2), 8, 8, False))
+    for width in (4, 12):
+        with pytest.raises(RuntimeError):
+            x.dot(torch.ones(2, 1, 1, width))
+        with pytest.raises(RuntimeError):
+            x.mix(torch.ones(2, 1, 1, width))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("write", [
+    lambda x, mask: quantize(x, mask, 4, 8, "width"),
+    lambda x, mask: quantize(x, mask, 2, 4, "slots", True),
+    lambda x, mask: microscaled(x, mask, 4),
+    lambda x, mask: FromCodebook.of(x, mask, Codebook(torch.randn(1, 2, 16, 4), 4, 8, False)),
+])  # fmt: skip
+def test_what_is_no_number_has_no_code(write, wrong):
+    x, mask = torch.randn(2, 1, 6, 8), torch.arange(6) < 5
+    x[1, 0, 4, 3] = wrong
+    for how in (contextlib.nullcontext(), kernels.eager()):
+        with how, pytest.raises(ValueError, match=r"NaN or infinite: 1 of 96"):
+            write(x, mask.expand(2, 1, 6))
+    x[1, 0, 4, 3], x[1, 0, 5, 3] = 0, wrong  # padding
+    write(x, mask.expand(2, 1, 6))
+    write(x.nan_to_num(0, 3e38, -3e38), mask.expand(2, 1, 6))
 
 
 @pytest.mark.parametrize("m", [1, 30])

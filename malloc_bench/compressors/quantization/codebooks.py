@@ -59,7 +59,7 @@ class Codebooks(Encoder):
 
     def written(self, x: Tensor, mask: Tensor, book: Codebook) -> Vectors:
         """x [B, H, S, D] in the codes of a book; mask [B, H or 1, S]."""
-        return FromCodebook.of(x, book)
+        return FromCodebook.of(x, mask, book)
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         slot = sum(heads * -(-self.codes(width) * self.bits // 8) for _, heads, width in layout.vectors)

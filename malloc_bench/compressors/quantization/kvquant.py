@@ -52,7 +52,7 @@ class KVQuant(Codebooks):
         return 1
 
     def written(self, x: Tensor, mask: Tensor, book: Codebook) -> Vectors:
-        base = FromCodebook.of(x, book)
+        base = FromCodebook.of(x, mask, book)
         if not self.every:
             return base
         at, numbers, _ = outliers(x, (x - base.dense()).abs(), mask, self.every)
