@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
-from malloc_bench.results import COLUMNS, Row, rows_of, spoilt, write_row
+from malloc_bench.results import COLUMNS, Row, canonical_json, rows_of, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
 from malloc_bench.run.manifest import joined
 
@@ -33,34 +33,43 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     A folder may be what is committed of a run: `results.parquet` and the manifest. Every row is held against its
     digest, as are the files that belong to it. A cell that two runs have must have come to the same accuracy and bytes,
-    to rounding; the first run's row is kept, but a finished one goes before a failed or skipped one. Raises
-    ResultsError that names the runs and the cell.
+    to rounding; the first run's row is kept, but a finished one goes before a failed or skipped one. What `out` holds
+    already is one of the runs, the last. Raises ResultsError that names the runs and the cell.
     """
-    rows: dict[str, Row] = {}
-    owner: dict[str, Path] = {}
-    folder = Path(out)
-    for run in map(Path, runs):
-        try:
-            found = rows_of(run)
-        except FileNotFoundError as error:
-            raise ResultsError(f"{run} holds no rows: is it the folder of a run?") from error
-        for row in found:
-            known = rows.get(each := row["cell_id"])
-            if known is not None and known["status"] == row["status"] == "ok" and (why := _differs(known, row)):
-                raise ResultsError(f"{owner[each]} and {run} have other results for cell {each[:12]}: {why}")
-            if known is None or (known["status"] != "ok" and row["status"] == "ok"):
-                if bad := spoilt(run, row):
-                    raise ResultsError(f"{run / bad} is not what was written: run that suite again first")
-                rows[each], owner[each] = row, run
+    rows: dict[str, tuple[Row, Path]] = {}
+    folder, every = Path(out), [*map(Path, runs)]
+    for run in every:
+        _add(rows, run)
     with locked(folder):
-        for each, row in rows.items():
+        if (folder / "results.parquet").is_file() or any((folder / "rows").glob("*.json")):
+            _add(rows, folder, "; choose another folder (--out)")
+            every.insert(0, folder)  # its sessions came before
+        for row, run in rows.values():
             for name in _files(row):
-                if (owner[each] / name).exists():
-                    atomic_write(folder / name, (owner[each] / name).read_bytes())
+                if (run / name).exists():
+                    atomic_write(folder / name, (run / name).read_bytes())
             write_row(folder / "rows", {key: value for key, value in row.items() if key != "digest"})
-        write_manifest(folder, joined([read_manifest(Path(run)) for run in runs]))
+        whole = joined([read_manifest(run) for run in every])
+        alike = {canonical_json(each): each for each in whole["sessions"]}  # of a run that is given twice
+        write_manifest(folder, {**whole, "sessions": [*alike.values()]})
         write_report(folder)
     return folder
+
+
+def _add(rows: dict[str, tuple[Row, Path]], run: Path, advice: str = "") -> None:
+    """Put the rows of a run beside those of others, by cell, each with the run that it is of."""
+    try:
+        found = rows_of(run)
+    except FileNotFoundError as error:
+        raise ResultsError(f"{run} holds no rows: is it the folder of a run?") from error
+    for row in found:
+        known, owner = rows.get(each := row["cell_id"], (None, run))
+        if known is not None and known["status"] == row["status"] == "ok" and (why := _differs(known, row)):
+            raise ResultsError(f"{owner} and {run} have other results for cell {each[:12]}: {why}{advice}")
+        if known is None or (known["status"] != "ok" and row["status"] == "ok"):
+            if bad := spoilt(run, row):
+                raise ResultsError(f"{run / bad} is not what was written: run that suite again first")
+            rows[each] = row, run
 
 
 def _files(row: Row) -> Iterator[str]:

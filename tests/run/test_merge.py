@@ -7,6 +7,7 @@ import pytest
 from malloc_bench.cli import main
 from malloc_bench.results import ResultsError, load_results, read_rows, write_row
 from malloc_bench.run import merge as merging
+from malloc_bench.run.folder import read_manifest
 from malloc_bench.run.merge import merge
 from malloc_bench.run.runner import one_row, run_suite
 
@@ -71,6 +72,25 @@ def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> No
     with pytest.raises(ResultsError, match=r"other results for cell .*ndcg@10 is .* and 0.9"):
         merge([tmp_path / "whole", *shards], tmp_path / "other")
     assert not (tmp_path / "other" / "rows").exists()
+
+
+def test_what_is_merged_into_a_run_takes_nothing_from_it(shards: list[Path], tmp_path: Path) -> None:
+    into = merge(shards[:1], tmp_path / "into")
+    mine = {row["cell_id"]: row for row in read_rows(into / "rows")}
+    sessions = read_manifest(into)["sessions"]
+    assert read_manifest(merge([*shards[:1], *shards[:1]], into))["sessions"] == sessions
+    lost = {key: None if key.startswith(("ndcg", "delta", "per_user")) else value
+            for key, value in next(iter(mine.values())).items() if key != "digest"}  # fmt: skip
+    write_row(tmp_path / "failed" / "rows", {**lost, "status": "failed", "reason": "it took 601 s", "hashes": None})
+    merge([tmp_path / "failed", shards[1]], into)
+    found = {row["cell_id"]: row for row in read_rows(into / "rows")}
+    assert mine.items() <= found.items() and len(found) == len(mine) + len(read_rows(shards[1] / "rows"))
+    assert read_manifest(into)["sessions"][: len(sessions)] == sessions
+    row = {**next(iter(mine.values())), "ndcg@10": 0.9}
+    write_row(shards[0] / "rows", {key: value for key, value in row.items() if key != "digest"})
+    with pytest.raises(ResultsError, match=r"part1 and .*into have other results for cell .*--out"):
+        merge(shards, into)
+    assert mine.items() <= {row["cell_id"]: row for row in read_rows(into / "rows")}.items()
 
 
 def test_spoilt_files_and_empty_folders_are_refused(shards: list[Path], tmp_path: Path) -> None:
