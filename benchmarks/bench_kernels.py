@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import torch
+from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -113,10 +114,9 @@ def report(users: int = 16, seconds: float = 3.0) -> None:
     tune_malloc()
     torch.manual_seed(0)
     print("# Reading packed states beside float32, by `python benchmarks/bench_kernels.py`\n")
-    print(
-        f"{users} users x {HEADS} heads x {WIDTH}, CPU time, one thread, load {load():.1f}; torch {torch.__version__},"
-    )
-    print(f"numba {numba.__version__}. ms, and x the fastest float32 read of the four [95 %].\n")
+    cpu, software = get_host_cpu_name(), f"torch {torch.__version__}, numba {numba.__version__}"
+    print(f"{users} users x {HEADS} heads x {WIDTH}, CPU time, one thread of a {cpu}, load {load():.1f}; {software}.")
+    print("ms, and x the fastest float32 read of the four [95 %].\n")
     print("| queries | slots | float32 | ms | state | ms | x float32 | without kernels |")
     print("|--:|--:|---|--:|---|--:|--:|--:|")
     with threads(1):

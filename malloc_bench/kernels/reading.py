@@ -111,9 +111,13 @@ def _of_heads(some: int, every: int) -> bool:
     return some > 0 and not every % some
 
 
-def _known(x: Tensor, b: int, h: int, *rest: int) -> bool:
-    """Whether x is [B or 1, H or fewer, ...], as `loops.part` takes it."""
-    return x.shape[0] in (1, b) and _of_heads(x.shape[1], h) and tuple(x.shape[2:]) == rest
+def _fit(b: int, h: int, *given: tuple[Tensor, list[int]]) -> bool:
+    """Whether each is [B or 1, H or fewer, ...] of float32, as `loops.part` takes it, and ends as said."""
+    for x, end in given:
+        users, heads, *rest = x.shape
+        if (users != b and users != 1) or not _of_heads(heads, h) or rest != end or x.dtype != torch.float32:
+            return False
+    return True
 
 
 def _all(x: Written) -> np.ndarray:
@@ -146,16 +150,18 @@ def attend(
     are real. mass: [B or 1, H or 1, S], what each counts. bias: of slots [B or 1, H or 1, M, S], and of each token over
     itself [B or 1, H or 1, M].
     """
-    given = [q, own["keys"], own["values"], *([] if mass is None else [mass]), *(bias or ())]
     b, h, m, d = q.shape
     users, heads, s, wide = values.shape
-    alike = keys.shape == (users, heads, s, d) and users == b and _of_heads(heads, h)
-    if not alike or not m or any(x.dtype != torch.float32 for x in given):
+    if keys.shape != (users, heads, s, d) or users != b or not _of_heads(heads, h) or not m:
         return None
-    ends = (m, d), (m, d), (m, wide), *([] if mass is None else [(s,)]), *([] if bias is None else [(m, s), (m,)]), ()
-    given.append(count)
-    if not all(_known(x, b, h, *rest) for x, rest in zip(given, ends, strict=True)):
+    known = [(q, [m, d]), (own["keys"], [m, d]), (own["values"], [m, wide])]
+    if mass is not None:
+        known.append((mass, [s]))
+    if bias is not None:
+        known += (bias[0], [m, s]), (bias[1], [m])
+    if not _fit(b, h, *known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
         return None
+    given = [*(x for x, _ in known), count]
     given += [*keys.tensors(), *values.tensors()]
     if (gpu := on_gpu(*given)) is not None:
         return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
@@ -169,8 +175,8 @@ def attend(
     biases, own_bias = (_NONE, _NO_ROWS) if bias is None else map(array, bias)
     masses = _NO_ROWS if mass is None else array(mass)
     scale = 1.0 if normaliser is None else 1.0 / normaliser
-    known = asked, array(own["keys"]), array(own["values"]), own_bias, counts, masses, biases, scale, h, mixed
-    weigh = partial(weighing(normaliser is None), *known)
+    about = asked, array(own["keys"]), array(own["values"]), own_bias, counts, masses, biases, scale, h, mixed
+    weigh = partial(weighing(normaliser is None), *about)
     if m > FEW:
         _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
         return out

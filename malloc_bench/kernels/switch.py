@@ -46,7 +46,7 @@ def fits(*given: Tensor) -> bool:
     if _off or not compiled():
         return False
     grad = torch.is_grad_enabled()
-    return all(x.is_cpu and not (grad and x.requires_grad) for x in given)
+    return not any([not x.is_cpu or (grad and x.requires_grad) for x in given])  # noqa: C419 - half its time
 
 
 def array(x: Tensor) -> np.ndarray:

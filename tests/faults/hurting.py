@@ -216,11 +216,11 @@ class Fault:
 YEARS = 10 * 365 * 86400
 WITH_WORKERS = ("workers", "limits")
 FAULTS = (
-    *(Fault(f"killed at the n-th {op}", at(op, "kill"), kills=True, often=3)
+    *(Fault(f"killed at the n-th {op}", at(op, "kill"), kills=True, often=6)
       for op in ("write", "sync", "rename", "other")),
-    Fault("half written, then killed", at("write", "torn"), kills=True, often=3),
-    Fault("power cut: what was not synced is torn", power_cut, kills=True, often=3),
-    Fault("killed at a random time", later(signal.SIGKILL), kills=True, often=3),
+    Fault("half written, then killed", at("write", "torn"), kills=True, often=6),
+    Fault("power cut: what was not synced is torn", power_cut, kills=True, often=6),
+    Fault("killed at a random time", later(signal.SIGKILL), kills=True, often=6),
     Fault("asked to end at a random time", later(signal.SIGTERM)),
     Fault("a worker is killed", worker_killed, heals=True, kills=True, suites=WITH_WORKERS, seldom=6),
     Fault("a node of its cluster goes away", node_gone, heals=True, kills=True, suites=("ray",), seldom=6),
