@@ -87,7 +87,8 @@ def _git(root: Path) -> tuple[str | None, bool | None]:
     top = _run("git", "-C", str(root), "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():  # a virtual environment inside somebody else's checkout
         return None, None
-    changes = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    # without locks: a process that is killed would leave its own in the checkout, where nothing can be committed then
+    changes = _run("git", "--no-optional-locks", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return _run("git", "-C", str(root), "rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from malloc_bench.files import canonical_json
+from malloc_bench.registry import clipped
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -53,9 +55,10 @@ def budget_asked(text: str) -> str:
 def size(text: str) -> float:
     """Bytes from `5KB`, `300`, `1.5 MiB`; raises ValueError."""
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(?:([kmg]i?)b?|b)?\s*", text.lower(), re.ASCII)
-    if found is None or not (value := float(found[1])):
-        raise ValueError(f"'{text}' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB")
-    return value * _UNITS[found[2] or ""]
+    value = 0.0 if found is None else float(found[1]) * _UNITS[found[2] or ""]
+    if not 0 < value < math.inf:
+        raise ValueError(f"'{clipped(text)}' is no size: expected bytes above 0, such as 5KB, 300 or 1.5MiB")
+    return value
 
 
 def share(text: str) -> float | None:

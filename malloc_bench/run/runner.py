@@ -17,6 +17,7 @@ import torch
 from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.files import ResultsError
 from malloc_bench.measure import STORES
+from malloc_bench.measure.environment import cores
 from malloc_bench.registry import load_part, suggest
 from malloc_bench.report import get_ready, write_report
 from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
@@ -93,6 +94,8 @@ def _run(
     """As `run_suite`; whole: these are all cells that the folder's suite has, so no other group's chunks are needed."""
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, not {workers}")
+    if executor == "local" and workers > (most := max(16, 4 * cores())):  # each is a process, started whatever is left
+        raise ValueError(f"workers {workers}: this machine has {cores()} cores, expected at most {most}")
     if executor not in EXECUTORS:
         raise ValueError(f"executor '{executor}' is not there.{suggest(executor, EXECUTORS)}")
     if address is not None and executor != "ray":

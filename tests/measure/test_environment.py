@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -54,3 +55,15 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path):
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _git(ROOT) == (None, None)
+
+
+def test_nothing_in_a_checkout_is_written_or_locked(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-m", "first")
+    index = tmp_path / ".git" / "index"
+    os.utime(tmp_path / "a", (1, 1))  # looks changed, and is not: git would note that
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    assert _git(tmp_path)[1] is False
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before

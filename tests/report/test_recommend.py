@@ -147,7 +147,7 @@ def test_shares(text, value):
     assert share(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["", "KB", "-5KB", "0", "5XB", "1e3", "nan", "5 5", "5KB5"])
+@pytest.mark.parametrize("text", ["", "KB", "-5KB", "0", "5XB", "1e3", "nan", "5 5", "5KB5", 400 * "9" + "GB"])
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="is no size: expected bytes above 0, such as 5KB"):
         size(text)

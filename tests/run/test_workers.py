@@ -40,6 +40,15 @@ def by_id(folder: Path) -> dict[str, Row]:
     return {row["cell_id"]: {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "rows")}
 
 
+def test_no_more_workers_than_a_machine_bears(suite: Path, tmp_path: Path, capsys) -> None:
+    suite.write_text(SUITE % ("full, none", "0"))
+    for many in (500 * (os.cpu_count() or 1), 10**23):
+        assert main(["run", str(suite), "--out", str(tmp_path / "x"), "--workers", str(many)]) == 2
+        said = capsys.readouterr().err
+        assert f"workers {many}: this machine has" in said and "expected at most" in said and said.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
 def test_two_workers_leave_the_rows_of_one_process(suite: Path, tmp_path: Path, monkeypatch) -> None:
     text = SUITE % ("full, none, knorm, int8, fit_constant, gqa", "0, 1, 2")
     suite.write_text(text.replace("flops: false", "flops: false, drift: [1]"))
