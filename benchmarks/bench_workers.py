@@ -4,8 +4,9 @@
 
 One suite, its two trainings done before: SASRec and HSTU, METHODS at four budgets on ml-1m, latency off. Run whole by
 one worker, by two, and by one under `limits`, in turn, into new folders; each process has one thread. Wall seconds from
-the start of the command to its end, loading and reporting among them, and their ratios: medians over rounds. Goals: two
-workers at least 1.6 times as fast as one, limits at most 2 %. Nothing else may run beside it.
+the start of the command to its end, loading and reporting among them, and their ratios: medians over rounds, and [the
+least, the most]. Goals: two workers at least 1.6 times as fast as one, limits at most 2 %. Nothing else may run beside
+it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def report(data: str = "ml-1m", rounds: int = 3) -> None:
                 found[way].append(seconds(Path(place), suite(data) | more, workers, f"{way} {turn}".replace(" ", "-")))
     one = found["1 worker"]
     print("# Two workers, and what limits cost, by `python benchmarks/bench_workers.py`\n")
-    print(f"{os.cpu_count()} cores, one thread a process, load {load():.1f}; wall seconds, medians of {rounds} runs\n")
+    print(f"{os.cpu_count()} cores, one thread a process, load {load():.1f}; wall seconds, medians of {rounds} runs")
+    print("and of the ratios of each round [the least, the most]\n")
     for way, each in found.items():
         shares = [a / b for a, b in zip(one, each)]
         spread = f"[{min(shares):.2f}, {max(shares):.2f}]"

@@ -36,7 +36,7 @@ def rows(run: Path) -> Rows:
 def judged(row: dict[str, Any], costs: tuple[str, ...]) -> dict[str, Any]:
     """What a row says; of times, whether it has them."""
     hashes = {key: value for key, value in (row["hashes"] or {}).items() if key != "files"}
-    depends = "_p95", "_p99"  # there only with enough samples
+    depends = "_ms_p95", "_ms_p99"  # there only with enough samples
     kept = {name: value for name, value in row.items() if not name.startswith(costs) and not name.endswith(depends)}
     return {
         name: value is not None if any(word in name for word in TIMES) else value for name, value in kept.items()
@@ -84,7 +84,7 @@ def after_the_hurt(fault: Fault, trial: Trial, ended: Ended, want: Rows) -> Iter
         yield "traceback", ended.said[-3000:]
     if (ended.code or 0) < 0 and ended.code not in (-signal.SIGKILL, -signal.SIGTERM):
         yield "crashed", f"{ended.code}: {ended.said[-500:]}"
-    if ended.code == 2 and not ended.said.strip().splitlines()[-1:][0].startswith("malloc-bench: "):
+    if ended.code == 2 and not ended.said.strip().rpartition("\n")[2].startswith("malloc-bench: "):
         yield "not one line", ended.said[-500:]
     if fault.heals and ended.code != 0:
         yield "given up", f"{ended.code}: {ended.said[-1000:]}"
@@ -108,7 +108,8 @@ def after_the_next(
 ) -> Iterator[tuple[str, str]]:
     """(kind, what) of all that is not as if nobody had hurt the run."""
     if ended.code != 0:
-        yield "traceback" if "Traceback" in ended.said else "not mended", f"{ended.code}: {ended.said[-3000:]}"
+        kind = "hung" if ended.code is None else "traceback" if "Traceback" in ended.said else "not mended"
+        yield kind, f"{ended.code}: {ended.said[-3000:]}"
         return
     if "Traceback" in ended.said or "Exception ignored" in ended.said:
         yield "traceback", ended.said[-3000:]
@@ -129,6 +130,11 @@ def after_the_next(
     left = {each for each in names(trial.folder) - names(trial.whole) if not each.startswith(ELSEWHERE)}
     if left and not fault.another:
         yield "leftovers", ", ".join(sorted(left)[:5])
+    gone = {each for each in names(trial.whole) - names(trial.folder) if each.startswith("run/")}
+    if not fault.lasting:  # it may have taken the weights of rows that are all there
+        gone = {each for each in gone if not each.startswith("run/checkpoints/")}
+    if gone:
+        yield "lost", f"{len(gone)} files: {', '.join(sorted(gone)[:5])}"
     if still := _alive(trial.folder):
         yield "leftovers", f"{len(still)} processes"
 

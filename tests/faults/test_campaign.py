@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import checking
 import pytest
+from hurting import FAULTS
+from trial import Ended
 
 COMMAND = Path(__file__).with_name("campaign.py")
 ALL = r"\| \*\*all\*\* \| \| \*\*\d+\*\* \| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \|"
@@ -37,3 +41,36 @@ def test_a_run_that_forgets_its_rows_is_found(tmp_path: Path) -> None:
     )
     code, said = campaign("--trials", "5", command=script)
     assert code == 1 and ": lost: " in said, said
+
+
+def as_left(base: Path) -> SimpleNamespace:
+    """A trial whose folder is as a run that nobody hurt has left it."""
+    for name in ("trial", "whole"):
+        (base / name / "run" / "rows").mkdir(parents=True)
+        (base / name / "run" / "results.parquet").write_bytes(b"all")
+    return SimpleNamespace(folder=base / "trial", whole=base / "whole")
+
+
+def kinds(trial: SimpleNamespace, ended: Ended) -> list[str]:
+    return [kind for kind, _ in checking.after_the_next(FAULTS[0], trial, ended, {}, {})]
+
+
+def test_a_file_that_is_gone_after_the_next_run_is_found(tmp_path: Path) -> None:
+    trial = as_left(tmp_path)
+    assert kinds(trial, Ended(0, "")) == []
+    (trial.folder / "run" / "results.parquet").unlink()
+    assert kinds(trial, Ended(0, "")) == ["lost"]
+
+
+def test_a_next_run_that_hangs_is_called_so(tmp_path: Path) -> None:
+    assert kinds(as_left(tmp_path), Ended(None, "Timeout (0:01:55)!")) == ["hung"]
+
+
+def test_a_refusal_without_a_word_is_found(tmp_path: Path) -> None:
+    found = checking.after_the_hurt(FAULTS[0], as_left(tmp_path), Ended(2, ""), {})
+    assert [kind for kind, _ in found] == ["not one line"]
+
+
+def test_only_percentiles_of_times_are_left_out_of_what_a_row_says() -> None:
+    row = {"hashes": None, "bytes_p99": 1.0, "read_ms_p95": 1.0}
+    assert checking.judged(row, ()).keys() == {"hashes", "bytes_p99"}
