@@ -2,8 +2,7 @@
 vectors fails on rows of a few words.
 
 Codes [S, G x J x STEP] uint8, a user's and head's: G groups of channels a slot, each of J words of STEP bytes with
-PLANES codes. All arrays lie in one piece; bits, words and groups are constants. Compiled loops that are kept on disk
-follow the files of the loops, not this one: after an edit here alone delete `__pycache__/*.nb?` beside it.
+PLANES codes. All arrays lie in one piece; bits, words and groups are constants.
 """
 
 from __future__ import annotations

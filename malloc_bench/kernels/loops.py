@@ -6,6 +6,9 @@ Rows start to stop of R, users and their heads, are read, M queries each; what i
 
 from __future__ import annotations
 
+import inspect
+import sys
+import zlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from malloc_bench.kernels import lanes, words
 from malloc_bench.kernels.lanes import products, sums, turned, unpacked
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 
@@ -23,8 +27,13 @@ EIGHTHS = np.exp2(-np.arange(256) / 8).astype(np.float32)
 HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
 
 
+_CALLED = zlib.crc32("".join(map(inspect.getsource, (lanes, words, sys.modules[__name__]))).encode())
+
+
 def jit(function: Callable[..., None], how: dict[str, Any] = HOW) -> Callable[..., None]:
-    """Compiled at its first call; kept on disk where that can be written to."""
+    """Compiled at its first call; kept on disk where that can be written to, by a name that what it calls is part of:
+    the compiler looks at a function's own file alone."""
+    function.__qualname__ += f"-{_CALLED:08x}"
     try:
         return numba.njit(cache=True, **how)(function)
     except RuntimeError:  # no folder for its cache

@@ -269,3 +269,18 @@ def test_sums_by_group_are_torchs_bit_for_bit(b, heads, s, d, size, weighed, dty
     one_hot = torch.nn.functional.one_hot(group, size + 1)[..., :size].mT.double()  # [B, H, size, S]
     whole = one_hot if weight is None else one_hot * weight.unsqueeze(2)
     torch.testing.assert_close(found.double(), whole @ x.nan_to_num().double(), rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_loops_are_kept_by_a_name_of_what_they_call(tmp_path, monkeypatch):
+    """The compiler looks at a loop's own file alone, and would keep the code of lanes that have changed since."""
+    from malloc_bench.kernels import loops
+
+    names = []
+    for called in (loops._CALLED, loops._CALLED ^ 1):
+        monkeypatch.setattr(loops, "_CALLED", called)
+
+        def one(x):
+            x[0] = 1
+
+        names.append(loops.jit(one)._cache._cache_file._index_name)
+    assert names[0] != names[1] and f"{loops._CALLED ^ 1:08x}" in names[0]
