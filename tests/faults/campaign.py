@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from checking import Rows, after_the_hurt, after_the_next, kept, rows
+from checking import Rows, after_the_hurt, after_the_next, kept, rows, unmeasured
 from forking import forked, preload, reporting
 from hurting import FAULTS, Fault
 from nodes import Nodes
@@ -143,7 +143,8 @@ class Campaign:
             ended = trial.run()
             trial.seconds = time.perf_counter() - began
             found = rows(trial.folder / "run")
-            assert ended.code == 0 and all(row["status"] == "ok" for row in found.values()), f"{tiny.name}: {ended}"
+            sound = ended.code == 0 and all(row["status"] == "ok" and not unmeasured(row) for row in found.values())
+            assert sound, f"{tiny.name}: {ended}"
             trial.events = dict(zip(OPS, trial.counted()))
             trial.whole = self.base / f"whole-{tiny.name}"
             trial.folder.rename(trial.whole)

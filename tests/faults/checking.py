@@ -121,8 +121,8 @@ def after_the_next(
         yield "leftovers", f"{len(more)} rows of no cell"
     for line in differing(found, want, renamed=fault.another):
         yield "changed", line
-    if any(map(unmeasured, found.values())):
-        yield "lost", "requests are not measured"
+    if failed := [str(row["request_timing"]) for row in found.values() if unmeasured(row)]:
+        yield "lost", f"requests are not measured: {failed[0]}"
     anew = [each for each, data in before.items() if each in want and _made_anew(trial, each, data)]
     warned = any(not line[:1].isdigit() for line in ended.said.splitlines())  # counts are all else that it says
     if anew and (fault.lasting or not warned):
