@@ -265,19 +265,21 @@ def print_recommended(
         head = title(rows.row(0, named=True))
         if said := remark(rows):
             tell(console, said, "bold yellow")
+        here = limits
         if limits.at_least is not None and not judges(rows):
             tell(console, "Accuracy is no limit here: --at-least was left aside.", "bold yellow")
+            here = replace(limits, at_least=None)
         if key not in found:
-            tell(console, f"{head}: nothing within {limits}; {nearest(rows, limits)}")
+            tell(console, f"{head}: nothing within {here}; {nearest(rows, here)}")
             continue
         best = found[key]
         if set(best["standing"]) == {"rebuilds"}:
             tell(
                 console,
-                f"No kept state is within {limits}; {nearest(rows.filter(pl.col('family') != REBUILT), limits)}.",
+                f"No kept state is within {here}; {nearest(rows.filter(pl.col('family') != REBUILT), here)}.",
             )
         asked = [each._replace(rank=0) if "(ms)" in each.header and limits.read_ms else each for each in COLUMNS]
-        console.print(terminal(best, filled(best, asked), f"{head}: within {limits}", console.width))
+        console.print(terminal(best, filled(best, asked), f"{head}: within {here}", console.width))
         for row in best.head(3).iter_rows(named=True):
             parts = [each.split("(")[0] for each in steps(row["compressor"])]
             keeps = "; ".join(filter(None, map(stores, parts)))

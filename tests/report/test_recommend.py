@@ -217,4 +217,5 @@ def test_without_headroom_accuracy_is_no_limit_and_ids_alone_are_said_to_be(row,
     assert "No kept state is within 25 KB, surely keeping 99 % of its accuracy" in text and "left aside" not in text
     rows[1] = state(row, "none", 0.1, 0, 1, ndcg=0.199, family="baseline", budget=None)
     assert "--at-least was left aside" in (text := printed(rows, strict)) and "No kept state" not in text
+    assert "surely keeping" not in text  # what was left aside heads no table
     assert standings(recommend(board_of(rows), strict))["good"] == "best"
