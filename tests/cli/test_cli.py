@@ -251,10 +251,16 @@ def test_a_fault_of_ours_shows_its_traceback(fake: Any) -> None:
         cli.main(["run", "smoke"])
 
 
-def test_an_interrupt_is_130(fake: Any, capsys: Capture) -> None:
+def test_an_interrupt_is_130(fake: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     fake("run_suite", KeyboardInterrupt())
     assert cli.main(["run", "smoke"]) == 130
     assert "finished cells are kept" in capsys.readouterr().err
+
+    def stopped(run: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("malloc_bench.results.load_results", stopped)
+    assert cli.main(["fit", "x", "--law", "model"]) == 130 and "finished cells" not in capsys.readouterr().err
 
 
 # ---- the others
