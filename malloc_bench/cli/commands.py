@@ -267,7 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = code or 0
     if code == 130:
         code = 128 + ended[0] if ended else 130
-        kept = "; finished cells are kept, run again to go on" if {"run", "tune", "compare"} & set(words) else ""
+        runs = next((word for word in words if not word.startswith("-")), "") in ("run", "tune", "compare")
+        kept = "; finished cells are kept, run again to go on" if runs else ""
         say(f"malloc-bench: interrupted{kept}", err=True)
     return code
 

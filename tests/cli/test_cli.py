@@ -260,7 +260,7 @@ def test_an_interrupt_is_130(fake: Any, capsys: Capture, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("malloc_bench.results.load_results", stopped)
-    assert cli.main(["fit", "x", "--law", "model"]) == 130 and "finished cells" not in capsys.readouterr().err
+    assert cli.main(["fit", "run", "--law", "model"]) == 130 and "finished cells" not in capsys.readouterr().err
 
 
 # ---- the others
