@@ -152,7 +152,8 @@ class Campaign:
         return self.whole[tiny.name]
 
     def fresh(self, tiny: Tiny, turn: int) -> Trial:
-        path = f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        first = Path(__file__).parent / "bin", Path(sys.executable).parent  # the stand-ins, and what runs them
+        path = os.pathsep.join([*map(str, first), os.environ["PATH"]])
         nodes = self.cluster() if "ray" in tiny.commands[0] else None
         words = [[word.format(out="{out}", address=self.nodes.address) for word in each] for each in tiny.commands]
         trial = Trial(self.base, words, seed=self.seed, turn=turn, more={"PATH": path}, nodes=nodes)

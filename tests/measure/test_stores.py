@@ -194,6 +194,24 @@ def test_a_server_that_does_not_answer_as_it_should_is_one_line(then, monkeypatc
             store.put(b"a", b"1")
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("echo no such option; exit 3", "with 3: no such option"),
+        ("kill -9 $$", "with -9"),
+        ("exec sleep 9", "[Rr]efused.*"),
+    ],
+)
+def test_a_server_that_does_not_start_says_why(does, told, tmp_path, monkeypatch):
+    pytest.importorskip("redis")
+    (stands_in := tmp_path / "redis-server").write_text(f"#!/bin/sh\n{does}\n")
+    stands_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(redis_store, "STARTS", 0.3 if "sleep" in does else 10.0)
+    with pytest.raises(StoreError, match=rf"^redis: redis-server did not start on any of 5 ports of [^;]*; .*{told}$"):
+        STORES["redis"]()
+
+
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(redis_store.shutil, "which", lambda name: None)
     with pytest.raises(StoreError, match=r"^redis: there is no redis-server: `make services`"):

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from malloc_bench.measure.stores.base import Store, StoreError
 
 SECONDS = 10.0  # that an answer may take
+STARTS = 10.0  # that a server may take until it listens
 _TRIES = 5  # ports: another process may take one first
 _AT_ONCE = 1 << 24  # bytes on their way
 
@@ -28,7 +29,7 @@ def wait():
 threading.Thread(target=wait, daemon=True).start()
 server.wait()
 shutil.rmtree(sys.argv[1], ignore_errors=True)
-os._exit(0)
+os._exit(server.returncode % 256)
 """
 
 
@@ -108,19 +109,28 @@ class _Server:
         self.port, self.folder = port, tempfile.mkdtemp(prefix="malloc-bench-redis-")
         given = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self.folder}
         options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115 - until `end`
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-c", _KEEPER, self.folder, "redis-server", *options],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=self.words, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def answers(self) -> bool:
-        """Whether it, and no other server, answers on its port, within SECONDS."""
-        connection, until = _connected(self.port), time.monotonic() + SECONDS
-        while time.monotonic() < until and self.process.poll() is None:
-            with suppress(StoreError), _told():
-                return bool(connection.config_get("dir").get("dir") == self.folder)
+    def silent(self) -> str:
+        """Why it does not answer on its port within STARTS, or another server does; empty where it does."""
+        connection, until = _connected(self.port), time.monotonic() + STARTS
+        while self.process.poll() is None:
+            try:
+                with _told():
+                    answered = connection.config_get("dir").get("dir")
+                return "" if answered == self.folder else "another server answers there"
+            except StoreError as error:
+                if time.monotonic() > until:
+                    return str(error)
             time.sleep(0.02)
-        return False
+        self.words.seek(0)
+        *_, last = ["", *self.words.read().decode(errors="replace").split("\n")[:-1]]
+        code = (self.process.returncode + 128) % 256 - 128  # negative: by a signal
+        return f"it ended by itself with {code}{last and f': {last.strip()}'}"
 
     def end(self) -> None:
         if self.process.stdin is not None:
@@ -130,6 +140,7 @@ class _Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.words.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -138,13 +149,13 @@ def _started() -> _Server:
     for _ in range(_TRIES):
         server = _Server(_free_port())
         try:
-            if server.answers():
+            if not (why := server.silent()):
                 return server
         except BaseException:
             server.end()
             raise
         server.end()
-    raise StoreError(f"redis: redis-server did not start on any of {_TRIES} ports of 127.0.0.1")
+    raise StoreError(f"redis: redis-server did not start on any of {_TRIES} ports of 127.0.0.1; {why}")
 
 
 def _free_port() -> int:
