@@ -173,7 +173,8 @@ class Campaign:
         found = [each for one in ended for each in after_the_hurt(fault, trial, one, want)]
         before = kept(trial)
         trial.commands = (*trial.commands, ("verify", "run"))
-        found += after_the_next(fault, trial, trial.run(), before, want)
+        spoilt = [name for one in ended for name in one.spoilt]
+        found += after_the_next(fault, trial, trial.run(), before, want, spoilt)
         self.tried[tiny.name, fault.name] += 1
         self.fired[tiny.name, fault.name] += any(one.fired for one in ended)
         self.wrong += [(tiny.name, fault.name, turn, *each) for each in found]

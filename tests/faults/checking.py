@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,10 @@ def kept(trial: Trial) -> dict[str, bytes]:
 
 
 def after_the_next(
-    fault: Fault, trial: Trial, ended: Ended, before: dict[str, bytes], want: Rows
+    fault: Fault, trial: Trial, ended: Ended, before: dict[str, bytes], want: Rows, spoilt: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """(kind, what) of all that is not as if nobody had hurt the run."""
+    """(kind, what) of all that is not as if nobody had hurt the run. spoilt: names, one of which is told where finished
+    rows are computed again."""
     if ended.code != 0:
         kind = "hung" if ended.code is None else "traceback" if "Traceback" in ended.said else "not mended"
         yield kind, f"{ended.code}: {ended.said[-3000:]}"
@@ -124,9 +125,8 @@ def after_the_next(
     if failed := [str(row["request_timing"]) for row in found.values() if unmeasured(row)]:
         yield "lost", f"requests are not measured: {failed[0]}"
     anew = [each for each, data in before.items() if each in want and _made_anew(trial, each, data)]
-    warned = any(not line[:1].isdigit() for line in ended.said.splitlines())  # counts are all else that it says
-    if anew and (fault.lasting or not warned):
-        yield "lost", f"{len(anew)} finished rows were computed again: {ended.said[-500:]}"
+    if anew and (fault.lasting or not any(name in ended.said for name in spoilt)):
+        yield "lost", f"{len(anew)} finished rows were computed again, {spoilt}: {ended.said[-1500:]}"
     left = {each for each in names(trial.folder) - names(trial.whole) if not each.startswith(ELSEWHERE)}
     if left and not fault.another:
         yield "leftovers", ", ".join(sorted(left)[:5])

@@ -116,8 +116,8 @@ def rot(trial: Trial) -> list[Ended]:
     else:
         trial.run(f"any {trial.nth('any')} kill -")
     files = [path for path in trial.folder.rglob("*") if path.is_file() and path.parent != trial.folder]
-    done = spoil_one([path for path in files if not derived(path)], trial.draw)
-    return [Ended(-signal.SIGKILL, done, fired=bool(done))]
+    done, spoilt = spoil_one([path for path in files if not derived(path)], trial.draw)
+    return [Ended(-signal.SIGKILL, done, fired=bool(done), spoilt=spoilt)]
 
 
 def bad_input(trial: Trial) -> list[Ended]:
@@ -135,14 +135,17 @@ def derived(path: Path) -> bool:
     return any(part.startswith(DERIVED) for part in path.parts) or path.suffix in (".part", ".tmp")
 
 
-def spoil_one(files: Iterable[Path], draw: random.Random) -> str:
-    """One file of a kind that is drawn first, so that rare kinds have their turn; what was done."""
+def spoil_one(files: Iterable[Path], draw: random.Random) -> tuple[str, list[str]]:
+    """One file of a kind that is drawn first, so that rare kinds have their turn; what was done, and the names of those
+    that it may have been done to."""
     files = sorted(path for path in files if path.stat().st_size)
     if not files:
-        return ""
+        return "", []
     wanted = draw.choice(sorted({kind(path) for path in files}))
-    path = draw.choice([each for each in files if kind(each) == wanted])
-    return f"{spoil(path, files, draw)} of {path}"
+    alike = [each for each in files if kind(each) == wanted]
+    path = draw.choice(alike)
+    way = spoil(path, files, draw)
+    return f"{way} of {path}", [each.name for each in (alike if way == "swap" else [path])]
 
 
 def kind(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -52,7 +53,7 @@ def as_left(base: Path) -> SimpleNamespace:
 
 
 def kinds(trial: SimpleNamespace, ended: Ended) -> list[str]:
-    return [kind for kind, _ in checking.after_the_next(FAULTS[0], trial, ended, {}, {})]
+    return [kind for kind, _ in checking.after_the_next(FAULTS[0], trial, ended, {}, {}, [])]
 
 
 def test_a_file_that_is_gone_after_the_next_run_is_found(tmp_path: Path) -> None:
@@ -64,6 +65,20 @@ def test_a_file_that_is_gone_after_the_next_run_is_found(tmp_path: Path) -> None
 
 def test_a_next_run_that_hangs_is_called_so(tmp_path: Path) -> None:
     assert kinds(as_left(tmp_path), Ended(None, "Timeout (0:01:55)!")) == ["hung"]
+
+
+def test_rows_computed_again_are_excused_by_a_word_about_the_spoilt_file_alone(tmp_path: Path, monkeypatch) -> None:
+    trial, row = as_left(tmp_path), {"status": "ok", "request_timing": None, "hashes": None}
+    for folder, text in ((trial.folder, json.dumps(row)), (trial.whole, "")):
+        (folder / "run" / "rows" / "a.json").write_text(text)
+    monkeypatch.setattr(checking, "rows", lambda run: {"a.json": row})
+    (rot,) = (each for each in FAULTS if each.name == "a file that it reads is spoilt")
+
+    def found(said: str) -> list[str]:
+        given = {"a.json": json.dumps({**row, "seconds": 1}).encode()}, {"a.json": row}, ["fit.json"]
+        return [kind for kind, _ in checking.after_the_next(rot, trial, Ended(0, said), *given)]
+
+    assert found("a warning of something else") == ["lost"] and found("fit.json is spoilt: made anew") == []
 
 
 def test_a_refusal_without_a_word_is_found(tmp_path: Path) -> None:

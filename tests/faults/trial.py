@@ -38,12 +38,14 @@ def shim(folder: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. code: None where it hung, below 0 by a signal; fired: whether it was hurt before; run: where."""
+    """How a run ended. code: None where it hung, below 0 by a signal; fired: whether it was hurt before; run: where;
+    spoilt: names of files that are no longer what they were."""
 
     code: int | None
     said: str
     fired: bool = True
     run: str = "run"
+    spoilt: Sequence[str] = ()
 
 
 @dataclass
