@@ -27,7 +27,7 @@ STANDS_FOR = {
     **dict.fromkeys(("RUN", "RUN..."), "quick"),
     **dict.fromkeys(("FILE:CLASS", "my.py:Mine", "your_file.py:YourMethod"), "my_method.py:MyMethod"),
     **{"SUITE": "quick.yaml", "S": "quick.yaml", "FILE": "mylog.csv", "CELL": "compressor=recent,budget=0.25"},
-    **dict.fromkeys(("results/fitted_small", "results/lsrm", "results/marm"), "quick"),
+    **dict.fromkeys(("results/climber", "results/fitted_small", "results/lsrm", "results/marm"), "quick"),
     **{"a,b": "recent,random", "i/60": "1/60", "DIR": "merged", "[WORDS]": "a", "results/": "runs/"},
 }  # fmt: skip
 SHIPPED = {path.stem for path in shipped("suites").glob("*.yaml")}
