@@ -83,7 +83,10 @@ def fit(
     from malloc_bench.report.laws import drawn, fitted, told
     from malloc_bench.results import atomic_write, load_results
 
-    found = fitted(load_results(run), law, metric, hold, bootstraps, pairs(only or []))
+    def report(done: int, total: int) -> None:
+        say(f"fitted {done} of {total}", err=True)
+
+    found = fitted(load_results(run), law, metric, hold, bootstraps, pairs(only or []), report)
     text = told(law, found)
     say(text)
     figure = drawn(law, found)

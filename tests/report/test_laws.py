@@ -146,7 +146,8 @@ def test_the_command_writes_a_page_and_a_figure(tmp_path, capsys, row):
     for each in rows_of_sizes(row):
         write_row(tmp_path / "rows", each)
     assert main(["fit", str(tmp_path), "--law", "model", "--bootstraps", "3"]) == 0
-    said = capsys.readouterr().out
+    said, told_on_the_way = capsys.readouterr()
+    assert "fitted 1 of 1\n" in told_on_the_way
     assert "a law in" in said and (tmp_path / "law-model.md").read_text().startswith("# The law `model`: loss over")
     assert (tmp_path / "figures" / "law-model.png").stat().st_size > 1000
     assert main(["fit", str(tmp_path), "--law", "dat"]) == 2
