@@ -158,12 +158,7 @@ def _run(
 
 
 def _check_there(folder: Path, result: RunResult) -> None:
-    """Raises ResultsError where rows are gone again, as of a folder that was moved away while the run went on; one that
-    was written behind the move, and whose files before it, goes too."""
-    for row in read_rows(folder / "rows", quarantine=False) if result.written else ():
-        files = (row["hashes"] or {}).get("files", {}) if row["cell_id"] in result.written else {}
-        if not all((folder / name).exists() for name in files):
-            (folder / "rows" / f"{row['cell_id']}.json").unlink(missing_ok=True)
+    """Raises ResultsError where rows are gone again, as of a folder that was moved away while the run went on."""
     had = {each.id for each in result.plan if each.done} | set(result.written)
     if gone := [each for each in had if not (folder / "rows" / f"{each}.json").exists()]:
         raise ResultsError(f"{folder}: {len(gone)} of {len(had)} rows are gone again: was it moved? Run again for them")

@@ -305,7 +305,9 @@ class Session:
         self.files.setdefault(each, {})[path] = hashlib.sha256(content).hexdigest()
 
     def _write(self, each: Planned, columns: Mapping[str, Any]) -> None:
-        write_row(self.folder / "rows", {"cell_id": each.id, **about(each.cell, self.environment), **columns})
+        row = write_row(self.folder / "rows", {"cell_id": each.id, **about(each.cell, self.environment), **columns})
+        if not all((self.folder / name).exists() for name in self.files.get(each.id, ())):
+            row.unlink(missing_ok=True)  # the folder was moved away between its files and it
         self.result.add(each.id, str(columns["status"]))
 
     def finish(self) -> None:

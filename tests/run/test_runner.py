@@ -449,7 +449,8 @@ def test_rows_that_are_gone_again_are_said(suite: Path, tmp_path: Path, monkeypa
     assert (result.ok, result.reused) == (1, 3)
 
 
-def test_a_row_whose_files_were_moved_away_before_it_goes_too(suite: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_row_whose_files_were_moved_away_before_it_goes_too(killed, suite: Path, tmp_path: Path, monkeypatch) -> None:
     out, write, written = tmp_path / "run", session.write_row, []
 
     def moving(folder, row):
@@ -460,7 +461,10 @@ def test_a_row_whose_files_were_moved_away_before_it_goes_too(suite: Path, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "write_row", moving)
-        with pytest.raises(ResultsError, match="run: 1 of 4 rows are gone again: was it moved"):
+        if killed:  # before all rows are looked at again
+            patch.setattr(runner.Session, "finish", lambda self: os.kill(os.getpid(), signal.SIGINT))
+        why = {"match": "run: 1 of 4 rows are gone again: was it moved"} if not killed else {}
+        with pytest.raises(KeyboardInterrupt if killed else ResultsError, **why):
             run_suite(suite, out, quiet=True)
     result = run_suite(suite, out, quiet=True)
     assert (result.ok, result.reused) == (1, 3) and not verify(out).damaged
