@@ -22,6 +22,7 @@ from malloc_bench.evaluation.requests import Values
 from malloc_bench.files import Damaged, ResultsError, advice, atomic_write, read_sealed, remove_leftovers, sealed
 
 log = logging.getLogger(__name__)
+FOR_NODES = "set_up"  # a file of what a cluster's nodes are given
 
 
 class LockedError(RuntimeError):
@@ -66,6 +67,7 @@ def remove_dead(folder: Path) -> None:
             remove_leftovers(owned)
     for shared in (folder, folder / "figures"):
         remove_leftovers(shared, older=3600)
+    (folder / FOR_NODES).unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path, wanted: Collection[str]) -> None:

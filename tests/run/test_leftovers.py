@@ -45,6 +45,7 @@ def suite(tmp_path: Path) -> Path:
 def test_temporary_files_are_removed_where_only_the_run_writes(tmp_path: Path) -> None:
     mine = [tmp_path / place / f".x.1-{place[:3]}.tmp" for place in ("rows", "per_user", "latency", "partial/k")]
     mine += [tmp_path / "checkpoints" / "k" / name for name in (".fit.json.1-a.tmp", "model.safetensors.ab12.part")]
+    mine += [tmp_path / "set_up"]
     shared = [tmp_path / ".leaderboard.md.1-a.tmp", tmp_path / "figures" / ".a.png.1-b.tmp"]
     kept = [tmp_path / "rows" / "a.json", tmp_path / "figures" / "a.png"]
     for path in (*mine, *shared, *kept):

@@ -22,6 +22,7 @@ from malloc_bench.run.executors import shared
 from malloc_bench.run.executors.base import Executor, WorkerError, threads
 from malloc_bench.run.executors.local import Local
 from malloc_bench.run.executors.worker import SetUp, Task, portable_error
+from malloc_bench.run.folder import FOR_NODES
 from malloc_bench.run.progress import Shown, watching
 from malloc_bench.run.session import Session, titled
 from malloc_bench.suite.cells import Part
@@ -87,7 +88,7 @@ class Cluster(Executor):
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        path = self.session.folder.resolve() / "set_up"
+        path = self.session.folder.resolve() / FOR_NODES
         try:
             with path.open("w+b") as file:
                 yield file
