@@ -2,7 +2,8 @@
 
 Each function answers None where it has no kernel for what is asked: the caller then does it in plain torch. There is
 none on a CPU without numba (`pip install 'malloc-bench[fast]'`), on a GPU without Triton (`[cuda]`; it reads, nothing
-more), elsewhere, where gradients are asked for, and within `eager()` or with MALLOC_BENCH_KERNELS=eager.
+more), elsewhere, where gradients are asked for, and within `eager()` or with MALLOC_BENCH_KERNELS=eager. With
+MALLOC_BENCH_KERNELS=float a CPU that multiplies bytes reads as one that does not (`whole`).
 """
 
 from malloc_bench.kernels.affine import Affine

@@ -128,7 +128,9 @@ def loops(PARTS: int, EACH: int, WIDTH: int, ADDED: int) -> Ways:
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(codes.shape[2], part(count, i, len(out), heads))
             for m in range(q.shape[1]):
-                row[:WIDTH] = q[i, m]
+                asked = q[i, m]
+                for d in range(WIDTH):
+                    row[d] = asked[d]
                 products(own, 0, end, of_head(tables, i, heads), row, out[i, m], PARTS, EACH, ADDED)
 
     @jit

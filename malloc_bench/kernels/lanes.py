@@ -1,8 +1,6 @@
-"""What loops do with the codes of one row, in vectors: written in the compiler's own terms, for its way from loops to
-vectors fails on rows of a few words.
+"""Steps in vectors, in the compiler's own terms: its way from loops to vectors fails on rows of a few words.
 
-Codes [S, G x J x STEP] uint8, a user's and head's: G groups of channels a slot, each of J words of STEP bytes with
-PLANES codes. All arrays lie in one piece; bits, words and groups are constants.
+All arrays lie in one piece.
 """
 
 from __future__ import annotations
@@ -18,16 +16,16 @@ from numba.extending import intrinsic
 
 from malloc_bench.kernels.words import WORDS
 
-_I8, _I32, F32, AT = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.IntType(64)
+I8, I32, F32, AT = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.IntType(64)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 _LANES = 16
 
 
-def pieces(size: int) -> Iterator[tuple[int, int]]:
+def pieces(size: int, widest: int = _LANES) -> Iterator[tuple[int, int]]:
     """First and number of as many neighbours as go in one vector, until all have gone."""
     first = 0
     while first < size:
-        lanes = min(_LANES, 1 << (size - first).bit_length() - 1)
+        lanes = min(widest, 1 << (size - first).bit_length() - 1)
         yield first, lanes
         first += lanes
 
@@ -66,6 +64,9 @@ class Lanes:
     def times(self, x: Any, by: int) -> Any:
         return self.builder.mul(x, ir.Constant(AT, by))
 
+    def smaller(self, x: Any, y: Any) -> Any:
+        return self.builder.select(self.builder.icmp_signed("<", x, y), x, y)
+
     def product(self, x: Any, y: Any) -> Any:
         return self.builder.fmul(x, y, flags=_FLAGS)
 
@@ -73,7 +74,7 @@ class Lanes:
         return y if x is None else self.builder.fadd(x, y, flags=_FLAGS)
 
     def picked(self, x: Any, y: Any, index: list[int]) -> Any:
-        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(index)), index))
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(index)), index))
 
     def everywhere(self, array: Any, at: Any, lanes: int) -> Any:
         return self.picked(x := self.load(array, at, 1), x, [0] * lanes)
@@ -121,7 +122,7 @@ class Lanes:
         self.loop(self.number(1), self.number(2), 4, body)
 
 
-class _Row(Lanes):
+class Row(Lanes):
     """Codes of one row."""
 
     def __init__(self, *given: Any) -> None:
@@ -139,11 +140,15 @@ class _Row(Lanes):
             found = own if found is None else self.picked(found, own, index)
         return found
 
+    def raw(self, codes: Any, slot: Any, j: int, lanes: int) -> Any:
+        """The bytes of `lanes` words."""
+        first = self.plus(self.times(slot, self.groups * self.words * self.step), j * self.step)
+        return self.load(codes, first, lanes * self.step, I8)
+
     def code_planes(self, codes: Any, slot: Any, j: int, lanes: int) -> list[Any]:
         """Code p of each of `lanes` words, for every p."""
-        b, wide = self.builder, ir.VectorType(_I32, lanes)
-        first = self.plus(self.times(slot, self.groups * self.words * self.step), j * self.step)
-        raw, words = self.load(codes, first, lanes * self.step, _I8), None
+        b, wide = self.builder, ir.VectorType(I32, lanes)
+        raw, words = self.raw(codes, slot, j, lanes), None
         for k in range(self.step):
             byte = b.zext(self.picked(raw, raw, list(range(k, lanes * self.step, self.step))), wide)
             byte = b.shl(byte, wide([8 * k] * lanes)) if k else byte
@@ -159,13 +164,16 @@ class _Row(Lanes):
         """The codes of `lanes` words as numbers, one behind the other."""
         if 8 % self.bits:
             return self.put_together(self.code_planes(codes, slot, j, lanes))
-        b, size = self.builder, lanes * self.step
-        kind, first = ir.VectorType(_I8, size), self.plus(self.times(slot, self.groups * self.words), j)
-        raw, low = self.load(codes, self.times(first, self.step), size, _I8), kind([(1 << self.bits) - 1] * size)
-        planes = [b.and_(b.lshr(raw, kind([k] * size)), low) for k in range(0, 8, self.bits)]
+        planes = self.byte_planes(self.raw(codes, slot, j, lanes))
         found = self.put_together(planes)  # as bytes: four times as many as numbers go in a vector
-        count = found.type.count
-        return b.sitofp(b.zext(found, ir.VectorType(_I32, count)), ir.VectorType(F32, count))
+        b, count = self.builder, found.type.count
+        return b.sitofp(b.zext(found, ir.VectorType(I32, count)), ir.VectorType(F32, count))
+
+    def byte_planes(self, raw: Any) -> list[Any]:
+        """Code p of each byte, for every p: of bits that bytes are whole numbers of."""
+        b, kind = self.builder, raw.type
+        low = kind([(1 << self.bits) - 1] * kind.count)
+        return [b.and_(b.lshr(raw, kind([k] * kind.count)), low) for k in range(0, 8, self.bits)]
 
     def taken_apart(self, row: Any, j: int, lanes: int) -> list[Any]:
         """The numbers of a plain row that meet those planes."""
@@ -181,7 +189,7 @@ class _Row(Lanes):
         return self.picked(even, odd, [i // 2 + lanes * (i % 2) for i in range(2 * lanes)])
 
 
-def inlined(build: Callable[[Any], None], kind: type[Lanes] = _Row) -> Callable[[Callable[..., Any]], Any]:
+def inlined(build: Callable[[Any], None], kind: type[Lanes] = Row) -> Callable[[Callable[..., Any]], Any]:
     """For a compiled loop to call."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -196,74 +204,6 @@ def inlined(build: Callable[[Any], None], kind: type[Lanes] = _Row) -> Callable[
         return intrinsic(prefer_literal=True)(types_of)
 
     return typed
-
-
-def _products(x: _Row) -> None:
-    codes, row, sizes, out = (x.array(i) for i in (0, 3, 4, 5))
-    slots = x.columns(4)
-    known = {part: x.taken_apart(row, *part) for part in x.parts}
-
-    def of(slot: Any) -> dict[int, Any]:
-        """By the width of vectors, what comes to the product."""
-        total: dict[int, Any] = {}
-        for j, lanes in x.parts:
-            found = None
-            for one, other in zip(known[j, lanes], x.code_planes(codes, slot, j, lanes)):
-                found = x.sum(found, x.product(one, other))
-            if x.groups > 1:
-                found = x.product(found, x.of_groups(sizes, slots, slot, j, lanes, x.words))
-            total[lanes] = x.sum(total.get(lanes), found)
-        return total
-
-    x.dotted(of, out)
-
-
-def _sums(x: _Row) -> None:
-    codes, weights, out = (x.array(i) for i in (0, 3, 4))
-    columns = x.columns(3)
-    kept = {}
-    for part in x.parts:
-        kind = ir.VectorType(F32, part[1])
-        kept[part] = [cgutils.alloca_once(x.builder, kind, zfill=True) for _ in range(x.planes)]
-
-    def body(some: list[Any]) -> None:
-        for part in x.parts:
-            found: list[Any] = [None] * x.planes
-            for slot in some:
-                weight = x.of_groups(weights, columns, slot, *part, x.words)
-                planes = x.code_planes(codes, slot, *part)
-                found = [x.sum(to, x.product(weight, code)) for to, code in zip(found, planes)]
-            for place, vector in zip(kept[part], found):
-                x.builder.store(x.sum(x.builder.load(place), vector), place)
-
-    x.loop(x.number(1), x.number(2), 2, body)
-    for part in x.parts:
-        planes = [x.builder.load(place) for place in kept[part]]
-        x.store(x.put_together(planes), out, ir.Constant(AT, part[0] * x.planes))
-
-
-def _unpacked(x: _Row) -> None:
-    codes, sizes, lows, out = (x.array(i) for i in (0, 3, 4, 5))
-    columns = x.columns(3)
-    by_channel, width = x.types[6].literal_value, x.types[7].literal_value
-
-    def body(some: list[Any]) -> None:
-        (slot,) = some
-        for j, lanes in x.parts:
-            numbers, first = x.codes_in_order(codes, slot, j, lanes), j * x.planes
-            real = min(numbers.type.count, width - first)  # several groups have no words that are filled up
-            if real < numbers.type.count:
-                numbers = x.picked(numbers, numbers, list(range(max(real, 0))))
-            if real <= 0:
-                continue
-            if by_channel:
-                size, low = (x.load(each, ir.Constant(AT, first), real) for each in (sizes, lows))
-            else:
-                each = x.words * x.planes
-                size, low = (x.of_groups(array, columns, slot, first, real, each) for array in (sizes, lows))
-            x.store(x.sum(low, x.product(numbers, size)), out, x.plus(x.times(slot, width), first))
-
-    x.loop(x.number(1), x.number(2), 1, body)
 
 
 def _turned(x: Lanes) -> None:
@@ -307,18 +247,3 @@ def largest(typing, x, size, out):  # type: ignore[no-untyped-def]
 @inlined(_turned, Lanes)
 def turned(typing, x, end, out, groups):  # type: ignore[no-untyped-def]
     """out[g, s] = x[s, g], slots 0 to end."""
-
-
-@inlined(_products)
-def products(typing, codes, begin, end, row, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
-    """out[s] = row . codes of s, slots begin to end, each group of them times sizes [g, s] where there are several."""
-
-
-@inlined(_sums)
-def sums(typing, codes, begin, end, weights, out, bits, words, groups):  # type: ignore[no-untyped-def]
-    """out [G x J x PLANES] = sum over slots begin to end of weights [g, s] times codes."""
-
-
-@inlined(_unpacked)
-def unpacked(typing, codes, begin, end, sizes, lows, out, by_channel, width, bits, words, groups):  # type: ignore[no-untyped-def]
-    """out [s, width] = sizes times codes plus lows, [g, s] or, by_channel, [width]."""

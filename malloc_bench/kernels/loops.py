@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from malloc_bench.kernels import lanes, words
-from malloc_bench.kernels.lanes import products, sums, turned, unpacked
+from malloc_bench.kernels import codes, lanes, whole, words
+from malloc_bench.kernels.codes import products, sums, unpacked
+from malloc_bench.kernels.lanes import turned
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 
 PLANES = {bits: planes for bits, (planes, _) in WORDS.items()}
@@ -27,7 +28,8 @@ EIGHTHS = np.exp2(-np.arange(256) / 8).astype(np.float32)
 HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
 
 
-_CALLED = zlib.crc32("".join(map(inspect.getsource, (lanes, words, sys.modules[__name__]))).encode())
+_FILES = lanes, codes, whole, words, sys.modules[__name__]
+_CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST)]).encode())
 
 
 def jit(function: Callable[..., None], how: dict[str, Any] = HOW) -> Callable[..., None]:
@@ -46,8 +48,9 @@ inlined, called = numba.njit(inline="always", **HOW), numba.njit(**HOW)
 @inlined
 def part(x, i, rows, heads):  # type: ignore[no-untyped-def]
     """Of x [B or 1, H or fewer, ...] what row i of all of them has; one of fewer heads is of several neighbours."""
-    b, h, users = i // heads, i % heads, rows // heads
-    return x[b * x.shape[0] // users, h * x.shape[1] // heads]
+    b, n = i // heads, x.shape[1]  # a division takes as long as ten numbers
+    h = 0 if n == 1 else i - b * heads if n == heads else (i - b * heads) * n // heads
+    return x[b if x.shape[0] > 1 else 0, h]
 
 
 @inlined
@@ -62,7 +65,7 @@ def sized(scale, offset, whole, s, g, bits, how):  # type: ignore[no-untyped-def
 
 @inlined
 def all_sized(scale, offset, whole, end, sizes, lows, bits, groups, how):  # type: ignore[no-untyped-def]
-    if how == GIVEN and groups > 1:
+    if how == GIVEN:
         turned(scale, end, sizes, groups)
         turned(offset, end, lows, groups)
         return
@@ -102,8 +105,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         slots, row = codes.shape[2], np.zeros(ROOM, f32)
         sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
         for i in range(start, stop):
-            own, asked, given = part(codes, i, len(out), heads), q[i], out[i]
-            end = min(slots, part(count, i, len(out), heads))
+            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -116,13 +118,16 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 HOW_SIZED,
             )
             for m in range(q.shape[1]):
-                row[:WIDTH] = asked[m]
-                products(own, 0, end, row, sizes, given[m], BITS, WORDS, GROUPS)
+                asked, given = q[i, m], out[i, m]
+                for d in range(WIDTH):
+                    row[d] = asked[d]
+                products(own, 0, end, row, sizes, given, BITS, WORDS, GROUPS)
                 for g in range(GROUPS):
-                    total = row[g * EACH : g * EACH + EACH].sum()
+                    total = zero
+                    for d in range(EACH):
+                        total += row[g * EACH + d]
                     for s in range(end):
-                        found = given[m, s] * sizes[g, s] if GROUPS == 1 else given[m, s]
-                        given[m, s] = found + lows[g, s] * total
+                        given[s] = (given[s] * sizes[g, s] if GROUPS == 1 else given[s]) + lows[g, s] * total
 
     @jit
     def dot_by_channel(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
@@ -133,17 +138,19 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
             )
-            end, asked, given = min(slots, part(count, i, len(out), heads)), q[i], out[i]
+            end = min(slots, part(count, i, len(out), heads))
             for m in range(q.shape[1]):
+                asked, given = q[i, m], out[i, m]
                 for g in range((end + group - 1) // group):
                     total, last = zero, min(end, g * group + group)
                     for d in range(WIDTH):
                         size, low = sized(scales, offsets, f32(1), g, d, BITS, HOW_SIZED)
-                        row[d] = asked[m, d] * size
-                        total += asked[m, d] * low
-                    products(own, g * group, last, row, none, given[m], BITS, WORDS, 1)
-                    for s in range(g * group, last):
-                        given[m, s] += total
+                        row[d] = asked[d] * size
+                        total += asked[d] * low
+                    products(own, g * group, last, row, none, given, BITS, WORDS, 1)
+                    here = given[g * group : last]
+                    for s in range(len(here)):
+                        here[s] += total
 
     @jit
     def mix_by_slot(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
@@ -154,8 +161,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
             np.empty((GROUPS, slots), f32),
         )
         for i in range(start, stop):
-            own, asked, given = part(codes, i, len(out), heads), w[i], out[i]
-            end = min(slots, part(count, i, len(out), heads))
+            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -168,16 +174,17 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 HOW_SIZED,
             )
             for m in range(w.shape[1]):
+                asked, given = w[i, m], out[i, m]
                 for g in range(GROUPS):
                     total = zero
                     for s in range(end):
-                        weights[g, s] = asked[m, s] * sizes[g, s]
-                        total += asked[m, s] * lows[g, s]
+                        weights[g, s] = asked[s] * sizes[g, s]
+                        total += asked[s] * lows[g, s]
                     for d in range(g * EACH, min(WIDTH, g * EACH + EACH)):
-                        given[m, d] += total
+                        given[d] += total
                 sums(own, 0, end, weights, row, BITS, WORDS, GROUPS)
                 for d in range(WIDTH):
-                    given[m, d] += row[d]
+                    given[d] += row[d]
 
     @jit
     def mix_by_channel(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
