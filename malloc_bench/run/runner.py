@@ -100,6 +100,8 @@ def _run(
         raise ValueError(f"executor '{executor}' is not there.{suggest(executor, EXECUTORS)}")
     if address is not None and executor != "ray":
         raise ValueError(f"address {address} is of a Ray cluster: expected executor ray beside it")
+    if address == "":
+        raise ValueError("address: expected HOST:PORT of a Ray cluster, not nothing")
     cells = suites.only(suite.cells(), only)
     if shard is not None:
         i, n = shard

@@ -44,11 +44,11 @@ def submit(
     `submitit.AutoExecutor`, as timeout_min or slurm_partition. cluster: slurm, or local: processes of this machine.
     Raises SuiteError, ValueError, and WorkerError where submitit is missing or there is no such cluster.
     """
+    found = load_suite(suite)
     try:
         import submitit
     except ImportError:
         raise WorkerError("submitit is not installed: pip install 'malloc-bench[slurm]'") from None
-    found = load_suite(suite)
     if not 1 <= n <= (most := len(found.cells())):
         raise ValueError(f"tasks {n}: {found.name} has {most} cells, expected from 1 to as many tasks")
     base = Path("runs") / found.name if out is None else Path(out)

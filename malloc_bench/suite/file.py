@@ -128,8 +128,11 @@ class MeasureKeys(_Strict):
 
 def _bytes(value: Any) -> Any:
     """Bytes from a number, or text such as 8GB."""
-    found = int(size(value)) if isinstance(value, str) else value
-    if type(found) is int and found < MIN_MEMORY:
+    if value is None:
+        return None
+    if type(value) not in (int, str):
+        raise ValueError(f"expected bytes such as 8GB, not {shown(value)}")
+    if (found := int(size(value)) if isinstance(value, str) else value) < MIN_MEMORY:
         raise ValueError(f"expected at least 256MiB, which a process takes that does nothing, not {shown(value)}")
     return found
 

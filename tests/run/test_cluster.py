@@ -181,6 +181,8 @@ def test_an_address_is_of_ray_alone(tmp_path: Path, capsys) -> None:
     (tmp_path / "s.yaml").write_text(SUITE.replace(", waits", ""))
     assert main(["run", str(tmp_path / "s.yaml"), "--address", "10.0.0.1:6379"]) == 2
     assert "address 10.0.0.1:6379 is of a Ray cluster: expected executor ray beside it" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "s.yaml"), "--executor", "ray", "--address", ""]) == 2
+    assert "address: expected HOST:PORT of a Ray cluster, not nothing" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"executor 'rey' is not there\. Did you mean 'ray'"):
         run_suite(tmp_path / "s.yaml", tmp_path / "run", executor="rey")
 

@@ -70,6 +70,7 @@ def test_a_job_that_fails_says_so_and_what_is_queued_again_is_the_same_command(t
 
 def test_what_is_wrong_is_said_before_anything_is_queued(suite: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
+    assert main(["submit", str(tmp_path / "none.yaml")]) == 2 and "none.yaml" in capsys.readouterr().err
     assert main(["submit", str(suite)]) == 2
     said = "malloc-bench: submitit is not installed: pip install 'malloc-bench[slurm]'\n"
     assert capsys.readouterr().err == said
