@@ -47,12 +47,12 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
                 opened = stack.enter_context(_opener(files[0])())
                 parts = _tar(stack.enter_context(tarfile.open(fileobj=opened, mode="r:")), files[0].name, members)
             elif members:
-                parts = _zip(stack.enter_context(zipfile.ZipFile(files[0])), files[0].name, members)
+                parts = _zip(stack.enter_context(_unzipped(files[0])), files[0].name, members)
             else:
                 parts = []
                 for path in files:
                     if path.suffix.lower() == ".zip":
-                        archive = stack.enter_context(zipfile.ZipFile(path))
+                        archive = stack.enter_context(_unzipped(path))
                         [part] = _zip(archive, path.name, [_only(path.name, archive.namelist())])
                         parts.append(replace(part, name=f"{path.name}/{part.name}"))
                     else:
@@ -60,6 +60,13 @@ def open_parts(files: Sequence[Path], members: Sequence[str] = ()) -> Iterator[l
         except DAMAGE as error:
             raise DataError(f"{files[0].name} cannot be unpacked: {error}") from None
         yield parts
+
+
+def _unzipped(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except ValueError as error:  # names that are not in the encoding they claim
+        raise zipfile.BadZipFile(str(error)) from None
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
