@@ -221,11 +221,6 @@ def test_a_damaged_file_is_read_or_refused_with_one_line(block, tmp_path):
         assert time.perf_counter() - start < SECONDS, f"seed {seed}"
 
 
-def test_a_name_in_another_encoding_than_its_archive_says(tmp_path):
-    """The campaign found it."""
-    assert outcome(191_212, tmp_path) == "refused"
-
-
 @pytest.mark.slow
 def test_three_thousand_damaged_files():
     counts = fuzz(3000, 10_000)

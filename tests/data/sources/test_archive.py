@@ -149,6 +149,17 @@ def test_no_zip_or_half_of_one(read, make_zip, cut):
         read(make_zip(**{"a/u.data": b"yes" * 100})[:cut])
 
 
+@pytest.mark.parametrize("member", [(), ("u.data",)])
+def test_a_name_in_another_encoding_than_is_said(tmp_path, make_zip, member):
+    data = bytearray(make_zip(**{"u.data": b"1\n"}))
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 9] |= 8  # names are UTF-8, it says
+    data[entry + 46] = 0xF1
+    (path := tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"^a\.zip cannot be unpacked: [^\n]+$"), open_parts([path], member):
+        pass
+
+
 def test_damaged_content(read, make_zip):
     content = bytearray(make_zip(**{"a/u.data": bytes(range(256)) * 4}))
     content[60] ^= 0xFF
