@@ -13,7 +13,7 @@ from malloc_bench import kernels
 from malloc_bench.state.quantized import quantize
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
-SHAPES = st.sampled_from([4, 8, 12, 16, 24, 32, 40, 64, 96, 136])
+WIDTHS = st.sampled_from([4, 24, 64, 136])  # less than a vector of bytes, several, one, more than one
 
 
 def near(found, asked, x, mine):
@@ -34,10 +34,10 @@ def check(slots, width, bits, along, group, scale, m, seed):
     near(x.mix(w), w, whole, most * w.sum(3, keepdim=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
-    st.integers(1, 600), SHAPES, st.sampled_from([1, 2, 4, 8]), st.sampled_from(["slots", "width"]),
-    st.sampled_from([8, 32, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.integers(1, 2), st.integers(0, 9),
+    st.integers(1, 600), WIDTHS, st.sampled_from([1, 2, 4, 8]), st.sampled_from(["slots", "width"]),
+    st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.integers(1, 2), st.integers(0, 9),
 )  # fmt: skip
 def test_as_exact_as_float32(slots, width, bits, along, group, scale, m, seed):
     check(slots, width, bits, along, group, scale, m, seed)
@@ -74,8 +74,7 @@ def test_on_other_cpus(widest, tmp_path):
         whole.WIDEST = {widest} or whole.WIDEST
         import test_whole
         for slots, width, bits, along, group in (
-            (1, 64, 4, "width", 64), (203, 64, 4, "width", 32), (300, 24, 2, "slots", 32), (9, 136, 8, "width", 8),
-            (70, 32, 1, "slots", 64), (66, 12, 2, "width", 64),
+            (203, 64, 4, "width", 32), (300, 24, 8, "slots", 32), (9, 136, 4, "width", 8), (70, 32, 1, "slots", 64),
         ):
             test_whole.check(slots, width, bits, along, group, 1.0, 2, 0)
         print(whole.WIDEST)
