@@ -63,6 +63,18 @@ def test_a_file_that_is_gone_after_the_next_run_is_found(tmp_path: Path) -> None
     assert kinds(trial, Ended(0, "")) == ["lost"]
 
 
+def test_what_python_tries_a_folder_by_is_no_leftover(tmp_path: Path) -> None:
+    trial = as_left(tmp_path)
+    (trial.folder / "tmp").mkdir()
+    for name, data, found in (
+        ("ye31xhqr", b"blat", []),
+        ("h7a5cxcw", b"bl", []),
+        ("ye31xhqr", b"more than that", ["leftovers"]),
+    ):
+        (trial.folder / "tmp" / name).write_bytes(data)
+        assert kinds(trial, Ended(0, "")) == found
+
+
 def test_a_next_run_that_hangs_is_called_so(tmp_path: Path) -> None:
     assert kinds(as_left(tmp_path), Ended(None, "Timeout (0:01:55)!")) == ["hung"]
 
