@@ -115,7 +115,7 @@ def test_the_exit_code_says_that_a_row_was_left_out(
     assert main([*asked, str(tmp_path / "all"), str(tmp_path / "whole")]) == 0  # another run has it
 
 
-@pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0"])
+@pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0", "٣/٤", "³/4", "1/4\n"])
 def test_a_shard_is_one_of_n(tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.yaml").write_text(SUITE)
     assert main(["run", str(tmp_path / "tiny.yaml"), "--shard", shard, "--out", str(tmp_path / "x")]) == 2
