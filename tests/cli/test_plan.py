@@ -141,5 +141,11 @@ def test_show_prints_what_a_budget_gets_of_what_was_learned(tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     shares = [float(line.split("%")[0].rsplit(" ", 1)[1]) for line in lines if "of the bytes" in line]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2) and " at 0.25, seed 0" in " ".join(lines)
-    assert main(["show", "recent", "--run", run]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs" / "mine")
+    assert main(["show", "recent", "--run", "mine"]) == 2  # a name below runs/ too, as other commands take it
     assert "recent makes nothing of a budget by what it learned" in capsys.readouterr().err
+    assert main(["show", "kmeans", "--run", "mine"]) == 2
+    err = capsys.readouterr().err
+    assert "runs/mine has no row of kmeans: name a run of a suite with kmeans in it (--run)" in err
