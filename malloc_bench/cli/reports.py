@@ -91,8 +91,9 @@ def fit(
     say(text)
     figure = drawn(law, found)
     path = run / f"law-{law}.md"
+    other = path.exists() and path.read_bytes() != text.encode()
     atomic_write(path, text.encode())
-    say(path)
+    say(f"{path}{' (replaced: what was there said otherwise)' if other else ''}")
     if figure is not None:
         say(written(figure, run / "figures" / f"law-{law}.png"))
 
