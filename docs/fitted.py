@@ -33,8 +33,12 @@ METHODS = {
 TEXT = """# States fitted to what the catalogue asks
 
 *Written by `python docs/fitted.py` from `results/fitted_small/` (`malloc-bench run fitted_small`: ML-100K, 943
-users, three seeds), `results/benchmarks/why.md` and `results/benchmarks/fitted.md`. Figures of larger data are not
-here yet.*
+users, three seeds), `results/benchmarks/why.md` and `results/benchmarks/fitted.md`. Of larger data
+[results.md](results.md) has MovieLens-1M, behind SASRec and HSTU (`results/fitted/`, `results/methods/`) and in part
+LSRM (`results/lsrm/`). Not run: fitted states behind MARM and Climber on more than ML-100K, and behind any backbone
+on more than MovieLens-1M's million events.*
+
+*Overlap@10, at floor, headroom, budget 1/k: [what the words mean](reading.md#words).*
 
 ## What
 
@@ -72,7 +76,8 @@ query: one vector a layer and head.
 ## Figures
 
 Overlap@10 with the full state's lists, encoder `mxint` (4 bits a number, two bytes a vector), means of three
-trainings; "larger": the smallest state that the method makes is. Standard deviations over the trainings:
+trainings; "larger": the smallest state that the method makes is, by a tenth or more;
+{over}. Standard deviations over the trainings:
 {spread}.
 
 {overlap}
@@ -201,10 +206,24 @@ def rows() -> pl.DataFrame:
 
 def overlap(found: pl.DataFrame, method: str, budget: float) -> dict[str, float]:
     """By backbone, where the smallest state is no larger; a row may stand for budgets that come to one state."""
-    listed = pl.col("budget").str.strip_suffix(" %").str.split(", ")
-    some = found.filter((pl.col("compressor") == method) & listed.list.contains(f"{100 * budget:.6g}"))
-    some = some.filter(pl.col("smaller_x") * budget > 0.9)
-    return dict(some.select("backbone", "overlap@10").iter_rows())
+    return dict(at(found, budget).filter(compressor=method).select("backbone", "overlap@10").iter_rows())
+
+
+def at(found: pl.DataFrame, budget: float) -> pl.DataFrame:
+    """The rows of a budget that come near to it: those whose smallest state is larger by a tenth do not."""
+    listed = pl.col("budget").str.strip_suffix(" %").str.split(", ").list.contains(f"{100 * budget:.6g}")
+    return found.filter(listed & (pl.col("smaller_x") * budget > 0.9))
+
+
+def over(found: pl.DataFrame) -> str:
+    """What stands at a budget and is more than one percent larger."""
+    said = [
+        f"{METHODS[row['compressor']]} behind {NAMES[row['backbone']]} at {share} takes 1/{row['smaller_x']:.0f}"
+        for budget, share in BUDGETS.items()
+        for row in at(found, budget).filter(pl.col("compressor").is_in(METHODS.keys())).iter_rows(named=True)
+        if row["smaller_x"] * budget < 0.99
+    ]
+    return ", ".join(said) or "none that stands here is larger by a hundredth"
 
 
 def spread() -> str:
@@ -325,6 +344,7 @@ def page() -> str:
         recent_high=f"{max(recent):.0%}",
         overlap=table(found),
         spread=spread(),
+        over=over(found),
         made=committed("fitted.md"),
         read=committed("fitted.md", 1),
         parts=committed("fitted.md", 2),

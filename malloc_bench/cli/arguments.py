@@ -38,7 +38,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no le
 
 
 def shard(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)):
+    if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)):
         raise typer.BadParameter(f"expected I/N, such as 3/16, not '{text}'", param_hint="--shard")
     return int(match[1]), int(match[2])
 

@@ -180,7 +180,9 @@ def list_(
 def show(
     name: NameArg,
     as_json: AsJson = False,
-    run: Annotated[Path | None, typer.Option(help="A run: what its fits make of each budget (auto).")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A run: what its fits make of each budget (auto).", parser=run_folder)
+    ] = None,
     only: Only = None,
 ) -> None:
     """A compressor, backbone, data set or suite: what it is, where it comes from, its parameters."""

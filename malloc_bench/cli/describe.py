@@ -164,7 +164,10 @@ def explained(name: str, run: Path, only: Mapping[str, Sequence[str]]) -> list[t
     loaded = load_run(run)
     rows = rows_of(loaded.folder)
     cells = [Cell.of_row(row) for row in rows]
-    asked = suite.only(cells, {**only, "compressor": [name]})
+    of_it = [cell for cell in cells if name in (cell.compressor.name, cell.compressor.label)]
+    if not of_it:
+        raise ValueError(f"{run} has no row of {name}: name a run of a suite with {name} in it (--run)")
+    asked = suite.only(of_it, only)
     lines: Lines = []
     for row, cell in zip(rows, cells):
         said = loaded.explained(row["cell_id"]) if cell in asked else ()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 plans = typer.Typer()
 
 KEEPS_IDS = "recompute"
+NEAR = 0.05  # of a length: what is no nearer than that to a measured one is extrapolated; costs are as noisy
 WHY = (
     "Machines: whole ones, with states in RAM or on SSD, as many as memory or cores need. Pays from: requests per user "
     "and day from which on keeping this state is never dearer than keeping ids and rebuilding the state for each read, "
@@ -94,9 +95,8 @@ def printed(
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
-        near = measured[0][0]["measured_history"], measured[0][0]["measured_history_long"]
-        inside = near[0] <= fleet.events <= (near[1] or near[0])
-        on.print(terminal(table, filled(table, _columns()), head + ("" if inside else ": EXTRAPOLATED"), on.width))
+        beyond = ": EXTRAPOLATED" if _beyond(measured[0][0], fleet.events) else ""
+        on.print(terminal(table, filled(table, _columns()), head + beyond, on.width))
         for line in _said([row for row, _ in measured], [each for _, each in measured], ids):
             tell(on, line)
         on.print()
@@ -187,6 +187,15 @@ def _columns() -> list[Any]:
     ]
 
 
+def _beyond(row: Mapping[str, Any], events: float) -> str:
+    """How far a length lies from those that were measured, in words; nothing where it is as good as one of them."""
+    n = row["measured_history"]
+    most = row["measured_history_long"] or n
+    if n * (1 - NEAR) <= events <= most * (1 + NEAR):
+        return ""
+    return f"{events / most:.3g} times the longest" if events > most else f"{events / n:.3g} times the shorter"
+
+
 def _said(rows: list[dict[str, Any]], plans: list[Plan], ids: Plan) -> Iterator[str]:
     """What a section's numbers were measured at, and what follows of it."""
     row = rows[0]
@@ -197,12 +206,11 @@ def _said(rows: list[dict[str, Any]], plans: list[Plan], ids: Plan) -> Iterator[
     line += "CPU time of one thread"
     line += f"; requests of {by} methods one user at a time through {row['store']}, wall time" if by else ""
     yield f"{line}."
-    if not n <= events <= most:
+    if beyond := _beyond(row, events):
         yield (
-            f"EXTRAPOLATED to {events:,.0f} events, {events / (most if events > most else n):.3g} times the "
-            f"{'longest' if events > most else 'shorter'} that was measured: bytes along the line through both lengths "
-            "(of a share in proportion), times by FLOPs where they were counted; overlap and agreement are of the "
-            "run's users."
+            f"EXTRAPOLATED to {events:,.0f} events, {beyond} that was measured (beyond {NEAR:.0%} it is called so): "
+            "bytes along the line through both lengths (of a share in proportion), times by FLOPs where they were "
+            "counted; overlap and agreement are of the run's users."
         )
     growths = {each.costs.method: each.costs.growth for each in plans}
     constant = [method for method, growth in growths.items() if growth.startswith("constant")]

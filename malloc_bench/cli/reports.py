@@ -91,8 +91,9 @@ def fit(
     say(text)
     figure = drawn(law, found)
     path = run / f"law-{law}.md"
+    other = path.exists() and path.read_bytes() != text.encode()
     atomic_write(path, text.encode())
-    say(path)
+    say(f"{path}{' (replaced: what was there said otherwise)' if other else ''}")
     if figure is not None:
         say(written(figure, run / "figures" / f"law-{law}.png"))
 
@@ -101,11 +102,16 @@ def fit(
 def merge(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as shards of one suite.")],
     out: Annotated[Path, typer.Option(help="The folder that they become.")],
-) -> None:
-    """Make one run of several: digests are checked, and cells that two have must agree."""
-    from malloc_bench.run.merge import merge
+) -> int:
+    """Make one run of several: digests are checked, cells that two have must agree; exit code 1 if one is left out."""
+    from malloc_bench.run.merge import merge, there
 
-    say(f"{merge([run_folder(run) for run in runs], out) / 'leaderboard.md'}")
+    folders = [run_folder(run) for run in runs]
+    given = there(*folders, out)
+    say(f"{merge(folders, out) / 'leaderboard.md'}")
+    if lost := len(given - there(out)):
+        say(f"{lost} of {len(given)} rows were left out, as warned above", err=True)
+    return 1 if lost else 0
 
 
 @reports.command()

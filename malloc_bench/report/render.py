@@ -242,38 +242,50 @@ def terminal(frame: pl.DataFrame, columns: Sequence[Column], title: str, width: 
     from rich.table import Table
     from rich.text import Text
 
-    gap = 1 if width < 100 else 2
     texts = [[shown(column.text(row)) for row in frame.iter_rows(named=True)] for column in columns]
     longest = [max(map(cell_len, each), default=0) for each in texts]
     heads = [max(map(cell_len, _two_lines(column.header).split("\n"))) for column in columns]
-    wide = [min(max(pair), _most(c, width)) + gap for c, *pair in zip(columns, heads, longest)]
-    fitting = _fitting(columns, wide, width)
+
+    def wide(width: int) -> list[int]:
+        return [min(max(pair), _most(c, width)) + _gap(width) for c, *pair in zip(columns, heads, longest)]
+
+    given, gap, fitting = wide(width), _gap(width), _fitting(columns, wide(width), width)
+    enough = next(each for each in range(width, 10_000) if sum(wide(each)) <= each or each == 9_999)
     table = Table(
         title=Text(shown(title), style="bold"),
         title_justify="left",
-        caption=_no_room([each for i, each in enumerate(columns) if i not in fitting]),
+        caption=_no_room([each for i, each in enumerate(columns) if i not in fitting], enough),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, gap - 1, 0, 0),
     )
-    for column, most in ((columns[i], longest[i]) for i in fitting):
+    spare = width - sum(given[i] for i in fitting)  # for words that would go on below
+    for i in fitting:
+        column, least = columns[i], given[i] - gap
+        most = max(1, min(max(longest[i], least), least + spare))
+        spare -= most - least if column.left else 0
         justify: Literal["left", "right"] = "left" if column.left else "right"
         table.add_column(
             Text(_two_lines(column.header)), justify=justify, vertical="bottom", no_wrap=not column.left,
-            overflow="fold", min_width=min(_most(column, width), most) if column.left else None,
+            overflow="fold", width=most if column.left else None,
         )  # fmt: skip
     for line in zip(*(texts[i] for i in fitting)):
         table.add_row(*map(Text, line))
     return table
 
 
-def _no_room(columns: Sequence[Column]) -> str | None:
-    """Which columns a terminal is too narrow for."""
+def _gap(width: int) -> int:
+    """Blanks between two columns."""
+    return 1 if width < 100 else 2
+
+
+def _no_room(columns: Sequence[Column], enough: int) -> str | None:
+    """Which columns a terminal is too narrow for, and how wide one must be."""
     if not columns:
         return None
-    first = ", ".join(column.header.split(" [")[0] for column in sorted(columns, key=lambda each: each.rank)[:6])
-    return f"No room for: {first}" + (f" and {len(columns) - 6} more" if len(columns) > 6 else "")
+    names = ", ".join(column.header.split(" [")[0] for column in sorted(columns, key=lambda each: each.rank))
+    return f"No room for: {names}. A width of {enough} shows all (COLUMNS={enough})."
 
 
 def _fitting(columns: Sequence[Column], wide: Sequence[int], width: int) -> list[int]:

@@ -33,7 +33,7 @@ def unfolded(frame: pl.DataFrame, column: str, values: Sequence[str], where: Cal
     found = [json.loads(text or "{}") for text in rows[column]]
     parts = []
     keys = dict.fromkeys(key for each in found for key in each if where(key))
-    for key in sorted(keys, key=lambda key: int(key) if key.isdigit() else 0):  # JSON has 10 before 2
+    for key in sorted(keys, key=lambda key: int(key) if key.isdecimal() else 0):  # JSON has 10 before 2
         own = [each.get(key) or {} for each in found]
         numbers = {name: pl.Series(name, [each.get(name) for each in own], pl.Float64) for name in values}
         users = pl.Series("n_users", [each.get("n_users") or 0 for each in own], pl.Int64)
@@ -92,7 +92,7 @@ def trajectory(frame: pl.DataFrame) -> pl.DataFrame:
     and overlap with the full state's list that was fed alike.
     """
     values = [f"{way}_{name}@10" for name in ("hr", "ndcg", "overlap") for way in WAYS]
-    return unfolded(frame, "steps", values, str.isdigit).select(*GROUP, *METHOD, "key", "n_users", *values)
+    return unfolded(frame, "steps", values, str.isdecimal).select(*GROUP, *METHOD, "key", "n_users", *values)
 
 
 def transfer(frame: pl.DataFrame) -> pl.DataFrame:

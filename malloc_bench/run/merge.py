@@ -56,6 +56,11 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
     return folder
 
 
+def there(*runs: Path) -> set[str]:
+    """Names of the files that rows are in, good or not."""
+    return {path.name for run in runs for path in (run / "rows").glob("*.json")}
+
+
 def _add(rows: dict[str, tuple[Row, Path]], run: Path, advice: str = "") -> None:
     """Put the rows of a run beside those of others, by cell, each with the run that it is of."""
     try:

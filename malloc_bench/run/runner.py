@@ -24,6 +24,7 @@ from malloc_bench.results import COLUMNS, Row, differing, read_rows, rows_of
 from malloc_bench.run.estimate import probed
 from malloc_bench.run.executors.cluster import Cluster
 from malloc_bench.run.executors.local import Local
+from malloc_bench.run.executors.promises import broken_within
 from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
 from malloc_bench.run.session import Session
@@ -32,7 +33,6 @@ from malloc_bench.suite.cells import Cell, Part
 from malloc_bench.suite.plan import RunResult, groups, make_plan, partial_name
 from malloc_bench.suite.suite import Suite, load_suite
 from malloc_bench.suite.tuning import Tuned
-from malloc_bench.testing import broken_promises
 
 log = logging.getLogger(__name__)
 
@@ -217,10 +217,9 @@ def compare(
     base = load_suite(suite)
     wanted = dict.fromkeys(["full", "none", name, *against])  # without its floor a table says nothing of headroom
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]
-    built = [part.checked() for part in parts]  # an unknown name is an error before anything runs
-    broken = (
-        [] if dry_run else [line for each in built if each.name == name for line in broken_promises(each, quick=True)]
-    )
+    for part in parts:
+        part.checked()  # an unknown name is an error before anything runs
+    broken = [] if dry_run else broken_within([part for part in parts if part.name == name], base.limits)
     remarks = {}
     if broken:
         remarks[name] = f"breaks {len(broken)} of the promises that `malloc-bench check` tries, such as {broken[0]}"

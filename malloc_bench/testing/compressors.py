@@ -33,9 +33,8 @@ from malloc_bench.testing.worlds import (
     worlds,
 )
 
-_BUDGETS = tuple(
-    map(Budget.parse, (0.9, 0.5, 0.25, 0.1, 0.02, {"slots": 1}, {"slots": 6}, {"bytes": 1}, {"bytes": 2500}))
-)
+Tried = Callable[[Check], object]
+_MANY = tuple(map(Budget.parse, (0.9, 0.5, 0.25, 0.1, 0.02, {"slots": 1}, {"slots": 6}, {"bytes": 1}, {"bytes": 2500})))
 _SOME = tuple(map(Budget.parse, (0.5, 0.1, {"bytes": 2500})))
 
 
@@ -79,9 +78,9 @@ def _checks(compressor: Compressor, backbones: Iterable[Backbone] | None) -> lis
 
 
 def broken_promises(
-    compressor: Compressor, *, backbones: Iterable[Backbone] | None = None, quick: bool = False
+    compressor: Compressor, *, backbones: Iterable[Backbone] | None = None, quick: bool = False, trying: Tried = str
 ) -> list[str]:
-    """A line for each of `compressor_checks` that fails, empty where all is well.
+    """A line for each of `compressor_checks` that fails, empty where all is well. trying: told of each before it.
 
     quick: on plain tensors and behind one backbone only; some seconds.
     """
@@ -89,6 +88,7 @@ def broken_promises(
         backbones = [b for world in worlds() if (b := world.backbone) is not None and world.name == "sasrec1"]
     broken = []
     for check in compressor_checks(compressor, backbones=backbones):
+        trying(check)
         try:
             check()
         except Exception as error:  # whatever it is, a promise is broken
@@ -347,4 +347,4 @@ COMPRESSOR_PROMISES: tuple[Callable[..., None], ...] = (
 def _budgets(compressor: Compressor, some: bool = False) -> Sequence[Budget | None]:
     if not compressor.takes_budget:
         return (None,)
-    return tuple(b for b in (_SOME if some else _BUDGETS) if compressor.accepts(b) is None)
+    return tuple(b for b in (_SOME if some else _MANY) if compressor.accepts(b) is None)

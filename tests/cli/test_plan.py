@@ -53,6 +53,15 @@ def test_a_plan_says_what_is_needed_and_what_was_assumed(run, tmp_path, capsys) 
     assert figures == [".png", ".png", ".svg", ".svg"]
 
 
+def test_a_length_is_called_extrapolated_beyond_five_percent_of_what_was_measured(run, tmp_path, capsys) -> None:
+    n, most = load_results(run).select("measured_history", "measured_history_long").drop_nulls().row(0)
+    for events, far in ((most * 1.04, False), (most * 1.06, True), (n * 0.96, False), (n * 0.94, True)):
+        asked = [*ASKED[:2], "--events", str(events), *ASKED[4:]]
+        assert main(["plan", str(run), *asked, "--only", "compressor=full", "--out", str(tmp_path)]) == 0
+        text = capsys.readouterr().out
+        assert text.count("EXTRAPOLATED") == 2 * far and ("(beyond 5% it is called so)" in text) == far
+
+
 def test_bytes_and_costs_are_those_of_the_rows(run, tmp_path, capsys) -> None:
     """At a length that was measured nothing is extrapolated: the sums are the rows' own."""
     (row,) = load_results(run).filter(compressor="full").to_dicts()
@@ -132,5 +141,11 @@ def test_show_prints_what_a_budget_gets_of_what_was_learned(tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     shares = [float(line.split("%")[0].rsplit(" ", 1)[1]) for line in lines if "of the bytes" in line]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2) and " at 0.25, seed 0" in " ".join(lines)
-    assert main(["show", "recent", "--run", run]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs" / "mine")
+    assert main(["show", "recent", "--run", "mine"]) == 2  # a name below runs/ too, as other commands take it
     assert "recent makes nothing of a budget by what it learned" in capsys.readouterr().err
+    assert main(["show", "kmeans", "--run", "mine"]) == 2
+    err = capsys.readouterr().err
+    assert "runs/mine has no row of kmeans: name a run of a suite with kmeans in it (--run)" in err

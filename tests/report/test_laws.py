@@ -150,6 +150,9 @@ def test_the_command_writes_a_page_and_a_figure(tmp_path, capsys, row):
     assert "fitted 1 of 1\n" in told_on_the_way
     assert "a law in" in said and (tmp_path / "law-model.md").read_text().startswith("# The law `model`: loss over")
     assert (tmp_path / "figures" / "law-model.png").stat().st_size > 1000
+    asked, replaced = ["fit", str(tmp_path), "--law", "model", "--bootstraps"], "law-model.md (replaced: what was there"
+    assert main([*asked, "3"]) == 0 and replaced not in capsys.readouterr().out  # it is the same
+    assert main([*asked, "4"]) == 0 and replaced in capsys.readouterr().out
     assert main(["fit", str(tmp_path), "--law", "dat"]) == 2
     assert "no law is named 'dat'; there are model, data, cache, flops, compression" in capsys.readouterr().err
 

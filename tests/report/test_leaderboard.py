@@ -1,8 +1,12 @@
+import io
+import re
+
 import polars as pl
 import pytest
 from rich.console import Console
 
 from malloc_bench.report import leaderboard as lb
+from malloc_bench.report.render import Column, number, terminal, words
 from malloc_bench.results import frame
 
 DELTA = ("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi")
@@ -243,8 +247,23 @@ def test_a_narrow_terminal_shows_what_counts_and_names_the_rest(suite):
     text = shown(suite, only={"backbone": ["hstu"]}, width=80)
     (head,) = (line for line in text.splitlines() if line.startswith("compressor"))
     assert head.split()[:4] == ["compressor", "budget", "(KB/user)", "fidelity"] and "interval]" in head
-    assert "No room for: " in text and "NDCG@10" in text.split("No room for: ")[1]
-    assert "No room for" not in shown(suite, only={"backbone": ["hstu"]}, width=500)
+    left = " ".join(text.split("No room for: ")[1].split())
+    assert left.startswith("NDCG@10, lossless, ") and "p (Holm)" in left
+    enough = int(re.search(r"A width of (\d+) shows all \(COLUMNS=\1\)", left)[1])
+    assert "No room for" not in shown(suite, only={"backbone": ["hstu"]}, width=enough)
+    assert "No room for" in shown(suite, only={"backbone": ["hstu"]}, width=enough - 1)
+
+
+def test_no_heading_is_cut_where_words_of_a_left_column_are_long():
+    """Two columns of words, either longer than it is given: the numbers beside them keep their place."""
+    rows = pl.DataFrame({"a": ["x" * 19], "b": ["50, 25, 12.5 %"], "c": [1.0], "d": ["+0.0 [-0.0, +0.0]"]})
+    columns = [words("a", "compressor", most=19), words("b", "budget", most=9), number("c", "fidelity", ".3f"),
+               Column("ΔNDCG [95 % interval]", lambda row: row["d"]), number("c", "read (× full)", ".2f"),
+               number("c", "more (× full)", ".2f")]  # fmt: skip
+    out = io.StringIO()
+    Console(width=76, file=out).print(terminal(rows, columns, "title", 76))
+    text = out.getvalue()
+    assert text.count("(× full)") == 2 and text.split().count("1.00") == 2 and "No room" not in text
 
 
 def test_rows_of_one_budget_stand_by_what_they_keep(suite):

@@ -72,6 +72,8 @@ def test_trajectories_step_by_step_and_in_a_figure(row, board_of):
     frame = board_of(rows_of(row, task="retrieval(steps=10)", steps={str(n): step(n) for n in (1, 10, 2)}))
     found = tables.table(frame, "trajectory")
     assert found["key"].unique(maintain_order=True).to_list() == ["1", "2", "10"]
+    odd = board_of(rows_of(row, task="retrieval(steps=10)", steps={"1": step(1), "²": step(2)}))  # no number to int()
+    assert tables.table(odd, "trajectory")["key"].unique().to_list() == ["1"]
     text = tables.render_table(frame, "trajectory")
     assert (
         "HR@10 of the next items, fed what the model ranks first" in text and "| 2 (98 users) | 10 (90 users) |" in text

@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 
 from malloc_bench import registry
-from malloc_bench.registry import register
+from malloc_bench.registry import load_part, register
 from malloc_bench.results import Row, read_rows
 from malloc_bench.run import runner
 from malloc_bench.run.executors import page, shared
 from malloc_bench.run.executors.page import SIZE, Notes, Page
+from malloc_bench.run.executors.promises import broken_within
 from malloc_bench.run.runner import run_suite
 from malloc_bench.run.session import ALONE, TRAINING, Session
+from malloc_bench.suite.cells import Part
+from malloc_bench.suite.file import Limits
 
 SUITE = """
 name: limited
@@ -227,3 +230,66 @@ def test_arrays_are_mapped_and_what_is_written_stays_private(tmp_path: Path) -> 
         assert not found["a"].flags.owndata
     one["a"][0] = 5
     assert other["a"][0] == 0
+
+
+#: each goes wrong with any users; and one that breaks a promise only
+BAD = """
+import os, signal, time
+from dataclasses import dataclass
+import torch
+from malloc_bench import register
+from malloc_bench.compressors import Eviction
+
+@dataclass(frozen=True)
+class Bad(Eviction):
+    family = "eviction"
+
+    def scores(self, prefill, layer):
+        self.work()
+        return (prefill.keys(layer) - prefill.keys(layer)[:1]).norm(dim=-1)
+
+    def work(self): pass
+
+class Naps(Bad):
+    def work(self): time.sleep(3000)
+
+class Eats(Bad):
+    def work(self):
+        held = [time.sleep(0.02) or torch.ones(1 << 24) for _ in range(100)]  # up to 6.4 GB
+
+class Falls(Bad):
+    def work(self): os.kill(os.getpid(), signal.SIGSEGV)
+
+class Goes(Bad):
+    def work(self): os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Naps", "a first compression: it took 4 s, the limit is 4 s; nothing after it was tried"),
+        ("Eats", "a first compression: its process had 1."),
+        ("Falls", "a first compression: its process was killed by SIGSEGV; nothing after it was tried"),
+        ("Goes", "a first compression: its process was ended with exit code 0; nothing after it was tried"),
+        ("Bad", "tensors-ignores_the_batch: "),
+    ],
+)
+def test_promises_are_tried_within_the_limits_of_cells(
+    name: str, said: str, methods_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    part = Part(load_part(f"{tmp_path / 'bad.py'}:{name}"))
+    (line, *_) = broken_within([part], Limits(seconds=600 if name == "Bad" else 4, memory=10**9))
+    assert line.startswith(said)
+
+
+def test_compare_tries_its_promises_within_limits(suite: Path, tmp_path: Path, methods_file, trusted, caplog) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    suite.write_text(SUITE % "knorm" + "limits: {seconds: 600}")
+    assert runner.compare(f"{tmp_path / 'bad.py'}:Goes", suite, out=tmp_path / "run").exit_code == 1
+    assert "such as a first compression: its process was ended with exit code 0; nothing after" in caplog.text
+
+
+def test_a_sound_method_breaks_no_promise_within_limits(methods_file: Path) -> None:
+    assert broken_within([Part("good")], Limits(seconds=600)) == []

@@ -1,5 +1,6 @@
 """Shards of a suite, made one by one and merged, are the run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,20 @@ def test_spoilt_files_and_empty_folders_are_refused(shards: list[Path], tmp_path
         merge(shards, tmp_path / "out")
 
 
-@pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0"])
+def test_the_exit_code_says_that_a_row_was_left_out(
+    shards: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = next((shards[1] / "rows").glob("*.json"))
+    spoilt.write_text(json.dumps({**json.loads(spoilt.read_text()), "n_users": 301}))
+    asked = ["merge", *map(str, shards), "--out"]
+    assert main([*asked, str(tmp_path / "some")]) == 1
+    err = capsys.readouterr().err
+    assert f"{spoilt}: its digest does not match" in err and "1 of 7 rows were left out, as warned above" in err
+    assert len(read_rows(tmp_path / "some" / "rows")) == 6
+    assert main([*asked, str(tmp_path / "all"), str(tmp_path / "whole")]) == 0  # another run has it
+
+
+@pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0", "٣/٤", "³/4", "1/4\n"])
 def test_a_shard_is_one_of_n(tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.yaml").write_text(SUITE)
     assert main(["run", str(tmp_path / "tiny.yaml"), "--shard", shard, "--out", str(tmp_path / "x")]) == 2

@@ -508,7 +508,7 @@ def test_compare_runs_only_what_is_new_and_sees_a_changed_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(MINE)
-    monkeypatch.setattr(runner, "broken_promises", lambda *args, **options: [])  # takes seconds
+    monkeypatch.setattr(runner, "broken_within", lambda *args: [])  # takes seconds
     run_suite(suite, quiet=True)
     first = compare("mine.py:Mine", suite, ["recent", "knorm"])
     assert (first.ok, first.reused) == (2, 3)  # and no history, which the suite does not ask for

@@ -35,9 +35,9 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  
 
 
 class Worker:
-    """A process, and what it is at. task, lane: None while it waits."""
+    """A process, and what it is at. task, lane: None while it waits; module: what it runs."""
 
-    def __init__(self, set_up: BinaryIO, threads: int) -> None:
+    def __init__(self, set_up: BinaryIO, threads: int, module: str = "malloc_bench.run.executors.worker") -> None:
         self.pipe, theirs = Pipe()
         with theirs, tempfile.TemporaryFile() as page:
             page.truncate(SIZE)
@@ -46,7 +46,7 @@ class Worker:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
             environment |= {name: environment.get(name, str(threads)) for name in _THREADS}
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "malloc_bench.run.executors.worker", *map(str, passed)],
+                [sys.executable, "-m", module, *map(str, passed)],
                 pass_fds=passed, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
             )  # fmt: skip
         self.task: Task | None = None
@@ -71,6 +71,11 @@ class Worker:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def how(self) -> str:
+        """It ended."""
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
     def kill(self) -> None:
         """With all that it has started."""
         with contextlib.suppress(ProcessLookupError):
@@ -80,6 +85,23 @@ class Worker:
     def close(self) -> None:
         self.kill()
         self.pipe.close()
+
+
+def too_long(most: Limits, now: Now) -> str | None:
+    """Why what a worker is at takes too long, if it does."""
+    seconds = now.spent + time.monotonic() - now.since
+    if most.seconds is None or seconds <= most.seconds:
+        return None
+    return f"it took {seconds:.0f} s, the limit is {most.seconds:g} s"
+
+
+def too_much(most: Limits, now: Now, process: int) -> tuple[str, bool] | None:
+    """Why a worker's process has too much in memory, if it has, and whether it is most of all its present method's."""
+    if most.memory is None or (memory := memory_of(process)) <= most.memory:
+        return None
+    sizes = [f"{size / 1e9:.1f} GB" for size in (memory, now.memory, most.memory)]
+    why = "its process had {} in memory, {} of them before it began; the limit is {}".format(*sizes)
+    return why, memory - now.memory > most.memory / 2
 
 
 class Local(Executor):
@@ -157,20 +179,18 @@ class Local(Executor):
         now = worker.page.read()
         if now is None or not now.cell or now.what == TRAINING:
             return
-        most, seconds = self.limits, now.spent + time.monotonic() - now.since
-        if most.seconds is not None and seconds > most.seconds:
-            self._end(worker, now, f"it took {seconds:.0f} s, the limit is {most.seconds:g} s")
-        elif most.memory is not None and (memory := memory_of(worker.process.pid)) > most.memory:
-            sizes = [f"{size / 1e9:.1f} GB" for size in (memory, now.memory, most.memory)]
-            own = memory - now.memory > most.memory / 2 or now.cell in self.again
+        if (why := too_long(self.limits, now)) is not None:
+            self._end(worker, now, why)
+        elif (found := too_much(self.limits, now, worker.process.pid)) is not None:
+            why, own = found
+            own = own or now.cell in self.again
             self.again.add(now.cell)
-            why = "its process had {} in memory, {} of them before it began; the limit is {}".format(*sizes)
             self._end(worker, now, why if own else None)
 
     def _dead(self, worker: Worker) -> None:
         """What a worker that has died was at is tried again once; what its own method has killed is not."""
         now, task, code = worker.page.read(), worker.task, worker.process.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = worker.how()
         own = now is not None and now.cell and task is not None and (task.again or -code not in _FROM_OUTSIDE)
         left = self._end(worker, now if own else None, f"its process was {how}" if own else None)
         if left is None or own:

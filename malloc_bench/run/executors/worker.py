@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ class _Warnings(logging.Handler):
 
 def _main(parent: Connection, set_up: int, page: int) -> None:
     tasks: queue.SimpleQueue[tuple[Task, set[Part]]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(parent, tasks), daemon=True).start()
+    listen(parent, tasks)
     log = logging.getLogger("malloc_bench")
     log.addHandler(_Warnings(parent))
     log.propagate = False
@@ -142,12 +143,23 @@ def _main(parent: Connection, set_up: int, page: int) -> None:
         parent.send(("error", told(error), portable_error(error)))
 
 
-def _listen(parent: Connection, tasks: queue.SimpleQueue[tuple[Task, set[Part]]]) -> None:
-    """What the parent gives; when it is gone this process is gone too, with all that it has started."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            tasks.put(parent.recv())
-    os.killpg(0, signal.SIGKILL)
+def listen(parent: Connection, tasks: queue.SimpleQueue[Any]) -> None:
+    """What the parent gives, from now on; when it is gone this process is gone too, with all that it has started."""
+
+    def hear() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                tasks.put(parent.recv())
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=hear, daemon=True).start()
+
+
+def enter(main: Callable[[Connection, int, int], None]) -> None:
+    """Run a worker's process: descriptors that are its own, of a pipe, of what it is given, and of a page."""
+    for descriptor in (ours := [int(word) for word in sys.argv[1:]]):
+        os.set_inheritable(descriptor, False)
+    main(Connection(ours[0]), *ours[1:])
 
 
 def portable_error(error: BaseException) -> BaseException | None:
@@ -156,6 +168,4 @@ def portable_error(error: BaseException) -> BaseException | None:
 
 
 if __name__ == "__main__":
-    for descriptor in (ours := [int(word) for word in sys.argv[1:]]):
-        os.set_inheritable(descriptor, False)
-    _main(Connection(ours[0]), *ours[1:])
+    enter(_main)
