@@ -92,6 +92,10 @@ class Coded(NamedTuple):
     given: tuple
     size: tuple[int, int]
 
+    @property
+    def many(self) -> bool:
+        return self.ways.many
+
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         return partial(self.ways.dot, *self.given, count, q, out, heads)
 
