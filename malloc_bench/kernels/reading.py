@@ -13,7 +13,7 @@ from torch import Tensor
 from malloc_bench.kernels.gpu import on_gpu
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 
-FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
+FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply, but see `Reader.many`
 _CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
 _AT_HAND = 1 << 22  # logits that are kept of all rows
 _NONE, _NO_ROWS = np.zeros((1, 1, 0, 0), np.float32), np.zeros((1, 1, 0), np.float32)
@@ -117,12 +117,15 @@ def _of_heads(some: int, every: int) -> bool:
     return some > 0 and not every % some
 
 
-def _fit(b: int, h: int, *given: tuple[Tensor, list[int]]) -> bool:
-    """Whether each is [B or 1, H or fewer, ...] of float32, as `loops.part` takes it, and ends as said."""
-    for x, end in given:
-        users, heads, *rest = x.shape
-        if (users != b and users != 1) or not _of_heads(heads, h) or rest != end or x.dtype != torch.float32:
+def _fit(given: list[tuple[Tensor, tuple[int, ...]]]) -> bool:
+    """Whether each is of float32 and of that size, or of one user or fewer heads, as `loops.part` takes it."""
+    for x, size in given:
+        if x.dtype != torch.float32:
             return False
+        if x.shape != size:
+            users, heads, *rest = x.shape
+            if (users != size[0] and users != 1) or not _of_heads(heads, size[1]) or rest != [*size[2:]]:
+                return False
     return True
 
 
@@ -160,12 +163,13 @@ def attend(
     users, heads, s, wide = values.shape
     if keys.shape != (users, heads, s, d) or users != b or not _of_heads(heads, h) or not m:
         return None
-    known = [(q, [m, d]), (own["keys"], [m, d]), (own["values"], [m, wide])]
+    known: list[tuple[Tensor, tuple[int, ...]]]
+    known = [(q, (b, h, m, d)), (own["keys"], (b, h, m, d)), (own["values"], (b, h, m, wide))]
     if mass is not None:
-        known.append((mass, [s]))
+        known.append((mass, (b, h, s)))
     if bias is not None:
-        known += (bias[0], [m, s]), (bias[1], [m])
-    if not _fit(b, h, *known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
+        known += (bias[0], (b, h, m, s)), (bias[1], (b, h, m))
+    if not _fit(known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
         return None
     given = [*(x for x, _ in known), count]
     given += [*keys.tensors(), *values.tensors()]
@@ -186,7 +190,6 @@ def attend(
         return out
     logits = torch.empty(rows, m, s).numpy()  # by torch: what is measured as memory is seen there
     ask, (take, after) = of_keys.dot(asked, h, counts, logits), of_values.mix(logits, h, counts, mixed)
-
     step = rows if m <= FEW else max(1, _CACHED // (8 * m * s))
 
     def some(start: int, stop: int) -> None:
@@ -196,7 +199,7 @@ def attend(
             weigh(logits, 0, first, last)
             take(first, last)
 
-    spread(some, rows, rows * s * d)
+    spread(some, rows, rows * s * d * m)
     if after is not None:
         after()
     return out
