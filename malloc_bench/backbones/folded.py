@@ -49,7 +49,9 @@ def in_one_pass(
 ) -> Tensor | None:
     """What tokens mix of themselves and of a layer of one segment, or none, [B, H, M, D], where a kernel weighs as the
     block does and knows how vectors are written; None where it does not."""
-    if block.weighing is None or len(layer) > 1 or not kernels.reads(q) or own.keys() != {"keys", "values"}:
+    if block.weighing is None or len(layer) > 1 or own.keys() != {"keys", "values"}:
+        return None
+    if block.biased and not kernels.reads(q):  # its bias takes a while
         return None
     mass, slots, segment = None, None, layer[0] if layer else None
     width = 0 if segment is None else segment.width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ class Affine:
     top: Tensor | None = None
     _known: list[Coded] = field(default_factory=list)  # the reader, where it has no copies of its own
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         b, h, s, _ = self.codes.shape
         return b, h, s, self.width
@@ -91,6 +91,10 @@ class Coded(NamedTuple):
     ways: Ways
     given: tuple
     size: tuple[int, int]
+
+    @property
+    def many(self) -> bool:
+        return self.ways.many
 
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         return partial(self.ways.dot, *self.given, count, q, out, heads)

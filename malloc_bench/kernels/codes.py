@@ -12,55 +12,70 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from malloc_bench.kernels import whole
-from malloc_bench.kernels.lanes import AT, F32, Row, inlined
+from malloc_bench.kernels.lanes import AT, F32, Lanes, Row, inlined
 
 
 def _products(x: Row) -> None:
-    if whole.fits(x):
+    if whole.fits(x.bits, x.words):
         return whole.products(x)
-    codes, row, sizes, out = (x.array(i) for i in (0, 3, 4, 5))
-    slots = x.columns(4)
-    known = {part: x.taken_apart(row, *part) for part in x.parts}
+    codes, asked, by, sizes, out = (x.array(i) for i in (0, 3, 4, 6, 7))
+    width, slots, columns = x.columns(3), x.columns(6), x.columns(7)
+    row = cgutils.alloca_once(x.builder, ir.ArrayType(F32, x.groups * x.words * x.planes))  # zeros behind the width
+    row = x.builder.bitcast(row, F32.as_pointer())
+    with cgutils.for_range(x.builder, x.columns(3, 0)) as query:
+        first = x.builder.mul(query.index, width)
 
-    def of(slot: Any) -> dict[int, Any]:
-        """By the width of vectors, what comes to the product."""
-        total: dict[int, Any] = {}
-        for j, lanes in x.parts:
-            found = None
-            for one, other in zip(known[j, lanes], x.code_planes(codes, slot, j, lanes)):
-                found = x.sum(found, x.product(one, other))
-            if x.groups > 1:
-                found = x.product(found, x.of_groups(sizes, slots, slot, j, lanes, x.words))
-            total[lanes] = x.sum(total.get(lanes), found)
-        return total
+        def each(some: list[Any], first: Any = first) -> None:
+            numbers = x.product(x.load(asked, x.plus(some[0], first), len(some)), x.load(by, some[0], len(some)))
+            x.store(numbers, row, some[0])
 
-    x.dotted(of, out)
+        x.loop(ir.Constant(AT, 0), width, 4, each)
+        known = {part: x.taken_apart(row, *part) for part in x.parts}
+
+        def of(slot: Any) -> dict[int, Any]:
+            """By the width of vectors, what comes to the product."""
+            total: dict[int, Any] = {}
+            for j, lanes in x.parts:
+                found = None
+                for one, other in zip(known[j, lanes], x.code_planes(codes, slot, j, lanes)):
+                    found = x.sum(found, x.product(one, other))
+                if x.groups > 1:
+                    found = x.product(found, x.of_groups(sizes, slots, slot, j, lanes, x.words))
+                total[lanes] = x.sum(total.get(lanes), found)
+            return total
+
+        x.dotted(of, x.builder.gep(out, [x.builder.mul(query.index, columns)]))
 
 
 def _sums(x: Row) -> None:
-    if whole.fits(x):
+    if whole.fits(x.bits, x.words):
         return whole.sums(x)
-    codes, weights, out = (x.array(i) for i in (0, 3, 4))
-    columns = x.columns(3)
-    kept = {}
-    for part in x.parts:
-        kind = ir.VectorType(F32, part[1])
-        kept[part] = [cgutils.alloca_once(x.builder, kind, zfill=True) for _ in range(x.planes)]
+    codes, weights, sizes, out = (x.array(i) for i in (0, 3, 4, 5))
+    columns, slots = x.columns(3), x.columns(4)
+    kept = {
+        part: [cgutils.alloca_once(x.builder, ir.VectorType(F32, part[1])) for _ in range(x.planes)] for part in x.parts
+    }
+    with cgutils.for_range(x.builder, x.columns(3, 0)) as query:
+        row = x.builder.gep(weights, [x.builder.mul(query.index, columns)])
+        for place in (place for planes in kept.values() for place in planes):
+            x.builder.store(place.type.pointee([0] * place.type.pointee.count), place)
 
-    def body(some: list[Any]) -> None:
-        for part in x.parts:
-            found: list[Any] = [None] * x.planes
-            for slot in some:
-                weight = x.of_groups(weights, columns, slot, *part, x.words)
-                planes = x.code_planes(codes, slot, *part)
-                found = [x.sum(to, x.product(weight, code)) for to, code in zip(found, planes)]
-            for place, vector in zip(kept[part], found):
-                x.builder.store(x.sum(x.builder.load(place), vector), place)
+        def body(some: list[Any], row: Any = row) -> None:
+            for part in x.parts:
+                found: list[Any] = [None] * x.planes
+                for slot in some:
+                    weight = x.everywhere(row, slot, part[1])
+                    weight = x.product(weight, x.of_groups(sizes, slots, slot, *part, x.words))
+                    planes = x.code_planes(codes, slot, *part)
+                    found = [x.sum(to, x.product(weight, code)) for to, code in zip(found, planes)]
+                for place, vector in zip(kept[part], found):
+                    x.builder.store(x.sum(x.builder.load(place), vector), place)
 
-    x.loop(x.number(1), x.number(2), 2, body)
-    for part in x.parts:
-        planes = [x.builder.load(place) for place in kept[part]]
-        x.store(x.put_together(planes), out, ir.Constant(AT, part[0] * x.planes))
+        x.loop(x.number(1), x.number(2), 2, body)
+        for j, _ in x.parts:
+            found = x.put_together([x.builder.load(place) for place in kept[j, _]])
+            at = x.plus(x.times(query.index, x.groups * x.words * x.planes), j * x.planes)
+            x.store(x.sum(x.load(out, at, found.type.count), found), out, at)
 
 
 def _unpacked(x: Row) -> None:
@@ -88,13 +103,20 @@ def _unpacked(x: Row) -> None:
 
 
 @inlined(_products)
-def products(typing, codes, begin, end, row, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
-    """out[s] = row . codes of s, slots begin to end, each group of them times sizes [g, s] where there are several."""
+def products(typing, codes, begin, end, asked, by, tops, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
+    """out[m, s] = (asked[m] times by) . codes of s, slots begin to end, each group of them times sizes [g, s] where
+    there are several. asked [m, d]: no more than `whole.QUERIES`. by [d]. tops [m]: no product of the two is larger."""
+
+
+@inlined(whole.tops, Lanes)
+def tops(typing, given, sizes, out):  # type: ignore[no-untyped-def]
+    """out[m] = the largest of given [m, d] sizes [g, d]; what is no number is larger than any."""
 
 
 @inlined(_sums)
-def sums(typing, codes, begin, end, weights, out, bits, words, groups):  # type: ignore[no-untyped-def]
-    """out [G x J x PLANES] = sum over slots begin to end of weights [g, s] times codes."""
+def sums(typing, codes, begin, end, weights, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
+    """To out [m, G x J x PLANES] is added the sum over slots begin to end of weights [m, s] times sizes [g, s] times
+    codes."""
 
 
 @inlined(_unpacked)

@@ -45,6 +45,10 @@ class Numbered(NamedTuple):
 
     x: Entries
 
+    @property
+    def many(self) -> bool:
+        return False
+
     def _loops(self) -> Ways:
         from malloc_bench.kernels.chosen import loops  # here: its compiler takes half a second to load
 

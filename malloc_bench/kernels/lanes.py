@@ -5,7 +5,7 @@ All arrays lie in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -58,6 +58,30 @@ class Lanes:
         place = self.builder.gep(array, [at])
         self.builder.store(vector, self.builder.bitcast(place, vector.type.as_pointer()), align=1)
 
+    def load_some(self, array: Any, at: Any, which: Any, kind: ir.Type = F32) -> Any:
+        """Zeros where it is not one `which` is true of."""
+        b, vector = self.builder, ir.VectorType(kind, which.type.count)
+        place = b.bitcast(b.gep(array, [at]), vector.as_pointer())
+        name = f"llvm.masked.load.v{vector.count}{kind.intrinsic_name}.p0"
+        call = ir.FunctionType(vector, [place.type, I32, which.type, vector])
+        call = cgutils.get_or_insert_function(b.module, call, name)
+        return b.call(call, [place, I32(4), which, vector([0] * vector.count)])
+
+    def store_some(self, vector: Any, array: Any, at: Any, which: Any) -> None:
+        b, kind = self.builder, vector.type
+        place = b.bitcast(b.gep(array, [at]), kind.as_pointer())
+        name = f"llvm.masked.store.v{kind.count}{kind.element.intrinsic_name}.p0"
+        call = ir.FunctionType(ir.VoidType(), [kind, place.type, I32, which.type])
+        b.call(cgutils.get_or_insert_function(b.module, call, name), [vector, place, I32(4), which])
+
+    def gathered(self, array: Any, places: Iterable[int]) -> Any:
+        found = None
+        for k, place in enumerate(every := list(places)):
+            found = ir.VectorType(I32, len(every))(ir.Undefined) if found is None else found
+            number = self.builder.load(self.builder.gep(array, [ir.Constant(AT, place)]), align=1)
+            found = self.builder.insert_element(found, number, I32(k))
+        return found
+
     def plus(self, x: Any, to: Any) -> Any:
         return self.builder.add(x, ir.Constant(AT, to) if isinstance(to, int) else to)
 
@@ -76,8 +100,8 @@ class Lanes:
     def picked(self, x: Any, y: Any, index: list[int]) -> Any:
         return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(index)), index))
 
-    def everywhere(self, array: Any, at: Any, lanes: int) -> Any:
-        return self.picked(x := self.load(array, at, 1), x, [0] * lanes)
+    def everywhere(self, array: Any, at: Any, lanes: int, kind: ir.Type = F32) -> Any:
+        return self.picked(x := self.load(array, at, 1, kind), x, [0] * lanes)
 
     def folded(self, four: list[Any]) -> Any:
         """The sums of four vectors alike, as one vector."""
@@ -131,11 +155,13 @@ class Row(Lanes):
         self.planes, self.step = WORDS[self.bits]
         self.parts = list(pieces(self.groups * self.words))  # one vector may have words of several groups
 
-    def of_groups(self, array: Any, columns: Any, slot: Any, first: int, lanes: int, each: int) -> Any:
+    def of_groups(
+        self, array: Any, columns: Any, slot: Any, first: int, lanes: int, each: int, kind: ir.Type = F32
+    ) -> Any:
         """array [g, slot] for each of `lanes` neighbours from `first` on, of whom `each` are in a group."""
         found = None
         for g in range(first // each, (first + lanes - 1) // each + 1):
-            own = self.everywhere(array, self.plus(slot, self.builder.mul(columns, ir.Constant(AT, g))), lanes)
+            own = self.everywhere(array, self.plus(slot, self.builder.mul(columns, ir.Constant(AT, g))), lanes, kind)
             index = [k + lanes * ((first + k) // each >= g) for k in range(lanes)]
             found = own if found is None else self.picked(found, own, index)
         return found

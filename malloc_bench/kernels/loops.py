@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from malloc_bench.kernels import codes, lanes, whole, words
-from malloc_bench.kernels.codes import products, sums, unpacked
+from malloc_bench.kernels import codes, digits, lanes, whole, words
+from malloc_bench.kernels.codes import products, sums, tops, unpacked
 from malloc_bench.kernels.lanes import turned
+from malloc_bench.kernels.whole import QUERIES
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 
 PLANES = {bits: planes for bits, (planes, _) in WORDS.items()}
@@ -28,7 +29,7 @@ EIGHTHS = np.exp2(-np.arange(256) / 8).astype(np.float32)
 HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
 
 
-_FILES = lanes, codes, whole, words, sys.modules[__name__]
+_FILES = lanes, codes, digits, whole, words, sys.modules[__name__]
 _CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST)]).encode())
 
 
@@ -85,6 +86,7 @@ class Ways(NamedTuple):
     dot: Callable[..., None]
     mix: Callable[..., None]
     dense: Callable[..., None]
+    many: bool  # whether they are fast for any number of queries
 
 
 class Loops(NamedTuple):
@@ -102,7 +104,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
 
     @jit
     def dot_by_slot(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, row = codes.shape[2], np.zeros(ROOM, f32)
+        slots, ones, most = codes.shape[2], np.ones((1, q.shape[2]), f32), np.empty(QUERIES, f32)
         sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
@@ -117,49 +119,44 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 GROUPS,
                 HOW_SIZED,
             )
-            for m in range(q.shape[1]):
-                asked, given = q[i, m], out[i, m]
-                for d in range(WIDTH):
-                    row[d] = asked[d]
-                products(own, 0, end, row, sizes, given, BITS, WORDS, GROUPS)
-                for g in range(GROUPS):
-                    total = zero
-                    for d in range(EACH):
-                        total += row[g * EACH + d]
-                    for s in range(end):
-                        given[s] = (given[s] * sizes[g, s] if GROUPS == 1 else given[s]) + lows[g, s] * total
+            for m in range(0, q.shape[1], QUERIES):
+                asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
+                tops(asked, ones, most)
+                products(own, 0, end, asked, ones[0], most, sizes, given, BITS, WORDS, GROUPS)
+                for k in range(len(asked)):
+                    found = given[k]
+                    for g in range(GROUPS):
+                        total = zero
+                        for d in range(g * EACH, min(g * EACH + EACH, q.shape[2])):
+                            total += asked[k, d]
+                        for s in range(end):
+                            found[s] = (found[s] * sizes[g, s] if GROUPS == 1 else found[s]) + lows[g, s] * total
 
     @jit
     def dot_by_channel(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, row, none = codes.shape[2], np.zeros(ROOM, f32), np.empty((1, 0), f32)
+        slots, none, most = codes.shape[2], np.empty((1, 0), f32), np.empty(QUERIES, f32)
         for i in range(start, stop):
-            own, scales, offsets = (
-                part(codes, i, len(out), heads),
-                part(scale, i, len(out), heads),
-                part(offset, i, len(out), heads),
-            )
-            end = min(slots, part(count, i, len(out), heads))
-            for m in range(q.shape[1]):
-                asked, given = q[i, m], out[i, m]
-                for g in range((end + group - 1) // group):
-                    total, last = zero, min(end, g * group + group)
-                    for d in range(WIDTH):
-                        size, low = sized(scales, offsets, f32(1), g, d, BITS, HOW_SIZED)
-                        row[d] = asked[d] * size
-                        total += asked[d] * low
-                    products(own, g * group, last, row, none, given, BITS, WORDS, 1)
-                    here = given[g * group : last]
-                    for s in range(len(here)):
-                        here[s] += total
+            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            sizes, lows = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
+            groups = (end + group - 1) // group
+            for m in range(0, q.shape[1], QUERIES):
+                asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
+                tops(asked, sizes[:groups], most)
+                for g in range(groups):
+                    begin, last = g * group, min(end, g * group + group)
+                    products(own, begin, last, asked, sizes[g], most, none, given, BITS, WORDS, 1)
+                    for k in range(len(asked)):
+                        total, found = zero, given[k, begin:last]
+                        for d in range(q.shape[2]):
+                            low = lows[g, d] if HOW_SIZED == GIVEN else f32(-(1 << BITS >> 1)) * sizes[g, d]
+                            total += asked[k, d] * low
+                        for s in range(len(found)):
+                            found[s] += total
 
     @jit
     def mix_by_slot(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, row = codes.shape[2], np.empty(ROOM, f32)
-        sizes, lows, weights = (
-            np.empty((GROUPS, slots), f32),
-            np.empty((GROUPS, slots), f32),
-            np.empty((GROUPS, slots), f32),
-        )
+        slots, rows = codes.shape[2], np.empty((min(QUERIES, w.shape[1]), ROOM), f32)
+        sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
             all_sized(
@@ -173,38 +170,39 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 GROUPS,
                 HOW_SIZED,
             )
-            for m in range(w.shape[1]):
-                asked, given = w[i, m], out[i, m]
-                for g in range(GROUPS):
-                    total = zero
-                    for s in range(end):
-                        weights[g, s] = asked[s] * sizes[g, s]
-                        total += asked[s] * lows[g, s]
-                    for d in range(g * EACH, min(WIDTH, g * EACH + EACH)):
-                        given[d] += total
-                sums(own, 0, end, weights, row, BITS, WORDS, GROUPS)
-                for d in range(WIDTH):
-                    given[d] += row[d]
+            for m in range(0, w.shape[1], QUERIES):
+                asked, given = w[i, m : m + QUERIES], out[i, m : m + QUERIES]
+                rows[:] = zero
+                sums(own, 0, end, asked, sizes, rows[: len(asked)], BITS, WORDS, GROUPS)
+                for k in range(len(asked)):
+                    for g in range(GROUPS):
+                        total = zero
+                        for s in range(end):
+                            total += asked[k, s] * lows[g, s]
+                        for d in range(g * EACH, min(out.shape[2], g * EACH + EACH)):
+                            given[k, d] += rows[k, d] + total
 
     @jit
     def mix_by_channel(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, row = codes.shape[2], np.empty(ROOM, f32)
+        slots, rows = codes.shape[2], np.empty((min(QUERIES, w.shape[1]), ROOM), f32)
+        ones, sizes, lows = np.ones((1, slots), f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
         for i in range(start, stop):
-            own, scales, offsets = (
-                part(codes, i, len(out), heads),
-                part(scale, i, len(out), heads),
-                part(offset, i, len(out), heads),
-            )
-            end, asked, given = min(slots, part(count, i, len(out), heads)), w[i], out[i]
-            for m in range(w.shape[1]):
-                for g in range((end + group - 1) // group):
-                    total, last = zero, min(end, g * group + group)
-                    sums(own, g * group, last, asked[m], row, BITS, WORDS, 1)
-                    for s in range(g * group, last):
-                        total += asked[m, s]
-                    for d in range(WIDTH):
-                        size, low = sized(scales, offsets, f32(1), g, d, BITS, HOW_SIZED)
-                        given[m, d] += row[d] * size + total * low
+            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            scales, offsets = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
+            for g in range((end + group - 1) // group):
+                begin, last = g * group, min(end, g * group + group)
+                for d in range(out.shape[2]):
+                    sizes[d], lows[d] = sized(scales, offsets, f32(1), g, d, BITS, HOW_SIZED)
+                for m in range(0, w.shape[1], QUERIES):
+                    asked, given = w[i, m : m + QUERIES], out[i, m : m + QUERIES]
+                    rows[:] = zero
+                    sums(own, begin, last, asked, ones, rows[: len(asked)], BITS, WORDS, 1)
+                    for k in range(len(asked)):
+                        total = zero
+                        for s in range(begin, last):
+                            total += asked[k, s]
+                        for d in range(out.shape[2]):
+                            given[k, d] += rows[k, d] * sizes[d] + total * lows[d]
 
     @jit
     def dense_by_slot(codes, scale, offset, top, group, out, first, start, stop):  # type: ignore[no-untyped-def]
@@ -238,5 +236,6 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                     part(codes, i, rows, heads), g * group, end, sizes, lows, out[i - first], 1, WIDTH, BITS, WORDS, 1
                 )
 
-    by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot)
-    return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel))
+    many = whole.fits(BITS, WORDS)
+    by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot, many)
+    return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel, many))

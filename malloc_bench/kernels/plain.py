@@ -34,6 +34,10 @@ class Rows(NamedTuple):
 
     data: Tensor
 
+    @property
+    def many(self) -> bool:
+        return False
+
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         from malloc_bench.kernels.passes import dot  # here: its compiler takes half a second to load
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -13,13 +13,19 @@ from torch import Tensor
 from malloc_bench.kernels.gpu import on_gpu
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 
-FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply
+FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply, but see `Reader.many`
 _CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
+_AT_HAND = 1 << 22  # logits that are kept of all rows
 _NONE, _NO_ROWS = np.zeros((1, 1, 0, 0), np.float32), np.zeros((1, 1, 0), np.float32)
 
 
 class Reader(Protocol):
     """The loops over vectors of R = B x H rows, users and their query heads."""
+
+    @property
+    def many(self) -> bool:
+        """Whether they read for any number of queries at once. Else more than FEW meet vectors unpacked by `rows`."""
+        ...
 
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         """Products of q [R, M, D] with a row's first count [B or 1, H or 1] slots, to out [R, M, S]."""
@@ -58,7 +64,7 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
         return None
     rows = q.detach().reshape(b * h, m, d)
     out = q.new_empty(b * h, m, x.shape[2])
-    if m > FEW:
+    if m > FEW and not reader.many:
         asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
             torch.matmul(asked[part], vectors.mT, out=found[part])
@@ -77,7 +83,7 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
     if not fits(w, *x.tensors()) or (reader := x.reader(m)) is None:
         return None
     rows = w.detach().reshape(b * h, m, s)
-    if m > FEW:
+    if m > FEW and not reader.many:
         out = w.new_empty(b * h, m, x.shape[3])
         asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
@@ -111,12 +117,15 @@ def _of_heads(some: int, every: int) -> bool:
     return some > 0 and not every % some
 
 
-def _fit(b: int, h: int, *given: tuple[Tensor, list[int]]) -> bool:
-    """Whether each is [B or 1, H or fewer, ...] of float32, as `loops.part` takes it, and ends as said."""
-    for x, end in given:
-        users, heads, *rest = x.shape
-        if (users != b and users != 1) or not _of_heads(heads, h) or rest != end or x.dtype != torch.float32:
+def _fit(given: list[tuple[Tensor, tuple[int, ...]]]) -> bool:
+    """Whether each is of float32 and of that size, or of one user or fewer heads, as `loops.part` takes it."""
+    for x, size in given:
+        if x.dtype != torch.float32:
             return False
+        if x.shape != size:
+            users, heads, *rest = x.shape
+            if (users != size[0] and users != 1) or not _of_heads(heads, size[1]) or rest != [*size[2:]]:
+                return False
     return True
 
 
@@ -154,12 +163,13 @@ def attend(
     users, heads, s, wide = values.shape
     if keys.shape != (users, heads, s, d) or users != b or not _of_heads(heads, h) or not m:
         return None
-    known = [(q, [m, d]), (own["keys"], [m, d]), (own["values"], [m, wide])]
+    known: list[tuple[Tensor, tuple[int, ...]]]
+    known = [(q, (b, h, m, d)), (own["keys"], (b, h, m, d)), (own["values"], (b, h, m, wide))]
     if mass is not None:
-        known.append((mass, [s]))
+        known.append((mass, (b, h, s)))
     if bias is not None:
-        known += (bias[0], [m, s]), (bias[1], [m])
-    if not _fit(b, h, *known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
+        known += (bias[0], (b, h, m, s)), (bias[1], (b, h, m))
+    if not _fit(known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
         return None
     given = [*(x for x, _ in known), count]
     given += [*keys.tensors(), *values.tensors()]
@@ -167,8 +177,6 @@ def attend(
         return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
     if not fits(*given) or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
         return None
-    from malloc_bench.kernels.passes import weighing  # here: its compiler takes half a second to load
-
     rows = b * h
     asked, out = array(q).reshape(rows, m, d), q.new_empty(b, h, m, wide)
     mixed, counts = out.numpy().reshape(rows, m, wide), array(count.int())
@@ -176,22 +184,32 @@ def attend(
     masses = _NO_ROWS if mass is None else array(mass)
     scale = 1.0 if normaliser is None else 1.0 / normaliser
     about = asked, array(own["keys"]), array(own["values"]), own_bias, counts, masses, biases, scale, h, mixed
-    weigh = partial(weighing(normaliser is None), *about)
-    if m > FEW:
+    weigh = partial(_weighing(normaliser is None), *about)
+    if m > FEW and not (of_keys.many and of_values.many and rows * m * s <= _AT_HAND):
         _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
         return out
     logits = torch.empty(rows, m, s).numpy()  # by torch: what is measured as memory is seen there
     ask, (take, after) = of_keys.dot(asked, h, counts, logits), of_values.mix(logits, h, counts, mixed)
+    step = rows if m <= FEW else max(1, _CACHED // (8 * m * s))
 
     def some(start: int, stop: int) -> None:
-        ask(start, stop)
-        weigh(logits, 0, start, stop)
-        take(start, stop)
+        for first in range(start, stop, step):
+            last = min(stop, first + step)
+            ask(first, last)
+            weigh(logits, 0, first, last)
+            take(first, last)
 
-    spread(some, rows, rows * s * d)
+    spread(some, rows, rows * s * d * m)
     if after is not None:
         after()
     return out
+
+
+@cache
+def _weighing(softmax: bool) -> Callable[..., None]:
+    from malloc_bench.kernels.passes import weighing  # here: its compiler takes half a second to load
+
+    return weighing(softmax)
 
 
 Known = tuple[Written, Reader]

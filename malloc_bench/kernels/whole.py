@@ -1,24 +1,27 @@
 """Products and sums of codes in whole numbers, on CPUs that multiply four bytes at a time (VNNI).
 
-What meets the codes, a query or weights, is written in three bytes, the largest of its numbers as LARGEST: as exact as
-float32 is beside that. Each byte meets the codes by itself, with exact sums.
+What meets the codes, queries or weights, is written in three bytes, see `digits`. Each byte meets the codes by itself,
+with exact sums. The lanes of a vector are slots in products and channels in sums: none is added up across.
 """
 
 from __future__ import annotations
 
 import os
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from malloc_bench.kernels.lanes import AT, F32, I8, I32, Row, pieces
+from malloc_bench.kernels import digits
+from malloc_bench.kernels.digits import WRITTEN
+from malloc_bench.kernels.lanes import AT, F32, I8, I32, Lanes, Row, pieces
+from malloc_bench.kernels.words import WORDS
 
-LARGEST, LEAST = 127 << 16, 1e-30  # what is smaller than the latter is nothing
 BLOCK = 256  # slots whose weights are written beside their own largest
-_LEVEL = BLOCK // 4 + 4  # float32s that hold a byte of each, and are read in fours
+QUERIES = 16  # at most, in one call
+_TOGETHER = {"products": 4, "sums": 2}  # queries that meet a vector of codes while it is at hand
 
 
 def _widest() -> int:
@@ -32,188 +35,281 @@ def _widest() -> int:
 WIDEST = _widest()
 
 
-def fits(x: Row) -> bool:
+def fits(bits: int, words: int) -> bool:
     """Whether the codes of a group lie in whole bytes, in fours."""
-    return WIDEST > 0 and x.step == 1 and x.words % 4 == 0
-
-
-def _bits(x: Row, numbers: Any) -> Any:
-    """Without signs: they are ordered as the numbers are, and what is no number is above all."""
-    kind = ir.VectorType(I32, numbers.type.count)
-    return x.builder.and_(x.builder.bitcast(numbers, kind), kind([0x7FFFFFFF] * kind.count))
-
-
-def _larger(x: Row, one: Any, other: Any) -> Any:
-    return x.builder.select(x.builder.icmp_unsigned(">", one, other), one, other)
-
-
-def _units(x: Row, bits: Any) -> tuple[Any, Any]:
-    """What numbers are multiplied by to be written, and the unit that they are then written in."""
-    b, kind = x.builder, bits.type
-    name = f"llvm.vector.reduce.umax.v{kind.count}i32"
-    top = b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [kind]), name), [bits])
-    top = b.bitcast(top, F32)
-    little = b.fcmp_ordered("<", top, F32(LEAST))
-    return b.select(little, F32(0), b.fdiv(F32(LARGEST), top)), b.fmul(top, F32(1 / LARGEST))
-
-
-def _all(x: Row, number: Any, lanes: int) -> Any:
-    one = x.builder.insert_element(ir.VectorType(F32, 1)(ir.Undefined), number, I32(0))
-    return x.picked(one, one, [0] * lanes)
-
-
-def _written(x: Row, numbers: Any, by: Any) -> list[Any]:
-    """The three bytes of each number, the highest first."""
-    b, lanes = x.builder, numbers.type.count
-    wide, byte = ir.VectorType(I32, lanes), ir.VectorType(I8, lanes)
-    near = ir.FunctionType(numbers.type, [numbers.type])
-    near = cgutils.get_or_insert_function(b.module, near, f"llvm.rint.v{lanes}f32")
-    moved = b.add(b.fptosi(b.call(near, [b.fmul(numbers, _all(x, by, lanes))]), wide), wide([0x808080] * lanes))
-    high = [b.trunc(b.lshr(moved, wide([k] * lanes)), byte) for k in (16, 8, 0)]
-    return [b.xor(each, byte([0x80] * lanes)) for each in high]
+    return WIDEST > 0 and WORDS[bits][1] == 1 and words % 4 == 0
 
 
 def _met(x: Row, to: Any, codes: Any, digits: Any) -> Any:
-    """to [lanes / 4] plus the products of four neighbours."""
+    """to [lanes] plus the products of four neighbours."""
     kind = to.type
+    size, few = kind.count, kind.count < 4
+    if few:  # there is no vector of less than 16 bytes
+        kind = ir.VectorType(I32, 4)
+        to, codes, digits = (
+            x.picked(each, each.type([0] * size), [*range(size), *[size] * (4 - size)])
+            for each in (x.builder.bitcast(given, ir.VectorType(I32, size)) for given in (to, codes, digits))
+        )
     name = f"llvm.x86.avx512.vpdpbusd.{32 * kind.count}"
     call = cgutils.get_or_insert_function(x.builder.module, ir.FunctionType(kind, [kind] * 3), name)
-    return x.builder.call(call, [to, x.builder.bitcast(codes, kind), x.builder.bitcast(digits, kind)])
+    found = x.builder.call(call, [to, x.builder.bitcast(codes, kind), x.builder.bitcast(digits, kind)])
+    return x.picked(found, found, list(range(size))) if few else found
 
 
-def _filled(x: Row, few: Any) -> Any:
-    """At least as many bytes as go in a vector."""
-    if (lanes := few.type.count) >= 16:
-        return few
-    return x.picked(few, few.type([0] * lanes), [*range(lanes), *[lanes] * (16 - lanes)])
-
-
-def _told(x: Row, levels: list[Any], unit: Any) -> Any:
-    """The numbers whose levels these are, the last of them in units."""
-    found = None
+def _told(x: Row, levels: list[Any], unit: Any, most: int) -> Any:
+    """The numbers whose levels these are, each `most` at most, the last of them in units."""
+    b, found = x.builder, None
+    while len(levels) > 1 and (most := most * 257) < 1 << 31:  # the highest two become one
+        high, low, *rest = levels
+        levels = [b.add(b.shl(high, high.type([8] * high.type.count)), low), *rest]
     for level, size in zip(levels[::-1], (1, 256, 65536)):
-        number = x.builder.sitofp(level, ir.VectorType(F32, level.type.count))
-        each = x.builder.fmul(unit, unit.type([size] * level.type.count)) if size > 1 else unit
+        number = b.sitofp(level, ir.VectorType(F32, level.type.count))
+        each = b.fmul(unit, unit.type([size] * level.type.count)) if size > 1 else unit
         found = x.sum(found, x.product(number, each))
     return found
 
 
+def _most(x: Row, numbers: int) -> int:
+    return numbers * ((1 << x.bits) - 1) * 128
+
+
+def _planes(x: Row, raw: Any) -> list[Any]:
+    """Code p of each byte, for every p, still as a vector of words."""
+    b, kind, low = x.builder, raw.type, ((1 << x.bits) - 1) * 0x01010101
+    moved = [b.lshr(raw, kind([k] * kind.count)) if k else raw for k in range(0, 8, x.bits)]
+    return [b.and_(each, kind([low] * kind.count)) if x.bits < 8 else each for each in moved]
+
+
+def _chunks(x: Row) -> tuple[int, int, int]:
+    """How many numbers of a row are written at a time, the bytes that these take, and how often."""
+    several = max(WRITTEN, 4 * x.planes)
+    return several, 4 * several, -(-x.groups * x.words * x.planes // several)
+
+
+def _asked(x: Row, asked: Any, sizes: Any, width: Any, tops: Any, count: Any, room: Any, units: Any) -> None:
+    """Each row of numbers times sizes as bytes, zeros behind them, and its unit."""
+    b, (several, stride, chunks) = x.builder, _chunks(x)
+    with cgutils.for_range(b, count) as loop:
+        row, at = b.gep(asked, [b.mul(loop.index, width)]), x.times(loop.index, chunks * stride)
+        by, unit = digits.units(x, b.load(b.gep(tops, [loop.index])))
+        b.store(unit, b.gep(units, [loop.index]))
+        for chunk in range(chunks):
+            numbers = []
+            for first in range(chunk * several, (chunk + 1) * several, WRITTEN):
+                place, real = ir.Constant(AT, first), _real(x, x.plus(width, -first), WRITTEN)
+                number = x.product(x.load_some(row, place, real), x.load_some(sizes, place, real))
+                numbers.append(digits.written(x, number, by))
+            digits.put(x, numbers, x.planes, room, x.plus(at, chunk * stride))
+
+
+def _real(x: Lanes, left: Any, lanes: int) -> Any:
+    """Which of `lanes` neighbours are among those that are left."""
+    b, most = x.builder, ir.Constant(AT, lanes)
+    left = b.select(b.icmp_signed("<", left, most), left, most)
+    return b.icmp_signed(
+        ">", digits.everywhere(x, b.trunc(left, I32), lanes), ir.VectorType(I32, lanes)(list(range(lanes)))
+    )
+
+
+def _across(x: Row, codes: Any, slot: Any, left: Any) -> list[Any]:
+    """Four bytes each of as many neighbouring slots as go in a vector, by place; of fewer where fewer are left."""
+    b, lanes, words = x.builder, WIDEST // 4, x.groups * x.words // 4
+    raw = b.bitcast(b.gep(codes, [x.times(slot, 4 * words)]), I32.as_pointer())
+    room = _room(x, I32, lanes * words)
+    place = cgutils.alloca_once_value(b, raw)
+    with b.if_then(b.icmp_signed("<", left, ir.Constant(AT, lanes)), likely=False):
+        for first in range(0, lanes * words, lanes):
+            here = x.load_some(raw, ir.Constant(AT, first), _real(x, x.plus(x.times(left, words), -first), lanes), I32)
+            x.store(here, room, ir.Constant(AT, first))
+        b.store(room, place)
+    base = b.load(place)
+    if words & (words - 1):
+        return [x.gathered(base, range(w, lanes * words, words)) for w in range(words)]
+    return _unzipped(x, [x.load(base, ir.Constant(AT, first), lanes, I32) for first in range(0, lanes * words, lanes)])
+
+
+def _unzipped(x: Row, some: list[Any]) -> list[Any]:
+    """Every n-th of n vectors' numbers, from the first, the second ... on."""
+    if len(some) == 1:
+        return some
+    lanes = some[0].type.count
+    even, odd = (
+        _unzipped(x, [x.picked(one, other, list(range(k, 2 * lanes, 2))) for one, other in zip(some[::2], some[1::2])])
+        for k in (0, 1)
+    )
+    return [each for pair in zip(even, odd) for each in pair]
+
+
+def _room(x: Row, kind: ir.Type, size: int) -> Any:
+    room = cgutils.alloca_once(x.builder, kind, ir.Constant(AT, size))
+    room.align = 64  # vectors that lie across two lines of a cache take twice as long
+    return room
+
+
 def products(x: Row) -> None:
     """`codes.products`"""
-    b, codes, row, sizes, out = x.builder, *(x.array(i) for i in (0, 3, 4, 5))
-    slots, parts = x.columns(4), list(pieces(x.groups * x.words, WIDEST))
-    plain = {part: x.taken_apart(row, *part) for part in parts}
-    every = [_bits(x, each) for planes in plain.values() for each in planes]
-    every = [x.picked(each, each.type([0] * each.type.count), [min(k, each.type.count) for k in range(WIDEST)])
-             for each in every]  # fmt: skip
-    by, unit = _units(x, reduce(partial(_larger, x), every))
-    known = {part: [_written(x, each, by) for each in plain[part]] for part in parts}
-    together = WIDEST // (x.groups * x.words) if x.groups == 1 and len(parts) == 1 else 1  # slots in a vector
-    at_once = 4 * x.planes * ((1 << x.bits) - 1) * 128 << 16 < 1 << 31  # whether three levels go in one sum
+    b, codes, asked, by, tops, sizes, out = x.builder, *(x.array(i) for i in (0, 3, 4, 5, 6, 7))
+    count, slots, columns = x.columns(3, 0), x.columns(6), x.columns(7)
+    lanes, end, (several, stride, chunks) = WIDEST // 4, x.number(2), _chunks(x)
+    each = chunks * stride
+    written, units = _room(x, I8, QUERIES * each), _room(x, F32, QUERIES)
+    _asked(x, asked, by, x.columns(3), tops, count, written, units)
+    with cgutils.for_range_slice(b, x.number(1), end, ir.Constant(AT, lanes)) as (slot, _):
+        left = b.sub(end, slot)
+        real, words = _real(x, left, lanes), _across(x, codes, slot, left)
 
-    def of(some: list[Any]) -> list[dict[int, Any]]:
-        step = min(together, len(some))
-        return [of_neighbours(some[k], step) for k in range(0, len(some), step)]
+        def of(some: list[Any]) -> None:
+            total: list[Any] = [None] * len(some)
+            for g in range(x.groups):
+                turns = 2 if len(some) == 1 else 1  # no product waits for the one before
+                levels = [[[ir.VectorType(I32, lanes)([0] * lanes)] * 3 for _ in range(turns)] for _ in some]
+                for w in range(g * x.words // 4, (g + 1) * x.words // 4):
+                    chunk, within = divmod(w * 4 * x.planes, several)
+                    for p, code in enumerate(_planes(x, words[w])):
+                        for k, query in enumerate(some):
+                            to = levels[k][w % turns]
+                            for level in range(3):
+                                place = chunk * stride + level * several + within + 4 * p
+                                digit = x.everywhere(written, x.plus(x.times(query, each), place), lanes, I32)
+                                to[level] = _met(x, to[level], code, digit)
+                for k, query in enumerate(some):
+                    every = [reduce(b.add, of_level) for of_level in zip(*levels[k])]
+                    found = _told(x, every, x.everywhere(units, query, lanes), _most(x, x.words * x.planes))
+                    if x.groups > 1:
+                        here = x.plus(slot, b.mul(slots, ir.Constant(AT, g)))
+                        found = x.product(found, x.load_some(sizes, here, real))
+                    total[k] = x.sum(total[k], found)
+            for query, found in zip(some, total):
+                x.store_some(found, out, b.add(slot, b.mul(query, columns)), real)
 
-    def of_neighbours(slot: Any, several: int) -> dict[int, Any]:
-        total: dict[int, Any] = {}
-        for j, lanes in parts:
-            planes, size = x.byte_planes(x.raw(codes, slot, j, lanes * several)), max(lanes * several, 16) // 4
-            levels = [ir.VectorType(I32, size)([0] * size)] * 3
-            for code, digits in zip(planes, known[j, lanes]):
-                every = [_filled(x, x.picked(each, each, list(range(lanes)) * several)) for each in digits]
-                levels = [_met(x, to, _filled(x, code), each) for to, each in zip(levels, every)]
-            while len(levels) > (1 if at_once else 2):  # the highest two become one
-                high, low, *rest = levels
-                levels = [b.add(b.shl(high, high.type([8] * size)), low), *rest]
-            fours = lanes * several // 4
-            found = _told(x, [x.picked(each, each, list(range(fours))) for each in levels], _all(x, unit, fours))
-            if x.groups > 1:
-                found = x.product(found, x.of_groups(sizes, slots, slot, j // 4, fours, x.words // 4))
-            total[fours] = x.sum(total.get(fours), found)
-        return total
+        x.loop(ir.Constant(AT, 0), count, _TOGETHER["products"], of)
 
-    x.together(of, out)
+
+def tops(x: Lanes) -> None:
+    """`codes.tops`"""
+    b, given, sizes, out = x.builder, x.array(0), x.array(1), x.array(2)
+    width, kept = x.columns(0), cgutils.alloca_once(b, ir.VectorType(I32, WRITTEN))
+    with cgutils.for_range(b, x.columns(0, 0)) as row:
+        b.store(kept.type.pointee([0] * WRITTEN), kept)
+        with cgutils.for_range_slice(b, ir.Constant(AT, 0), width, ir.Constant(AT, WRITTEN)) as (first, _):
+            real = _real(x, b.sub(width, first), WRITTEN)
+            number = x.load_some(given, b.add(first, b.mul(row.index, width)), real)
+            with cgutils.for_range(b, x.columns(1, 0)) as group:
+                size = x.load_some(sizes, b.add(first, b.mul(group.index, width)), real)
+                b.store(digits.larger(x, b.load(kept), digits.bits(x, x.product(number, size))), kept)
+        b.store(digits.top(x, b.load(kept)), b.gep(out, [row.index]))
 
 
 def sums(x: Row) -> None:
     """`codes.sums`"""
-    b, codes, weights, out = x.builder, x.array(0), x.array(3), x.array(4)
-    columns, parts = x.columns(3), list(pieces(x.groups * x.words, WIDEST // 4))
-    room, units = (
-        b.bitcast(cgutils.alloca_once(b, ir.ArrayType(F32, size)), F32.as_pointer())
-        for size in (x.groups * 3 * _LEVEL, x.groups)
-    )
-    kept = {
-        part: [[cgutils.alloca_once(b, ir.VectorType(I32, part[1])) for _ in range(3)] for _ in range(x.planes)]
+    b, codes, weights, sizes, out = x.builder, *(x.array(i) for i in (0, 3, 4, 5))
+    count, columns, slots = x.columns(3, 0), x.columns(3), x.columns(4)
+    size, together = x.groups * x.words, _TOGETHER["sums"]
+    parts = list(pieces(size, WIDEST // 4))
+    query_size = x.groups * 4 * BLOCK
+    written, units = _room(x, I8, together * query_size), _room(x, F32, together * x.groups)
+    kept, few = _room(x, I8, BLOCK * size), _room(x, I8, 4 * size)
+    levels = {
+        (k, part): [[cgutils.alloca_once(b, ir.VectorType(I32, part[1])) for _ in range(3)] for _ in range(x.planes)]
+        for k in range(together)
         for part in parts
     }
-    places = [place for planes in kept.values() for levels in planes for place in levels]
-    for j, lanes in parts:
-        x.store(ir.VectorType(F32, lanes * x.planes)([0] * lanes * x.planes), out, ir.Constant(AT, j * x.planes))
-    begin, end = x.number(1), x.number(2)
-    with cgutils.for_range_slice(b, begin, end, ir.Constant(AT, BLOCK)) as (first, _):
+    end = x.number(2)
+    with cgutils.for_range_slice(b, x.number(1), end, ir.Constant(AT, BLOCK)) as (first, _):
         last = x.smaller(x.plus(first, BLOCK), end)
-        for g in range(x.groups):
-            row = b.gep(weights, [b.mul(columns, ir.Constant(AT, g))])
-            unit = _weights(x, row, first, last, b.gep(room, [ir.Constant(AT, g * 3 * _LEVEL)]))
-            b.store(unit, b.gep(units, [ir.Constant(AT, g)]))
-        for place in places:
-            b.store(place.type.pointee([0] * place.type.pointee.count), place)
-        with cgutils.for_range_slice(b, first, last, ir.Constant(AT, 4)) as (slot, _):
-            some = [x.smaller(x.plus(slot, k), b.sub(last, ir.Constant(AT, 1))) for k in range(4)]
-            four = b.lshr(b.sub(slot, first), ir.Constant(AT, 2))
-            for j, lanes in parts:
-                digits = [
-                    x.of_groups(room, ir.Constant(AT, 3 * _LEVEL), x.plus(four, level * _LEVEL), j, lanes, x.words)
-                    for level in range(3)
-                ]
-                for levels, code in zip(kept[j, lanes], x.byte_planes(_side_by_side(x, codes, some, j, lanes))):
-                    for place, digit in zip(levels, digits):
-                        b.store(_met(x, b.load(place), code, digit), place)
-        for (j, lanes), planes in kept.items():
-            unit = x.of_groups(units, ir.Constant(AT, 1), ir.Constant(AT, 0), j, lanes, x.words)
-            found = x.put_together([_told(x, [b.load(place) for place in levels], unit) for levels in planes])
-            at = ir.Constant(AT, j * x.planes)
-            x.store(x.sum(x.load(out, at, found.type.count), found), out, at)
+        several = b.icmp_signed(">", count, ir.Constant(AT, together - 1))
+        with b.if_then(several), cgutils.for_range_slice(b, first, last, ir.Constant(AT, 4)) as (slot, _):
+            at = x.times(b.sub(slot, first), size)
+            for (j, _lanes), vector in zip(parts, _side_by_side(x, codes, slot, last, few, parts)):
+                x.store(vector, kept, x.plus(at, 4 * j))
+
+        def of(some: list[Any]) -> None:
+            for k, query in enumerate(some):
+                row, room = b.gep(weights, [b.mul(query, columns)]), b.gep(written, [ir.Constant(AT, k * query_size)])
+                of_groups = [b.gep(sizes, [b.mul(slots, ir.Constant(AT, g))]) for g in range(x.groups)]
+                for g, unit in enumerate(_weights(x, row, of_groups, first, last, room)):
+                    b.store(unit, b.gep(units, [ir.Constant(AT, k * x.groups + g)]))
+                for part in parts:
+                    for place in (place for plane in levels[k, part] for place in plane):
+                        b.store(place.type.pointee([0] * part[1]), place)
+            with cgutils.for_range_slice(b, first, last, ir.Constant(AT, 4)) as (slot, _):
+                past = b.sub(slot, first)
+                here = b.add(
+                    x.times(b.and_(past, ir.Constant(AT, -WRITTEN)), 4), b.and_(past, ir.Constant(AT, WRITTEN - 1))
+                )
+                if len(some) > 1:
+                    at = x.times(b.sub(slot, first), size)
+                    raw = [x.load(kept, x.plus(at, 4 * j), 4 * lanes, I8) for j, lanes in parts]
+                else:
+                    raw = _side_by_side(x, codes, slot, last, few, parts)
+                for part, vector in zip(parts, raw):
+                    j, lanes = part
+                    planes = _planes(x, b.bitcast(vector, ir.VectorType(I32, lanes)))
+                    for k in range(len(some)):
+                        for level in range(3):
+                            at = x.plus(here, k * query_size + level * WRITTEN)
+                            digit = x.of_groups(written, ir.Constant(AT, 4 * BLOCK), at, j, lanes, x.words, I32)
+                            for place, code in zip((plane[level] for plane in levels[k, part]), planes):
+                                b.store(_met(x, b.load(place), code, digit), place)
+            for k, query in enumerate(some):
+                for part in parts:
+                    j, lanes = part
+                    unit = x.of_groups(units, ir.Constant(AT, 1), ir.Constant(AT, k * x.groups), j, lanes, x.words)
+                    told = [
+                        _told(x, [b.load(place) for place in plane], unit, _most(x, BLOCK)) for plane in levels[k, part]
+                    ]
+                    found, at = x.put_together(told), x.plus(x.times(query, size * x.planes), j * x.planes)
+                    x.store(x.sum(x.load(out, at, found.type.count), found), out, at)
+
+        x.loop(ir.Constant(AT, 0), count, together, of)
 
 
-def _weights(x: Row, row: Any, first: Any, last: Any, room: Any) -> Any:
-    """Weights first to last as three rows of bytes, to `room`, and zeros until all are fours; their unit."""
-    b = x.builder
-    kept = cgutils.alloca_once(b, ir.VectorType(I32, 16))
-    b.store(kept.type.pointee([0] * 16), kept)
+def _weights(x: Row, row: Any, sizes: list[Any], first: Any, last: Any, room: Any) -> list[Any]:
+    """Weights first to last times the sizes of each group as bytes, zeros behind them, and their units."""
+    b, kind = x.builder, ir.VectorType(I32, WRITTEN)
+    kept = [cgutils.alloca_once(b, kind) for _ in sizes]
 
-    def numbers(some: list[Any]) -> Any:
-        return x.load(row, some[0], len(some))
+    def numbers(slot: Any) -> list[Any]:
+        real = _real(x, b.sub(last, slot), WRITTEN)
+        weight = x.load_some(row, slot, real)
+        return [x.product(weight, x.load_some(size, slot, real)) for size in sizes]
 
-    def top(some: list[Any]) -> None:
-        own = _bits(x, numbers(some))
-        if len(some) == 1:
-            own = x.picked(own, own.type([0]), [0, *[1] * 15])
-        b.store(_larger(x, b.load(kept), own), kept)
-
-    x.loop(first, last, 16, top)
-    by, unit = _units(x, b.load(kept))
-    rows = [b.bitcast(b.gep(room, [ir.Constant(AT, level * _LEVEL)]), I8.as_pointer()) for level in range(3)]
-    whole = b.and_(b.sub(last, first), ir.Constant(AT, -16))
-    for each in rows:
-        x.store(ir.VectorType(I8, 16)([0] * 16), each, whole)
-
-    def write(some: list[Any]) -> None:
-        for each, digits in zip(rows, _written(x, numbers(some), by)):
-            x.store(digits, each, b.sub(some[0], first))
-
-    x.loop(first, last, 16, write)
-    return unit
+    for place in kept:
+        b.store(kind([0] * WRITTEN), place)
+    with cgutils.for_range_slice(b, first, last, ir.Constant(AT, WRITTEN)) as (slot, _):
+        for place, number in zip(kept, numbers(slot)):
+            b.store(digits.larger(x, b.load(place), digits.bits(x, number)), place)
+    found = [digits.units(x, digits.top(x, b.load(place))) for place in kept]
+    with cgutils.for_range_slice(b, first, last, ir.Constant(AT, WRITTEN)) as (slot, _):
+        for g, (number, (by, _unit)) in enumerate(zip(numbers(slot), found)):
+            at = x.plus(x.times(b.sub(slot, first), 4), g * 4 * BLOCK)
+            digits.put(x, [digits.written(x, number, by)], 1, room, at)
+    return [unit for _, unit in found]
 
 
-def _side_by_side(x: Row, codes: Any, some: list[Any], j: int, lanes: int) -> Any:
-    """Bytes of four slots, those of a place beside each other."""
-    b, (one, two, three, four) = x.builder, [x.raw(codes, slot, j, lanes) for slot in some]
-    first, second = (x.picked(each[0], each[1], list(range(2 * lanes))) for each in ((one, two), (three, four)))
-    found = b.bitcast(x.picked(first, second, list(range(4 * lanes))), ir.VectorType(I32, lanes))
-    fours = lanes // 4
-    found = x.picked(found, found, [k * fours + place for place in range(fours) for k in range(4)])
-    found = b.bitcast(found, ir.VectorType(I8, 4 * lanes))
-    return x.picked(found, found, [16 * i + 4 * k + at for i in range(fours) for at in range(4) for k in range(4)])
+def _side_by_side(x: Row, codes: Any, slot: Any, last: Any, few: Any, parts: list[tuple[int, int]]) -> list[Any]:
+    """Bytes of four slots, those of a place beside each other; what is behind the last is anything."""
+    b, size = x.builder, x.groups * x.words
+    raw = b.gep(codes, [x.times(slot, size)])
+    place = cgutils.alloca_once_value(b, raw)
+    with b.if_then(b.icmp_signed(">", x.plus(slot, 4), last), likely=False):
+        for k in range(4):
+            own = x.times(b.sub(x.smaller(x.plus(slot, k), x.plus(last, -1)), slot), size)
+            for j, lanes in pieces(size, WIDEST):
+                x.store(x.load(raw, x.plus(own, j), lanes, I8), few, ir.Constant(AT, k * size + j))
+        b.store(few, place)
+    base, found = b.load(place), []
+    whole = 4 * size if 4 * size <= WIDEST else 0
+    for j, lanes in parts:
+        if whole:
+            one = other = x.load(base, ir.Constant(AT, 0), whole, I8)
+            index = [k * size + j + i for i in range(lanes) for k in range(4)]
+        elif 4 * size == 2 * WIDEST:
+            one, other = (x.load(base, ir.Constant(AT, k), WIDEST, I8) for k in (0, WIDEST))
+            index = [k * size + j + i for i in range(lanes) for k in range(4)]
+        else:
+            four = [x.load(base, ir.Constant(AT, k * size + j), lanes, I8) for k in range(4)]
+            one, other = (x.picked(a, c, list(range(2 * lanes))) for a, c in (four[:2], four[2:]))
+            index = [k * lanes + i for i in range(lanes) for k in range(4)]
+        found.append(x.picked(one, other, index))
+    return found

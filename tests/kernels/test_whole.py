@@ -17,10 +17,10 @@ WIDTHS = st.sampled_from([4, 24, 64, 136])  # less than a vector of bytes, sever
 
 
 def near(found, asked, x, mine):
-    """To float32's last digits beside the largest number that was summed up."""
+    """To float32's last digits beside the largest number that was summed up; codes of 8 bits of nothing are nothing."""
     exact = asked.double() @ x
     size = asked.abs().double() @ x.abs() + mine
-    assert (((found.double() - exact).abs() - 1e-30) / (size + 1e-30)).max() < 2e-6
+    assert (((found.double() - exact).abs() - 255e-30) / (size + 1e-30)).max() < 2e-6
 
 
 def check(slots, width, bits, along, group, scale, m, seed):
@@ -37,7 +37,7 @@ def check(slots, width, bits, along, group, scale, m, seed):
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 600), WIDTHS, st.sampled_from([1, 2, 4, 8]), st.sampled_from(["slots", "width"]),
-    st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.integers(1, 2), st.integers(0, 9),
+    st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.sampled_from([1, 2, 5, 35]), st.integers(0, 9),
 )  # fmt: skip
 def test_as_exact_as_float32(slots, width, bits, along, group, scale, m, seed):
     check(slots, width, bits, along, group, scale, m, seed)
@@ -76,7 +76,8 @@ def test_on_other_cpus(widest, tmp_path):
         for slots, width, bits, along, group in (
             (203, 64, 4, "width", 32), (300, 24, 8, "slots", 32), (9, 136, 4, "width", 8), (70, 32, 1, "slots", 64),
         ):
-            test_whole.check(slots, width, bits, along, group, 1.0, 2, 0)
+            for m in (1, 7):
+                test_whole.check(slots, width, bits, along, group, 1.0, m, 0)
         print(whole.WIDEST)
     """
     how = {} if widest else {"MALLOC_BENCH_KERNELS": "float"}
