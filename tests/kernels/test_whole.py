@@ -37,7 +37,8 @@ def check(slots, width, bits, along, group, scale, m, seed):
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 600), WIDTHS, st.sampled_from([1, 2, 4, 8]), st.sampled_from(["slots", "width"]),
-    st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.sampled_from([1, 2, 5, 35]), st.integers(0, 9),
+    st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.sampled_from([1, 2, 5, 35]),
+    st.integers(0, 9),
 )  # fmt: skip
 def test_as_exact_as_float32(slots, width, bits, along, group, scale, m, seed):
     check(slots, width, bits, along, group, scale, m, seed)
