@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.kernels.switch import After, Loop, array, spread
+from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Affine:
         return [x for x in (self.codes, self.scale, self.offset, self.top) if x is not None]
 
     def reader(self, queries: int) -> Coded | None:
+        if (not self._known or torch.is_grad_enabled()) and not fits(*self.tensors()):
+            return None
         if self._known:
             return self._known[0]
         known, (_, _, s, size) = WORDS.get(self.bits), self.codes.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.kernels.switch import After, Loop, array, spread
+from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 
 if TYPE_CHECKING:
     from malloc_bench.kernels.chosen import Ways
@@ -36,7 +36,8 @@ class Entries(NamedTuple):
         return [self.codes, self.tables]
 
     def reader(self, queries: int) -> Numbered | None:
-        return Numbered(self) if self.codes.numel() and self.tables.dtype == torch.float32 else None
+        known = self.codes.numel() and self.tables.dtype == torch.float32 and fits(self.codes, self.tables)
+        return Numbered(self) if known else None
 
 
 class Numbered(NamedTuple):

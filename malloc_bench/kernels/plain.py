@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from malloc_bench.kernels.switch import After, Loop, array
+from malloc_bench.kernels.switch import After, Loop, array, fits
 
 
 class Plain(NamedTuple):
@@ -26,7 +26,7 @@ class Plain(NamedTuple):
         return [self.data]
 
     def reader(self, queries: int) -> Rows | None:
-        return Rows(self.data.contiguous()) if self.data.dtype == torch.float32 else None
+        return Rows(self.data.contiguous()) if self.data.dtype == torch.float32 and fits(self.data) else None
 
 
 class Rows(NamedTuple):

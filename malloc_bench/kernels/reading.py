@@ -16,6 +16,7 @@ from malloc_bench.kernels.switch import After, Loop, array, fits, spread
 FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply, but see `Reader.many`
 _CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
 _AT_HAND = 1 << 22  # logits that are kept of all rows
+_SEEN = 1 << 16  # numbers that are worth being seen as memory
 _NONE, _NO_ROWS = np.zeros((1, 1, 0, 0), np.float32), np.zeros((1, 1, 0), np.float32)
 
 
@@ -49,7 +50,7 @@ class Written(Protocol):
     def tensors(self) -> list[Tensor]: ...
 
     def reader(self, queries: int) -> Reader | None:
-        """None where no loop reads them."""
+        """None where no loop may read them."""
         ...
 
 
@@ -60,7 +61,7 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
         return None
     if (gpu := on_gpu(q, *x.tensors())) is not None:
         return gpu.dot(x, q)
-    if not fits(q, *x.tensors()) or (reader := x.reader(m)) is None:
+    if not fits(q) or (reader := x.reader(m)) is None:
         return None
     rows = q.detach().reshape(b * h, m, d)
     out = q.new_empty(b * h, m, x.shape[2])
@@ -80,7 +81,7 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
         return None
     if (gpu := on_gpu(w, *x.tensors())) is not None:
         return gpu.mix(x, w)
-    if not fits(w, *x.tensors()) or (reader := x.reader(m)) is None:
+    if not fits(w) or (reader := x.reader(m)) is None:
         return None
     rows = w.detach().reshape(b * h, m, s)
     if m > FEW and not reader.many:
@@ -99,7 +100,7 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
 
 def dense(x: Written) -> Tensor | None:
     """The vectors, [B, H, S, D]."""
-    if not fits(*x.tensors()) or (reader := x.reader(0)) is None:
+    if (reader := x.reader(0)) is None:
         return None
     b, h, s, d = x.shape
     room = torch.empty(b * h * s * d)
@@ -172,8 +173,7 @@ def attend(
     if not _fit(known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
         return None
     given = [*(x for x, _ in known), count]
-    given += [*keys.tensors(), *values.tensors()]
-    if (gpu := on_gpu(*given)) is not None:
+    if (gpu := on_gpu(*given)) is not None and on_gpu(*keys.tensors(), *values.tensors()) is not None:
         return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
     if not fits(*given) or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
         return None
@@ -188,7 +188,9 @@ def attend(
     if m > FEW and not (of_keys.many and of_values.many and rows * m * s <= _AT_HAND):
         _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
         return out
-    logits = torch.empty(rows, m, s).numpy()  # by torch: what is measured as memory is seen there
+    size = rows, m, s
+    large = rows * m * s > _SEEN  # by torch: what is measured as memory is seen there
+    logits = torch.empty(*size).numpy() if large else np.empty(size, np.float32)
     ask, (take, after) = of_keys.dot(asked, h, counts, logits), of_values.mix(logits, h, counts, mixed)
     step = rows if m <= FEW else max(1, _CACHED // (8 * m * s))
 

@@ -140,6 +140,10 @@ def test_a_loop_runs_and_not_only_its_substitute():
         assert kernels.dot(x.written(), q) is not None
     x.dot(q).sum().backward()
     assert q.grad is not None and q.grad.abs().sum() > 0
+    x.scale.requires_grad_()  # after it was read, too: how it is written is kept
+    with torch.no_grad():
+        assert kernels.dot(x.known(), q) is not None
+    assert kernels.dot(x.known(), q.detach()) is None
 
 
 @pytest.mark.parametrize("bits", [3, 4])
