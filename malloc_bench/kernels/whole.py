@@ -191,12 +191,12 @@ def tops(x: Lanes) -> None:
     width, kept = x.columns(0), cgutils.alloca_once(b, ir.VectorType(I32, WRITTEN))
     with cgutils.for_range(b, x.columns(0, 0)) as row:
         b.store(kept.type.pointee([0] * WRITTEN), kept)
-        with cgutils.for_range_slice(b, ir.Constant(AT, 0), width, ir.Constant(AT, WRITTEN)) as (first, _):
-            real = _real(x, b.sub(width, first), WRITTEN)
-            number = x.load_some(given, b.add(first, b.mul(row.index, width)), real)
-            with cgutils.for_range(b, x.columns(1, 0)) as group:
-                size = x.load_some(sizes, b.add(first, b.mul(group.index, width)), real)
-                b.store(digits.larger(x, b.load(kept), digits.bits(x, x.product(number, size))), kept)
+        first, groups = ir.Constant(AT, 0), cgutils.for_range(b, x.columns(1, 0))
+        with groups as group, cgutils.for_range_slice(b, first, width, ir.Constant(AT, WRITTEN)) as (at, _):
+            real = _real(x, b.sub(width, at), WRITTEN)  # in the order in which they lie in memory
+            both = (given, row.index), (sizes, group.index)
+            one, other = (x.load_some(each, b.add(at, b.mul(i, width)), real) for each, i in both)
+            b.store(digits.larger(x, b.load(kept), digits.bits(x, x.product(one, other))), kept)
         b.store(digits.top(x, b.load(kept)), b.gep(out, [row.index]))
 
 
