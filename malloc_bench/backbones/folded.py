@@ -55,9 +55,10 @@ def in_one_pass(
         return None
     mass, slots, segment = None, None, layer[0] if layer else None
     width = 0 if segment is None else segment.width
-    if q.shape[2] > (step := max(1, CELLS // max(1, width * (len(q) if block.biased else block.heads)))):
+    m = q.shape[2]
+    if m > 1 and m > (step := max(1, CELLS // max(1, width * (len(q) if block.biased else block.heads)))):
         parts = []
-        for start in range(0, q.shape[2], step):
+        for start in range(0, m, step):
             rows = slice(start, start + step)
             mine = {name: x[:, :, rows] for name, x in own.items()}
             part = in_one_pass(block, q[:, :, rows], mine, layer, length, places.rows(rows), asked.rows(rows))

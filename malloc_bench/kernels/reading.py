@@ -179,7 +179,7 @@ def attend(
         return None
     rows = b * h
     asked, out = array(q).reshape(rows, m, d), q.new_empty(b, h, m, wide)
-    mixed, counts = out.numpy().reshape(rows, m, wide), array(count.int())
+    mixed, counts = out.numpy().reshape(rows, m, wide), array(count if count.dtype == torch.int32 else count.int())
     biases, own_bias = (_NONE, _NO_ROWS) if bias is None else map(array, bias)
     masses = _NO_ROWS if mass is None else array(mass)
     scale = 1.0 if normaliser is None else 1.0 / normaliser

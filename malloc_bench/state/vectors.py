@@ -99,9 +99,9 @@ class Vectors(ABC):
 
     def known(self) -> Written | None:
         """`written`, made once: a read of few slots costs little more than to see how they are written."""
-        if _KNOWN not in vars(self):
-            vars(self)[_KNOWN] = self.written()
-        return vars(self)[_KNOWN]
+        if (found := vars(self).get(_KNOWN, self)) is self:
+            found = vars(self)[_KNOWN] = self.written()
+        return found
 
     def __getstate__(self) -> dict[str, object]:
         return {name: x for name, x in vars(self).items() if name != _KNOWN}
