@@ -138,12 +138,11 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
             sizes, lows = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
-            groups = (end + group - 1) // group
             for m in range(0, q.shape[1], QUERIES):
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
-                tops(asked, sizes[:groups], most)
-                for g in range(groups):
+                for g in range((end + group - 1) // group):
                     begin, last = g * group, min(end, g * group + group)
+                    tops(asked, sizes[g : g + 1], most)  # of its own: others' outliers cost it no digits
                     products(own, begin, last, asked, sizes[g], most, none, given, BITS, WORDS, 1)
                     for k in range(len(asked)):
                         total, found = zero, given[k, begin:last]

@@ -53,6 +53,14 @@ def test_many_small_weights_beside_a_large_one_are_not_lost():
     torch.testing.assert_close(x.mix(w).double(), w.double() @ x.dense().double(), rtol=2e-4, atol=0)
 
 
+def test_an_outlier_costs_no_digits_in_groups_of_slots_that_it_is_not_in():
+    x = torch.randn(1, 1, 100, 64, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0] *= 1e4
+    x, q = quantize(x, torch.ones(1, 1, 100, dtype=torch.bool), 4, 32, "slots"), torch.ones(1, 1, 3, 64)
+    others = x.dense()[:, :, 32:].mT
+    near(x.dot(q)[..., 32:], q, others.double(), others.abs().max() * 64)
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_is_seen_in_all_that_it_meets(wrong):
     x = quantize(torch.randn(1, 1, 40, 32), torch.ones(1, 1, 40, dtype=torch.bool), 4, 32, "width")
