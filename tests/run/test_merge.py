@@ -113,6 +113,7 @@ def test_the_exit_code_says_that_a_row_was_left_out(
     assert f"{spoilt}: its digest does not match" in err and "1 of 7 rows were left out, as warned above" in err
     assert len(read_rows(tmp_path / "some" / "rows")) == 6
     assert main([*asked, str(tmp_path / "all"), str(tmp_path / "whole")]) == 0  # another run has it
+    assert main(["merge", str(shards[0]), "--out", str(shards[1])]) == 1  # it stays where it lies
 
 
 @pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0", "٣/٤", "³/4", "1/4\n"])
