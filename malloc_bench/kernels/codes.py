@@ -12,14 +12,14 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from malloc_bench.kernels import whole
-from malloc_bench.kernels.lanes import AT, F32, Lanes, Row, inlined
+from malloc_bench.kernels.lanes import AT, F32, Row, inlined
 
 
 def _products(x: Row) -> None:
     if whole.fits(x.bits, x.words):
         return whole.products(x)
-    codes, asked, by, sizes, out = (x.array(i) for i in (0, 3, 4, 6, 7))
-    width, slots, columns = x.columns(3), x.columns(6), x.columns(7)
+    codes, asked, by, sizes, out = (x.array(i) for i in (0, 3, 4, 5, 6))
+    width, slots, columns = x.columns(3), x.columns(5), x.columns(6)
     row = cgutils.alloca_once(x.builder, ir.ArrayType(F32, x.groups * x.words * x.planes))  # zeros behind the width
     row = x.builder.bitcast(row, F32.as_pointer())
     with cgutils.for_range(x.builder, x.columns(3, 0)) as query:
@@ -103,14 +103,9 @@ def _unpacked(x: Row) -> None:
 
 
 @inlined(_products)
-def products(typing, codes, begin, end, asked, by, tops, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
+def products(typing, codes, begin, end, asked, by, sizes, out, bits, words, groups):  # type: ignore[no-untyped-def]
     """out[m, s] = (asked[m] times by) . codes of s, slots begin to end, each group of them times sizes [g, s] where
-    there are several. asked [m, d]: no more than `whole.QUERIES`. by [d]. tops [m]: no product of the two is larger."""
-
-
-@inlined(whole.tops, Lanes)
-def tops(typing, given, sizes, out):  # type: ignore[no-untyped-def]
-    """out[m] = the largest of given [m, d] sizes [g, d]; what is no number is larger than any."""
+    there are several. asked [m, d]: no more than `whole.QUERIES`. by [d]."""
 
 
 @inlined(_sums)

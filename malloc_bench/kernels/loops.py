@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from malloc_bench.kernels import codes, digits, lanes, whole, words
-from malloc_bench.kernels.codes import products, sums, tops, unpacked
+from malloc_bench.kernels.codes import products, sums, unpacked
 from malloc_bench.kernels.lanes import turned
 from malloc_bench.kernels.whole import QUERIES
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
@@ -104,7 +104,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
 
     @jit
     def dot_by_slot(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, ones, most = codes.shape[2], np.ones((1, q.shape[2]), f32), np.empty(QUERIES, f32)
+        slots, ones = codes.shape[2], np.ones(q.shape[2], f32)
         sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
@@ -121,8 +121,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
             )
             for m in range(0, q.shape[1], QUERIES):
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
-                tops(asked, ones, most)
-                products(own, 0, end, asked, ones[0], most, sizes, given, BITS, WORDS, GROUPS)
+                products(own, 0, end, asked, ones, sizes, given, BITS, WORDS, GROUPS)
                 for k in range(len(asked)):
                     found = given[k]
                     for g in range(GROUPS):
@@ -134,7 +133,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
 
     @jit
     def dot_by_channel(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
-        slots, none, most = codes.shape[2], np.empty((1, 0), f32), np.empty(QUERIES, f32)
+        slots, none = codes.shape[2], np.empty((1, 0), f32)
         for i in range(start, stop):
             own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
             sizes, lows = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
@@ -142,8 +141,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
                 for g in range((end + group - 1) // group):
                     begin, last = g * group, min(end, g * group + group)
-                    tops(asked, sizes[g : g + 1], most)  # of its own: others' outliers cost it no digits
-                    products(own, begin, last, asked, sizes[g], most, none, given, BITS, WORDS, 1)
+                    products(own, begin, last, asked, sizes[g], none, given, BITS, WORDS, 1)
                     for k in range(len(asked)):
                         total, found = zero, given[k, begin:last]
                         for d in range(q.shape[2]):

@@ -100,7 +100,7 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
 
 def dense(x: Written) -> Tensor | None:
     """The vectors, [B, H, S, D]."""
-    if (reader := x.reader(0)) is None:
+    if not fits() or (reader := x.reader(0)) is None:
         return None
     b, h, s, d = x.shape
     room = torch.empty(b * h * s * d)

@@ -7,7 +7,7 @@ with exact sums. The lanes of a vector are slots in products and channels in sum
 from __future__ import annotations
 
 import os
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -16,7 +16,7 @@ from numba.core.registry import cpu_target
 
 from malloc_bench.kernels import digits
 from malloc_bench.kernels.digits import WRITTEN
-from malloc_bench.kernels.lanes import AT, F32, I8, I32, Lanes, Row, pieces
+from malloc_bench.kernels.lanes import AT, F32, I8, I32, Row, pieces
 from malloc_bench.kernels.words import WORDS
 
 BLOCK = 256  # slots whose weights are written beside their own largest
@@ -86,23 +86,25 @@ def _chunks(x: Row) -> tuple[int, int, int]:
     return several, 4 * several, -(-x.groups * x.words * x.planes // several)
 
 
-def _asked(x: Row, asked: Any, sizes: Any, width: Any, tops: Any, count: Any, room: Any, units: Any) -> None:
-    """Each row of numbers times sizes as bytes, zeros behind them, and its unit."""
+def _asked(x: Row, asked: Any, by: Any, width: Any, count: Any, room: Any, units: Any) -> None:
+    """Each row of numbers times `by` as bytes, zeros behind them, and its unit."""
     b, (several, stride, chunks) = x.builder, _chunks(x)
     with cgutils.for_range(b, count) as loop:
         row, at = b.gep(asked, [b.mul(loop.index, width)]), x.times(loop.index, chunks * stride)
-        by, unit = digits.units(x, b.load(b.gep(tops, [loop.index])))
+        numbers = []
+        for first in range(0, chunks * several, WRITTEN):
+            place, real = ir.Constant(AT, first), _real(x, x.plus(width, -first), WRITTEN)
+            numbers.append(x.product(x.load_some(row, place, real), x.load_some(by, place, real)))
+        top = digits.top(x, reduce(partial(digits.larger, x), [digits.bits(x, each) for each in numbers]))
+        factor, unit = digits.units(x, top)
         b.store(unit, b.gep(units, [loop.index]))
+        written, each = [digits.written(x, number, factor) for number in numbers], several // WRITTEN
         for chunk in range(chunks):
-            numbers = []
-            for first in range(chunk * several, (chunk + 1) * several, WRITTEN):
-                place, real = ir.Constant(AT, first), _real(x, x.plus(width, -first), WRITTEN)
-                number = x.product(x.load_some(row, place, real), x.load_some(sizes, place, real))
-                numbers.append(digits.written(x, number, by))
-            digits.put(x, numbers, x.planes, room, x.plus(at, chunk * stride))
+            some = written[chunk * each : (chunk + 1) * each]
+            digits.put(x, some, x.planes, room, x.plus(at, chunk * stride))
 
 
-def _real(x: Lanes, left: Any, lanes: int) -> Any:
+def _real(x: Row, left: Any, lanes: int) -> Any:
     """Which of `lanes` neighbours are among those that are left."""
     b, most = x.builder, ir.Constant(AT, lanes)
     left = b.select(b.icmp_signed("<", left, most), left, most)
@@ -148,12 +150,12 @@ def _room(x: Row, kind: ir.Type, size: int) -> Any:
 
 def products(x: Row) -> None:
     """`codes.products`"""
-    b, codes, asked, by, tops, sizes, out = x.builder, *(x.array(i) for i in (0, 3, 4, 5, 6, 7))
-    count, slots, columns = x.columns(3, 0), x.columns(6), x.columns(7)
+    b, codes, asked, by, sizes, out = x.builder, *(x.array(i) for i in (0, 3, 4, 5, 6))
+    count, slots, columns = x.columns(3, 0), x.columns(5), x.columns(6)
     lanes, end, (several, stride, chunks) = WIDEST // 4, x.number(2), _chunks(x)
     each = chunks * stride
     written, units = _room(x, I8, QUERIES * each), _room(x, F32, QUERIES)
-    _asked(x, asked, by, x.columns(3), tops, count, written, units)
+    _asked(x, asked, by, x.columns(3), count, written, units)
     with cgutils.for_range_slice(b, x.number(1), end, ir.Constant(AT, lanes)) as (slot, _):
         left = b.sub(end, slot)
         real, words = _real(x, left, lanes), _across(x, codes, slot, left)
@@ -183,21 +185,6 @@ def products(x: Row) -> None:
                 x.store_some(found, out, b.add(slot, b.mul(query, columns)), real)
 
         x.loop(ir.Constant(AT, 0), count, _TOGETHER["products"], of)
-
-
-def tops(x: Lanes) -> None:
-    """`codes.tops`"""
-    b, given, sizes, out = x.builder, x.array(0), x.array(1), x.array(2)
-    width, kept = x.columns(0), cgutils.alloca_once(b, ir.VectorType(I32, WRITTEN))
-    with cgutils.for_range(b, x.columns(0, 0)) as row:
-        b.store(kept.type.pointee([0] * WRITTEN), kept)
-        first, groups = ir.Constant(AT, 0), cgutils.for_range(b, x.columns(1, 0))
-        with groups as group, cgutils.for_range_slice(b, first, width, ir.Constant(AT, WRITTEN)) as (at, _):
-            real = _real(x, b.sub(width, at), WRITTEN)  # in the order in which they lie in memory
-            both = (given, row.index), (sizes, group.index)
-            one, other = (x.load_some(each, b.add(at, b.mul(i, width)), real) for each, i in both)
-            b.store(digits.larger(x, b.load(kept), digits.bits(x, x.product(one, other))), kept)
-        b.store(digits.top(x, b.load(kept)), b.gep(out, [row.index]))
 
 
 def sums(x: Row) -> None:
