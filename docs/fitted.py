@@ -76,7 +76,7 @@ query: one vector a layer and head.
 ## Figures
 
 Overlap@10 with the full state's lists, encoder `mxint` (4 bits a number, two bytes a vector), means of three
-trainings; "larger": the smallest state that the method makes is, by a tenth or more;
+trainings; "larger": the smallest state that the method makes is, by a ninth or more;
 {over}. Standard deviations over the trainings:
 {spread}.
 
@@ -210,7 +210,7 @@ def overlap(found: pl.DataFrame, method: str, budget: float) -> dict[str, float]
 
 
 def at(found: pl.DataFrame, budget: float) -> pl.DataFrame:
-    """The rows of a budget that come near to it: those whose smallest state is larger by a tenth do not."""
+    """The rows of a budget that come near to it: those whose smallest state is larger by a ninth do not."""
     listed = pl.col("budget").str.strip_suffix(" %").str.split(", ").list.contains(f"{100 * budget:.6g}")
     return found.filter(listed & (pl.col("smaller_x") * budget > 0.9))
 

@@ -245,6 +245,13 @@ def reproduce(run: str | Path, which: str | Mapping[str, Sequence[str]]) -> list
     if again["cell_id"] != row["cell_id"]:
         other = [f"{name}: {a} then, {b} now" for name, (a, b) in differing(row["cell"], again["cell"]).items()]
         return [f"it is another cell today: {', '.join(other)}"]
+    then, now = ((each["hashes"] or {}).get("weights") for each in (row, again))
+    if then and now and then != now:  # sums of another number of threads round elsewhere
+        log.warning(
+            "other weights, %s then, %s now: they were trained apart, on another machine or by another number of "
+            "threads (OMP_NUM_THREADS), so numbers may differ by more than rounding",
+            then[:12], now[:12],
+        )  # fmt: skip
     numbers = ("hr@", "ndcg@", "mrr", "auc", "gauc", "logloss", "recall@", "overlap", "agreement", "logit_error")
     same = [name for name in row if name.startswith((*numbers, "delta", "bytes_", "ratio", "status"))]
     same = [name for name in same if COLUMNS[name] != "json"]  # older rows have none

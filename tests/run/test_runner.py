@@ -476,6 +476,18 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(suite: Path, tmp_pat
         run_suite(suite, tmp_path / "file", quiet=True)
 
 
+def test_reproduce_says_when_the_weights_are_others(
+    suite: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    run_suite(suite, out, quiet=True)
+    row = next(row for row in read_rows(out / "rows") if row["compressor"] == "knorm")
+    assert reproduce(out, row["cell_id"]) == [] and "other weights" not in caplog.text
+    write_row(out / "rows", {**row, "hashes": {**row["hashes"], "weights": "0" * 64}})
+    reproduce(out, row["cell_id"])
+    assert f"other weights, {'0' * 12} then, {row['hashes']['weights'][:12]} now" in caplog.text
+
+
 def test_reproduce_finds_no_difference_and_tells_ids_apart(suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run_suite(suite, out, quiet=True)
