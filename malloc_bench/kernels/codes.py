@@ -72,9 +72,9 @@ def _sums(x: Row) -> None:
                     x.builder.store(x.sum(x.builder.load(place), vector), place)
 
         x.loop(x.number(1), x.number(2), 2, body)
-        for j, _ in x.parts:
-            found = x.put_together([x.builder.load(place) for place in kept[j, _]])
-            at = x.plus(x.times(query.index, x.groups * x.words * x.planes), j * x.planes)
+        for part, places in kept.items():
+            found = x.put_together([x.builder.load(place) for place in places])
+            at = x.plus(x.times(query.index, x.groups * x.words * x.planes), part[0] * x.planes)
             x.store(x.sum(x.load(out, at, found.type.count), found), out, at)
 
 
