@@ -13,10 +13,11 @@ LARGEST, LEAST = 127 << 16, 1e-30  # what is smaller than the latter is nothing
 WRITTEN = 16  # numbers at a time
 
 
-def bits(x: Lanes, numbers: Any) -> Any:
-    """Without signs: they are ordered as the numbers are, and what is no number is above all."""
+def bits(x: Lanes, numbers: Any, which: list[bool] | None = None) -> Any:
+    """Without signs: they are ordered as the numbers are, and what is no number is above all. which: the rest is 0."""
     kind = ir.VectorType(I32, numbers.type.count)
-    return x.builder.and_(x.builder.bitcast(numbers, kind), kind([0x7FFFFFFF] * kind.count))
+    kept = [0x7FFFFFFF * (which is None or which[i]) for i in range(kind.count)]
+    return x.builder.and_(x.builder.bitcast(numbers, kind), kind(kept))
 
 
 def larger(x: Lanes, one: Any, other: Any) -> Any:
@@ -44,13 +45,10 @@ def everywhere(x: Lanes, number: Any, lanes: int) -> Any:
 
 
 def written(x: Lanes, numbers: Any, by: Any) -> Any:
-    """Four bytes of each number, the lowest first and the last of them nothing."""
+    """Four bytes of each number times by, vectors both, the lowest first and the last of them nothing."""
     b, lanes = x.builder, numbers.type.count
     wide = ir.VectorType(I32, lanes)
-    near = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(wide, [numbers.type]), f"llvm.lrint.v{lanes}i32.v{lanes}f32"
-    )
-    moved = b.add(b.call(near, [b.fmul(numbers, everywhere(x, by, lanes))]), wide([0x808080] * lanes))
+    moved = b.add(x.nearest(b.fmul(numbers, by)), wide([0x808080] * lanes))
     return b.bitcast(b.xor(moved, wide([0x808080] * lanes)), ir.VectorType(I8, 4 * lanes))
 
 

@@ -97,6 +97,13 @@ class Lanes:
     def sum(self, x: Any, y: Any) -> Any:
         return y if x is None else self.builder.fadd(x, y, flags=_FLAGS)
 
+    def nearest(self, x: Any) -> Any:
+        """Whole numbers."""
+        lanes = x.type.count
+        call = ir.FunctionType(ir.VectorType(I32, lanes), [x.type])
+        call = cgutils.get_or_insert_function(self.builder.module, call, f"llvm.lrint.v{lanes}i32.v{lanes}f32")
+        return self.builder.call(call, [x])
+
     def picked(self, x: Any, y: Any, index: list[int]) -> Any:
         return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(index)), index))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from malloc_bench.kernels import codes, digits, lanes, whole, words
+from malloc_bench.kernels import codes, digits, lanes, powers, whole, words
 from malloc_bench.kernels.codes import products, sums, unpacked
 from malloc_bench.kernels.lanes import turned
 from malloc_bench.kernels.whole import QUERIES
@@ -29,7 +29,7 @@ EIGHTHS = np.exp2(-np.arange(256) / 8).astype(np.float32)
 HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
 
 
-_FILES = lanes, codes, digits, whole, words, sys.modules[__name__]
+_FILES = lanes, codes, digits, powers, whole, words, sys.modules[__name__]
 _CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST)]).encode())
 
 

@@ -7,34 +7,11 @@ from functools import cache
 import numpy as np
 
 from malloc_bench.kernels.lanes import largest
-from malloc_bench.kernels.loops import f32, i32, inlined, jit, part, zero
+from malloc_bench.kernels.loops import f32, jit, part, zero
+from malloc_bench.kernels.powers import exponentials, gates
 
 one = f32(1)
 BLOCK = 256  # weights at a time
-
-
-@inlined
-def exponentials(x, size, powers, turned):  # type: ignore[no-untyped-def]
-    """x[s] = exp(x[s]) to float32's last digit or two: 2^n e^r, |r| <= ln 2 / 2, in steps that go in vectors, no
-    less than e^-87 and no more than e^88; what is no number stays none. powers: room [S] int32, `turned` the same as
-    float32."""
-    for s in range(size):
-        here = min(max(x[s], f32(-87)), f32(88))
-        n = np.rint(here * f32(1.4426950408889634))
-        r = here - n * f32(0.693359375) - n * f32(-2.12194440e-4)
-        powers[s] = (i32(n) + i32(127)) << i32(23)
-        p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
-        p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
-        p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
-        x[s] = p * r * r + r + one + (zero if x[s] == x[s] else x[s])
-    for s in range(size):
-        x[s] *= turned[s]
-
-
-@inlined
-def gated(x, power):  # type: ignore[no-untyped-def]
-    """SiLU(x) from e^-x, which ends at e^88: x ends there as well; what is infinite is no number."""
-    return max(x, f32(-88)) / (one + power) + zero * x
 
 
 @jit
@@ -83,11 +60,8 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
 
     @jit
     def weigh(q, own_key, own_value, own_bias, count, mass, bias, scale, heads, out, logits, first, start, stop):  # type: ignore[no-untyped-def]
-        slots, rows, by = logits.shape[2], len(q), f32(scale)
-        room, peak = np.zeros(2 * BLOCK + 16, f32), np.empty(1, f32)
-        edge = -(room.ctypes.data >> 2) & 15  # vectors that lie across two lines of a cache take twice as long
-        kept, turned = room[edge : edge + BLOCK], room[edge + BLOCK : edge + 2 * BLOCK]
-        powers = turned.view(np.int32)
+        slots, rows = logits.shape[2], len(q)
+        own, most = np.empty(1, f32), np.empty(1, f32)
         for i in range(start, stop):
             size = min(slots, part(count, i, rows, heads))
             masses, biases = part(mass, i, rows, heads), part(bias, i, rows, heads)
@@ -100,31 +74,25 @@ def weighing(softmax: bool):  # type: ignore[no-untyped-def]
                     for s in range(size):
                         weights[s] += biases[m, s]
                     itself += part(own_bias, i, rows, heads)[m]
-                most, whole = itself, zero
+                own[0] = itself
                 if softmax:
-                    peak[0] = itself
-                    largest(weights, size, peak)
-                    most = peak[0]
-                for begin in range(0, size + 1, BLOCK):
-                    here = weights[begin : min(size, begin + BLOCK)]
-                    n = len(here)
-                    for s in range(n):
-                        kept[s] = here[s] - most if softmax else -here[s]
-                    if n < BLOCK:  # the token itself comes last
-                        kept[n] = itself - most if softmax else -itself
-                    exponentials(kept, min(n + 16 & ~15, BLOCK), powers, turned)  # in whole vectors
-                    for s in range(n):
-                        here[s] = kept[s] if softmax else gated(here[s], kept[s]) * by
-                    if masses.shape[0]:
-                        for s in range(n):
-                            here[s] *= max(masses[begin + s], f32(1e-6)) if softmax else masses[begin + s]
-                    if softmax:
-                        for s in range(n):
-                            whole += here[s]
-                    if n < BLOCK:
-                        itself = kept[n] if softmax else gated(itself, kept[n]) * by
+                    most[0] = itself
+                    largest(weights, size, most)
+                    exponentials(weights, size, most)
+                    exponentials(own, 1, most)
+                else:
+                    most[0] = scale
+                    gates(weights, size, most)
+                    gates(own, 1, most)
+                if masses.shape[0]:
+                    for s in range(size):
+                        weights[s] *= max(masses[s], f32(1e-6)) if softmax else masses[s]
+                itself = own[0]
                 if softmax:
-                    whole = one / (whole + itself)
+                    whole = itself
+                    for s in range(size):
+                        whole += weights[s]
+                    whole = one / whole
                     for s in range(size):
                         weights[s] *= whole
                     itself *= whole

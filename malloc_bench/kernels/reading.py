@@ -172,14 +172,14 @@ def attend(
         known += (bias[0], (b, h, m, s)), (bias[1], (b, h, m))
     if not _fit(known) or count.shape[0] not in (1, b) or not _of_heads(count.shape[1], h):
         return None
-    given = [*(x for x, _ in known), count]
+    given = [*[x for x, _ in known], count]
     if (gpu := on_gpu(*given)) is not None and on_gpu(*keys.tensors(), *values.tensors()) is not None:
         return gpu.attend(q, own, keys, values, count, mass, bias, normaliser)
     if not fits(*given) or (of_keys := keys.reader(m)) is None or (of_values := values.reader(m)) is None:
         return None
-    rows = b * h
-    asked, out = array(q).reshape(rows, m, d), q.new_empty(b, h, m, wide)
-    mixed, counts = out.numpy().reshape(rows, m, wide), array(count if count.dtype == torch.int32 else count.int())
+    rows, made = b * h, _room(b, h, m, wide)
+    asked, out, mixed = array(q).reshape(rows, m, d), torch.from_numpy(made), made.reshape(rows, m, wide)
+    counts = array(count if count.dtype == torch.int32 else count.int())
     biases, own_bias = (_NONE, _NO_ROWS) if bias is None else map(array, bias)
     masses = _NO_ROWS if mass is None else array(mass)
     scale = 1.0 if normaliser is None else 1.0 / normaliser
@@ -188,9 +188,7 @@ def attend(
     if m > FEW and not (of_keys.many and of_values.many and rows * m * s <= _AT_HAND):
         _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
         return out
-    size = rows, m, s
-    large = rows * m * s > _SEEN  # by torch: what is measured as memory is seen there
-    logits = torch.empty(*size).numpy() if large else np.empty(size, np.float32)
+    logits = _room(b, h, m, s).reshape(rows, m, s)
     ask, (take, after) = of_keys.dot(asked, h, counts, logits), of_values.mix(logits, h, counts, mixed)
     step = rows if m <= FEW else max(1, _CACHED // (8 * m * s))
 
@@ -205,6 +203,11 @@ def attend(
     if after is not None:
         after()
     return out
+
+
+def _room(b: int, h: int, m: int, d: int) -> np.ndarray:
+    """Numbers yet to be written; where they are many by torch: what is measured as memory is seen there."""
+    return np.empty((b, h, m, d), np.float32) if b * h * m * d <= _SEEN else torch.empty(b, h, m, d).numpy()
 
 
 @cache

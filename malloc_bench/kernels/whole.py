@@ -87,7 +87,7 @@ def _chunks(x: Row) -> tuple[int, int, int]:
 
 
 def _asked(x: Row, asked: Any, by: Any, width: Any, count: Any, room: Any, units: Any) -> None:
-    """Each row of numbers times `by` as bytes, zeros behind them, and its unit."""
+    """Each row of numbers times `by` as bytes, zeros behind them, and the unit of each group."""
     b, (several, stride, chunks) = x.builder, _chunks(x)
     with cgutils.for_range(b, count) as loop:
         row, at = b.gep(asked, [b.mul(loop.index, width)]), x.times(loop.index, chunks * stride)
@@ -95,13 +95,27 @@ def _asked(x: Row, asked: Any, by: Any, width: Any, count: Any, room: Any, units
         for first in range(0, chunks * several, WRITTEN):
             place, real = ir.Constant(AT, first), _real(x, x.plus(width, -first), WRITTEN)
             numbers.append(x.product(x.load_some(row, place, real), x.load_some(by, place, real)))
-        top = digits.top(x, reduce(partial(digits.larger, x), [digits.bits(x, each) for each in numbers]))
-        factor, unit = digits.units(x, top)
-        b.store(unit, b.gep(units, [loop.index]))
-        written, each = [digits.written(x, number, factor) for number in numbers], several // WRITTEN
+        factors = []
+        for g in range(x.groups):
+            of_group = [digits.bits(x, each, [k == g for k in _groups(x, v)]) for v, each in enumerate(numbers)]
+            factor, unit = digits.units(x, digits.top(x, reduce(partial(digits.larger, x), of_group)))
+            b.store(unit, b.gep(units, [x.plus(x.times(loop.index, x.groups), g)]))
+            factors.append(digits.everywhere(x, factor, WRITTEN))
+        written, each = [], several // WRITTEN
+        for v, number in enumerate(numbers):
+            found = factors[(groups := _groups(x, v))[0]]
+            for g in range(groups[0] + 1, groups[-1] + 1):
+                found = x.picked(found, factors[g], [i + WRITTEN * (k >= g) for i, k in enumerate(groups)])
+            written.append(digits.written(x, number, found))
         for chunk in range(chunks):
             some = written[chunk * each : (chunk + 1) * each]
             digits.put(x, some, x.planes, room, x.plus(at, chunk * stride))
+
+
+def _groups(x: Row, vector: int) -> list[int]:
+    """Of each number that is written in a vector; what is behind the last is nothing."""
+    first, each = vector * WRITTEN, x.words * x.planes
+    return [min((first + i) // each, x.groups - 1) for i in range(WRITTEN)]
 
 
 def _real(x: Row, left: Any, lanes: int) -> Any:
@@ -154,13 +168,13 @@ def products(x: Row) -> None:
     count, slots, columns = x.columns(3, 0), x.columns(5), x.columns(6)
     lanes, end, (several, stride, chunks) = WIDEST // 4, x.number(2), _chunks(x)
     each = chunks * stride
-    written, units = _room(x, I8, QUERIES * each), _room(x, F32, QUERIES)
+    written, units = _room(x, I8, QUERIES * each), _room(x, F32, QUERIES * x.groups)
     _asked(x, asked, by, x.columns(3), count, written, units)
     with cgutils.for_range_slice(b, x.number(1), end, ir.Constant(AT, lanes)) as (slot, _):
         left = b.sub(end, slot)
-        real, words = _real(x, left, lanes), _across(x, codes, slot, left)
+        real = _real(x, left, lanes)
 
-        def of(some: list[Any]) -> None:
+        def of(some: list[Any], words: list[Any]) -> None:
             total: list[Any] = [None] * len(some)
             for g in range(x.groups):
                 turns = 2 if len(some) == 1 else 1  # no product waits for the one before
@@ -176,7 +190,8 @@ def products(x: Row) -> None:
                                 to[level] = _met(x, to[level], code, digit)
                 for k, query in enumerate(some):
                     every = [reduce(b.add, of_level) for of_level in zip(*levels[k])]
-                    found = _told(x, every, x.everywhere(units, query, lanes), _most(x, x.words * x.planes))
+                    unit = x.everywhere(units, x.plus(x.times(query, x.groups), g), lanes)
+                    found = _told(x, every, unit, _most(x, x.words * x.planes))
                     if x.groups > 1:
                         here = x.plus(slot, b.mul(slots, ir.Constant(AT, g)))
                         found = x.product(found, x.load_some(sizes, here, real))
@@ -184,7 +199,13 @@ def products(x: Row) -> None:
             for query, found in zip(some, total):
                 x.store_some(found, out, b.add(slot, b.mul(query, columns)), real)
 
-        x.loop(ir.Constant(AT, 0), count, _TOGETHER["products"], of)
+        together = _TOGETHER["products"]
+        alone = b.sub(count, b.srem(count, ir.Constant(AT, together)))
+        for begin, stop, step in ((ir.Constant(AT, 0), alone, together), (alone, count, 1)):
+            with b.if_then(b.icmp_signed("<", begin, stop)):
+                words = _across(x, codes, slot, left)  # in both: no vector has to be put aside for the other
+                with cgutils.for_range_slice(b, begin, stop, ir.Constant(AT, step)) as (query, _):
+                    of([x.plus(query, k) for k in range(step)], words)
 
 
 def sums(x: Row) -> None:
@@ -270,7 +291,7 @@ def _weights(x: Row, row: Any, sizes: list[Any], first: Any, last: Any, room: An
     with cgutils.for_range_slice(b, first, last, ir.Constant(AT, WRITTEN)) as (slot, _):
         for g, (number, (by, _unit)) in enumerate(zip(numbers(slot), found)):
             at = x.plus(x.times(b.sub(slot, first), 4), g * 4 * BLOCK)
-            digits.put(x, [digits.written(x, number, by)], 1, room, at)
+            digits.put(x, [digits.written(x, number, digits.everywhere(x, by, WRITTEN))], 1, room, at)
     return [unit for _, unit in found]
 
 

@@ -61,6 +61,17 @@ def test_an_outlier_costs_no_digits_in_groups_of_slots_that_it_is_not_in():
     near(x.dot(q)[..., 32:], q, others.double(), others.abs().max() * 64)
 
 
+@pytest.mark.parametrize(("width", "group"), [(64, 32), (136, 8), (24, 8)])
+def test_an_outlier_of_a_query_costs_no_digits_in_groups_of_channels_that_it_is_not_in(width, group):
+    """What queries make little of is large in keys."""
+    draw = torch.Generator().manual_seed(0)
+    size = torch.ones(width)
+    size[group : 2 * group] = 1e6
+    x, q = torch.randn(1, 1, 100, width, generator=draw) * size, torch.randn(1, 1, 5, width, generator=draw) / size
+    x = quantize(x, torch.ones(1, 1, 100, dtype=torch.bool), 4, group, "width")
+    near(x.dot(q), q, x.dense().double().mT, 0)
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_is_seen_in_all_that_it_meets(wrong):
     x = quantize(torch.randn(1, 1, 40, 32), torch.ones(1, 1, 40, dtype=torch.bool), 4, 32, "width")
