@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from malloc_bench.kernels import whole
-from malloc_bench.kernels.lanes import AT, F32, Row, inlined
+from malloc_bench.kernels.lanes import AT, F32, I8, I32, Row, inlined
+from malloc_bench.kernels.words import WORDS
 
 
 def _products(x: Row) -> None:
@@ -100,6 +101,29 @@ def _unpacked(x: Row) -> None:
             x.store(x.sum(low, x.product(numbers, size)), out, x.plus(x.times(slot, width), first))
 
     x.loop(x.number(1), x.number(2), 1, body)
+
+
+def _widened(x: Row) -> None:
+    codes, out, total = x.array(0), x.array(2), x.times(x.number(1), x.groups * x.words)
+    b, (_, step) = x.builder, WORDS[3]
+
+    def body(some: list[Any]) -> None:
+        lanes = len(some)
+        raw = x.load(codes, x.times(some[0], step), lanes * step, I8)
+        index = [i * step + k if k < step else lanes * step for i in range(lanes) for k in range(4)]
+        word = b.bitcast(x.picked(raw, raw.type([0] * raw.type.count), index), ir.VectorType(I32, lanes))
+        for low, moved in ((0x00000FFF, 4), (0x003F003F, 2), (0x07070707, 1)):  # halves of all, of those, and of those
+            high = low << 12 // (4 // moved)
+            first, second = (b.and_(word, word.type([mask] * lanes)) for mask in (low, high))
+            word = b.or_(first, b.shl(second, word.type([moved] * lanes)))
+        x.store(b.bitcast(word, ir.VectorType(I8, 4 * lanes)), out, x.times(some[0], 4))
+
+    x.loop(ir.Constant(AT, 0), total, 16, body)
+
+
+@inlined(_widened)
+def widened(typing, codes, end, out, bits, words, groups):  # type: ignore[no-untyped-def]
+    """out [s, G x J x 4] = codes of three bits as codes of four, slots 0 to end."""
 
 
 @inlined(_products)

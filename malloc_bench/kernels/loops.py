@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from malloc_bench.kernels import codes, digits, lanes, powers, whole, words
-from malloc_bench.kernels.codes import products, sums, unpacked
+from malloc_bench.kernels.codes import products, sums, unpacked, widened
 from malloc_bench.kernels.lanes import turned
 from malloc_bench.kernels.whole import QUERIES
 from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
@@ -101,13 +101,24 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     """Of vectors of WIDTH codes of so many bits: constants to the compiler, WORDS is those of a group."""
     ROOM = WORDS * GROUPS * PLANES[BITS]
     EACH = ROOM // GROUPS
+    WIDER = BITS == 3 and whole.fits(4, 4 * WORDS)  # three bits are read as four: these lie in whole bytes
+    AS, BYTES_READ = (4, 4 * WORDS) if WIDER else (BITS, WORDS)
+
+    @inlined
+    def read(codes, i, rows, heads, end, room):  # type: ignore[no-untyped-def]
+        own = part(codes, i, rows, heads)
+        if WIDER:
+            widened(own, end, room, BITS, WORDS, GROUPS)
+        return room if WIDER else own
 
     @jit
     def dot_by_slot(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, ones = codes.shape[2], np.ones(q.shape[2], f32)
         sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
+        room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
-            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            end = min(slots, part(count, i, len(out), heads))
+            own = read(codes, i, len(out), heads, end, room)
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -121,7 +132,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
             )
             for m in range(0, q.shape[1], QUERIES):
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
-                products(own, 0, end, asked, ones, sizes, given, BITS, WORDS, GROUPS)
+                products(own, 0, end, asked, ones, sizes, given, AS, BYTES_READ, GROUPS)
                 for k in range(len(asked)):
                     found = given[k]
                     for g in range(GROUPS):
@@ -134,14 +145,16 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     @jit
     def dot_by_channel(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, none = codes.shape[2], np.empty((1, 0), f32)
+        room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
-            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            end = min(slots, part(count, i, len(out), heads))
+            own = read(codes, i, len(out), heads, end, room)
             sizes, lows = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
             for m in range(0, q.shape[1], QUERIES):
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
                 for g in range((end + group - 1) // group):
                     begin, last = g * group, min(end, g * group + group)
-                    products(own, begin, last, asked, sizes[g], none, given, BITS, WORDS, 1)
+                    products(own, begin, last, asked, sizes[g], none, given, AS, BYTES_READ, 1)
                     for k in range(len(asked)):
                         total, found = zero, given[k, begin:last]
                         for d in range(q.shape[2]):
@@ -154,8 +167,10 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     def mix_by_slot(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, rows = codes.shape[2], np.empty((min(QUERIES, w.shape[1]), ROOM), f32)
         sizes, lows = np.empty((GROUPS, slots), f32), np.empty((GROUPS, slots), f32)
+        room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
-            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            end = min(slots, part(count, i, len(out), heads))
+            own = read(codes, i, len(out), heads, end, room)
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -170,7 +185,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
             for m in range(0, w.shape[1], QUERIES):
                 asked, given = w[i, m : m + QUERIES], out[i, m : m + QUERIES]
                 rows[:] = zero
-                sums(own, 0, end, asked, sizes, rows[: len(asked)], BITS, WORDS, GROUPS)
+                sums(own, 0, end, asked, sizes, rows[: len(asked)], AS, BYTES_READ, GROUPS)
                 for k in range(len(asked)):
                     for g in range(GROUPS):
                         total = zero
@@ -183,8 +198,10 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     def mix_by_channel(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, rows = codes.shape[2], np.empty((min(QUERIES, w.shape[1]), ROOM), f32)
         ones, sizes, lows = np.ones((1, slots), f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+        room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
-            own, end = part(codes, i, len(out), heads), min(slots, part(count, i, len(out), heads))
+            end = min(slots, part(count, i, len(out), heads))
+            own = read(codes, i, len(out), heads, end, room)
             scales, offsets = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
             for g in range((end + group - 1) // group):
                 begin, last = g * group, min(end, g * group + group)
@@ -193,7 +210,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                 for m in range(0, w.shape[1], QUERIES):
                     asked, given = w[i, m : m + QUERIES], out[i, m : m + QUERIES]
                     rows[:] = zero
-                    sums(own, begin, last, asked, ones, rows[: len(asked)], BITS, WORDS, 1)
+                    sums(own, begin, last, asked, ones, rows[: len(asked)], AS, BYTES_READ, 1)
                     for k in range(len(asked)):
                         total = zero
                         for s in range(begin, last):
@@ -233,6 +250,6 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                     part(codes, i, rows, heads), g * group, end, sizes, lows, out[i - first], 1, WIDTH, BITS, WORDS, 1
                 )
 
-    many = whole.fits(BITS, WORDS)
+    many = whole.fits(AS, BYTES_READ)
     by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot, many)
     return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel, many))
