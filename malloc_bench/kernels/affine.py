@@ -95,8 +95,8 @@ class Coded(NamedTuple):
     size: tuple[int, int]
 
     @property
-    def many(self) -> bool:
-        return self.ways.many
+    def most(self) -> int:
+        return self.ways.most
 
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         return partial(self.ways.dot, *self.given, count, q, out, heads)

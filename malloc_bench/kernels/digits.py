@@ -39,11 +39,6 @@ def units(x: Lanes, top: Any) -> tuple[Any, Any]:
     return b.select(little, F32(0), b.fdiv(F32(LARGEST), top)), b.fmul(top, F32(1 / LARGEST))
 
 
-def everywhere(x: Lanes, number: Any, lanes: int) -> Any:
-    one = x.builder.insert_element(ir.VectorType(number.type, 1)(ir.Undefined), number, I32(0))
-    return x.picked(one, one, [0] * lanes)
-
-
 def written(x: Lanes, numbers: Any, by: Any) -> Any:
     """Four bytes of each number times by, vectors both, the lowest first and the last of them nothing."""
     b, lanes = x.builder, numbers.type.count

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
+from malloc_bench.kernels.words import FEW
 
 if TYPE_CHECKING:
     from malloc_bench.kernels.chosen import Ways
@@ -47,8 +48,8 @@ class Numbered(NamedTuple):
     x: Entries
 
     @property
-    def many(self) -> bool:
-        return False
+    def most(self) -> int:
+        return FEW
 
     def _loops(self) -> Ways:
         from malloc_bench.kernels.chosen import loops  # here: its compiler takes half a second to load

@@ -110,6 +110,26 @@ class Lanes:
     def everywhere(self, array: Any, at: Any, lanes: int, kind: ir.Type = F32) -> Any:
         return self.picked(x := self.load(array, at, 1, kind), x, [0] * lanes)
 
+    def all_of(self, number: Any, lanes: int) -> Any:
+        one = self.builder.insert_element(ir.VectorType(number.type, 1)(ir.Undefined), number, I32(0))
+        return self.picked(one, one, [0] * lanes)
+
+    def real(self, left: Any, lanes: int = _LANES) -> Any:
+        """Which of `lanes` neighbours are among those that are left."""
+        left = self.all_of(self.builder.trunc(self.smaller(left, ir.Constant(AT, lanes)), I32), lanes)
+        return self.builder.icmp_signed(">", left, ir.VectorType(I32, lanes)(list(range(lanes))))
+
+    def unzipped(self, some: list[Any]) -> list[Any]:
+        """Every n-th of n vectors' numbers, from the first, the second ... on."""
+        if len(some) == 1:
+            return some
+        ends = 2 * some[0].type.count
+        even, odd = (
+            self.unzipped([self.picked(a, c, list(range(k, ends, 2))) for a, c in zip(some[::2], some[1::2])])
+            for k in (0, 1)
+        )
+        return [each for pair in zip(even, odd) for each in pair]
+
     def folded(self, four: list[Any]) -> Any:
         """The sums of four vectors alike, as one vector."""
         if (lanes := four[0].type.count) < 4:

@@ -20,7 +20,7 @@ from malloc_bench.kernels import codes, digits, lanes, powers, whole, words
 from malloc_bench.kernels.codes import products, sums, unpacked, widened
 from malloc_bench.kernels.lanes import turned
 from malloc_bench.kernels.whole import QUERIES
-from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
+from malloc_bench.kernels.words import BYTES, FEW, GIVEN, MIDDLE, WORDS
 
 PLANES = {bits: planes for bits, (planes, _) in WORDS.items()}
 f32, i32, zero = np.float32, np.int32, np.float32(0)
@@ -75,6 +75,15 @@ def all_sized(scale, offset, whole, end, sizes, lows, bits, groups, how):  # typ
             sizes[g, s], lows[g, s] = sized(scale, offset, whole, s, g, bits, how)
 
 
+@inlined
+def read(codes, i, rows, heads, end, room, bits, words, groups, wider):  # type: ignore[no-untyped-def]
+    """Codes of row i; wider: those of three bits as codes of four, in `room`."""
+    own = part(codes, i, rows, heads)
+    if wider:
+        widened(own, end, room, bits, words, groups)
+    return room if wider else own
+
+
 @called
 def exponent(top, i, rows, heads, how):  # type: ignore[no-untyped-def]
     return np.exp2(f32(part(top, i, rows, heads)[0, 0])) if how == BYTES else f32(1)
@@ -86,7 +95,7 @@ class Ways(NamedTuple):
     dot: Callable[..., None]
     mix: Callable[..., None]
     dense: Callable[..., None]
-    many: bool  # whether they are fast for any number of queries
+    most: int  # queries that they read for
 
 
 class Loops(NamedTuple):
@@ -104,13 +113,6 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     WIDER = BITS == 3 and whole.fits(4, 4 * WORDS)  # three bits are read as four: these lie in whole bytes
     AS, BYTES_READ = (4, 4 * WORDS) if WIDER else (BITS, WORDS)
 
-    @inlined
-    def read(codes, i, rows, heads, end, room):  # type: ignore[no-untyped-def]
-        own = part(codes, i, rows, heads)
-        if WIDER:
-            widened(own, end, room, BITS, WORDS, GROUPS)
-        return room if WIDER else own
-
     @jit
     def dot_by_slot(codes, scale, offset, top, group, count, q, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, ones = codes.shape[2], np.ones(q.shape[2], f32)
@@ -118,7 +120,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
             end = min(slots, part(count, i, len(out), heads))
-            own = read(codes, i, len(out), heads, end, room)
+            own = read(codes, i, len(out), heads, end, room, BITS, WORDS, GROUPS, WIDER)
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -148,7 +150,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
             end = min(slots, part(count, i, len(out), heads))
-            own = read(codes, i, len(out), heads, end, room)
+            own = read(codes, i, len(out), heads, end, room, BITS, WORDS, GROUPS, WIDER)
             sizes, lows = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
             for m in range(0, q.shape[1], QUERIES):
                 asked, given = q[i, m : m + QUERIES], out[i, m : m + QUERIES]
@@ -170,7 +172,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
             end = min(slots, part(count, i, len(out), heads))
-            own = read(codes, i, len(out), heads, end, room)
+            own = read(codes, i, len(out), heads, end, room, BITS, WORDS, GROUPS, WIDER)
             all_sized(
                 part(scale, i, len(out), heads),
                 part(offset, i, len(out), heads),
@@ -201,7 +203,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
         room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
             end = min(slots, part(count, i, len(out), heads))
-            own = read(codes, i, len(out), heads, end, room)
+            own = read(codes, i, len(out), heads, end, room, BITS, WORDS, GROUPS, WIDER)
             scales, offsets = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
             for g in range((end + group - 1) // group):
                 begin, last = g * group, min(end, g * group + group)
@@ -250,6 +252,6 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                     part(codes, i, rows, heads), g * group, end, sizes, lows, out[i - first], 1, WIDTH, BITS, WORDS, 1
                 )
 
-    many = whole.fits(AS, BYTES_READ)
-    by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot, many)
-    return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel, many))
+    most, some = (whole.MOST, whole.SOME) if whole.fits(AS, BYTES_READ) else (FEW, FEW)
+    by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot, most)
+    return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel, some))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.kernels.switch import After, Loop, array, fits
+from malloc_bench.kernels.words import FEW
 
 
 class Plain(NamedTuple):
@@ -35,8 +36,8 @@ class Rows(NamedTuple):
     data: Tensor
 
     @property
-    def many(self) -> bool:
-        return False
+    def most(self) -> int:
+        return FEW
 
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
         from malloc_bench.kernels.passes import dot  # here: its compiler takes half a second to load

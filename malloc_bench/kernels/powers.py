@@ -46,8 +46,7 @@ def _each(x: Lanes, of: Callable[[Any], Any]) -> None:
     with cgutils.for_range_slice(b, ir.Constant(AT, 0), whole, ir.Constant(AT, _LANES)) as (s, _):
         x.store(of(x.load(given, s, _LANES)), given, s)
     with b.if_then(b.icmp_signed(">", left, ir.Constant(AT, 0))):
-        count = b.insert_element(ir.VectorType(I32, 1)(ir.Undefined), b.trunc(left, I32), I32(0))
-        real = b.icmp_signed(">", x.picked(count, count, [0] * _LANES), ir.VectorType(I32, _LANES)(list(range(_LANES))))
+        real = x.real(left)
         x.store_some(of(x.load_some(given, whole, real)), given, whole, real)
 
 

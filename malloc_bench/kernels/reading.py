@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from malloc_bench.kernels.gpu import on_gpu
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
+from malloc_bench.kernels.words import FEW
 
-FEW = 4  # queries that read vectors one after the other; more unpack them once and multiply, but see `Reader.many`
 _CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
 _AT_HAND = 1 << 22  # logits that are kept of all rows
 _SEEN = 1 << 16  # numbers that are worth being seen as memory
@@ -24,8 +25,8 @@ class Reader(Protocol):
     """The loops over vectors of R = B x H rows, users and their query heads."""
 
     @property
-    def many(self) -> bool:
-        """Whether they read for any number of queries at once. Else more than FEW meet vectors unpacked by `rows`."""
+    def most(self) -> int:
+        """Queries that they read for, FEW or more. What more of them meet is unpacked by `rows`."""
         ...
 
     def dot(self, q: np.ndarray, heads: int, count: np.ndarray, out: np.ndarray) -> Loop:
@@ -65,10 +66,10 @@ def dot(x: Written, q: Tensor) -> Tensor | None:
         return None
     rows = q.detach().reshape(b * h, m, d)
     out = q.new_empty(b * h, m, x.shape[2])
-    if m > FEW and not reader.many:
+    if m > reader.most:
         asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
-            torch.matmul(asked[part], vectors.mT, out=found[part])
+            _products(asked[part], vectors, found[part])
     else:
         spread(reader.dot(array(rows), h, _all(x), out.numpy()), b * h, b * h * x.shape[2] * d)
     return out.view(b, h, m, x.shape[2])
@@ -83,14 +84,12 @@ def mix(x: Written, w: Tensor) -> Tensor | None:
         return gpu.mix(x, w)
     if not fits(w) or (reader := x.reader(m)) is None:
         return None
-    rows = w.detach().reshape(b * h, m, s)
-    if m > FEW and not reader.many:
-        out = w.new_empty(b * h, m, x.shape[3])
+    rows, out = w.detach().reshape(b * h, m, s), w.new_zeros(b * h, m, x.shape[3])
+    if m > reader.most:
         asked, found = (each.reshape(b * x.shape[1], -1, each.shape[2]) for each in (rows, out))
         for part, vectors in _blocks(x, reader):
-            torch.matmul(asked[part], vectors, out=found[part])
+            _sums(asked[part], vectors, found[part])
     else:
-        out = w.new_zeros(b * h, m, x.shape[3])
         loop, after = reader.mix(array(rows), h, _all(x), out.numpy())
         spread(loop, b * h, b * h * s * x.shape[3])
         if after is not None:
@@ -185,7 +184,8 @@ def attend(
     scale = 1.0 if normaliser is None else 1.0 / normaliser
     about = asked, array(own["keys"]), array(own["values"]), own_bias, counts, masses, biases, scale, h, mixed
     weigh = partial(_weighing(normaliser is None), *about)
-    if m > FEW and not (of_keys.many and of_values.many and rows * m * s <= _AT_HAND):
+    most = min(of_keys.most, of_values.most) if rows * m * s <= _AT_HAND else FEW
+    if m > most:
         _many(q.detach().reshape(rows, m, d), (keys, of_keys), (values, of_values), weigh, out.view(rows, m, wide))
         return out
     logits = _room(b, h, m, s).reshape(rows, m, s)
@@ -231,9 +231,35 @@ def _many(q: Tensor, keys: Known, values: Known, weigh: Callable[..., None], out
     for start in range(0, stored, step):
         stop = min(stored, start + step)
         part, weights = slice(start * each, stop * each), logits[: stop - start]
-        torch.bmm(_folded(q[part], weights), keys[1].rows(start, stop, room).mT, out=weights)
+        _products(_folded(q[part], weights), keys[1].rows(start, stop, room), weights)
         spread(_moved(weigh, numbers, part.start), part.stop - part.start, weights.numel())
-        _folded(out[part], weights).baddbmm_(weights, values[1].rows(start, stop, room))
+        _sums(weights, values[1].rows(start, stop, room), _folded(out[part], weights))
+
+
+def _products(q: Tensor, vectors: Tensor, out: Tensor) -> None:
+    """out [R, M, S] = q . vectors, [R, M, D] and [R, S, D]."""
+    if (loops := _several()) is None:
+        torch.bmm(q, vectors.mT, out=out)
+        return
+    given = array(q), array(vectors), out.numpy()
+    spread(lambda start, stop: loops.products(*given, start, stop), len(q), out.numel() * q.shape[2])
+
+
+def _sums(weights: Tensor, vectors: Tensor, out: Tensor) -> None:
+    """To out [R, M, D] is added weights [R, M, S] . vectors [R, S, D]."""
+    if (loops := _several()) is None:
+        out.baddbmm_(weights, vectors)
+        return
+    call, given = loops.sums(vectors.shape[2]), (array(weights), array(vectors), out.numpy())
+    spread(lambda start, stop: call(*given, start, stop), len(out), weights.numel() * vectors.shape[2])
+
+
+@cache
+def _several() -> ModuleType | None:
+    """Loops for several queries, where they are faster than torch's matrix products."""
+    from malloc_bench.kernels import several, whole
+
+    return several if whole.WIDEST == 64 else None
 
 
 def _folded(rows: Tensor, like: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ def _widest() -> int:
 
 
 WIDEST = _widest()
+MOST = 1 << 30  # queries that are read for in whole numbers
+SOME = 32 if WIDEST == 64 else MOST  # where each is written anew for every few slots; see `several`
 
 
 def fits(bits: int, words: int) -> bool:
@@ -93,14 +95,14 @@ def _asked(x: Row, asked: Any, by: Any, width: Any, count: Any, room: Any, units
         row, at = b.gep(asked, [b.mul(loop.index, width)]), x.times(loop.index, chunks * stride)
         numbers = []
         for first in range(0, chunks * several, WRITTEN):
-            place, real = ir.Constant(AT, first), _real(x, x.plus(width, -first), WRITTEN)
+            place, real = ir.Constant(AT, first), x.real(x.plus(width, -first), WRITTEN)
             numbers.append(x.product(x.load_some(row, place, real), x.load_some(by, place, real)))
         factors = []
         for g in range(x.groups):
             of_group = [digits.bits(x, each, [k == g for k in _groups(x, v)]) for v, each in enumerate(numbers)]
             factor, unit = digits.units(x, digits.top(x, reduce(partial(digits.larger, x), of_group)))
             b.store(unit, b.gep(units, [x.plus(x.times(loop.index, x.groups), g)]))
-            factors.append(digits.everywhere(x, factor, WRITTEN))
+            factors.append(x.all_of(factor, WRITTEN))
         written, each = [], several // WRITTEN
         for v, number in enumerate(numbers):
             found = factors[(groups := _groups(x, v))[0]]
@@ -118,15 +120,6 @@ def _groups(x: Row, vector: int) -> list[int]:
     return [min((first + i) // each, x.groups - 1) for i in range(WRITTEN)]
 
 
-def _real(x: Row, left: Any, lanes: int) -> Any:
-    """Which of `lanes` neighbours are among those that are left."""
-    b, most = x.builder, ir.Constant(AT, lanes)
-    left = b.select(b.icmp_signed("<", left, most), left, most)
-    return b.icmp_signed(
-        ">", digits.everywhere(x, b.trunc(left, I32), lanes), ir.VectorType(I32, lanes)(list(range(lanes)))
-    )
-
-
 def _across(x: Row, codes: Any, slot: Any, left: Any) -> list[Any]:
     """Four bytes each of as many neighbouring slots as go in a vector, by place; of fewer where fewer are left."""
     b, lanes, words = x.builder, WIDEST // 4, x.groups * x.words // 4
@@ -135,25 +128,13 @@ def _across(x: Row, codes: Any, slot: Any, left: Any) -> list[Any]:
     place = cgutils.alloca_once_value(b, raw)
     with b.if_then(b.icmp_signed("<", left, ir.Constant(AT, lanes)), likely=False):
         for first in range(0, lanes * words, lanes):
-            here = x.load_some(raw, ir.Constant(AT, first), _real(x, x.plus(x.times(left, words), -first), lanes), I32)
+            here = x.load_some(raw, ir.Constant(AT, first), x.real(x.plus(x.times(left, words), -first), lanes), I32)
             x.store(here, room, ir.Constant(AT, first))
         b.store(room, place)
     base = b.load(place)
     if words & (words - 1):
         return [x.gathered(base, range(w, lanes * words, words)) for w in range(words)]
-    return _unzipped(x, [x.load(base, ir.Constant(AT, first), lanes, I32) for first in range(0, lanes * words, lanes)])
-
-
-def _unzipped(x: Row, some: list[Any]) -> list[Any]:
-    """Every n-th of n vectors' numbers, from the first, the second ... on."""
-    if len(some) == 1:
-        return some
-    lanes = some[0].type.count
-    even, odd = (
-        _unzipped(x, [x.picked(one, other, list(range(k, 2 * lanes, 2))) for one, other in zip(some[::2], some[1::2])])
-        for k in (0, 1)
-    )
-    return [each for pair in zip(even, odd) for each in pair]
+    return x.unzipped([x.load(base, ir.Constant(AT, first), lanes, I32) for first in range(0, lanes * words, lanes)])
 
 
 def _room(x: Row, kind: ir.Type, size: int) -> Any:
@@ -172,7 +153,7 @@ def products(x: Row) -> None:
     _asked(x, asked, by, x.columns(3), count, written, units)
     with cgutils.for_range_slice(b, x.number(1), end, ir.Constant(AT, lanes)) as (slot, _):
         left = b.sub(end, slot)
-        real = _real(x, left, lanes)
+        real = x.real(left, lanes)
 
         def of(some: list[Any], words: list[Any]) -> None:
             total: list[Any] = [None] * len(some)
@@ -278,7 +259,7 @@ def _weights(x: Row, row: Any, sizes: list[Any], first: Any, last: Any, room: An
     kept = [cgutils.alloca_once(b, kind) for _ in sizes]
 
     def numbers(slot: Any) -> list[Any]:
-        real = _real(x, b.sub(last, slot), WRITTEN)
+        real = x.real(b.sub(last, slot), WRITTEN)
         weight = x.load_some(row, slot, real)
         return [x.product(weight, x.load_some(size, slot, real)) for size in sizes]
 
@@ -291,7 +272,7 @@ def _weights(x: Row, row: Any, sizes: list[Any], first: Any, last: Any, room: An
     with cgutils.for_range_slice(b, first, last, ir.Constant(AT, WRITTEN)) as (slot, _):
         for g, (number, (by, _unit)) in enumerate(zip(numbers(slot), found)):
             at = x.plus(x.times(b.sub(slot, first), 4), g * 4 * BLOCK)
-            digits.put(x, [digits.written(x, number, digits.everywhere(x, by, WRITTEN))], 1, room, at)
+            digits.put(x, [digits.written(x, number, x.all_of(by, WRITTEN))], 1, room, at)
     return [unit for _, unit in found]
 
 

@@ -94,7 +94,8 @@ def test_on_other_cpus(widest, tmp_path):
         whole.WIDEST = {widest} or whole.WIDEST
         import test_whole
         for slots, width, bits, along, group in (
-            (203, 64, 4, "width", 32), (90, 48, 3, "slots", 32), (300, 24, 8, "slots", 32), (9, 136, 4, "width", 8), (70, 32, 1, "slots", 64),
+            (203, 64, 4, "width", 32), (90, 48, 3, "slots", 32),
+            (300, 24, 8, "slots", 32), (9, 136, 4, "width", 8), (70, 32, 1, "slots", 64),
         ):
             for m in (1, 7):
                 test_whole.check(slots, width, bits, along, group, 1.0, m, 0)
