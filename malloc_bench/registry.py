@@ -66,13 +66,20 @@ def literal(text: str) -> str:
 
 def in_a_line(error: BaseException) -> str:
     """What went wrong, in one line; the kind of error where it says nothing."""
-    return folded(str(error)) or type(error).__name__
+    return folded(_words(error)) or type(error).__name__
 
 
 def told(error: BaseException) -> str:
     """What kind of error and all that it says, in one line of a length that one reads: `ValueError: no such slot`."""
-    said = shown(folded(" ".join([str(error), *getattr(error, "__notes__", ())])))
+    said = shown(folded(_words(error, notes=True)))
     return clipped(": ".join(filter(None, (type(error).__name__, said))), 500)
+
+
+def _words(error: BaseException, notes: bool = False) -> str:
+    try:
+        return " ".join([str(error), *(getattr(error, "__notes__", ()) if notes else ())])
+    except (Exception, SystemExit):  # a class of a user's
+        return "(its text cannot be made)"
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -197,7 +204,7 @@ def load_part(spec: str) -> str:
     try:
         module = load_file(path) if path.suffix == ".py" else importlib.import_module(where)
     except ImportError as error:
-        raise ValueError(f"{where} cannot be imported: {error}") from None
+        raise ValueError(f"{where} cannot be imported: {in_a_line(error)}") from None
     except (Exception, SystemExit) as error:
         raise ValueError(f"{where} cannot be imported: {told(error)}") from error
     cls: Any = getattr(module, attribute, None)

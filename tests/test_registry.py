@@ -245,6 +245,22 @@ def test_what_is_no_name(name: str, parts: Any) -> None:
         register(name)(Mine)
 
 
+def test_an_error_without_words_is_still_one_line(tmp_path: Path) -> None:
+    class Mute(ValueError):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    odd = ValueError("said")
+    odd.__notes__ = 5
+    assert registry.told(Mute()) == "Mute: (its text cannot be made)" == f"Mute: {registry.in_a_line(Mute())}"
+    assert registry.told(odd) == "ValueError: (its text cannot be made)" and registry.in_a_line(odd) == "said"
+    (file := tmp_path / "mute.py").write_text(
+        "class Mute(ImportError):\n    def __str__(self):\n        raise RuntimeError\nraise Mute"
+    )
+    with pytest.raises(ValueError, match=r"mute.py cannot be imported: \(its text cannot be made\)"):
+        registry.load_part(f"{file}:Mine")
+
+
 def test_words_for_messages_and_figures() -> None:
     error = ValueError("first line\n   second\tline \x1b[31m")
     error.add_note("and a note")

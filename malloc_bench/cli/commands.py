@@ -20,6 +20,7 @@ from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
 from malloc_bench.paths import home
+from malloc_bench.registry import in_a_line
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -284,7 +285,7 @@ def _expected(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-    text = str(error.format_message() if hasattr(error, "format_message") else error)
+    text = str(error.format_message()) if hasattr(error, "format_message") else in_a_line(error)
     ours = str(home()) in text and "MALLOC_BENCH_HOME" not in text
     return f"{text} (MALLOC_BENCH_HOME names the folder of the cache)" if ours else text
 

@@ -145,7 +145,7 @@ def _note(of: str, none: pl.DataFrame) -> str:
     here, whole = _both(of, none)
     return (
         f"No headroom: the full state's {of} ({whole}) is not significantly above that of no history ({here}), so this "
-        "table cannot judge methods."
+        f"table cannot judge methods by it: {_order(of)} says who keeps the full state's order, not that it is good."
     )
 
 
@@ -153,8 +153,13 @@ def _constant_note(of: str, constant: pl.DataFrame) -> str:
     here, whole = _both(of, constant)
     return (
         f"No headroom above a constant: the full state's {of} ({whole}) is not significantly above that of {CONSTANT} "
-        f"({here}), one vector a layer and head whatever reads: judge by {'agreement' if of == 'GAUC' else 'overlap'}."
+        f"({here}), one vector a layer and head whatever reads: judge by {_order(of)}."
     )
+
+
+def _order(of: str) -> str:
+    """What says how much of the full state's order is kept, where a metric says nothing."""
+    return "agreement" if of == "GAUC" else "overlap"
 
 
 POPULAR = {"popular": "of all training events", "popular_7d": "of their last 7 days"}

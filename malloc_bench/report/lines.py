@@ -134,8 +134,10 @@ def human_ticks(axis: Any, low: float, high: float, unit: int | None) -> None:
 
 def _look(curve: Curve) -> tuple[str, Any]:
     """Its colour, and its dashes."""
-    if curve.family is None or first_step(curve.label) in REFERENCES:
-        return FLOOR, (0, (4, 2)) if curve.family is None else (0, (1.5, 1.5))
+    if curve.family is None:
+        return FLOOR, (0, (4, 2))
+    if first_step(curve.label) in REFERENCES:  # a chain is a whole line here too
+        return FLOOR, DASHES["chain"] if curve.family == "chain" else (0, (1.5, 1.5))
     return COLOURS.get(looks_like(curve.label, curve.family), OTHER), DASHES.get(curve.family, "-")
 
 

@@ -233,10 +233,10 @@ COLUMNS = (
     significant("bytes_fixed", "for all users (KB)", rank=6, scale=1e-3),
 )
 WHY = (
-    "Best: keeps most of the full state's order of all that keep a state. Ties: not significantly worse (paired over "
-    "users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as good in order, "
-    "bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). Read (ms): over the "
-    "full state's, round by round, times the full state's median. "
+    "Best, keeps most: keeps most of the full state's order of all that keep a state. Ties: not significantly worse "
+    "(paired over users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as "
+    "good in order, bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
+    "Read (ms): over the full state's, round by round, times the full state's median. "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )
 
@@ -279,6 +279,9 @@ def print_recommended(
                 f"No kept state is within {here}; {nearest(rows.filter(pl.col('family') != REBUILT), here)}.",
             )
         asked = [each._replace(rank=0) if "(ms)" in each.header and limits.read_ms else each for each in COLUMNS]
+        if not judges(rows):  # nothing is best there, and no difference says anything
+            best = best.with_columns(pl.col("standing").replace("best", "keeps most"))
+            asked.remove(DELTA)
         console.print(terminal(best, filled(best, asked), f"{head}: within {here}", console.width))
         for row in best.head(3).iter_rows(named=True):
             parts = [each.split("(")[0] for each in steps(row["compressor"])]

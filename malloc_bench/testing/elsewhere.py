@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -78,16 +82,42 @@ def read_elsewhere(cases: Sequence[tuple[Case, list[bytes]]]) -> list[np.ndarray
         asked, answer = Path(folder, "asked"), Path(folder, "answer")
         asked.write_bytes(pickle.dumps((files, torch.get_num_threads(), [pickle.dumps(case) for case in cases])))
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(asked), str(answer)],
-            env={**_BEGAN, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_SECONDS,
-        )  # fmt: skip
-        if done.returncode or not answer.exists():
-            raise AssertionError(f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        said = Path(folder, "said")
+        with said.open("wb") as file:  # no pipe: what a method leaves running would hold it open
+            code = _run([sys.executable, "-m", __name__, str(asked), str(answer)], {**_BEGAN, "PYTHONPATH": path}, file)
+        if code or not answer.exists():
+            why = said.read_text(errors="replace").strip()[-300:]
+            raise AssertionError(f"a fresh process ended with {code}: {why}")
         return pickle.loads(answer.read_bytes())
 
 
+def _run(command: Sequence[str], environment: dict[str, str], said: BinaryIO) -> int:
+    """The exit code of a process that is ended after `_SECONDS`, and with it all that it has started."""
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+    )
+    try:
+        return process.wait(_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _end_with_parent() -> None:
+    """When the parent's end of stdin closes, however it ends, this process ends with all that it has started."""
+    held = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def hear() -> None:
+        os.read(held, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=hear, daemon=True).start()
+
+
 def _main(asked: str, answer: str) -> None:
+    _end_with_parent()
     files, threads, cases = pickle.loads(Path(asked).read_bytes())
     torch.set_num_threads(threads)
     for name, file in files.items():

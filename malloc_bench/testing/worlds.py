@@ -11,6 +11,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.registry import told
 from malloc_bench.state import (
     Dense,
     Events,
@@ -47,7 +48,7 @@ class Check:
             with torch.no_grad():
                 self.promise(*self.on)
         except SystemExit as error:
-            raise AssertionError(f"it ends the process: SystemExit: {error}") from error
+            raise AssertionError(f"it ends the process: {told(error)}") from error
 
     def __str__(self) -> str:
         return f"{self.label}-{self.promise.__name__}"

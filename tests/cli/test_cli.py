@@ -507,7 +507,7 @@ def test_from_a_suite_to_a_leaderboard(capsys: Capture, monkeypatch: pytest.Monk
     assert "1 ok, 0 skipped, 0 failed, 3 done before" in shown  # the full state, no history, snapkv
     assert "newest" in shown
     assert "int8" not in shown
-    assert "so this table cannot judge methods" in shown and "At equal bytes" not in shown  # 1 epoch of training
+    assert "so this table cannot judge methods by it" in shown and "At equal bytes" not in shown  # 1 epoch of training
 
 
 def test_the_installed_script_has_the_exit_code(tmp_path: Path) -> None:

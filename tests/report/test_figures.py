@@ -287,6 +287,22 @@ def test_a_chain_looks_like_its_first_step_and_seeds_are_bars(row, board_of):
     assert axes.get_xlabel().endswith("the range of seeds")
 
 
+def test_a_chain_is_a_whole_line_and_a_method_alone_a_broken_one(row, board_of):
+    sizes = [{"budget": n / 10, "bytes_mean": 10.0 * n, "overlap@10": 0.2 * n} for n in (1, 2, 3)]
+    alone = [row(compressor=name, family=family, **at) for name, family in ALONE.items() for at in sizes]
+    chained = [
+        row(compressor="compose", compressor_params={"steps": [name, "int8"]}, family="chain", **at)
+        for name in ALONE
+        for at in sizes
+    ]
+    for rows, whole in ((alone, False), (chained, True)):
+        lines = drawn(curves_figure(aggregate(board_of(rows)), "x"), 7.0).lines
+        assert len(lines) == len(ALONE) and {line.get_linestyle() == "-" for line in lines} == {whole}
+
+
+ALONE = {"random": "eviction", "recent": "windowing", "tova": "eviction"}
+
+
 def test_no_curves_without_sizes(board):
     assert curves_figure(board.filter(pl.col("budget").is_null()), "a table") is None
 

@@ -53,7 +53,7 @@ def test_a_table_without_headroom_says_so_everywhere_and_calls_nothing_lossless(
     frame = board_of(full(row), none(row, 0.199, 0.002), cell(row, "h2o", budget=0.25))
     said = (
         "No headroom: the full state's NDCG@10 (0.2000) is not significantly above that of no history (0.1990), so "
-        "this table cannot judge methods."
+        "this table cannot judge methods by it: overlap says who keeps the full state's order, not that it is good."
     )
     board = lb.leaderboard(frame)
     assert board["headroom"].to_list() == [False] * 3 and board["lossless"].to_list() == [None] * 3

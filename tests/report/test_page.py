@@ -158,7 +158,7 @@ def test_no_headroom_is_said(opened, tmp_path):
     ]
     (tmp_path / "report.html").write_text(page.to_html(frame(rows), tmp_path))
     tab = opened(tmp_path / "report.html")
-    assert "so this table cannot judge methods" in tab.locator("#callouts").inner_text()
+    assert "so this table cannot judge methods by it" in tab.locator("#callouts").inner_text()
     assert tab.locator("#memory .empty, #cost .empty").count() == 2  # nothing measured, nothing drawn as nought
 
 

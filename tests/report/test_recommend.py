@@ -122,7 +122,9 @@ def test_what_is_printed_says_how_to_see_more_and_what_comes_near(row, board_of,
     cell = frame.filter((pl.col("compressor") == "good") & (pl.col("ratio") == 0.2))["cell_id"][0]
     assert f"good: stores good's slots. More: malloc-bench show good; malloc-bench reproduce runs/x {cell[:12]}" in out
     assert "nothing within 25 KB, surely keeping 96 % of its accuracy; the smallest state: far, 50 KB" in out
-    assert "Best: keeps most of the full state's order" in out and "Ties were not" not in out  # one method: no tie
+    assert (
+        "Best, keeps most: keeps most of the full state's order" in out and "Ties were not" not in out
+    )  # one method: no tie
     kept = frame.filter((pl.col("backbone") == "sasrec") & (pl.col("family") != "recompute"))
     for limits, near in (
         (Limits(size=25e3, at_least=0.999), "good surely keeps 97.2 % in 20 KB"),
@@ -219,3 +221,5 @@ def test_without_headroom_accuracy_is_no_limit_and_ids_alone_are_said_to_be(row,
     assert "--at-least was left aside" in (text := printed(rows, strict)) and "No kept state" not in text
     assert "surely keeping" not in text  # what was left aside heads no table
     assert standings(recommend(board_of(rows), strict))["good"] == "best"
+    assert "cannot judge methods by it: overlap says who keeps" in text and "keeps most" in text.split("Best, ")[0]
+    assert "best" not in text and "[95 % interval]" not in text  # where differences say nothing, nothing is best

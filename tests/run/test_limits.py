@@ -234,7 +234,7 @@ def test_arrays_are_mapped_and_what_is_written_stays_private(tmp_path: Path) -> 
 
 #: each goes wrong with any users; and one that breaks a promise only
 BAD = """
-import os, signal, time
+import os, signal, subprocess, sys, time
 from dataclasses import dataclass
 import torch
 from malloc_bench import register
@@ -262,6 +262,18 @@ class Falls(Bad):
 
 class Goes(Bad):
     def work(self): os._exit(0)
+
+class Lingers(Bad):
+    def scores(self, prefill, layer):
+        process = subprocess.Popen(["sleep", "100"])
+        open(f"{os.environ['SAYS']}-{process.pid}", "w").close()
+        return prefill.values(layer).norm(dim=-1)
+
+class Hangs(Bad):
+    def work(self):
+        if "elsewhere" in sys.argv[0]:
+            open(f"{os.environ['SAYS']}-{os.getpid()}", "w").close()
+            time.sleep(100)
 """
 
 
@@ -293,3 +305,34 @@ def test_compare_tries_its_promises_within_limits(suite: Path, tmp_path: Path, m
 
 def test_a_sound_method_breaks_no_promise_within_limits(methods_file: Path) -> None:
     assert broken_within([Part("good")], Limits(seconds=600)) == []
+
+
+def test_promises_wait_for_nothing_that_a_method_leaves_behind(methods_file, tmp_path, monkeypatch, alive) -> None:
+    monkeypatch.setenv("SAYS", str(tmp_path / "said"))
+    (tmp_path / "bad.py").write_text(BAD)
+    part, begin = Part(load_part(f"{tmp_path / 'bad.py'}:Lingers")), time.monotonic()
+    assert broken_within([part], Limits(seconds=600)) == []
+    assert time.monotonic() - begin < 90
+    left = [int(path.name.removeprefix("said-")) for path in tmp_path.glob("said-*")]
+    assert left and not any(map(alive, left))
+
+
+READS = """
+import sys
+from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.registry import load_part
+from malloc_bench.testing.elsewhere import Case, read_elsewhere
+case, blobs, _ = Case(get_compressor(load_part(sys.argv[1] + ":Hangs")), None, Budget(0.5)).written()
+read_elsewhere([(case, blobs)])
+"""
+
+
+def test_a_fresh_process_ends_with_who_asked(tmp_path, monkeypatch, wait_for, alive) -> None:
+    monkeypatch.setenv("SAYS", str(tmp_path / "said"))
+    (tmp_path / "bad.py").write_text(BAD)
+    process = subprocess.Popen([sys.executable, "-c", READS, str(tmp_path / "bad.py")])
+    wait_for(lambda: list(tmp_path.glob("said-*")))
+    (fresh,) = (int(path.name.removeprefix("said-")) for path in tmp_path.glob("said-*"))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(fresh), 30)
