@@ -17,6 +17,8 @@ from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
 if TYPE_CHECKING:
     from malloc_bench.kernels.loops import Ways
 
+_WIDE = 1 << 10  # channels: loops over more would take minutes to compile, and much of a stack
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -53,7 +55,7 @@ class Affine:
             return self._known[0]
         known, (_, _, s, size) = WORDS.get(self.bits), self.codes.shape
         kind = torch.float32 if self.top is None else torch.uint8
-        if known is None or not self.codes.numel() or self.scale.dtype != kind:
+        if known is None or not self.codes.numel() or self.scale.dtype != kind or self.width > _WIDE:
             return None
         planes, step = known
         groups, group, rows, columns = 1, s, s, self.scale.shape[3]

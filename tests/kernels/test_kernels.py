@@ -198,6 +198,12 @@ def told(folder: Path, script: str = SCRIPT, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def test_very_wide_vectors_are_unpacked():
+    x, q = torch.randn(1, 1, 3, 1025), torch.randn(1, 1, 1, 1025)
+    x = quantize(x, torch.ones(1, 1, 3, dtype=torch.bool), 8, 32, "slots")
+    assert kernels.dot(x.written(), q) is None and torch.equal(x.dot(q), q @ x.dense().mT)
+
+
 def test_without_a_compiler(tmp_path):
     hidden = "import importlib.util, sys\nfound = importlib.util.find_spec\n" + textwrap.dedent("""
         importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
