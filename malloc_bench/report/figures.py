@@ -52,7 +52,7 @@ def write_figures(frame: pl.DataFrame, folder: str | Path, formats: Sequence[str
     for key, board in tables.items():
         head, stem = literal(title(board.row(0, named=True))), stems[key]
         blind = board["headroom"].eq(False).any()
-        said = f"{head} · no headroom, judges nothing" if blind else head
+        said = f"{head} · no headroom: accuracy judges nothing" if blind else head
         drawn: dict[str, Figure | None] = {
             f"{name}-{stem}{end}": draw(board, said, width)
             for name, draw in PRINTED.items()

@@ -41,7 +41,7 @@ function drawBest() {
   };
   const lines = data.groups.map((group, at) => el("tr", {},
     el("th", { scope: "row" }, group.backbone, el("small", {}, `${group.dataset} · ${group.task} · ${group.split}`),
-      group.headroom === false ? el("small", { class: "warned" }, "no headroom: judges nothing") : ""),
+      group.headroom === false ? el("small", { class: "warned" }, "no headroom: accuracy judges nothing") : ""),
     ...limits.map((limit) => cell(at, limit))));
   $("best").append(plain(el("span", { class: "hidden" }, "Best method by table and budget"),
     ["table", ...limits.map(([, within]) => `≤ ${within} of bytes`)], lines));
