@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.core.registry import cpu_target
 
 from malloc_bench.kernels import codes, digits, lanes, powers, whole, words
 from malloc_bench.kernels.codes import products, sums, unpacked, widened
@@ -30,13 +31,16 @@ HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "erro
 
 
 _FILES = lanes, codes, digits, powers, whole, words, sys.modules[__name__]
-_CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST)]).encode())
+_CPU = cpu_target.target_context.codegen().magic_tuple()
+_CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST), *_CPU]).encode())
 
 
 def jit(function: Callable[..., None], how: dict[str, Any] = HOW) -> Callable[..., None]:
-    """Compiled at its first call; kept on disk where that can be written to, by a name that what it calls is part of:
-    the compiler looks at a function's own file alone."""
-    function.__qualname__ += f"-{_CALLED:08x}"
+    """Compiled at its first call; kept on disk where that can be written to, by a name that what it calls is part of,
+    and its constants: the compiler looks at a function's own file alone, and processes that put several loops under one
+    name at once leave the code of one as that of another."""
+    constants = [str(int(cell.cell_contents)) for cell in function.__closure__ or ()]
+    function.__qualname__ += "-".join(["", f"{_CALLED:08x}", *constants])
     try:
         return numba.njit(cache=True, **how)(function)
     except RuntimeError:  # no folder for its cache
