@@ -10,7 +10,9 @@ import inspect
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numba
@@ -42,9 +44,22 @@ def jit(function: Callable[..., None], how: dict[str, Any] = HOW) -> Callable[..
     constants = [str(int(cell.cell_contents)) for cell in function.__closure__ or ()]
     function.__qualname__ += "-".join(["", f"{_CALLED:08x}", *constants])
     try:
-        return numba.njit(cache=True, **how)(function)
+        made = numba.njit(cache=True, **how)(function)
     except RuntimeError:  # no folder for its cache
         return numba.njit(**how)(function)
+    for name in ("load_overload", "save_overload"):
+        setattr(made._cache, name, _if_it_can(getattr(made._cache, name)))
+    return made
+
+
+def _if_it_can(call: Callable[..., Any]) -> Callable[..., Any]:
+    """None where a file is broken, or a disk full: the loop is compiled, and not kept."""
+
+    def tried(*given: Any) -> Any:
+        with suppress(OSError, EOFError, UnpicklingError):
+            return call(*given)
+
+    return tried
 
 
 inlined, called = numba.njit(inline="always", **HOW), numba.njit(**HOW)

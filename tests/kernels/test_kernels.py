@@ -242,6 +242,22 @@ def test_processes_that_compile_other_loops_at_once_leave_each_its_own(tmp_path)
     assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(folders[1]), WIDTH="64") == "True"
 
 
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_what_was_kept_in_part_is_compiled_again(tmp_path, kind):
+    for _ in range(2):
+        assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(tmp_path / "kept"), WIDTH="8") == "True"
+        broken = [*(tmp_path / "kept").rglob(f"*.{kind}")]
+        assert broken
+        for path in broken:
+            os.truncate(path, 0)
+
+
+def test_a_full_disk_keeps_nothing(tmp_path):
+    full = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))\n"
+    assert told(tmp_path, full + SUMS, NUMBA_CACHE_DIR=str(tmp_path / "kept"), WIDTH="8") == "True"
+
+
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("m", [1, 3, 9])
