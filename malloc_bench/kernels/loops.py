@@ -10,11 +10,14 @@ import inspect
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.core.registry import cpu_target
 
 from malloc_bench.kernels import codes, digits, lanes, powers, whole, words
 from malloc_bench.kernels.codes import products, sums, unpacked, widened
@@ -30,17 +33,33 @@ HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "erro
 
 
 _FILES = lanes, codes, digits, powers, whole, words, sys.modules[__name__]
-_CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST)]).encode())
+_CPU = cpu_target.target_context.codegen().magic_tuple()
+_CALLED = zlib.crc32("".join([*map(inspect.getsource, _FILES), str(whole.WIDEST), *_CPU]).encode())
 
 
 def jit(function: Callable[..., None], how: dict[str, Any] = HOW) -> Callable[..., None]:
-    """Compiled at its first call; kept on disk where that can be written to, by a name that what it calls is part of:
-    the compiler looks at a function's own file alone."""
-    function.__qualname__ += f"-{_CALLED:08x}"
+    """Compiled at its first call; kept on disk where that can be written to, by a name that what it calls is part of,
+    and its constants: the compiler looks at a function's own file alone, and processes that put several loops under one
+    name at once leave the code of one as that of another."""
+    constants = [str(int(cell.cell_contents)) for cell in function.__closure__ or ()]
+    function.__qualname__ += "-".join(["", f"{_CALLED:08x}", *constants])
     try:
-        return numba.njit(cache=True, **how)(function)
+        made = numba.njit(cache=True, **how)(function)
     except RuntimeError:  # no folder for its cache
         return numba.njit(**how)(function)
+    for name in ("load_overload", "save_overload"):
+        setattr(made._cache, name, _if_it_can(getattr(made._cache, name)))
+    return made
+
+
+def _if_it_can(call: Callable[..., Any]) -> Callable[..., Any]:
+    """None where a file is broken, or a disk full: the loop is compiled, and not kept."""
+
+    def tried(*given: Any) -> Any:
+        with suppress(OSError, EOFError, UnpicklingError):
+            return call(*given)
+
+    return tried
 
 
 inlined, called = numba.njit(inline="always", **HOW), numba.njit(**HOW)

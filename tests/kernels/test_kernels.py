@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -225,6 +226,42 @@ def test_what_was_compiled_is_kept(tmp_path):
     assert kept
     told(tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
     assert kept == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.nbc")}
+
+
+SUMS = """
+import os, numpy as np
+from malloc_bench.kernels import several
+width = int(os.environ["WIDTH"])
+out = np.zeros((1, 5, width), np.float32)
+several.sums(width)(np.ones((1, 5, 3), np.float32), np.ones((1, 3, width), np.float32), out, 0, 1)
+print((out == 3).all())
+"""
+
+
+def test_processes_that_compile_other_loops_at_once_leave_each_its_own(tmp_path):
+    """Both had found no name taken: the code of one lay under the name by which the other's was known."""
+    folders = [tmp_path / "8", tmp_path / "64"]
+    for folder in folders:
+        assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(folder), WIDTH=folder.name) == "True"
+    for path in folders[0].rglob("*.nbc"):
+        shutil.copy(path, folders[1] / path.relative_to(folders[0]))
+    assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(folders[1]), WIDTH="64") == "True"
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_what_was_kept_in_part_is_compiled_again(tmp_path, kind):
+    for _ in range(2):
+        assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(tmp_path / "kept"), WIDTH="8") == "True"
+        broken = [*(tmp_path / "kept").rglob(f"*.{kind}")]
+        assert broken
+        for path in broken:
+            os.truncate(path, 0)
+
+
+def test_a_full_disk_keeps_nothing(tmp_path):
+    full = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))\n"
+    assert told(tmp_path, full + SUMS, NUMBA_CACHE_DIR=str(tmp_path / "kept"), WIDTH="8") == "True"
 
 
 @pytest.mark.parametrize("added", [False, True])
