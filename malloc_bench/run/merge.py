@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
@@ -45,9 +45,11 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
             _add(rows, folder, "; choose another folder (--out)")
             every.insert(0, folder)  # its sessions came before
         for row, run in rows.values():
-            for name in _files(row):
+            for name in (files := _files(row)):
                 if (run / name).exists():
                     atomic_write(folder / name, (run / name).read_bytes())
+            if row["hashes"] and files:  # what a run is kept without is not missed among what others have
+                row["hashes"] = {**row["hashes"], "files": {name: files[name] for name in files if _has(run / name)}}
             write_row(folder / "rows", {key: value for key, value in row.items() if key != "digest"})
         whole = joined([read_manifest(run) for run in every])
         alike = {canonical_json(each): each for each in whole["sessions"]}  # of a run that is given twice
@@ -77,8 +79,13 @@ def _add(rows: dict[str, tuple[Row, Path]], run: Path, advice: str = "") -> None
             rows[each] = row, run
 
 
-def _files(row: Row) -> Iterator[str]:
-    yield from (row["hashes"] or {}).get("files", {})
+def _has(path: Path) -> bool:
+    """Whether files of this kind are kept."""
+    return path.parent.is_dir() and any(path.parent.iterdir())
+
+
+def _files(row: Row) -> dict[str, str]:
+    return (row["hashes"] or {}).get("files", {})
 
 
 def _differs(one: Row, other: Row) -> str | None:

@@ -25,7 +25,15 @@ from malloc_bench.run.estimate import probed
 from malloc_bench.run.executors.cluster import Cluster
 from malloc_bench.run.executors.local import Local
 from malloc_bench.run.executors.promises import broken_within
-from malloc_bench.run.folder import Chunks, LockedError, locked, read_manifest, remove_dead, remove_partial
+from malloc_bench.run.folder import (
+    Chunks,
+    LockedError,
+    kept_whole,
+    locked,
+    read_manifest,
+    remove_dead,
+    remove_partial,
+)
 from malloc_bench.run.progress import watching
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
@@ -114,6 +122,7 @@ def _run(
     chosen = Tuned(suite.tuned) if suite.tuned else None
     usual = suite.name + "-tuned" * bool(chosen) + ("" if shard is None else f"-{shard[0]}of{shard[1]}")
     folder = Path(out) if out is not None else Path("runs") / usual
+    kept_whole(folder)
     datasets, why = had(suite, cells, offline, quiet)
     asked, cells = cells, [settled(cell, datasets, why, on) for cell in cells]
     known = [cell for cell, now in zip(asked, cells) if now.data is not None]
@@ -134,6 +143,7 @@ def _run(
     with locked(folder):
         remove_dead(folder)
         rows = read_rows(folder / "rows")
+        _say_of_another(folder, suite)
         _forget(folder, rows, known)
         result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
         undone = [cell for cell, _ in groups(result.plan) if cell.data]
@@ -157,6 +167,15 @@ def _run(
         _check_there(folder, result)
         write_report(folder)
     return result
+
+
+def _say_of_another(folder: Path, suite: Suite) -> None:
+    """In a word where a folder holds a run of another suite: tables will have the rows of both."""
+    known = (read_manifest(folder).get("suite") or {}).get("name")
+    if known not in (None, suite.name):
+        log.warning(
+            "%s holds a run of %s: rows of %s go beside its own (--out chooses another)", folder, known, suite.name
+        )
 
 
 def _check_there(folder: Path, result: RunResult) -> None:

@@ -54,6 +54,8 @@ def verify(run: str | Path) -> Verified:
             read_sealed(folder / "manifest.json")
         except Damaged as error:
             found.damaged.append(f"manifest.json: {error}")
+    else:
+        found.damaged.append("manifest.json: gone")
     return found
 
 

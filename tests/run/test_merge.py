@@ -11,6 +11,7 @@ from malloc_bench.run import merge as merging
 from malloc_bench.run.folder import read_manifest
 from malloc_bench.run.merge import merge
 from malloc_bench.run.runner import one_row, run_suite
+from malloc_bench.run.verify import verify
 
 SUITE = """
 name: tiny
@@ -57,10 +58,32 @@ def test_what_is_committed_of_a_run_is_merged_and_reproduced(shards: list[Path],
     for name in ("results.parquet", "manifest.json"):
         (kept / name).write_bytes((shards[0] / name).read_bytes())
     whole = load_results(merge(shards, tmp_path / "joined"))
-    assert load_results(merge([kept, *shards[1:]], tmp_path / "some")).equals(whole)
+    some = merge([kept, *shards[1:]], tmp_path / "some")
+    assert load_results(some).drop("hashes", "digest").equals(whole.drop("hashes", "digest"))
+    assert verify(some).damaged == []  # values by user that were not kept are not missed beside the others'
     row = whole.filter(status="ok", compressor="recent").row(0, named=True)
     where = next(each for each in (kept, *shards[1:]) if row["cell_id"] in load_results(each)["cell_id"].to_list())
     assert one_row(where, row["cell_id"])["digest"] == row["digest"]
+
+
+@pytest.mark.parametrize("how", [["run"], ["run", "--fresh"], ["run", "--dry-run"]])
+def test_what_is_committed_of_a_run_is_not_overwritten(shards, tmp_path, how, capsys):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    before = (shards[0] / "results.parquet").read_bytes()
+    (kept / "results.parquet").write_bytes(before)
+    assert main([how[0], str(tmp_path / "tiny.yaml"), *how[1:], "--out", str(kept)]) == 2
+    said = capsys.readouterr().err
+    assert "kept holds results.parquet and no rows" in said.replace("\n", "") and "merge" in said
+    assert (kept / "results.parquet").read_bytes() == before
+    merge([kept], kept)
+    assert len(read_rows(kept / "rows")) == len(load_results(shards[0]))
+
+
+def test_rows_of_another_suite_are_told(shards, tmp_path, caplog):
+    (tmp_path / "other.yaml").write_text((tmp_path / "tiny.yaml").read_text().replace("name: tiny", "name: other"))
+    run_suite(tmp_path / "other.yaml", shards[0], only={"compressor": "full"}, quiet=True)
+    assert "holds a run of tiny: rows of other go beside its own" in caplog.text
 
 
 def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_a_parquet_alone_is_a_run(run: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "2 rows, 2 files: all as written\n"
 
 
+def test_a_manifest_that_is_gone_is_missed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "manifest.json").unlink()
+    assert main(["verify", str(run)]) == 1
+    assert "manifest.json: gone" in capsys.readouterr().out
+
+
 def first(folder: Path) -> Path:
     return min(folder.iterdir())
 
