@@ -82,6 +82,7 @@ class Reader:
 
     def __init__(self, blobs: Sequence[bytes]) -> None:
         self.blobs = blobs
+        self.views = [*map(memoryview, blobs)]  # slices of these are no copies
         self.at = [0] * len(blobs)
 
     @property
@@ -120,7 +121,7 @@ class Reader:
         short = [end > len(blob) for end, blob in zip(ends, self.blobs)]
         if any(short):
             self.refuse(torch.tensor(short).unsqueeze(1), "is shorter than its own counts say")
-        found = bytearray(b"".join(blob[at:end] for blob, at, end in zip(self.blobs, self.at, ends)))
+        found = bytearray().join([view[at:end] for view, at, end in zip(self.views, self.at, ends)])
         self.at = ends
         return found
 
