@@ -82,7 +82,7 @@ class Reader:
 
     def __init__(self, blobs: Sequence[bytes]) -> None:
         self.blobs = blobs
-        self.views = [*map(memoryview, blobs)]  # slices of these are no copies
+        self.views = [memoryview(blob) for blob in blobs]  # slices of these are no copies
         self.at = [0] * len(blobs)
 
     @property
