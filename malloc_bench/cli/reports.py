@@ -87,6 +87,9 @@ def fit(
         say(f"fitted {done} of {total}", err=True)
 
     found = fitted(load_results(run), law, metric, hold, bootstraps, pairs(only or []), report)
+    if not any(each.forms for each in found):  # and a page of it would replace one that says something
+        why = f"{found[0].group}: {found[0].why}" + (f", and {len(found) - 1} more" if len(found) > 1 else "")
+        raise ValueError(f"{run}: no law could be fitted ({why}): another --metric or --only, or a smaller --hold")
     text = told(law, found)
     say(text)
     figure = drawn(law, found)
