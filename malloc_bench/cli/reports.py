@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from malloc_bench.cli.arguments import Only, RunArg, pairs, run_folder
+from malloc_bench.cli.arguments import Only, RunArg, asked, pairs, run_folder
 from malloc_bench.cli.text import console, say
 
 reports = typer.Typer()
@@ -30,10 +30,10 @@ def recommend(
     from malloc_bench.results import load_results, size
 
     limits = Limits(
-        size=None if bytes is None else size(bytes),
-        share=None if budget is None else share(budget),
+        size=asked("--bytes", size, bytes),
+        share=asked("--budget", share, budget),
         read_ms=read_ms,
-        at_least=None if at_least is None else share(at_least),
+        at_least=asked("--at-least", share, at_least),
     )
     print_recommended(load_results(run), limits, console(), run, pairs(only or []), stores)
 
