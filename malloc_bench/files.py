@@ -17,6 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +36,15 @@ class Damaged(ValueError):
 
 
 # ---- what is in a file
+
+
+def for_polars(path: Path) -> Path | BytesIO:
+    """What polars reads a file by: it takes no path that is not UTF-8, so such a file is read for it."""
+    try:
+        str(path).encode()
+        return path
+    except UnicodeEncodeError:
+        return BytesIO(path.read_bytes())
 
 
 def plain(obj: Any) -> Any:

@@ -267,6 +267,17 @@ def test_parquet_round_trip(tmp_path):
     assert results.load_results(tmp_path).equals(loaded)  # a folder that kept the parquet only
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_read(tmp_path):
+    """polars takes no such path."""
+    folder = tmp_path / os.fsdecode(b"p\xe9q")
+    write_row(folder / "rows", a_row())
+    assert results.read_parquet(results.to_parquet(folder))["cell_id"].to_list() == [ID]
+    results.write_per_user(folder / "values.parquet", {"user": np.arange(3)})
+    for path in (folder / "values.parquet", tmp_path / "plain.parquet"):
+        (tmp_path / "plain.parquet").write_bytes((folder / "values.parquet").read_bytes())
+        assert pl.read_parquet(files.for_polars(path))["user"].to_list() == [0, 1, 2]
+
+
 def test_a_parquet_that_is_not_what_was_written_is_refused(tmp_path):
     write_row(tmp_path / "rows", a_row())
     path = results.to_parquet(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,14 @@ def shard(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)):
         raise typer.BadParameter(f"expected I/N, such as 3/16, not '{text}'", param_hint="--shard")
     return int(match[1]), int(match[2])
+
+
+def asked(option: str, read: Callable[[str], float], text: str | None) -> float | None:
+    """The number that an option's text says; the ValueError of what is none names the option."""
+    try:
+        return None if text is None else read(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def pairs(items: list[str]) -> dict[str, list[str]]:

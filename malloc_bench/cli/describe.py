@@ -164,6 +164,7 @@ def explained(name: str, run: Path, only: Mapping[str, Sequence[str]]) -> list[t
     loaded = load_run(run)
     rows = rows_of(loaded.folder)
     cells = [Cell.of_row(row) for row in rows]
+    suite.only(cells, only)  # what no row of the run has is said first, whichever method was named
     of_it = [cell for cell in cells if name in (cell.compressor.name, cell.compressor.label)]
     if not of_it:
         raise ValueError(f"{run} has no row of {name}: name a run of a suite with {name} in it (--run)")

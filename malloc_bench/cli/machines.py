@@ -12,6 +12,7 @@ from malloc_bench.cli.data import Offline
 from malloc_bench.cli.text import say
 
 machines = typer.Typer()
+BESIDE = {"out": "give --out before the --", "shard": "give --tasks before the --"}
 
 
 @machines.command()
@@ -52,7 +53,26 @@ def submit(
         if not (key and given and value):
             raise ValueError(f"--set {each}: expected KEY=VALUE, as in timeout_min=600")
         chosen[key] = int(value) if value.isdecimal() else value
+    _try(suite, tasks, options or [])
     jobs, parts = submit(suite, tasks, out, chosen, options or (), cluster)
     whole = str(parts[0]).removesuffix(f"-1of{tasks}")
     say(f"{len(jobs)} jobs: {', '.join(job.job_id for job in jobs)}; what they say is in {whole}-jobs")
     say(f"when they are done: malloc-bench merge {shlex.join(map(str, parts))} --out {shlex.quote(whole)}")
+
+
+def _try(suite: str, tasks: int, options: list[str]) -> None:
+    """Read the options as each job's `run` will, which would only say it in its log."""
+    from typer.core import TyperGroup
+
+    from malloc_bench.cli.commands import app
+    from malloc_bench.suite import suite as suites
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    given = group.commands["run"].make_context("run", [suite, *options]).params
+    for name in ("out", "shard"):
+        if given[name] is not None:
+            raise ValueError(f"--{name} {given[name]} behind --: each job has its own; {BESIDE[name]}")
+    left = len(suites.only(suites.load_suite(suite).cells(), pairs(given["only"] or [])))
+    if given["only"] and tasks > left:
+        raise ValueError(f"--tasks {tasks}: {left} cells have what --only asks for, expected at most as many tasks")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from malloc_bench.cli.arguments import Only, RunArg, pairs, run_folder
+from malloc_bench.cli.arguments import Only, RunArg, asked, pairs, run_folder
 from malloc_bench.cli.text import console, say
 
 reports = typer.Typer()
@@ -30,10 +30,10 @@ def recommend(
     from malloc_bench.results import load_results, size
 
     limits = Limits(
-        size=None if bytes is None else size(bytes),
-        share=None if budget is None else share(budget),
+        size=asked("--bytes", size, bytes),
+        share=asked("--budget", share, budget),
         read_ms=read_ms,
-        at_least=None if at_least is None else share(at_least),
+        at_least=asked("--at-least", share, at_least),
     )
     print_recommended(load_results(run), limits, console(), run, pairs(only or []), stores)
 
@@ -87,6 +87,9 @@ def fit(
         say(f"fitted {done} of {total}", err=True)
 
     found = fitted(load_results(run), law, metric, hold, bootstraps, pairs(only or []), report)
+    if not any(each.forms for each in found):  # and a page of it would replace one that says something
+        why = f"{found[0].group}: {found[0].why}" + (f", and {len(found) - 1} more" if len(found) > 1 else "")
+        raise ValueError(f"{run}: no law could be fitted ({why}): another --metric or --only, or a smaller --hold")
     text = told(law, found)
     say(text)
     figure = drawn(law, found)

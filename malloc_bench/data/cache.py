@@ -22,7 +22,7 @@ from malloc_bench.data.formats import formats
 from malloc_bench.data.sources.cards import Card, LocalSource, Source
 from malloc_bench.data.sources.download import file_hash
 from malloc_bench.data.sources.fetch import local_files
-from malloc_bench.files import advice, new_part, read_sealed, remove_parts, sealed, with_home
+from malloc_bench.files import advice, for_polars, new_part, read_sealed, remove_parts, sealed, with_home
 from malloc_bench.paths import home
 
 log = logging.getLogger(__name__)
@@ -102,13 +102,13 @@ def load(card: Card, folder: Path, source: str, digest: str, notes: dict[str, in
     import polars as pl
 
     def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
-        path = folder / file
-        numbers = [name for name in pl.read_parquet_schema(path) if name != "name"]
-        return {name: pl.read_parquet(path, columns=[name]).to_series().to_numpy(writable=True) for name in numbers}
+        held = for_polars(folder / file)
+        numbers = [name for name in pl.read_parquet_schema(held) if name != "name"]
+        return {name: pl.read_parquet(held, columns=[name]).to_series().to_numpy(writable=True) for name in numbers}
 
     def names(file: str) -> pl.Series | None:
-        path = folder / file
-        return pl.read_parquet(path, columns=["name"])["name"] if "name" in pl.read_parquet_schema(path) else None
+        held = for_polars(folder / file)
+        return pl.read_parquet(held, columns=["name"])["name"] if "name" in pl.read_parquet_schema(held) else None
 
     events, users, items = (columns(file) for file in FILES)
     return Dataset(

@@ -59,7 +59,8 @@ def from_frame(
     card = card_of(name, {**keys, "on_bad": on_bad or {}})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found.write_parquet(folder / name)
+        with (folder / name).open("wb") as file:  # polars itself takes no path that is not UTF-8
+            found.write_parquet(file)
         reader = Reader(card.layout(), Judge(card.on_bad))
         with open_parts([folder / name]) as parts:
             return cache.load(card, folder, "a frame in memory", *prepare(reader.frames(parts), reader, folder))

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.sources.archive import DAMAGE, visible
+from malloc_bench.files import for_polars
 
 BYTES = 1 << 18  # looked at, of a text
 ROWS = 1000
@@ -94,7 +95,7 @@ def _frame(path: Path, kind: str, member: str | None) -> Look:
     if member or path.suffix.lower() == ".gz":
         raise DataError(f"{path}: unpack it: {kind} is read from a plain file")
     try:
-        frame = (pl.scan_parquet if kind == "parquet" else pl.scan_ipc)(path).head(ROWS).collect()
+        frame = (pl.scan_parquet if kind == "parquet" else pl.scan_ipc)(for_polars(path)).head(ROWS).collect()
         flat = [name for name, kind in frame.schema.items() if not kind.is_nested()]
         return Look(kind, {name: frame[name].to_list() for name in flat})
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError) as error:

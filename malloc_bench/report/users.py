@@ -76,7 +76,7 @@ class Users:
             self._faults[bad] = "is not what was written"
         else:
             try:
-                return _values(pl.read_parquet(self._folder / file))
+                return _values(pl.read_parquet((self._folder / file).read_bytes()))
             except (Exception, pl.exceptions.PanicException) as error:  # whatever a file may hold that has no digest
                 self._faults[file] = f"holds no values by user ({told(error)})"
         return None

@@ -313,7 +313,7 @@ def read_parquet(path: Path) -> pl.DataFrame:
     import polars as pl
 
     try:
-        found, known = pl.read_parquet(path), pl.read_parquet_metadata(path).get(DIGEST)
+        found, known = pl.read_parquet(held := path.read_bytes()), pl.read_parquet_metadata(held).get(DIGEST)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResultsError(f"{path} cannot be read ({why}): run again, or fetch it again") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
-from malloc_bench.results import COLUMNS, Row, canonical_json, rows_of, spoilt, write_row
+from malloc_bench.results import COLUMNS, Row, canonical_json, read_row, rows_of, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
 from malloc_bench.run.manifest import joined
 
@@ -38,6 +38,8 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
     """
     rows: dict[str, tuple[Row, Path]] = {}
     folder, every = Path(out), [*map(Path, runs)]
+    if all(bad := [_unreadable(run) for run in every]):  # said once, before a file of each is warned of
+        raise ResultsError(f"{'; '.join(map(str, bad))}: run that suite again first")
     for run in every:
         _add(rows, run)
     with locked(folder):
@@ -61,6 +63,17 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
 def there(*runs: Path) -> set[str]:
     """Names of the files that rows are in, good or not."""
     return {path.name for run in runs for path in (run / "rows").glob("*.json")}
+
+
+def _unreadable(run: Path) -> str | None:
+    """Why a run has rows of which none is good, or None."""
+    why = None
+    for path in sorted((run / "rows").glob("*.json")):
+        _, bad = read_row(path)
+        if not bad:
+            return None
+        why = why or f"{run} has no row that is as written ({path.name}: {bad})"
+    return why
 
 
 def _add(rows: dict[str, tuple[Row, Path]], run: Path, advice: str = "") -> None:

@@ -52,6 +52,8 @@ def submit(
     if not 1 <= n <= (most := len(found.cells())):
         raise ValueError(f"tasks {n}: {found.name} has {most} cells, expected from 1 to as many tasks")
     base = Path("runs") / found.name if out is None else Path(out)
+    if base.is_file():
+        raise ValueError(f"--out {base}: is a file; expected the name of a folder: choose another")
     parts = [Path(f"{base}-{i}of{n}") for i in range(1, n + 1)]
     words = [sys.executable, "-m", "malloc_bench.cli", "run", suite, "--quiet", *options]
     try:

@@ -309,8 +309,9 @@ def test_recommend(smoke: Any, capsys: Capture) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "within 1 KB, surely keeping 50 % of its accuracy" in shown and "snapkv" in shown and "stores" in shown
     for wrong, said in (
-        (["--bytes", "5XB"], "'5XB' is no size"),
-        (["--budget", "2"], "'2' is no share"),
+        (["--bytes", "5XB"], "--bytes: '5XB' is no size"),
+        (["--budget", "1/0"], "--budget: '1/0' is no share"),
+        (["--at-least", "200%"], "--at-least: '200%' is no share"),
         (["--read-ms", "-1"], "greater than or equal to 0"),
         (["--only", "family=evction"], "Did you mean 'eviction'"),
     ):

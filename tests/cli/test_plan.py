@@ -149,3 +149,5 @@ def test_show_prints_what_a_budget_gets_of_what_was_learned(tmp_path, monkeypatc
     assert main(["show", "kmeans", "--run", "mine"]) == 2
     err = capsys.readouterr().err
     assert "runs/mine has no row of kmeans: name a run of a suite with kmeans in it (--run)" in err
+    assert main(["show", "kmeans", "--run", "mine", "--only", "foo=bar"]) == 2
+    assert "--only foo=bar: unknown key. Valid: backbone, budget, " in capsys.readouterr().err

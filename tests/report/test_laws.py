@@ -153,6 +153,15 @@ def test_the_command_writes_a_page_and_a_figure(tmp_path, capsys, row):
     asked, replaced = ["fit", str(tmp_path), "--law", "model", "--bootstraps"], "law-model.md (replaced: what was there"
     assert main([*asked, "3"]) == 0 and replaced not in capsys.readouterr().out  # it is the same
     assert main([*asked, "4"]) == 0 and replaced in capsys.readouterr().out
+    page = (tmp_path / "law-model.md").read_bytes()
+    for options, why in (
+        (["--hold", "99"], "no law could be fitted (ml-1m · retrieval · leave_one_out · lsrm: 0 sizes are left"),
+        (["--metric", "gauc"], "lsrm: no row has gauc): another --metric or --only, or a smaller --hold"),
+        (["--metric", "compressor"], "--metric compressor: is no measure of accuracy or fidelity; expected hr@5, "),
+        (["--metric", "slices"], "--metric slices: is no measure"),
+    ):
+        assert main(["fit", str(tmp_path), "--law", "model", *options]) == 2
+        assert why in capsys.readouterr().err and (tmp_path / "law-model.md").read_bytes() == page
     assert main(["fit", str(tmp_path), "--law", "dat"]) == 2
     assert "no law is named 'dat'; there are model, data, cache, flops, compression" in capsys.readouterr().err
 

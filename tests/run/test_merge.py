@@ -139,6 +139,16 @@ def test_the_exit_code_says_that_a_row_was_left_out(
     assert main(["merge", str(shards[0]), "--out", str(shards[1])]) == 1  # it stays where it lies
 
 
+def test_runs_of_spoilt_rows_alone_are_refused_in_a_line_that_names_them(tmp_path: Path, capsys) -> None:
+    (tmp_path / "bad" / "rows").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "bad" / "rows" / f"{name}.json").write_text("{")
+    assert main(["merge", str(tmp_path / "bad"), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"malloc-bench: {tmp_path / 'bad'} has no row that is as written (a.json: not readable")
+    assert err.endswith("run that suite again first\n") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shard", ["3", "0/4", "5/4", "a/b", "1/0", "٣/٤", "³/4", "1/4\n"])
 def test_a_shard_is_one_of_n(tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.yaml").write_text(SUITE)

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,6 +39,24 @@ def suite(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
 
 def by_id(folder: Path) -> dict[str, dict]:
     return {row["cell_id"]: {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "rows")}
+
+
+def test_options_are_tried_before_they_are_handed_in(suite: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Each job would fail of them, and say so in its log alone."""
+    monkeypatch.setitem(sys.modules, "submitit", ModuleType("submitit"))  # nothing of it is asked for
+    (tmp_path / "plain.txt").write_text("")
+    for words, line in (
+        (["--", "--only", "backbone=zzz"], "--only backbone=zzz: no cell of the suite has it. Valid: sasrec"),
+        (["--", "--nonsense"], "No such option: --nonsense"),
+        (["--", "--workers", "x"], "Invalid value for '--workers': "),
+        (["--", "--shard", "1/2"], "--shard 1/2 behind --: each job has its own; give --tasks before the --"),
+        (["--tasks", "3", "--", "--only", "seed=0,compressor=knorm"], "--tasks 3: 1 cells have what --only asks for"),
+        (["--out", "plain.txt"], "--out plain.txt: is a file; expected the name of a folder: choose another"),
+    ):  # fmt: skip
+        assert main(["submit", str(suite), "--cluster", "local", *words]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"malloc-bench: {line}") and said.count("\n") == 1
+    assert not list(tmp_path.glob("*of*")) and not list(tmp_path.glob("**/*-jobs"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ from malloc_bench.registry import UnknownName, suggest
 from malloc_bench.report.board import having
 from malloc_bench.report.laws.forms import Array
 from malloc_bench.report.laws.judged import Judged, Points, judged
-from malloc_bench.results import budget_label, label
+from malloc_bench.results import COLUMNS, budget_label, label
 
 LOSSES = ("loss", "logloss", "logit_error")  # what falls; of all else 1 - the value does
+METRICS = [name for name in COLUMNS if re.fullmatch(
+    r"(hr|ndcg|recall)@\d+|mrr|loss|logloss|g?auc|overlap@10|agreement|logit_error", name
+)]  # fmt: skip
 _LEAST = 1e-6
 
 
@@ -105,7 +109,9 @@ def fitted(
     rows = rows.filter(pl.all_horizontal(pl.lit(True), *(having(rows, *each) for each in (narrowed or {}).items())))
     rows = rows.filter((pl.col("status") == "ok") & what.rows)
     if metric is not None and metric not in frame.columns:
-        raise UnknownName(f"no column is named '{metric}'.{suggest(metric, frame.columns)}")
+        raise UnknownName(f"--metric: no column is named '{metric}'.{suggest(metric, frame.columns)}")
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"--metric {metric}: is no measure of accuracy or fidelity; expected {', '.join(METRICS)}")
     x = [made.cast(pl.Float64).alias(f"x{i}") for i, made in enumerate(what.x.values())]
     rows = rows.with_columns(x).filter(pl.all_horizontal(pl.col(f"x{i}") > 0 for i in range(len(x))))
     if not len(rows):
@@ -154,7 +160,8 @@ def _one(group: pl.DataFrame, what: Law, metric: str | None, hold: int | None, b
         x = x[:, :1]  # one size of model: no joint law
     good = np.isfinite(y) & (y > _LEAST)
     if not good.any():
-        return Found(said, columns, asked, None, [], f"no {asked} that is short of the best")
+        why = f"no {asked} that is short of the best" if np.isfinite(y).any() else f"no row has {asked}"
+        return Found(said, columns, asked, None, [], why)
     points, sizes = Points.of(x[good], y[good], hold), _shapes(group.filter(pl.Series(good))["backbone_params"])
     try:
         return Found(said, columns, asked, points, judged(points, bootstraps), shapes=sizes)
