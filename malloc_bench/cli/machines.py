@@ -32,6 +32,7 @@ def train(
 
 @machines.command()
 def submit(
+    context: typer.Context,
     suite: SuiteArg,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options of `run`, behind --.")
@@ -53,21 +54,20 @@ def submit(
         if not (key and given and value):
             raise ValueError(f"--set {each}: expected KEY=VALUE, as in timeout_min=600")
         chosen[key] = int(value) if value.isdecimal() else value
-    _try(suite, tasks, options or [])
+    _try(context, suite, tasks, options or [])
     jobs, parts = submit(suite, tasks, out, chosen, options or (), cluster)
     whole = str(parts[0]).removesuffix(f"-1of{tasks}")
     say(f"{len(jobs)} jobs: {', '.join(job.job_id for job in jobs)}; what they say is in {whole}-jobs")
     say(f"when they are done: malloc-bench merge {shlex.join(map(str, parts))} --out {shlex.quote(whole)}")
 
 
-def _try(suite: str, tasks: int, options: list[str]) -> None:
+def _try(context: typer.Context, suite: str, tasks: int, options: list[str]) -> None:
     """Read the options as each job's `run` will, which would only say it in its log."""
     from typer.core import TyperGroup
 
-    from malloc_bench.cli.commands import app
     from malloc_bench.suite import suite as suites
 
-    group = typer.main.get_command(app)
+    group = context.find_root().command
     assert isinstance(group, TyperGroup)
     given = group.commands["run"].make_context("run", [suite, *options]).params
     for name in ("out", "shard"):
