@@ -292,7 +292,7 @@ def test_promises_are_tried_within_the_limits_of_cells(
 ) -> None:
     (tmp_path / "bad.py").write_text(BAD)
     part = Part(load_part(f"{tmp_path / 'bad.py'}:{name}"))
-    (line, *_) = broken_within([part], Limits(seconds=600 if name == "Bad" else 4, memory=10**9))
+    (line, *_) = broken_within([part], Limits(seconds=4 if name == "Naps" else 600, memory=10**9))
     assert line.startswith(said)
 
 
