@@ -58,8 +58,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def kept_whole(folder: Path) -> None:
-    """Raises ResultsError where a run into a folder would overwrite a parquet that is all that is left of its rows."""
-    if (folder / "results.parquet").is_file() and not any((folder / "rows").glob("*.json")):
+    """Raises ResultsError where a run into a folder would overwrite a parquet that is all that was kept of another."""
+    if (folder / "results.parquet").is_file() and not (folder / "rows").is_dir():
         raise ResultsError(
             f"{folder} holds results.parquet and no rows, as what is committed of a run does, and would lose it: "
             f"choose another folder (--out), or have its rows again first (malloc-bench merge {folder} --out {folder})"

@@ -14,6 +14,7 @@ import pytest
 from malloc_bench.cli import commands as cli
 from malloc_bench.cli import text
 from malloc_bench.results import cell_id, write_row
+from malloc_bench.run.folder import write_manifest
 
 SUITE = """
 name: toy
@@ -72,6 +73,7 @@ def test_what_rows_name_cannot_steer_the_terminal(
     for name, more in ((evil, values), ("full", values), ("x", {"status": "failed", "reason": f"{evil}\nmore"})):
         row = {"compressor": name, "family": evil, "suite": evil, "compressor_params": {evil: evil}, **named}
         write_row(tmp_path / "run" / "rows", {"status": "ok", **row, **more, "cell_id": cell_id([name])})
+    write_manifest(tmp_path / "run", {})
     commands = [["leaderboard", "run"], ["recommend", "run"], ["compare", "run", "run"], ["verify", "run"]]
     commands += [["tables", "run", "--table", "accuracy", "--format", each] for each in ("md", "csv", "latex")]
     for words in [*commands, ["recommend", "run", "--bytes", "1"], ["leaderboard", "run", "--columns", "compressor"]]:
