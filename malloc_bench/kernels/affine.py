@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
-from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WORDS
+from malloc_bench.kernels.words import BYTES, GIVEN, MIDDLE, WIDE, WORDS
 
 if TYPE_CHECKING:
     from malloc_bench.kernels.loops import Ways
-
-_WIDE = 1 << 10  # channels: loops over more would take minutes to compile, and much of a stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ class Affine:
             return self._known[0]
         known, (_, _, s, size) = WORDS.get(self.bits), self.codes.shape
         kind = torch.float32 if self.top is None else torch.uint8
-        if known is None or not self.codes.numel() or self.scale.dtype != kind or self.width > _WIDE:
+        if known is None or not self.codes.numel() or self.scale.dtype != kind or self.width > WIDE:
             return None
         planes, step = known
         groups, group, rows, columns = 1, s, s, self.scale.shape[3]

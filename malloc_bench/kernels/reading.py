@@ -13,7 +13,7 @@ from torch import Tensor
 
 from malloc_bench.kernels.gpu import on_gpu
 from malloc_bench.kernels.switch import After, Loop, array, fits, spread
-from malloc_bench.kernels.words import FEW
+from malloc_bench.kernels.words import FEW, WIDE
 
 _CACHED = 1 << 19  # numbers at a time: two megabytes: few calls, and they are multiplied while a cache has them
 _AT_HAND = 1 << 22  # logits that are kept of all rows
@@ -247,7 +247,7 @@ def _products(q: Tensor, vectors: Tensor, out: Tensor) -> None:
 
 def _sums(weights: Tensor, vectors: Tensor, out: Tensor) -> None:
     """To out [R, M, D] is added weights [R, M, S] . vectors [R, S, D]."""
-    if (loops := _several()) is None:
+    if (loops := _several()) is None or vectors.shape[2] > WIDE:
         out.baddbmm_(weights, vectors)
         return
     call, given = loops.sums(vectors.shape[2]), (array(weights), array(vectors), out.numpy())

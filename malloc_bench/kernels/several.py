@@ -1,7 +1,4 @@
-"""Products of several queries with vectors, and sums by their weights, in vectors of 16 numbers: the loops.
-
-They take three quarters of the time of a matrix product of torch where vectors have 64 bytes, more elsewhere.
-"""
+"""Products of several queries with vectors, and sums by their weights, in vectors of 16 numbers: the loops."""
 
 from __future__ import annotations
 

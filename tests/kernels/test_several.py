@@ -43,6 +43,13 @@ def test_products_and_sums(several):
     check()
 
 
+def test_sums_of_very_wide_vectors_are_torchs(several, monkeypatch):
+    if several is not None:
+        monkeypatch.setattr(several, "sums", None)  # is not called
+    x, w = Dense(torch.randn(1, 1, 3, 1025)).known(), torch.rand(1, 1, 5, 3)
+    torch.testing.assert_close(kernels.mix(x, w), w @ x.data)
+
+
 def test_on_two_threads(several, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = Dense(torch.randn(4, 2, 300, 64)).known()
