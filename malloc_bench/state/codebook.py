@@ -15,6 +15,7 @@ from malloc_bench.state.quantized import checked, pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
 _CELLS = 1 << 22  # distances at a time: 16 MB
+_KIDS = 2  # entries that each sum of a beam is tried with
 
 
 class Codebook:
@@ -37,11 +38,18 @@ class Codebook:
             return sum(rows[1:], rows[0]).view(b, h, s, w)
         return torch.stack(rows, 1).flatten(1)[:, : self.width].view(b, h, s, self.width)
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Codes [B, H, S, M] of x [B, H, S, D]: of each part the nearest entry, or of what the entries before leave."""
+    def nearest(self, x: Tensor, beam: int = 1) -> Tensor:
+        """Codes [B, H, S, M] of x [B, H, S, D]: of each part the nearest entry, or of what the entries before leave.
+
+        beam: of entries that are added, so many sums are held after each one; the nearest is taken in the end.
+        """
         b, h, s, d = x.shape
         rows = x.transpose(0, 1).reshape(h, b * s, d).to(self.tables.dtype)
         tables, found = self.tables.to(x.device), []
+        if self.added and beam > 1:
+            step = max(1, _CELLS // (h * beam * tables.shape[2]))
+            found = [_held(rows[:, i : i + step], tables, beam) for i in range(0, max(b * s, 1), step)]
+            return torch.cat(found, 1).view(h, b, s, -1).transpose(0, 1).byte()
         for i in range(tables.shape[1]):
             entries = tables[:, i]
             part = rows if self.added else _part(rows, i, entries.shape[-1])
@@ -83,9 +91,9 @@ class FromCodebook(Vectors):
         return replace(self, codes=read(self.codes, all_rows(self.codes) if count is None else count))
 
     @staticmethod
-    def of(x: Tensor, mask: Tensor, book: Codebook) -> FromCodebook:
+    def of(x: Tensor, mask: Tensor, book: Codebook, beam: int = 1) -> FromCodebook:
         """x [B, H, S, D], mask [B, H or 1, S]: which vectors are real; raises ValueError as `checked`."""
-        return FromCodebook(pack_bits(book.nearest(checked(x, mask)), book.bits), book)
+        return FromCodebook(pack_bits(book.nearest(checked(x, mask), beam), book.bits), book)
 
 
 class Pool:
@@ -129,6 +137,23 @@ def closest(x: Tensor, entries: Tensor) -> Tensor:
     step = max(1, _CELLS // max(1, entries.shape[0] * entries.shape[1]))
     parts = [(half - x[:, i : i + step] @ entries.mT).argmin(-1) for i in range(0, max(x.shape[1], 1), step)]
     return torch.cat(parts, 1)
+
+
+def _held(rows: Tensor, tables: Tensor, beam: int) -> Tensor:
+    """Codes [H, N, M] of rows [H, N, D] among tables [H, M, K, D]: sums held are `left` [H, N, W, D] from each row."""
+    left, codes = rows.unsqueeze(2), rows.new_zeros(*rows.shape[:2], 1, 0, dtype=torch.long)
+    for entries in tables.unbind(1):
+        half = entries.square().sum(-1).unsqueeze(1) / 2
+        near = torch.baddbmm(half, left.flatten(1, 2), entries.mT, alpha=-1).unflatten(1, left.shape[1:3])
+        near, kids = near.topk(min(beam if left.shape[2] == 1 else _KIDS, len(entries[0])), largest=False)
+        near = (near + left.square().sum(-1, keepdim=True) / 2).flatten(2)
+        best = near.topk(min(beam, near.shape[2]), largest=False).indices
+        parent, kid = (best // kids.shape[3]).unsqueeze(-1), kids.flatten(2).gather(2, best)
+        taken = entries.gather(1, kid.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])).view(*kid.shape, -1)
+        left = left.gather(2, parent.expand_as(taken)) - taken
+        codes = torch.cat([codes.gather(2, parent.expand(-1, -1, -1, codes.shape[3])), kid.unsqueeze(-1)], -1)
+    first = left.square().sum(-1).argmin(2)[..., None, None]
+    return codes.gather(2, first.expand(-1, -1, 1, codes.shape[3])).squeeze(2)
 
 
 def _part(rows: Tensor, i: int, width: int) -> Tensor:

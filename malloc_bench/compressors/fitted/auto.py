@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -26,24 +27,29 @@ FITTED = {"probes": 128, "which": "top", "rounds": 30}
 class Auto(Compressor):
     """Divides a budget over layers, and takes for each the candidate that loses least there with the bytes it gets.
 
-    candidates: methods that take a budget, or lists of steps as `compose` has them. For each layer, each candidate and
-    a row of sizes, `fit` compresses that layer alone of training users and measures what probes held out then come out
-    of the whole stack with: the squared gap to what they do over the full state. Taking it that errors of layers add
-    up, bytes go where the next ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
+    candidates: methods that take a budget, or lists of steps as `compose` has them; what they learn they learn of each
+    layer alone. For each layer, each candidate and a row of sizes, `fit` compresses that layer alone of training users
+    and measures what probes held out then come out of the whole stack with: the squared gap to what they do over the
+    full state. Taking it that errors of layers add up, bytes go where the next ones save most, along the lower convex
+    hulls, as a Lagrange multiplier would have it.
     One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
     candidate's kind, behind those that it is fitted to.
     On plain tensors, which have no stack, each layer's relative gap counts. The defaults' probes, those that the model
     ranks at the top for the user, are not known in ranking. Where layers are alike, equal shares do as well.
     """
 
-    candidates: tuple[Any, ...] = (({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),)
+    candidates: tuple[Any, ...] = (
+        ({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),
+        ({"fit_keys": FITTED}, {"rvq": {"stages": 8, "beam": 8, "short": True}}),
+    )
     tests: int = 32
 
+    version = 2
     family = "fitted"
     paper = "ours; hulls and multipliers: Shoham and Gersho, IEEE TASSP 36, 1988"
     formula = "min over candidate and bytes of each layer: sum over layers of E |output gap|^2, bytes within the budget"
     growth = grows(compress="p n L d + h p k n L + h p k^2 L", read="n L d")
-    stores = "what the candidate of each layer stores; fixed bytes: the curves"
+    stores = "what the candidate of each layer stores; fixed bytes: the curves, and what candidates learned"
 
     def __post_init__(self) -> None:
         made = tuple(
@@ -51,8 +57,8 @@ class Auto(Compressor):
             for each in self.candidates
         )
         object.__setattr__(self, "candidates", made)
-        if self.tests < 1 or not made or any(not m.takes_budget or m.fit_parts() or m.structural for m in made):
-            raise ValueError("auto: candidates that take a budget and learn nothing are needed, and a test probe")
+        if self.tests < 1 or not made or any(not m.takes_budget or m.structural for m in made):
+            raise ValueError("auto: candidates that take a budget and are not trained are needed, and a test probe")
 
     @property
     def needs(self) -> Stats:
@@ -60,6 +66,10 @@ class Auto(Compressor):
         for each in self.candidates:
             asked |= each.needs
         return asked
+
+    @property
+    def fit_needs(self) -> Stats:
+        return reduce(Stats.__or__, (each.fit_needs for each in self.candidates if each.fit_parts()), self.needs)
 
     @property
     def _ask(self) -> Ask:
@@ -76,26 +86,37 @@ class Auto(Compressor):
 
     def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
         """lost, spent [L, candidates, GRID] float64: mean squared gap, and bytes as a share of the full state's; full
-        []: its mean bytes."""
+        []: its mean bytes; under each candidate's number and each layer's what it learned of it."""
         assert isinstance(sample, Sample)
+        learned = self._learned(sample)
         lost, spent, full, seen = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
         for prefill in sample:
-            some = [self._measured(prefill, layer) for layer in prefill.layers]
+            some = [self._measured(replace(prefill, fitted=learned), layer) for layer in prefill.layers]
             lost, spent = (a + torch.stack(b) for a, b in zip((lost, spent), zip(*some)))
             full = full + prefill.full_bytes().double().sum().cpu()
             seen += len(prefill.users)
             if seen >= USERS:
                 break
-        return Fitted({"lost": lost / seen, "spent": spent / full, "full": full / seen})
+        return Fitted({**learned, "lost": lost / seen, "spent": spent / full, "full": full / seen})
+
+    def _learned(self, sample: Sample) -> Fitted:
+        """Of each candidate that learns and each layer, in one pass a layer."""
+        learning = [(i, each) for i, each in enumerate(self.candidates) if each.fit_parts()]
+        found: dict[str, Fitted] = {}
+        for layer in next(iter(sample)).layers if learning else ():
+            own = Sample(partial(map, partial(_alone, layer=layer), sample))
+            found |= {f"{i}.{layer}": each.fit(own) for i, each in learning}
+        return Fitted.joined(found)
 
     def _measured(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor]:
         """Of one layer, [candidates, GRID] each: squared gaps of probes, and bytes, summed over users."""
-        view, layers = _alone(prefill, layer, prefill.full_bytes()), prefill.state.layers
+        view, layers = _alone(prefill, layer), prefill.state.layers
         probes, found = prefill.probes(layer, self._ask).last(self.tests), []
         want = probes.outputs(prefill.state)
         for each in self.candidates:
+            own = self._informed(view, prefill.fitted, each, layer)
             for part in GRID:
-                state = each.compress(view, Budget(part / len(layers)))
+                state = each.compress(own, Budget(part / len(layers)))
                 if want is None:
                     ((segment,),) = state.layers
                     gap = probes.mix(probes.weigh(segment)[0], segment) - probes.target
@@ -131,7 +152,10 @@ class Auto(Compressor):
             return prefill.state
         plan, target = self.planned(fitted, budget), budget.target(prefill.full_bytes())
         assert target is not None
-        views = [_alone(prefill, layer, target) for layer in prefill.layers]
+        views = [
+            self._informed(_alone(prefill, layer), prefill.fitted, method, layer)
+            for layer, (method, _) in zip(prefill.layers, plan)
+        ]
         floors = [_least(method, view) - COUNT_BYTES for (method, _), view in zip(plan, views)]
         layers: list[Layer] = []
         left = target - COUNT_BYTES  # they have one length
@@ -146,11 +170,19 @@ class Auto(Compressor):
 
     def floor(self, prefill: Prefill) -> Tensor:
         """With the largest candidate's smallest state in every layer."""
-        whole, total = prefill.full_bytes(), torch.full_like(prefill.users, COUNT_BYTES)
+        total = torch.full_like(prefill.users, COUNT_BYTES)
         for layer in prefill.layers:
-            view = _alone(prefill, layer, whole)
-            total += torch.stack([each.floor(view) for each in self.candidates]).amax(0) - COUNT_BYTES
+            view = _alone(prefill, layer)
+            floors = [each.floor(self._informed(view, prefill.fitted, each, layer)) for each in self.candidates]
+            total += torch.stack(floors).amax(0) - COUNT_BYTES
         return total
+
+    def _informed(self, view: Prefill, fitted: Fitted | None, method: Compressor, layer: int) -> Prefill:
+        """A layer by itself with what a candidate has learned of it."""
+        if fitted is None or not method.fit_parts():
+            return view
+        learned = fitted.part(f"{self.candidates.index(method)}.{layer}")
+        return replace(view, fitted=learned.to(view.users.device))  # candidates remember what they share, as slots
 
     def flops(self, state: UserState, of: Sources) -> int:
         """Of the candidate that costs most for a layer's slots."""
@@ -163,6 +195,6 @@ def _least(method: Compressor, prefill: Prefill) -> Tensor:
     return TokenMethod.floor(method, prefill) if isinstance(method, TokenMethod) else method.floor(prefill)
 
 
-def _alone(prefill: Prefill, layer: int, whole: Tensor) -> Prefill:
-    """A layer by itself, its budgets being shares of `whole` [B] bytes."""
-    return replace(prefill.only(range(layer, layer + 1)), fitted=None, whole=whole)
+def _alone(prefill: Prefill, layer: int) -> Prefill:
+    """A layer by itself, its budgets being shares of the bytes of all."""
+    return replace(prefill.only(range(layer, layer + 1)), fitted=None, whole=prefill.full_bytes())
