@@ -49,7 +49,7 @@ class Codebook:
         if self.added and beam > 1:
             step = max(1, _CELLS // (h * beam * tables.shape[2]))
             found = [_held(rows[:, i : i + step], tables, beam) for i in range(0, max(b * s, 1), step)]
-            return torch.cat(found, 1).view(h, b, s, -1).transpose(0, 1).byte()
+            return torch.cat(found, 1).view(h, b, s, tables.shape[1]).transpose(0, 1).byte()
         for i in range(tables.shape[1]):
             entries = tables[:, i]
             part = rows if self.added else _part(rows, i, entries.shape[-1])
@@ -141,7 +141,7 @@ def closest(x: Tensor, entries: Tensor) -> Tensor:
 
 def _held(rows: Tensor, tables: Tensor, beam: int) -> Tensor:
     """Codes [H, N, M] of rows [H, N, D] among tables [H, M, K, D]: sums held are `left` [H, N, W, D] from each row."""
-    left, codes = rows.unsqueeze(2), rows.new_zeros(*rows.shape[:2], 1, 0, dtype=torch.long)
+    width, left, codes = rows.shape[2], rows.unsqueeze(2), rows.new_zeros(*rows.shape[:2], 1, 0, dtype=torch.long)
     for entries in tables.unbind(1):
         half = entries.square().sum(-1).unsqueeze(1) / 2
         near = torch.baddbmm(half, left.flatten(1, 2), entries.mT, alpha=-1).unflatten(1, left.shape[1:3])
@@ -149,7 +149,7 @@ def _held(rows: Tensor, tables: Tensor, beam: int) -> Tensor:
         near = (near + left.square().sum(-1, keepdim=True) / 2).flatten(2)
         best = near.topk(min(beam, near.shape[2]), largest=False).indices
         parent, kid = (best // kids.shape[3]).unsqueeze(-1), kids.flatten(2).gather(2, best)
-        taken = entries.gather(1, kid.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])).view(*kid.shape, -1)
+        taken = entries.gather(1, kid.flatten(1).unsqueeze(-1).expand(-1, -1, width)).view(*kid.shape, width)
         left = left.gather(2, parent.expand_as(taken)) - taken
         codes = torch.cat([codes.gather(2, parent.expand(-1, -1, -1, codes.shape[3])), kid.unsqueeze(-1)], -1)
     first = left.square().sum(-1).argmin(2)[..., None, None]

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from malloc_bench import kernels
 from malloc_bench.kernels import Affine
 from malloc_bench.state.quantized import checked, pack_bits, unpack_bits
+from malloc_bench.state.scaled import EDGE, STEPS, size_of
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
 
-STEPS = 8  # of a scale in an octave
 _TRIED = 4  # scales a vector: the smallest that no code exceeds, and smaller ones
-_EDGE = 126  # exponents that a float32 has
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,7 @@ class MicroScaled(Vectors):
         if (found := kernels.dense(self.written())) is not None:
             return found
         codes = unpack_bits(self.codes, self.bits, self.width).float()
-        return (codes - (2**self.bits - 1 - self.zero.float()) / 2) * _size(self.top, self.scale)
+        return (codes - (2**self.bits - 1 - self.zero.float()) / 2) * size_of(self.top, self.scale)
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         count = all_rows(self.codes) if count is None else count
@@ -62,10 +61,6 @@ class MicroScaled(Vectors):
         return MicroScaled(codes, scale, zero, top, self.bits, self.width)
 
 
-def _size(top: Tensor, scale: Tensor) -> Tensor:
-    return torch.exp2(top.float() - scale.float() / STEPS)
-
-
 def microscaled(x: Tensor, mask: Tensor, bits: int) -> MicroScaled:
     """x [B, H, S, D] in codes of `bits` bits; of a few scales each vector gets the one with the least squared error.
 
@@ -76,12 +71,12 @@ def microscaled(x: Tensor, mask: Tensor, bits: int) -> MicroScaled:
     # a zero point moves by 63 steps at most: where all numbers lie close together and far from 0, steps are wider
     need = torch.maximum((high - low) / levels, (low / 2 + high / 2).abs() / 63)
     whole = F.pad(need, (0, 0, 0, 1)).amax(2, keepdim=True)  # of no vector 0
-    top = whole.clamp(min=2.0**-_EDGE).log2().ceil().clamp(-_EDGE, _EDGE).to(torch.int8)
+    top = whole.clamp(min=2.0**-EDGE).log2().ceil().clamp(-EDGE, EDGE).to(torch.int8)
     least = ((top.float() - need.clamp(min=2.0**-149).log2()) * STEPS).floor()
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     for tried in range(_TRIED):
         scale = (least + tried).clamp(0, 255)
-        size = _size(top, scale).clamp(min=2.0**-_EDGE)
+        size = size_of(top, scale).clamp(min=2.0**-EDGE)
         zero = (low / size + high / size).round().clamp(-127, 127)  # twice the middle, in steps
         first = (zero - levels) / 2
         codes = (x / size - first).round().clamp(0, levels)

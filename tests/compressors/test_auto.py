@@ -113,6 +113,33 @@ def test_what_is_measured_is_the_gap_of_the_output(world, fitted):
     assert float(fitted["full"]) == pytest.approx(float(prefill.full_bytes().double().mean()))
 
 
+def test_what_candidates_learn_they_learn_of_each_layer(world):
+    """With one candidate and even shares there is nothing to decide: it is that chain, whose codebooks are the same."""
+    chain = ({"fit_omp": {"probes": 8}}, {"gain_shape": {"stages": 2, "bits": 4, "beam": 2}})
+    method, alone = auto((CHAINS[0], chain)), get_compressor("compose", steps=chain)
+    with torch.no_grad():
+        fitted, own = method.fit(world.sample(method)), alone.fit(world.sample(alone))
+        prefill = world.prefill(method.needs)
+        lost = fitted["lost"].clone()
+        lost[:, 0] = 1e9
+        state = method.compress(prefill, Budget(0.2), Fitted({**fitted, "lost": lost}))
+    assert sorted(fitted) == [
+        "1.0/1/0.keys",
+        "1.0/1/0.values",
+        "1.1/1/0.keys",
+        "1.1/1/0.values",
+        "full",
+        "lost",
+        "spent",
+    ]
+    for layer, field in product(range(2), ("keys", "values")):
+        assert torch.equal(fitted[f"1.{layer}/1/0.{field}"], own[f"1/{layer}.{field}"])
+    sizes, target = check_packs(state, world.read).nbytes(), Budget(0.2).target(prefill.full_bytes())
+    assert bool((sizes <= target.maximum(method.floor(prefill.given(fitted)))).all())
+    for (segment,), layer in zip(state.layers, range(2)):
+        assert torch.equal(segment.fields["keys"].shape_of.book.tables, own[f"1/{layer}.keys"])
+
+
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="candidates that take a budget"):
         get_compressor("auto", candidates=("int8",))

@@ -12,7 +12,7 @@ from malloc_bench.compressors.base import MissingFit
 from malloc_bench.compressors.quantization.codebooks import entries
 from malloc_bench.state import Fitted, Prefill, Sample, closest
 from malloc_bench.state.sample import EACH
-from malloc_bench.testing.worlds import close
+from malloc_bench.testing.worlds import World, check_packs, close
 
 LENGTHS = (0, 1, 9, 40)
 BOOKS = [("pq", {"group": 3, "bits": 4}), ("pq", {"group": 3}), ("rvq", {"stages": 3, "bits": 4}), ("rvq", {})]
@@ -75,6 +75,50 @@ def test_more_bits_read_better(training):
         errors[name, *params.values()] = float(gap.square().mean() / full.keys(0).square().mean())
     assert errors["pq", 1] < 0.01 and errors["pq", 3] < errors["pq", 3, 4] < 0.5
     assert errors["rvq", 8] < errors["rvq",] < errors["rvq", 3, 4] < 0.8
+
+
+def held(x, tables, beam):
+    """Of a row [D]: the nearest of the sums that are held, each of which was tried with its two nearest entries."""
+    sums = [torch.zeros(len(x)).double()]
+    for stage, table in enumerate(tables):
+        tried = []
+        for each in sums:
+            gaps = (table + each - x).square().sum(1)
+            tried += [each + table[i] for i in gaps.argsort()[: 2 if stage else beam]]
+        sums = sorted(tried, key=lambda each: float((each - x).square().sum()))[:beam]
+    return sums[0]
+
+
+@pytest.mark.parametrize("params", [{"stages": 3, "bits": 4, "beam": 5}, {"stages": 4, "beam": 8}], ids=str)
+def test_a_beam_holds_the_nearest_sums_and_is_nearer_than_a_greedy_choice(params, training):
+    full, greedy = prefill(lengths=(40,) * 4), {key: x for key, x in params.items() if key != "beam"}
+    method, plain = get_compressor("rvq", **params), get_compressor("rvq", **greedy)
+    fitted = method.fit(training)
+    assert fitted == plain.fit(training), "what is learned does not depend on how codes are searched"
+    state = method.compress(full, fitted=fitted)
+    got, x = state.layers[1][0].fields["values"].dense(), full.segment(1).fields["values"].dense().double()
+    for user, head, slot in ((0, 0, 0), (1, 1, 7), (2, 0, 21), (3, 1, 39)):
+        want = held(x[user, head, slot], fitted["1.values"][head].double(), params["beam"])
+        close(got[user, head, slot].double(), want, "vector", 1e-6)
+    old = plain.compress(full, fitted=fitted).layers[1][0].fields["values"].dense()
+    assert (got - x).square().mean() < 0.97 * (old - x).square().mean()
+    assert state.nbytes().tolist() == plain.compress(full, fitted=fitted).nbytes().tolist()
+
+
+def test_short_slots_take_fewer_bytes_and_more_fit(training):
+    """float32 masses take 4 bytes a slot and head, bfloat16 2."""
+    full = World("sasrec").prefill(get_compressor("fit_omp", probes=8).needs)
+    sample = World("sasrec").sample(get_compressor("fit_omp", probes=8))
+    made = []
+    for short in (False, True):
+        chain = get_compressor("compose", steps=({"fit_omp": {"probes": 8}}, {"rvq": {"stages": 2, "short": short}}))
+        fitted = chain.fit(sample)
+        few = check_packs(chain.compress(full, {"slots": 3}, fitted), World("sasrec").read)
+        made.append((few.nbytes(), chain.compress(full, 0.02, fitted).layers[0][0].slots.count))
+    (wide, fewer), (narrow, more) = made
+    saved = 2 * 2 * 2  # bytes, layers, heads
+    assert (wide - narrow).tolist() == [saved * min(n, 3) if n > 3 else 0 for n in full.state.length.tolist()]
+    assert bool((more >= fewer).all()) and bool((more > fewer).any())
 
 
 def test_k_means_is_lloyds():

@@ -46,6 +46,7 @@ PARAMS = {  # beside the defaults
     "turboquant": [{}],
     "kivi": [{}, {"bits": 2, "tail": 4}],
     "entropy": [{}],
+    "gain_shape": [{}, {"stages": 3, "beam": 4}],
     "zstd": [{}, {"inner": {"kivi": {"bits": 2}}}],
     "gear": [{}, {"inner": {"turboquant": {"bits": 2}}, "every": 64}],
     "intactkv": [{}, {"inner": {"turboquant": {"bits": 2}}}],

@@ -40,7 +40,7 @@ class Auto(Compressor):
 
     candidates: tuple[Any, ...] = (
         ({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),
-        ({"fit_keys": FITTED}, {"rvq": {"stages": 8, "beam": 8, "short": True}}),
+        ({"fit_keys": FITTED}, "gain_shape"),
     )
     tests: int = 32
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Encoder, Sources, map_layers, shortened
+from malloc_bench.compressors.base import Encoder, Sources, map_layers
 from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.state import (
     Codebook,
@@ -28,14 +27,11 @@ from malloc_bench.state import (
 class Codebooks(Encoder):
     """Codes of `bits` bits into codebooks of each layer, field and head, fitted to training users' full states.
 
-    A subclass makes the tables and says how many codes a vector takes. added: a vector is the sum of its entries; beam
-    and short: see `rvq`.
+    A subclass makes the tables and says how many codes a vector takes. added: a vector is the sum of its entries.
     """
 
     bits: int
     added: ClassVar[bool] = False
-    beam: int = 1
-    short: bool = False
 
     @abstractmethod
     def tables(self, x: Tensor) -> Tensor:
@@ -59,26 +55,20 @@ class Codebooks(Encoder):
                 x, segment.real(x), Codebook(fitted[f"{layer}.{field}"], self.bits, x.shape[3], self.added)
             )
 
-        state = map_layers(prefill.state, vectors)
-        return shortened(state) if self.short else state
+        return map_layers(prefill.state, vectors)
 
     def written(self, x: Tensor, mask: Tensor, book: Codebook) -> Vectors:
         """x [B, H, S, D] in the codes of a book; mask [B, H or 1, S]."""
-        return FromCodebook.of(x, mask, book, self.beam)
+        return FromCodebook.of(x, mask, book)
 
     def cost(self, layout: Layout, n: Tensor, length: Tensor) -> Tensor:
         slot = sum(heads * -(-self.codes(width) * self.bits // 8) for _, heads, width in layout.vectors)
-        beside = replace(layout, index=2, moment=4) if self.short else layout
-        return beside.beside(n, length) + n * slot
+        return layout.beside(n, length) + n * slot
 
     def flops(self, state: UserState, of: Sources) -> int:
-        """Each part of each vector, or all that is held of it in each stage, against each entry."""
+        """Each part of each vector, or all of it in each stage, against each entry."""
         shapes = (v.shape for segment in state.segments() for v in segment.fields.values())
-        return sum(2 * h * s * self.compared(d) * self.part(d) * 2**self.bits for _, h, s, d in shapes)
-
-    def compared(self, width: int) -> int:
-        """How many vectors so wide as an entry are compared with a codebook, for one vector."""
-        return self.codes(width)
+        return sum(2 * h * s * self.codes(d) * self.part(d) * 2**self.bits for _, h, s, d in shapes)
 
     def part(self, width: int) -> int:
         """Channels of an entry."""

@@ -1,6 +1,6 @@
 """A vector is a sum of entries, each from a codebook of what the ones before leave."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,32 +17,23 @@ class RVQ(Codebooks):
     """Residual vector quantization: `stages` codes a vector, codebooks of each layer, field and head.
 
     The codebooks are k-means over vectors of training users' full states and what earlier stages leave of them; all
-    users share them. beam: sums that are held after each stage, of which the nearest is taken in the end; 1 chooses
-    greedily. short: positions in 16 bits, masses in bfloat16 and times in 32 bits, as `mxint` has them and with the
-    errors that it raises: of a few fitted slots they weigh as much as the codes.
+    users share them. Codes are chosen greedily.
     """
 
     stages: int = 4
     bits: int = 8
-    beam: int = field(default=1, metadata={"unsaid": 1})
-    short: bool = field(default=False, metadata={"unsaid": False})
 
     grid = {"stages": (2, 4, 8), "bits": (4, 8)}
     added = True
     family = "quantization"
-    paper = (
-        "Chen et al., Approximate Nearest Neighbor Search by Residual Vector Quantization, Sensors 2010; beams: Babenko "
-        "and Lempitsky, Additive Quantization, CVPR 2014"
-    )
+    paper = "Chen et al., Approximate Nearest Neighbor Search by Residual Vector Quantization, Sensors 2010"
     formula = "x ~ sum over stages of the entry nearest to what is left of x"
-    growth = grows(memory="n L", compress="b c n L d", read="n L d")
+    growth = grows(memory="n L", compress="c n L d", read="n L d")
     stores = "`stages` codes of `bits` bits a vector; fixed bytes: 2^bits entries a stage of each layer, field and head"
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.bits not in (4, 8):
             raise ValueError(f"rvq: stages >= 1 and 4 or 8 bits are needed, not {self.stages} and {self.bits}")
-        if self.beam < 1:
-            raise ValueError(f"rvq: a beam of at least 1 is needed, not {self.beam}")
 
     def tables(self, x: Tensor) -> Tensor:
         found: list[Tensor] = []
@@ -53,6 +44,3 @@ class RVQ(Codebooks):
 
     def codes(self, width: int) -> int:
         return self.stages
-
-    def compared(self, width: int) -> int:
-        return 1 + (self.stages - 1) * self.beam
