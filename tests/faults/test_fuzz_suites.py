@@ -33,7 +33,7 @@ from malloc_bench.registry import UnknownName
 from malloc_bench.run import runner
 from malloc_bench.suite.suite import SuiteError, load_suite
 
-SLOW = 25  # seconds; the 352,800 cells of full.yaml take about 10
+SLOW = 25  # seconds; the 353,472 cells of full.yaml take about 10
 OWN = """
 format: table
 local: [log.csv]

@@ -59,14 +59,14 @@ def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write) -
     begun = _values(state)
     if not any(layers):
         return state
-    plain = _values(write(state))
+    plain = _values(write(_given(state, begun, bare=True)))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
         wanted = [
             x if job is None else job.after(turn, x.float(), y.float()).to(x.dtype)
             for job, x, y in zip(layers, wanted, written)
         ]
-        written = _values(write(_given(state, wanted)))
+        written = _values(write(_given(state, wanted, bare=True)))
     best = [
         x if job is None else torch.where((job.wrong(y.float()) <= job.wrong(old.float()))[..., None, None], x, before)
         for job, x, y, before, old in zip(layers, wanted, written, begun, plain)
@@ -87,8 +87,10 @@ def _values(state: UserState) -> list[Tensor]:
     return [layer[0].fields["values"].dense() for layer in state.layers]
 
 
-def _given(state: UserState, values: Sequence[Tensor]) -> UserState:
+def _given(state: UserState, values: Sequence[Tensor], bare: bool = False) -> UserState:
+    """With these values; bare: without keys, which are written as they were."""
     layers = (
-        (Segment({**segment.fields, "values": Dense(x)}, segment.slots),) for (segment,), x in zip(state.layers, values)
+        (Segment({**({} if bare else segment.fields), "values": Dense(x)}, segment.slots),)
+        for (segment,), x in zip(state.layers, values)
     )
     return UserState(tuple(layers), state.length)

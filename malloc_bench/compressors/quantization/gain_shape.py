@@ -27,7 +27,7 @@ class GainShape(RVQ):
     """
 
     stages: int = 8
-    beam: int = 8
+    beam: int = 4
 
     grid = {"stages": (4, 6, 8, 12)}
     paper = (
