@@ -40,8 +40,8 @@ class TokenMethod(Compressor):
         """`state`, which `keep` made, given the encoder that will `write` it; itself where that changes nothing."""
         return state
 
-    def settling(self, state: UserState, of: Sources, writing: int) -> int:
-        """FLOPs of `settled`; writing: those of the encoder, once."""
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int]) -> int:
+        """FLOPs of `settled`; writing: those of the encoder, of a state that it has made."""
         return 0
 
     @abstractmethod

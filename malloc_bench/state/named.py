@@ -70,3 +70,10 @@ class Fitted(Named):
         """What was joined under a name; everything where the name is empty."""
         start = f"{step}/" if step else ""
         return Fitted({name.removeprefix(start): x for name, x in self.items() if name.startswith(start)})
+
+    def of(self, layer: int, field: str, part: str = "") -> Tensor:
+        """What was learned of a layer's field; where that was its only one, of which fitted slots make keys and values,
+        of that."""
+        start = f"{layer}."
+        fields = {name.split(".")[1] for name in self if name.startswith(start)}
+        return self[start + (field if field in fields or len(fields) != 1 else fields.pop()) + part]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import get_compressor
 from malloc_bench.compressors.base import MissingFit
 from malloc_bench.compressors.quantization.codebooks import entries
@@ -131,7 +132,7 @@ def test_gain_shape_reads_vectors_of_any_size_alike(size, training):
         torch.cat([s.fields["values"].dense().flatten() for s in method.compress(x, fitted=fitted).segments()]).double()
         for x in (one, other)
     )
-    assert float(((scaled / size - plain).norm() / plain.norm())) < 2 ** (1 / 8) - 1
+    assert float((scaled / size - plain).norm() / plain.norm()) < 2 ** (1 / 8) - 1
     nothing = Prefill.from_tensors([torch.zeros(2, 1, 3, 8)], [torch.zeros(2, 1, 3, 8)])
     read = method.compress(nothing, fitted=method.fit(nothing)).layers[0][0].fields["keys"].dense()
     assert not bool(read.abs().max() > 1e-30)
@@ -142,7 +143,7 @@ def test_gain_shape_bytes_and_short_slots(training):
     state = method.compress(prefill(), fitted=method.fit(training))
     per_slot = 2 * 2 * 2 * (2 + 1)  # layers, heads, fields; 3 codes of 4 bits, a size
     assert state.nbytes().tolist() == [8 + 2 * 2 * 2 + n * per_slot for n in LENGTHS]
-    world, made = World("sasrec"), []
+    world, made = World("tensors"), []
     ask = get_compressor("fit_omp", probes=8)
     full, sample = world.prefill(ask.needs), world.sample(ask)
     for encoder in ("rvq", "gain_shape"):
@@ -153,6 +154,21 @@ def test_gain_shape_bytes_and_short_slots(training):
     for wide, narrow, n in zip(*map(Tensor.tolist, made), full.state.length.tolist()):
         masses = 2 if n > 3 else 0  # bytes that bfloat16 saves; a size takes one of each key and value
         assert wide - narrow == layers * heads * ((masses - 2) * min(n, 3) - 2)
+
+
+@pytest.mark.parametrize("encoder", ["pq", "rvq", "gain_shape", "kvquant", "entropy", "kvtc"])
+def test_slots_of_two_fields_are_written_with_what_was_learned_of_one(encoder):
+    """MARM keeps one field; fitted slots are keys and values."""
+    backbone = get_backbone("marm", 60, False, layers=2, dim=16, max_length=64).eval()
+    world, chain = World("marm", backbone), get_compressor("compose", steps=({"fit_omp": {"probes": 8}}, encoder))
+    with torch.no_grad():
+        state = chain.compress(world.prefill(chain.needs), {"slots": 3}, chain.fit(world.sample(chain)))
+        assert all(bool(x.isfinite().all()) for x in world.read(state))
+    assert set(state.layers[0][0].fields) == {"keys", "values"}
+    fitted = Fitted({"0.keys": torch.zeros(1), "0.values": torch.ones(1), "1.inputs": torch.ones(2)})
+    assert torch.equal(fitted.of(1, "keys"), torch.ones(2))
+    with pytest.raises(KeyError, match=r"0\.inputs"):
+        fitted.of(0, "inputs")
 
 
 def test_k_means_is_lloyds():

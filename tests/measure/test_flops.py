@@ -21,6 +21,7 @@ PARAMS = {  # beside the defaults
         {"steps": ("recent", {"svd": {"rank": 3}})},
         {"steps": ({"mla": {"latent": 6}}, "h2o", {"kivi": {"bits": 2}})},
         {"steps": ({"fit_omp": {"probes": 8}}, "mxint")},
+        {"steps": ({"fit_omp": {"probes": 8}}, {"gain_shape": {"stages": 2}})},
     ],
     "auto": [{"candidates": [[{"fit_omp": {"probes": 8}}, "mxint"]], "tests": 2}],
     "gqa": [{"n_kv_heads": 1}],

@@ -194,8 +194,11 @@ class Compose(TokenMethod):
         total = sum(step.flops(state, of) for step in self.steps if step is not encoder)
         if encoder is None:
             return total
-        writing = encoder.flops(slotted(state), of)
-        return total + writing + (tokens[-1].settling(state, of, writing) if tokens else 0)
+
+        def writing(made: UserState) -> int:
+            return encoder.flops(slotted(made), of)
+
+        return total + writing(state) + (tokens[-1].settling(state, of, writing) if tokens else 0)
 
 
 def _chains(step: Compressor) -> bool:

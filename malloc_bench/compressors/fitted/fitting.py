@@ -121,13 +121,15 @@ class FittedTokens(Asking, TokenMethod):
             layers.append((Segment({"keys": segment.fields["keys"], "values": Dense(kept)}, slots),))
         return rounded(UserState(tuple(layers), state.length), roundings, write)
 
-    def settling(self, state: UserState, of: Sources, writing: int) -> int:
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int]) -> int:
         layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
-        total = writing + sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
+        total = writing(state) + sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
         if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
             return total
-        writing += sum(segment.fields["values"].dense_flops() for segment, *_ in state.layers)
-        return total + sum(rounding) + TURNS * writing
+        values = ((Segment({"values": segment.fields["values"]}, segment.slots),) for segment, *_ in state.layers)
+        turn = writing(UserState(tuple(values), state.length))
+        turn += sum(segment.fields["values"].dense_flops() for segment, *_ in state.layers)
+        return total + sum(rounding) + TURNS * turn
 
     def flops(self, state: UserState, of: Sources) -> int:
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""

@@ -52,7 +52,7 @@ class Codebooks(Encoder):
         def vectors(layer: int, field: str, segment: Segment) -> Vectors:
             x = segment.fields[field].dense()
             return self.written(
-                x, segment.real(x), Codebook(fitted[f"{layer}.{field}"], self.bits, x.shape[3], self.added)
+                x, segment.real(x), Codebook(fitted.of(layer, field), self.bits, x.shape[3], self.added)
             )
 
         return map_layers(prefill.state, vectors)

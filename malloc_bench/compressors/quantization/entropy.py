@@ -83,7 +83,7 @@ class Entropy(Encoder):
         def vectors(layer: int, name: str, segment: Segment) -> Streamed:
             x = segment.fields[name]
             count = segment.real(x.dense()).sum(-1) if segment.slots is None else segment.slots.count
-            return streamed(x, count, Frequencies(tables[f"{layer}.{name}"]))
+            return streamed(x, count, Frequencies(tables.of(layer, name)))
 
         return map_layers(together(self.inner.write(prefill.given(inner))), vectors)
 

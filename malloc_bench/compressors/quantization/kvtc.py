@@ -82,7 +82,7 @@ class KVTC(Encoder):
             if any(bool((c != counts[0][:, :1]).any()) for c in counts):
                 raise ValueError("kvtc needs as many slots in every layer and head")
             for name in names:
-                fit = {part: prefill.fitted[f"{stack}.{name}.{part}"] for part in ("mean", "rows", "step", "shares")}
+                fit = {part: prefill.fitted.of(stack, name, f".{part}") for part in ("mean", "rows", "step", "shares")}
                 fields = [prefill.segment(i).fields[name].dense().float() for i in layers]
                 wide = torch.cat([x.transpose(1, 2).flatten(2) for x in fields], -1)
                 coefficients = ((wide - fit["mean"].to(wide)) @ fit["rows"].to(wide).T).unsqueeze(1)
