@@ -33,7 +33,7 @@ class RVQ(Codebooks):
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.bits not in (4, 8):
-            raise ValueError(f"rvq: stages >= 1 and 4 or 8 bits are needed, not {self.stages} and {self.bits}")
+            raise ValueError(f"{self.name}: stages >= 1 and 4 or 8 bits are needed, not {self.stages} and {self.bits}")
 
     def tables(self, x: Tensor) -> Tensor:
         found: list[Tensor] = []
