@@ -11,7 +11,7 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.fitted.allocation import Curves
 from malloc_bench.compressors.fitted.auto import GRID
-from malloc_bench.state import Fitted, UserState
+from malloc_bench.state import Fitted, Sample, UserState
 from malloc_bench.testing.worlds import LENGTHS, World, check_packs
 
 CHAINS = tuple(({"fit_omp": {"probes": 8}}, {"mxint": {"bits": bits}}) for bits in (2, 5))
@@ -144,3 +144,14 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="candidates that take a budget"):
         get_compressor("auto", candidates=("int8",))
     assert "bytes" in auto().accepts(Budget(slots=3))
+
+
+def test_curves_are_of_users_of_all_lengths(world):
+    """A sample comes in chunks of like length, the shortest first: a plan for them is none for the others."""
+    method = auto()
+    with torch.no_grad():
+        parts = [world.prefill(method.needs, lengths=(n,) * 20) for n in (12, 60)]
+        both, *each = (method.fit(Sample.of(some)) for some in (parts, *([part] for part in parts)))
+    for name in ("lost", "full"):
+        assert torch.allclose(both[name], (each[0][name] + each[1][name]) / 2)
+    assert not torch.allclose(each[0]["lost"], each[1]["lost"])

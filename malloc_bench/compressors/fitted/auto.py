@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -18,7 +18,7 @@ from malloc_bench.registry import register
 from malloc_bench.state import Ask, Fitted, Layer, Prefill, Sample, Stats, UserState
 
 GRID = tuple(2.0**-i for i in range(3, 10))  # of a layer's bytes, that curves are measured at
-USERS = 64  # in training, whom curves are measured on: no fewer, where there are as many
+USERS = 16  # of a chunk of training users, who have histories of like length: whom curves are measured on
 FITTED = {"probes": 128, "which": "top", "rounds": 30}
 
 
@@ -38,10 +38,7 @@ class Auto(Compressor):
     ranks at the top for the user, are not known in ranking. Where layers are alike, equal shares do as well.
     """
 
-    candidates: tuple[Any, ...] = (
-        ({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),
-        ({"fit_keys": FITTED}, "gain_shape"),
-    )
+    candidates: tuple[Any, ...] = (({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),)
     tests: int = 32
 
     version = 2
@@ -90,21 +87,19 @@ class Auto(Compressor):
         assert isinstance(sample, Sample)
         learned = self._learned(sample)
         lost, spent, full, seen = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
-        for prefill in sample:
+        for prefill in (_asked(each) for each in sample):
             some = [self._measured(replace(prefill, fitted=learned), layer) for layer in prefill.layers]
             lost, spent = (a + torch.stack(b) for a, b in zip((lost, spent), zip(*some)))
             full = full + prefill.full_bytes().double().sum().cpu()
             seen += len(prefill.users)
-            if seen >= USERS:
-                break
         return Fitted({**learned, "lost": lost / seen, "spent": spent / full, "full": full / seen})
 
     def _learned(self, sample: Sample) -> Fitted:
-        """Of each candidate that learns and each layer, in one pass a layer."""
+        """Of each candidate that learns and each layer, in one pass a layer, of users whom nothing is measured on."""
         learning = [(i, each) for i, each in enumerate(self.candidates) if each.fit_parts()]
         found: dict[str, Fitted] = {}
         for layer in next(iter(sample)).layers if learning else ():
-            own = Sample(partial(map, partial(_alone, layer=layer), sample))
+            own = Sample(partial(_layers, sample, layer))
             found |= {f"{i}.{layer}": each.fit(own) for i, each in learning}
         return Fitted.joined(found)
 
@@ -193,6 +188,18 @@ class Auto(Compressor):
 def _least(method: Compressor, prefill: Prefill) -> Tensor:
     """Its `floor`, of a token method by its layout: `Compose` makes the state, which costs as much as a slot's fit."""
     return TokenMethod.floor(method, prefill) if isinstance(method, TokenMethod) else method.floor(prefill)
+
+
+def _asked(prefill: Prefill, others: bool = False) -> Prefill:
+    """`USERS` of a chunk, evenly spaced; others: the rest, or all where there is none."""
+    users = torch.arange(len(prefill.users), device=prefill.users.device)
+    asked = users % -(-len(users) // USERS) == 0
+    return prefill.take(users[~asked] if others and not bool(asked.all()) else users[asked])
+
+
+def _layers(sample: Sample, layer: int) -> Iterator[Prefill]:
+    for prefill in sample:
+        yield _alone(_asked(prefill, others=True), layer)
 
 
 def _alone(prefill: Prefill, layer: int) -> Prefill:
