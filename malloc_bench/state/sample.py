@@ -33,13 +33,17 @@ class Sample:
 
     @cached_property
     def vectors(self) -> dict[tuple[int, str], Tensor]:
-        """(layer, field) -> [H, N, D], up to `EACH` of each user, evenly spaced, in float32; one pass for all."""
+        """As `some` of `EACH`, made once."""
+        return self.some(EACH)
+
+    def some(self, each: int) -> dict[tuple[int, str], Tensor]:
+        """(layer, field) -> [H, N, D], up to so many of each user, evenly spaced, in float32; one pass for all."""
         found: dict[tuple[int, str], list[Tensor]] = {}
         for prefill in self:
             for layer in prefill.layers:
                 rows = prefill.rows(layer)
-                want = torch.arange(EACH, device=rows.device)
-                index = torch.where(rows[:, None] > EACH, (2 * want + 1) * rows[:, None] // (2 * EACH), want)  # [B, E]
+                want = torch.arange(each, device=rows.device)
+                index = torch.where(rows[:, None] > each, (2 * want + 1) * rows[:, None] // (2 * each), want)  # [B, E]
                 some = index < rows[:, None]
                 for name, vectors in prefill.segment(layer).fields.items():
                     x = vectors.dense().float()

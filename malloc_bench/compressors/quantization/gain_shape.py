@@ -1,15 +1,19 @@
 """A vector is a size in one byte and a shape in a few codes, for states of few slots."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import Sources, grows, shortened
 from malloc_bench.compressors.quantization.rvq import RVQ
-from malloc_bench.compressors.sizing import Layout
+from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
-from malloc_bench.state import Codebook, FromCodebook, Prefill, Scaled, UserState, checked, sized
+from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Scaled, UserState, checked, sized
+
+
+_EACH = 128  # vectors of a training user, layer and field
 
 
 @register("gain_shape")
@@ -26,10 +30,10 @@ class GainShape(RVQ):
     Raises ValueError as `mxint` for histories and times that have no room.
     """
 
-    stages: int = 8
+    stages: int = 12
     beam: int = 4
 
-    grid = {"stages": (4, 6, 8, 12)}
+    grid = {"stages": (4, 8, 12, 16)}
     paper = (
         "Gersho and Gray, Vector Quantization and Signal Compression, 1992, chapter 12; beams as in Babenko and "
         "Lempitsky, Additive Quantization, CVPR 2014"
@@ -42,6 +46,11 @@ class GainShape(RVQ):
         super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"gain_shape: a beam of at least 1 is needed, not {self.beam}")
+
+    def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
+        """Of more vectors than other codebooks have: late stages learn little of few that other users have a use for."""
+        assert isinstance(sample, Sample)
+        return Fitted({f"{layer}.{field}": self.tables(x) for (layer, field), x in sample.some(_EACH).items()})
 
     def tables(self, x: Tensor) -> Tensor:
         return super().tables(_unit(x))
