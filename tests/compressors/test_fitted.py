@@ -12,6 +12,7 @@ from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import get_compressor
 from malloc_bench.compressors.base import MissingFit
 from malloc_bench.compressors.quantization.codebooks import entries
+from malloc_bench.compressors.quantization.rvq import RVQ
 from malloc_bench.state import Fitted, Prefill, Sample, closest
 from malloc_bench.state.sample import EACH
 from malloc_bench.testing.worlds import World, check_packs, close
@@ -102,12 +103,10 @@ def test_gain_shape_holds_the_nearest_sums_of_unit_entries(params, training):
     full = prefill(lengths=(40,) * 4)
     method = get_compressor("gain_shape", **params)
     fitted = method.fit(training)
-    units = Prefill.from_tensors(*(list(map(unit, (f(0), f(1)))) for f in (training.keys, training.values)))
-    books = get_compressor("rvq", stages=method.stages, bits=method.bits).fit(units)
-    for name, table in (
-        books.items() if method.bits == 4 else ()
-    ):  # of 256 entries rounding decides where some come to lie
-        close(fitted[name], table, name, 1e-4)
+    every = Sample.of(training).some(40)
+    for (layer, field), x in every.items() if method.bits == 4 else ():  # of 256 rounding decides where some lie
+        assert x.shape[1] == 30 * 40, "all that there is, not `EACH`"
+        close(fitted[f"{layer}.{field}"], RVQ(method.stages, method.bits).tables(unit(x)), field, 1e-4)
     state = method.compress(full, fitted=fitted)
     got, x = state.layers[1][0].fields["values"].dense(), full.segment(1).fields["values"].dense().double()
     for user, head, slot in ((0, 0, 0), (1, 1, 7), (2, 0, 21), (3, 1, 39)):

@@ -12,7 +12,6 @@ from malloc_bench.compressors.sizing import Budget, Layout
 from malloc_bench.registry import register
 from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Scaled, UserState, checked, sized
 
-
 _EACH = 128  # vectors of a training user, layer and field
 
 
@@ -48,7 +47,7 @@ class GainShape(RVQ):
             raise ValueError(f"gain_shape: a beam of at least 1 is needed, not {self.beam}")
 
     def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
-        """Of more vectors than other codebooks have: late stages learn little of few that other users have a use for."""
+        """Of more vectors than other codebooks: late stages learn little of few that other users have a use for."""
         assert isinstance(sample, Sample)
         return Fitted({f"{layer}.{field}": self.tables(x) for (layer, field), x in sample.some(_EACH).items()})
 
