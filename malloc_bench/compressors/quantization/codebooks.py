@@ -22,15 +22,18 @@ from malloc_bench.state import (
     closest,
     grouped,
 )
+from malloc_bench.state.sample import EACH
 
 
 class Codebooks(Encoder):
     """Codes of `bits` bits into codebooks of each layer, field and head, fitted to training users' full states.
 
-    A subclass makes the tables and says how many codes a vector takes. added: a vector is the sum of its entries.
+    A subclass makes the tables and says how many codes a vector takes. added: a vector is the sum of its entries; each:
+    how many vectors of a training user, layer and field it learns of.
     """
 
     bits: int
+    each: ClassVar[int] = EACH
     added: ClassVar[bool] = False
 
     @abstractmethod
@@ -43,7 +46,7 @@ class Codebooks(Encoder):
 
     def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
         assert isinstance(sample, Sample)
-        return Fitted({f"{layer}.{field}": self.tables(x) for (layer, field), x in sample.vectors.items()})
+        return Fitted({f"{layer}.{field}": self.tables(x) for (layer, field), x in sample.some(self.each).items()})
 
     def write(self, prefill: Prefill) -> UserState:
         assert prefill.fitted is not None

@@ -1,18 +1,16 @@
 """A vector is a size in one byte and a shape in a few codes, for states of few slots."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import Sources, grows, shortened
 from malloc_bench.compressors.quantization.rvq import RVQ
-from malloc_bench.compressors.sizing import Budget, Layout
+from malloc_bench.compressors.sizing import Layout
 from malloc_bench.registry import register
-from malloc_bench.state import Codebook, Fitted, FromCodebook, Prefill, Sample, Scaled, UserState, checked, sized
-
-_EACH = 128  # vectors of a training user, layer and field
+from malloc_bench.state import Codebook, FromCodebook, Prefill, Scaled, UserState, checked, sized
 
 
 @register("gain_shape")
@@ -32,6 +30,7 @@ class GainShape(RVQ):
     stages: int = 12
     beam: int = 4
 
+    each: ClassVar[int] = 128  # late stages learn little of few vectors that other users have a use for
     grid = {"stages": (4, 8, 12, 16)}
     paper = (
         "Gersho and Gray, Vector Quantization and Signal Compression, 1992, chapter 12; beams as in Babenko and "
@@ -45,11 +44,6 @@ class GainShape(RVQ):
         super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"gain_shape: a beam of at least 1 is needed, not {self.beam}")
-
-    def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
-        """Of more vectors than other codebooks: late stages learn little of few that other users have a use for."""
-        assert isinstance(sample, Sample)
-        return Fitted({f"{layer}.{field}": self.tables(x) for (layer, field), x in sample.some(_EACH).items()})
 
     def tables(self, x: Tensor) -> Tensor:
         return super().tables(_unit(x))
