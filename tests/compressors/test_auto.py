@@ -97,7 +97,7 @@ def test_a_layer_that_counts_for_more_gets_more_and_the_budget_is_used(world, fi
         assert bool((sizes >= target - 4 * slot)[long].all())
 
 
-def test_what_is_measured_is_the_gap_of_the_output(world, fitted):
+def test_what_is_measured_is_the_length_of_the_gap_of_the_output(world, fitted):
     method = auto()
     with torch.no_grad():
         prefill = world.sample(method)
@@ -106,7 +106,8 @@ def test_what_is_measured_is_the_gap_of_the_output(world, fitted):
         alone = replace(prefill.only(range(1, 2)), whole=prefill.full_bytes())
         state = method.candidates[1].compress(alone, GRID[0] / 2)
         got = probes.outputs(UserState((layers[0], *state.layers), prefill.state.length)).double()
-    assert float(fitted["lost"][1, 1, 0]) == pytest.approx(float((got - want).square().mean()), rel=1e-4)
+    share = (got - want).norm(dim=-1).mean(1) / want.norm(dim=-1).mean(1)
+    assert float(fitted["lost"][1, 1, 0]) == pytest.approx(float(share.mean()) ** 2, rel=1e-4)
     assert float(fitted["spent"][1, 1, 0]) == pytest.approx(
         float((state.nbytes() - 4).sum() / prefill.full_bytes().sum())
     )
@@ -152,6 +153,24 @@ def test_curves_are_of_users_of_all_lengths(world):
     with torch.no_grad():
         parts = [world.prefill(method.needs, lengths=(n,) * 20) for n in (12, 60)]
         both, *each = (method.fit(Sample.of(some)) for some in (parts, *([part] for part in parts)))
-    for name in ("lost", "full"):
-        assert torch.allclose(both[name], (each[0][name] + each[1][name]) / 2)
+    for name, root in (("lost", 0.5), ("full", 1.0)):
+        assert torch.allclose(both[name] ** root, (each[0][name] ** root + each[1][name] ** root) / 2)
     assert not torch.allclose(each[0]["lost"], each[1]["lost"])
+
+
+def test_one_user_far_off_does_not_choose_for_all(world, monkeypatch):
+    """A candidate that is better for all but one user is taken: a mean of squares would be that of the one."""
+    method = auto()
+    with torch.no_grad():
+        prefill = world.prefill(method.needs)
+        probes, want = prefill.probes(0, method._ask).last(4), prefill.probes(0, method._ask).last(4).outputs
+        base = want(prefill.state)
+        near, far = base * 1.02, base * 1.01
+        far[0] = base[0] * 1.06
+    turns = [base] + [near] * len(GRID) + [far] * len(GRID)
+    monkeypatch.setattr(type(probes), "outputs", lambda self, state: turns.pop(0))
+    with torch.no_grad():
+        lost, _ = method._measured(prefill, 0)
+    assert bool((lost[1] < lost[0]).all()) and float((far - base).square().mean()) > float(
+        (near - base).square().mean()
+    )

@@ -19,7 +19,7 @@ from malloc_bench.state import Ask, Fitted, Layer, Prefill, Sample, Stats, UserS
 
 GRID = tuple(2.0**-i for i in range(3, 10))  # of a layer's bytes, that curves are measured at
 USERS = 16  # of a chunk of training users, who have histories of like length: whom curves are measured on
-FITTED = {"probes": 128, "which": "top", "rounds": 30}
+FITTED = {"probes": 256, "which": "top", "rounds": 30}
 
 
 @register("auto")
@@ -29,22 +29,27 @@ class Auto(Compressor):
 
     candidates: methods that take a budget, or lists of steps as `compose` has them; what they learn they learn of each
     layer alone. For each layer, each candidate and a row of sizes, `fit` compresses that layer alone of training users
-    and measures what probes held out then come out of the whole stack with: the squared gap to what they do over the
-    full state. Taking it that errors of layers add up, bytes go where the next ones save most, along the lower convex
-    hulls, as a Lagrange multiplier would have it.
+    and measures what probes held out then come out of the whole stack with: the length of the gap to what they do over
+    the full state, as a share of that, its mean over probes and users (lists lose in proportion to it; a mean of
+    squares would be that of the worst alone). Taking it that squared gaps of layers add up, bytes go where the next
+    ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
     One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
     candidate's kind, behind those that it is fitted to.
-    On plain tensors, which have no stack, each layer's relative gap counts. The defaults' probes, those that the model
+    On plain tensors, which have no stack, each layer's own gap counts. The defaults' probes, those that the model
     ranks at the top for the user, are not known in ranking. Where layers are alike, equal shares do as well.
     """
 
-    candidates: tuple[Any, ...] = (({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),)
+    candidates: tuple[Any, ...] = (
+        ({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),
+        ({"fit_keys": FITTED}, {"mxint": {"bits": 6}}),
+        ({"fit_keys": FITTED}, "gain_shape"),
+    )
     tests: int = 32
 
-    version = 2
+    version = 3
     family = "fitted"
     paper = "ours; hulls and multipliers: Shoham and Gersho, IEEE TASSP 36, 1988"
-    formula = "min over candidate and bytes of each layer: sum over layers of E |output gap|^2, bytes within the budget"
+    formula = "min over candidate and bytes of each layer: sum over layers of (E |output gap|)^2, within the budget"
     growth = grows(compress="p n L d + h p k n L + h p k^2 L", read="n L d")
     stores = "what the candidate of each layer stores; fixed bytes: the curves, and what candidates learned"
 
@@ -82,7 +87,7 @@ class Auto(Compressor):
         return None if budget.slots is None else "auto divides bytes: give its budget as a fraction or in bytes"
 
     def fit(self, sample: Any, budget: Budget | None = None) -> Fitted:
-        """lost, spent [L, candidates, GRID] float64: mean squared gap, and bytes as a share of the full state's; full
+        """lost, spent [L, candidates, GRID] float64: the squared gap, and bytes as a share of the full state's; full
         []: its mean bytes; under each candidate's number and each layer's what it learned of it."""
         assert isinstance(sample, Sample)
         learned = self._learned(sample)
@@ -92,7 +97,7 @@ class Auto(Compressor):
             lost, spent = (a + torch.stack(b) for a, b in zip((lost, spent), zip(*some)))
             full = full + prefill.full_bytes().double().sum().cpu()
             seen += len(prefill.users)
-        return Fitted({**learned, "lost": lost / seen, "spent": spent / full, "full": full / seen})
+        return Fitted({**learned, "lost": (lost / seen).square(), "spent": spent / full, "full": full / seen})
 
     def _learned(self, sample: Sample) -> Fitted:
         """Of each candidate that learns and each layer, in one pass a layer, of users whom nothing is measured on."""
@@ -104,25 +109,21 @@ class Auto(Compressor):
         return Fitted.joined(found)
 
     def _measured(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor]:
-        """Of one layer, [candidates, GRID] each: squared gaps of probes, and bytes, summed over users."""
+        """Of one layer, [candidates, GRID] each: the gap, and bytes, summed over users."""
         view, layers = _alone(prefill, layer), prefill.state.layers
         probes, found = prefill.probes(layer, self._ask).last(self.tests), []
-        want = probes.outputs(prefill.state)
+        out = probes.outputs(prefill.state)
+        want = probes.target if out is None else out
         for each in self.candidates:
             own = self._informed(view, prefill.fitted, each, layer)
             for part in GRID:
                 state = each.compress(own, Budget(part / len(layers)))
-                if want is None:
+                got = probes.outputs(UserState((*layers[:layer], *state.layers, *layers[layer + 1 :]), state.length))
+                if got is None:
                     ((segment,),) = state.layers
-                    gap = probes.mix(probes.weigh(segment)[0], segment) - probes.target
-                    gap = gap / probes.target.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)
-                else:
-                    got = probes.outputs(
-                        UserState((*layers[:layer], *state.layers, *layers[layer + 1 :]), state.length)
-                    )
-                    assert got is not None
-                    gap = got - want
-                found += [gap.double().square().flatten(1).mean(1).sum(), (state.nbytes() - COUNT_BYTES).double().sum()]
+                    got = probes.mix(probes.weigh(segment)[0], segment)
+                gap, size = (x.double().norm(dim=-1).flatten(1).mean(1) for x in (got - want, want))
+                found += [(gap / size.clamp(min=1e-20)).sum(), (state.nbytes() - COUNT_BYTES).double().sum()]
         lost, spent = torch.stack(found).cpu().view(len(self.candidates), len(GRID), 2).unbind(-1)
         return lost, spent
 
