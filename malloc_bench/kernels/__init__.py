@@ -7,6 +7,7 @@ MALLOC_BENCH_KERNELS=float a CPU that multiplies bytes reads as one that does no
 """
 
 from malloc_bench.kernels.affine import Affine
+from malloc_bench.kernels.beams import nearest_sums
 from malloc_bench.kernels.counting import reach
 from malloc_bench.kernels.entries import Entries
 from malloc_bench.kernels.gpu import reads
@@ -20,5 +21,5 @@ from malloc_bench.kernels.switch import compiled, eager
 
 __all__ = [
     "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager",
-    "group", "mix", "quadratic", "reach", "reads", "relative", "sorted_places",
+    "group", "mix", "nearest_sums", "quadratic", "reach", "reads", "relative", "sorted_places",
 ]  # fmt: skip

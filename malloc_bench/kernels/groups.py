@@ -2,12 +2,10 @@
 
 from functools import partial
 
-from malloc_bench.kernels.loops import jit
-
-exact = {"error_model": "numpy", "nogil": True}
+from malloc_bench.kernels.loops import EXACT, jit
 
 
-@partial(jit, how=exact)
+@partial(jit, how=EXACT)
 def added(x, group, out, start, stop):  # type: ignore[no-untyped-def]
     for n in range(start, stop):
         for s in range(x.shape[1]):
@@ -17,7 +15,7 @@ def added(x, group, out, start, stop):  # type: ignore[no-untyped-def]
                     out[n, g, d] += x[n, s, d]
 
 
-@partial(jit, how=exact)
+@partial(jit, how=EXACT)
 def weighed(x, group, weight, out, start, stop):  # type: ignore[no-untyped-def]
     for n in range(start, stop):
         for s in range(x.shape[1]):

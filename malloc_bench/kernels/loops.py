@@ -29,7 +29,8 @@ PLANES = {bits: planes for bits, (planes, _) in WORDS.items()}
 f32, i32, zero = np.float32, np.int32, np.float32(0)
 EIGHTHS = np.exp2(-np.arange(256) / 8).astype(np.float32)
 # sums may be taken in another order; what is no number stays none
-HOW: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", "nogil": True}
+EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+HOW = {**EXACT, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 
 _FILES = lanes, codes, digits, powers, whole, words, sys.modules[__name__]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from malloc_bench.kernels.loops import i32, jit, zero
+from malloc_bench.kernels.loops import EXACT, i32, jit, zero
 
 
 class Writers(NamedTuple):
@@ -22,18 +22,17 @@ class Writers(NamedTuple):
     write_by_channel: Callable[..., None]
 
 
-exact: dict[str, Any] = {"error_model": "numpy", "nogil": True}
-ordered = {**exact, "fastmath": {"nnan", "nsz"}}  # the least and the greatest are the same in any order
+ordered = {**EXACT, "fastmath": {"nnan", "nsz"}}  # the least and the greatest are the same in any order
 
 
-@numba.njit(inline="always", **exact)
+@numba.njit(inline="always", **EXACT)
 def placed(x, step, low, middle, least, most):  # type: ignore[no-untyped-def]
     """The code of a number, a half to the even one; middle: codes lie around it, and nothing is taken off before."""
     at = np.rint((x - low) / step + middle) if middle == zero else np.rint(x / step + middle)
     return np.uint8(i32(min(max(at, least), most)))
 
 
-@numba.njit(inline="always", **exact)
+@numba.njit(inline="always", **EXACT)
 def packed(row, codes, bits, planes):  # type: ignore[no-untyped-def]
     """Codes of a row, one a byte, side by side in bytes, the lowest bits first."""
     for j in range(codes.shape[0]):
@@ -76,7 +75,7 @@ def writers(bits: int) -> Writers:
                 if not some:
                     low[n, g, :], high[n, g, :] = zero, zero
 
-    @partial(jit, how=exact)
+    @partial(jit, how=EXACT)
     def write_by_slot(x, real, group, step, low, middle, least, most, codes, start, stop):  # type: ignore[no-untyped-def]
         row = np.zeros(codes.shape[2] * PLANES, np.uint8)
         for n in range(start, stop):
@@ -91,7 +90,7 @@ def writers(bits: int) -> Writers:
                     row[: x.shape[2]] = np.uint8(least)
                 packed(row, codes[n, s], bits, PLANES)
 
-    @partial(jit, how=exact)
+    @partial(jit, how=EXACT)
     def write_by_channel(x, real, group, step, low, middle, least, most, codes, start, stop):  # type: ignore[no-untyped-def]
         row = np.zeros(codes.shape[2] * PLANES, np.uint8)
         for n in range(start, stop):

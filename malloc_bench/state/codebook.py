@@ -48,7 +48,9 @@ class Codebook:
         tables, found = self.tables.to(x.device), []
         if self.added and beam > 1:
             step = max(1, _CELLS // (h * beam * tables.shape[2]))
-            found = [_held(rows[:, i : i + step], tables, beam) for i in range(0, max(b * s, 1), step)]
+            parts = [rows[:, i : i + step] for i in range(0, max(b * s, 1), step)]
+            made = [kernels.nearest_sums(part, tables, beam, _KIDS) for part in parts]
+            found = [_held(part, tables, beam) if each is None else each for part, each in zip(parts, made)]
             return torch.cat(found, 1).view(h, b, s, tables.shape[1]).transpose(0, 1).byte()
         for i in range(tables.shape[1]):
             entries = tables[:, i]
