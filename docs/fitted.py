@@ -115,6 +115,16 @@ More than 64 to 128 probes add little, ridge hardly matters, and which probes ma
 that the model ranks first for the user, best of what can be had. At the ceiling, one known reader to a user, the
 same bytes keep {ceiling} of the lists: it is not the rounding that is lost at 1/64, but what other readers ask.
 
+### In which bits, and where
+
+`fit_keys` chooses as above and then moves the keys by gradient; 256 top items as probes. `gain_shape` writes a
+vector as a byte of size and twelve codes into codebooks that training users share, 13 bytes for 50 numbers where
+`mxint` takes 27: fewer bits for more slots. `auto` takes curves of what each layer loses with how many bytes, of
+either encoder, from training users, and divides the bytes by them. Overlap@10 (`malloc-bench run fitted_codes`;
+{codes_seeds}):
+
+{codes}
+
 ### For whom it fails
 
 Overlap@10 at 1/32 of the bytes, seed 0; users in thirds by history (fewest events first), by training events of the
@@ -321,6 +331,31 @@ def horizon() -> dict[str, str]:
     }
 
 
+#: the columns of what fitted_codes has, by name
+CODES = {
+    "fit_keys(probes=256, rounds=30, which=top) + mxint": "fit_keys + mxint",
+    "fit_keys(probes=256, rounds=30, which=top) + gain_shape": "fit_keys + gain_shape",
+    "auto": "auto",
+    "fit_constant": "fit_constant",
+}
+
+
+def codes() -> dict[str, str]:
+    """What each encoder keeps by data set, backbone and bytes, and how many trainings these are means of."""
+    found = aggregate(load_results(ROOT / "results" / "fitted_codes"))
+    lines = ["| | bytes | " + " | ".join(CODES.values()) + " |", "|---|--:|" + "--:|" * len(CODES)]
+    for (data, backbone), own in found.group_by("dataset", "backbone", maintain_order=True):
+        kept = {row["compressor"]: row["overlap@10"] for row in own.filter(pl.col("budget").is_null()).to_dicts()}
+        for budget, share in BUDGETS.items():
+            at = own.filter(pl.col("budget") == f"{100 * budget:.6g} %")
+            known = kept | dict(at.select("compressor", "overlap@10").iter_rows())
+            if len(at):
+                cells = (f"{known[name]:.3f}" if name in known else "" for name in CODES)
+                lines.append(f"| {data}, {NAMES[str(backbone)]} | {share} | " + " | ".join(cells) + " |")
+    seeds = sorted(set(found["seeds_total"]))
+    return {"codes": "\n".join(lines), "codes_seeds": " to ".join(map(str, seeds)) + " trainings each"}
+
+
 def ceiling() -> str:
     """Of fits to the very items that read, at 1/64."""
     found = pl.read_csv(ROOT / "results" / "fit_ablations" / "leaderboard.csv", infer_schema_length=None)
@@ -355,6 +390,7 @@ def page() -> str:
         choices=committed("choices.md"),
         why=committed("why.md"),
         **horizon(),
+        **codes(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
     )
 

@@ -264,9 +264,11 @@ def slices(lengths: npt.ArrayLike) -> dict[str, npt.NDArray[np.bool_]]:
 def target_slices(about: Mapping[str, npt.NDArray]) -> dict[str, npt.NDArray[np.bool_]]:
     """Masks (N,) of targets by what is known of each (N,): the `quarter` of the training events that its item belongs
 
-    to, 1: the most popular items, and the data set (`domain`) that it is of.
+    to, 1: the most popular items, whether it is `tied` with the event before, and the data set (`domain`) it is of.
     """
     found = {f"popularity {q}/4": about["quarter"] == q for q in (1, 2, 3, 4) if "quarter" in about}
+    if "tied" in about:
+        found |= {"later than the event before": ~about["tied"], "tied with it": about["tied"]}
     return found | {f"of {name}": about["domain"] == name for name in np.unique(about.get("domain", np.zeros(0)))}
 
 

@@ -30,9 +30,15 @@ def popularity(split: Split, filter_seen: bool = True) -> dict[str, float | None
 
 
 def about_items(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the test's targets in rows [N] the `quarter` by popularity, and of joined data the name of the `domain`."""
-    items = split.dataset.items[split.test.at[rows]]
+    """Of the targets in rows [N] the `quarter` by popularity, whether it is `tied`, of the time (or order) of the
+
+    event before, where any are, and of joined data the name of the `domain`.
+    """
+    at = split.test.at[rows]
+    items = split.dataset.items[at]
     known = {"quarter": quarters(split)[items]}
+    if split.dataset.tied:
+        known["tied"] = split.dataset.first_of_time[at] < at
     if split.dataset.domains is not None:
         known["domain"] = np.array(split.dataset.domain_names)[split.dataset.domains[items - 1]]
     return known

@@ -16,6 +16,7 @@ from malloc_bench.results import COLUMNS, budget_labels, complete
 
 METHOD = ("family", "method", "compressor", "budget")
 QUARTERS = tuple(f"popularity {q}/4" for q in (1, 2, 3, 4))
+TIES = ("later than the event before", "tied with it")
 OF = "of "  # a slice of joined data: targets of one of them
 VALUES = ("ndcg@10", "hr@10", "overlap@10")
 WAYS = ("true", "own")  # what a trajectory is fed
@@ -52,6 +53,12 @@ def _board(rows: pl.DataFrame, values: Sequence[str], key: str | None = None) ->
 def popularity(frame: pl.DataFrame) -> pl.DataFrame:
     """Accuracy and what is kept by how popular the target is: by quarters of the training events."""
     found = unfolded(frame, "slices", VALUES, QUARTERS.__contains__)
+    return found.select(*GROUP, *METHOD, "key", "n_users", *VALUES)
+
+
+def ties(frame: pl.DataFrame) -> pl.DataFrame:
+    """Accuracy and what is kept by whether a target is of the time of the event before, so in an order by lot."""
+    found = unfolded(frame, "slices", VALUES, TIES.__contains__)
     return found.select(*GROUP, *METHOD, "key", "n_users", *VALUES)
 
 
@@ -152,6 +159,14 @@ TABLES = {
         _KEPT,
         notes=["Targets whose items have the first, second, third and last quarter of the training events, the most "
                "popular items first."],
+    ),
+    "ties": _table(
+        ties,
+        ("ndcg@10", "NDCG@10", ".4f", 1.0),
+        ("hr@10", "HR@10", ".4f", 1.0),
+        _KEPT,
+        notes=["Events of one time are in an order by lot: of a target that ties with the event before, either could "
+               "have been asked for. Published figures often keep the order of a file there."],
     ),
     "robustness": _table(
         robustness,

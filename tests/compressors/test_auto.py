@@ -174,3 +174,12 @@ def test_one_user_far_off_does_not_choose_for_all(world, monkeypatch):
     assert bool((lost[1] < lost[0]).all()) and float((far - base).square().mean()) > float(
         (near - base).square().mean()
     )
+
+
+def test_a_fit_keeps_no_graph_of_what_it_measured(world):
+    """A run fits with gradients on, for methods that train: what is measured holds no stack that it went through."""
+    assert all(parameter.requires_grad for parameter in world.backbone.parameters())
+    with torch.no_grad():
+        prefill = world.prefill(auto().needs)
+    lost, spent = auto()._measured(prefill, 0)
+    assert not lost.requires_grad and not spent.requires_grad

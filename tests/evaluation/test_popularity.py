@@ -7,7 +7,9 @@ import pytest
 
 from malloc_bench.data import Dataset, load_card
 from malloc_bench.data.tasks.splits import get_split
-from malloc_bench.evaluation.popularity import RECENT, popularity
+from malloc_bench.evaluation.metrics import target_slices
+from malloc_bench.evaluation.popularity import RECENT, about_items, popularity
+from malloc_bench.report.tasks import TIES
 
 CARD = load_card("ml-100k")
 
@@ -58,3 +60,17 @@ def test_what_is_asked_is_not_counted():
     later[split.valid.at] = 1  # behind the end of training
     changed = replace(split, dataset=replace(data, items=later))
     assert popularity(changed, False) == before
+
+
+def test_a_target_ties_with_the_event_before_or_comes_later():
+    data = world(True)
+    data = replace(data, times=data.times // 86_400)  # whole days, as Amazon has them
+    split = get_split("leave_one_out", data)
+    rows = np.arange(len(split.test.at))
+    about = about_items(split, rows)
+    want = [data.times[at] == data.times[at - 1] for at in split.test.at]
+    assert about["tied"].tolist() == want and 0 < sum(want) < len(want)
+    masks = target_slices(about)
+    assert [int(masks[name].sum()) for name in TIES] == [len(want) - sum(want), sum(want)]
+    untied = get_split("leave_one_out", world(False))
+    assert "tied" not in about_items(untied, rows), "where nothing ties there is nothing to tell apart"

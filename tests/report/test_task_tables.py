@@ -43,6 +43,15 @@ def test_one_state_under_two_budgets_is_a_row_of_each(row, board_of):
     assert found["recent", "50 %", "newest 5"]["ndcg@10"] == found["recent", "25 %", "newest 5"]["ndcg@10"] == 0.02
 
 
+def test_targets_that_tie_are_told_apart(row, board_of):
+    of = {"later than the event before": 0.19, "tied with it": 0.39}
+    slices = {key: {"n_users": 5, "ndcg@10": x / 2, "hr@10": x, "overlap@10": 0.3} for key, x in of.items()}
+    frame = board_of(rows_of(row, slices=slices))
+    assert tables.table(frame, "ties").filter(compressor="full")["hr@10"].to_list() == list(of.values())
+    assert "tied with it" in tables.render_table(frame, "ties")
+    assert "Nothing here" in tables.render_table(board_of(rows_of(row)), "ties")
+
+
 def test_popularity_and_transfer_read_the_slices(row, board_of):
     slices = {
         f"popularity {q}/4": {"n_users": q, "ndcg@10": q / 100, "hr@10": 0.2, "overlap@10": 0.3} for q in range(1, 5)

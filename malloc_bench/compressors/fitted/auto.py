@@ -108,6 +108,7 @@ class Auto(Compressor):
             found |= {f"{i}.{layer}": each.fit(own) for i, each in learning}
         return Fitted.joined(found)
 
+    @torch.no_grad()  # a graph of every stack would be kept until the end
     def _measured(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor]:
         """Of one layer, [candidates, GRID] each: the gap, and bytes, summed over users."""
         view, layers = _alone(prefill, layer), prefill.state.layers
