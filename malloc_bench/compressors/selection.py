@@ -95,8 +95,9 @@ class TokenMethod(Compressor):
         return state
 
     def slots(self, prefill: Prefill, budget: Budget) -> Tensor:
-        """k [B] for a budget; worked out once per Prefill, budget and layouts."""
-        key = ("k", budget, self.pieces(prefill), self._costs)
+        """k [B] for a budget; worked out once per Prefill, budget, what that is a share of, and layouts."""
+        whole = None if prefill.whole is None else tuple(prefill.whole.tolist())
+        key = ("k", budget, whole, self.pieces(prefill), self._costs)
         return prefill.remember(key, lambda: self._slots(prefill, budget))
 
     @property

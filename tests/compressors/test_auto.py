@@ -183,3 +183,19 @@ def test_a_fit_keeps_no_graph_of_what_it_measured(world):
         prefill = world.prefill(auto().needs)
     lost, spent = auto()._measured(prefill, 0)
     assert not lost.requires_grad and not spent.requires_grad
+
+
+def test_what_one_budget_has_remembered_changes_no_other(world, fitted):
+    method = auto()
+    with torch.no_grad():
+        prefill = world.prefill(method.needs).given(fitted)
+        for budget in (0.3, 0.1, 0.2, 0.1):
+            again = method.compress(world.prefill(method.needs).given(fitted), Budget(budget), fitted)
+            check_same(method.compress(prefill, Budget(budget), fitted), again)
+
+
+def check_same(one, other):
+    assert torch.equal(one.nbytes(), other.nbytes())
+    for mine, theirs in zip(one.segments(), other.segments()):
+        for name, field in mine.fields.items():
+            assert torch.equal(field.dense(), theirs.fields[name].dense())

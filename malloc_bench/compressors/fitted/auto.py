@@ -149,9 +149,10 @@ class Auto(Compressor):
             return prefill.state
         plan, target = self.planned(fitted, budget), budget.target(prefill.full_bytes())
         assert target is not None
+        alone = prefill.remember(("alone", self), lambda: [_alone(prefill, layer) for layer in prefill.layers])
         views = [
-            self._informed(_alone(prefill, layer), prefill.fitted, method, layer)
-            for layer, (method, _) in zip(prefill.layers, plan)
+            self._informed(view, prefill.fitted, method, layer)
+            for layer, (view, (method, _)) in enumerate(zip(alone, plan))
         ]
         floors = [_least(method, view) - COUNT_BYTES for (method, _), view in zip(plan, views)]
         layers: list[Layer] = []
