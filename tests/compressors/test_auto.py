@@ -190,7 +190,7 @@ def test_what_one_budget_has_remembered_changes_no_other(world):
     with torch.no_grad():
         fitted = method.fit(world.sample(method))
         prefill = world.prefill(method.needs).given(fitted)
-        for budget in (0.3, 0.1, 0.2, 0.1):
+        for budget in (0.1, 0.3, 0.2):
             again = method.compress(world.prefill(method.needs).given(fitted), Budget(budget), fitted)
             check_same(method.compress(prefill, Budget(budget), fitted), again)
 
