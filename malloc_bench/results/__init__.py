@@ -23,7 +23,7 @@ from malloc_bench.files import (
     sealed,
 )
 from malloc_bench.registry import clipped, suggest
-from malloc_bench.results.faults import fault
+from malloc_bench.results.faults import fault, no_results
 from malloc_bench.results.labels import budget_asked, budget_label, budget_labels, budget_text, label, share, size
 from malloc_bench.results.versions import newest
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_asked", "budget_label", "budget_labels",
-    "budget_text", "canonical_json", "cell_id", "digest", "frame", "label", "load_results", "read_rows",
-    "remove_leftovers", "rows_of", "share", "size", "to_parquet", "write_per_user", "write_row",
+    "budget_text", "canonical_json", "cell_id", "digest", "frame", "label", "load_results", "no_results",
+    "read_rows", "remove_leftovers", "rows_of", "share", "size", "to_parquet", "write_per_user", "write_row",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def load_results(rundir: str | Path) -> pl.DataFrame:
         return frame(newest(read_rows(rundir / "rows", quarantine=False), rundir))
     if (rundir / "results.parquet").is_file():
         return read_parquet(rundir / "results.parquet")
-    raise FileNotFoundError(f"{rundir} holds no results: expected rows/*.json or results.parquet")
+    raise no_results(rundir)
 
 
 def rows_of(rundir: str | Path) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from malloc_bench.registry import clipped
@@ -142,3 +142,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "below": ("a path below the run's folder", _below),
     "digits": ("a whole number", lambda value: re.fullmatch(r"[0-9]{1,9}", value) is not None),
 }
+
+
+def no_results(folder: Path) -> FileNotFoundError:
+    """Where somebody has looked for a run in vain."""
+    if folder.exists():
+        return FileNotFoundError(f"{folder} holds no results: expected rows/*.json or results.parquet")
+    usual = "" if folder.is_absolute() or folder.parts[:1] == ("runs",) else f", nor runs/{folder}"
+    return FileNotFoundError(f"{folder} holds no results: there is no such folder{usual}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.files import DIGEST, Damaged, ResultsError, file_digest, read_sealed
-from malloc_bench.results import read_parquet, read_row
+from malloc_bench.results import no_results, read_parquet, read_row
 
 
 @dataclass
@@ -35,7 +35,7 @@ def verify(run: str | Path) -> Verified:
     folder, found = Path(run), Verified()
     paths, parquet = sorted((folder / "rows").glob("*.json")), folder / "results.parquet"
     if not paths and not parquet.is_file():
-        raise FileNotFoundError(f"{folder} holds no results: expected rows/*.json or results.parquet")
+        raise no_results(folder)
     digests: dict[str, Any] = {}
     for path in paths:
         row, fault = read_row(path)

@@ -210,9 +210,9 @@ def test_failed_cells_are_listed_and_the_code_is_1(fake: Any, smoke: Any, capsys
         ("run bad.yaml", "bad.yaml: budgts: unknown key. Did you mean 'budgets'?"),
         ("list x", "Invalid value for 'kind': 'x' is not one of 'datasets', 'backbones', 'compressors', 'suites'."),
         ("show snapkw", "nothing is named 'snapkw'. Did you mean 'snapkv', 'capkv' or 'sampled'?"),
-        ("tables nowhere", "nowhere holds no results: expected rows/*.json or results.parquet"),
+        ("tables nowhere", "nowhere holds no results: there is no such folder, nor runs/nowhere"),
         ("tables runs/smoke --table acuracy", "no table is named 'acuracy'. Did you mean 'accuracy'?"),
-        ("report nowhere", "nowhere holds no results: expected rows/*.json or results.parquet"),
+        ("report runs/nowhere", "runs/nowhere holds no results: there is no such folder"),
         (
             "compare mine --suite smoke",
             "'mine' names no class; expected my_method.py:MyMethod or my_package.my_module:MyMethod",
