@@ -1,6 +1,7 @@
 """Examples run as a user types them, and show what they say they show."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,28 @@ def test_where_says_for_whom_by_hand(synthetic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["where.py", str(tmp_path / "run"), "--budget", "1/3"])
     with pytest.raises(SystemExit, match="no row of seed 0 at 1/3"):
         where.main()
+
+
+def test_lengths_say_how_many_slots_by_hand(tmp_path, monkeypatch, capsys):
+    lengths = module("lengths")
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("budgets: [0.25]", "budgets: [{slots: 2}, {slots: 8}]"))
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    run_suite(tmp_path / "tiny.yaml", tmp_path / "run", quiet=True)
+    monkeypatch.setattr(sys, "argv", ["lengths.py", str(tmp_path / "run"), "--edges", "10", "--enough", "1"])
+    lengths.main()
+    table = capsys.readouterr().out.split("| slots that keep")[0]
+    printed = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    known = {tuple(row[:2]): row[2:] for row in printed if len(row) > 2}
+    for row in read_rows(tmp_path / "run" / "rows"):
+        own = pl.read_parquet(tmp_path / "run" / row["per_user"]).with_columns(pl.col("length") + 1)
+        groups = (own.filter((pl.col("length") < 10) == short)["overlap"] for short in (True, False))
+        slots = "" if row["budget"] is None else str(json.loads(row["budget"])["slots"])
+        assert known[row["compressor"], slots] == [f"{x.mean():.3f}" for x in groups if len(x)]
+    assert lengths.needed([(2, 0.5), (8, 0.9)], 0.7) == "4" and lengths.needed([(2, 0.5), (8, 0.9)], 0.95) == "above 8"
+    assert lengths.needed([(2, 0.5), (8, 0.9)], 0.5) == "2 or fewer"
+    monkeypatch.setattr(sys, "argv", ["lengths.py", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="holds no results"):
+        lengths.main()
 
 
 def test_later_keeps_a_tenth_from_the_fit(synthetic, monkeypatch):
