@@ -133,3 +133,11 @@ def test_packed_reads_beside_float32(script, monkeypatch, capsys) -> None:
     module.report(users=1, seconds=0.0)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 9 |"))]
     assert len(rows) == 2 * len(module.packed(*(torch.zeros(1, 2, 4, 64) for _ in range(2))))
+
+
+def test_codebooks_are_held_beside_the_same_search(script, monkeypatch, capsys) -> None:
+    bench = script("bench_codebooks")
+    monkeypatch.setattr(bench, "tune_malloc", lambda: None)
+    bench.report(vectors=32, seconds=0.01)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [tuple(map(int, line[:3])) for line in lines[2:]] == list(bench.SHAPES)
