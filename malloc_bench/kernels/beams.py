@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def nearest_sums(rows: Tensor, tables: Tensor, beam: int, kids: int) -> Tensor |
         onward = left.new_empty(len(left), wide, width), codes.new_empty(len(left), wide, stages)
         given = [x.detach().numpy() for x in (near.view(*left.shape[:2], size), left, codes, entries.contiguous())]
         after = [x.numpy() for x in onward]
-        spread(lambda a, b, *x: held(*given, each, stage, *after, a, b), len(left), near.numel())  # noqa: B023
+        spread(partial(held, *given, each, stage, *after), len(left), near.numel())
         left, codes = onward
     first = left.square().sum(-1).argmin(1)
     return codes[torch.arange(len(codes)), first].view(heads, many, stages)
