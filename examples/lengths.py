@@ -24,11 +24,11 @@ from malloc_bench.results import label, load_results
 
 def by_length(run: Path, edges: Sequence[int]) -> pl.DataFrame:
     """backbone, method, slots (None: no budget), group (by length), users, overlap: means over seeds."""
-    rows = load_results(run).filter(status="ok")
+    rows = load_results(run).filter(pl.col("overlap@10").is_not_null(), status="ok")  # ranking has none
     parts = []
     for row in rows.iter_rows(named=True):
         budget = None if row["budget"] is None else json.loads(row["budget"])
-        if row["per_user"] is None or not (budget is None or isinstance(budget, dict)):
+        if row["per_user"] is None or not (budget is None or (isinstance(budget, dict) and "slots" in budget)):
             continue
         own = pl.read_parquet(run / row["per_user"], columns=["length", "overlap"])
         group = np.searchsorted(edges, own["length"].to_numpy() + 1, side="right")
@@ -36,7 +36,7 @@ def by_length(run: Path, edges: Sequence[int]) -> pl.DataFrame:
         named = {"backbone": row["backbone"], "method": label(row["compressor"], row["compressor_params"])}
         slots = None if budget is None else budget["slots"]
         parts.append(means.with_columns(**{k: pl.lit(v) for k, v in named.items()}, slots=pl.lit(slots, pl.Int64)))
-    if not parts:
+    if all(part["slots"].is_null().all() for part in parts):
         raise SystemExit(f"{run}: no values by user of rows with budgets in slots, such as `longhistory` has")
     keys = ("backbone", "method", "slots", "group")
     return pl.concat(parts).group_by(*keys).agg(pl.col("users", "overlap").mean()).sort(*keys, nulls_last=True)

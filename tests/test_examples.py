@@ -131,6 +131,20 @@ def test_lengths_say_how_many_slots_by_hand(tmp_path, monkeypatch, capsys):
         lengths.main()
 
 
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_lengths_say_that_a_run_has_no_budgets_in_slots(task, tmp_path, monkeypatch):
+    lengths = module("lengths")
+    split, budgets = ("leave_one_out", "[0.25, {bytes: 400}]") if task == "retrieval" else ("ratio", "[{slots: 2}]")
+    suite = TINY.replace("[0.25]", budgets).replace("retrieval", task).replace("leave_one_out", split)
+    (tmp_path / "tiny.yaml").write_text(suite)
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    run_suite(tmp_path / "tiny.yaml", tmp_path / "run", quiet=True)
+    assert {row["status"] for row in read_rows(tmp_path / "run" / "rows")} == {"ok"}
+    monkeypatch.setattr(sys, "argv", ["lengths.py", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="no values by user of rows with budgets in slots"):
+        lengths.main()
+
+
 def test_later_keeps_a_tenth_from_the_fit(synthetic, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     later = module("later")

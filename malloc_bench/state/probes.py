@@ -112,7 +112,7 @@ class Probes:
 
     def logits(self, segment: Segment) -> Tensor:
         """[B, Hq, M, S] before masking."""
-        return self.queries @ _each(segment.fields["keys"].dense(), self.queries.shape[1]).mT
+        return self.queries @ _each(segment.fields["keys"].dense().to(self.queries.dtype), self.queries.shape[1]).mT
 
     def weigh(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """Weights of the segment's slots [B, Hq, M, S] and of the token itself [B, Hq, M, 1], if it is all there is."""

@@ -374,3 +374,14 @@ def test_bad_parameters():
     ):
         with pytest.raises(ValueError):
             get_compressor("fit_recent", **params)
+
+
+def test_numbers_of_twice_the_width_are_fitted_as_well():
+    """`from_tensors` takes any floating point dtype; budgets are shares of the bytes in it."""
+    torch.manual_seed(0)
+    keys, values, probes = (torch.randn(3, 2, 20, 8, dtype=torch.float64) for _ in range(3))
+    prefill = Prefill.from_tensors([keys], [values], probes=[probes])
+    for name in ("fit_keys", "fit_constant"):
+        method = get_compressor(name, probes=8)
+        state = method.compress(prefill, 0.25 if method.takes_budget else None)
+        assert all(x.dense().dtype == torch.float64 for segment in state.segments() for x in segment.fields.values())
