@@ -126,6 +126,9 @@ def test_lengths_say_how_many_slots_by_hand(tmp_path, monkeypatch, capsys):
         assert known[row["compressor"], slots] == [f"{x.mean():.3f}" for x in groups if len(x)]
     assert lengths.needed([(2, 0.5), (8, 0.9)], 0.7) == "4" and lengths.needed([(2, 0.5), (8, 0.9)], 0.95) == "above 8"
     assert lengths.needed([(2, 0.5), (8, 0.9)], 0.5) == "2 or fewer"
+    (tmp_path / "run" / row["per_user"]).unlink()
+    with pytest.raises(SystemExit, match=r"parquet: the values by user of a row cannot be read"):
+        lengths.main()
     monkeypatch.setattr(sys, "argv", ["lengths.py", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="holds no results"):
         lengths.main()

@@ -148,5 +148,6 @@ def no_results(folder: Path) -> FileNotFoundError:
     """Where somebody has looked for a run in vain."""
     if folder.exists():
         return FileNotFoundError(f"{folder} holds no results: expected rows/*.json or results.parquet")
-    usual = "" if folder.is_absolute() or folder.parts[:1] == ("runs",) else f", nor runs/{folder}"
+    elsewhere = folder.is_absolute() or folder.parts[:1] == ("runs",) or Path("runs", folder).exists()
+    usual = "" if elsewhere else f", nor runs/{folder}"
     return FileNotFoundError(f"{folder} holds no results: there is no such folder{usual}")
