@@ -7,6 +7,8 @@ import pytest
 from malloc_bench.report import render, tables
 from malloc_bench.results import budget_label, frame, label
 
+SLICES = ("<50", "popularity 1/4", "tied with it", "of ml-1m")
+
 
 @pytest.mark.parametrize("name", tables.TABLES)
 @pytest.mark.parametrize("format", render.FORMATS)
@@ -20,7 +22,7 @@ def test_every_table_in_every_format(suite, name, format):
         "measured_history_long": 100,
         "read_flops_long": 4e7,
         "bytes_by_part": '{"keys": 60.0, "length": 4.0}',
-        "slices": json.dumps({key: {"n_users": 9, "ndcg@10": 0.1} for key in ("<50", "popularity 1/4", "of ml-1m")}),
+        "slices": json.dumps({key: {"n_users": 9, "ndcg@10": 0.1} for key in SLICES}),
         "steps": '{"1": {"n_users": 9, "true_hr@10": 0.1}}',
     }
     suite = suite.with_columns(pl.lit(value).alias(name) for name, value in measured.items())
