@@ -1,4 +1,4 @@
-"""Writes docs/fitted.md from committed rows: fitted_small, fit_ablations and horizon of results/, and its benchmarks.
+"""Writes docs/fitted.md from committed rows (fitted_small, fitted_codes, fit_ablations, horizon) and benchmarks.
 
 python docs/fitted.py            --check: says whether the page is what the rows say, and writes nothing
 """
@@ -111,7 +111,8 @@ can have: a ceiling.
 
 {ablations}
 
-More than 64 to 128 probes add little, ridge hardly matters, and which probes matters most where slots are fewest: those
+More than 64 to 128 probes add little, ridge hardly matters (but with many slots behind HSTU, where less is better:
+[results.md](results.md)), and which probes matters most where slots are fewest: those
 that the model ranks first for the user, best of what can be had. At the ceiling, one known reader to a user, the
 same bytes keep {ceiling} of the lists: it is not the rounding that is lost at 1/64, but what other readers ask.
 
@@ -120,8 +121,8 @@ same bytes keep {ceiling} of the lists: it is not the rounding that is lost at 1
 `fit_keys` chooses as above and then moves the keys by gradient; 256 top items as probes. `gain_shape` writes a
 vector as a byte of size and twelve codes into codebooks that training users share, 13 bytes for 50 numbers where
 `mxint` takes 27: fewer bits for more slots. `auto` takes curves of what each layer loses with how many bytes, of
-either encoder, from training users, and divides the bytes by them. Overlap@10 (`malloc-bench run fitted_codes`;
-{codes_seeds}):
+either encoder, from training users, and divides the bytes by them. Overlap@10 (`malloc-bench run fitted_codes`, in
+parts that [results.md](results.md) names):
 
 {codes}
 
@@ -340,10 +341,10 @@ CODES = {
 }
 
 
-def codes() -> dict[str, str]:
-    """What each encoder keeps by data set, backbone and bytes, and how many trainings these are means of."""
+def codes() -> str:
+    """What each encoder keeps by data set, backbone and bytes; means over so many trainings."""
     found = aggregate(load_results(ROOT / "results" / "fitted_codes"))
-    lines = ["| | bytes | " + " | ".join(CODES.values()) + " |", "|---|--:|" + "--:|" * len(CODES)]
+    lines = ["| | trainings | bytes | " + " | ".join(CODES.values()) + " |", "|---|--:|--:|" + "--:|" * len(CODES)]
     for (data, backbone), own in found.group_by("dataset", "backbone", maintain_order=True):
         kept = {row["compressor"]: row["overlap@10"] for row in own.filter(pl.col("budget").is_null()).to_dicts()}
         for budget, share in BUDGETS.items():
@@ -351,9 +352,12 @@ def codes() -> dict[str, str]:
             known = kept | dict(at.select("compressor", "overlap@10").iter_rows())
             if len(at):
                 cells = (f"{known[name]:.3f}" if name in known else "" for name in CODES)
-                lines.append(f"| {data}, {NAMES[str(backbone)]} | {share} | " + " | ".join(cells) + " |")
-    seeds = sorted(set(found["seeds_total"]))
-    return {"codes": "\n".join(lines), "codes_seeds": " to ".join(map(str, seeds)) + " trainings each"}
+                lines.append(
+                    f"| {data}, {NAMES[str(backbone)]} | {at['seeds_total'].min()} | {share} | "
+                    + " | ".join(cells)
+                    + " |"
+                )
+    return "\n".join(lines)
 
 
 def ceiling() -> str:
@@ -390,7 +394,7 @@ def page() -> str:
         choices=committed("choices.md"),
         why=committed("why.md"),
         **horizon(),
-        **codes(),
+        codes=codes(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
     )
 

@@ -50,16 +50,17 @@ def _board(rows: pl.DataFrame, values: Sequence[str], key: str | None = None) ->
     return board.with_columns(each).explode("budget").with_columns(pl.lit(key).alias("key"))
 
 
-def popularity(frame: pl.DataFrame) -> pl.DataFrame:
-    """Accuracy and what is kept by how popular the target is: by quarters of the training events."""
-    found = unfolded(frame, "slices", VALUES, QUARTERS.__contains__)
+def sliced(frame: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """Accuracy and what is kept in some of the `slices`: by how popular the target is, by quarters of the training
+
+    events, or by whether it is of the time of the event before, so in an order by lot.
+    """
+    found = unfolded(frame, "slices", VALUES, keys.__contains__)
     return found.select(*GROUP, *METHOD, "key", "n_users", *VALUES)
 
 
-def ties(frame: pl.DataFrame) -> pl.DataFrame:
-    """Accuracy and what is kept by whether a target is of the time of the event before, so in an order by lot."""
-    found = unfolded(frame, "slices", VALUES, TIES.__contains__)
-    return found.select(*GROUP, *METHOD, "key", "n_users", *VALUES)
+popularity: Callable[[pl.DataFrame], pl.DataFrame] = partial(sliced, keys=QUARTERS)
+ties: Callable[[pl.DataFrame], pl.DataFrame] = partial(sliced, keys=TIES)
 
 
 def robustness(frame: pl.DataFrame) -> pl.DataFrame:
@@ -151,20 +152,17 @@ def _table(
 
 KNOWING = tuple(name for name in GROUP if name != "task")
 _KEPT = ("overlap@10", "overlap@10 with the full state", ".3f", 1.0)
+_SLICED = (("ndcg@10", "NDCG@10", ".4f", 1.0), ("hr@10", "HR@10", ".4f", 1.0), _KEPT)
 TABLES = {
     "popularity": _table(
         popularity,
-        ("ndcg@10", "NDCG@10", ".4f", 1.0),
-        ("hr@10", "HR@10", ".4f", 1.0),
-        _KEPT,
+        *_SLICED,
         notes=["Targets whose items have the first, second, third and last quarter of the training events, the most "
                "popular items first."],
     ),
     "ties": _table(
         ties,
-        ("ndcg@10", "NDCG@10", ".4f", 1.0),
-        ("hr@10", "HR@10", ".4f", 1.0),
-        _KEPT,
+        *_SLICED,
         notes=["Events of one time are in an order by lot: of a target that ties with the event before, either could "
                "have been asked for. Published figures often keep the order of a file there."],
     ),
