@@ -200,8 +200,11 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 
 
 def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
-    """Events of a user at one time or order, shuffled or left in file order by policy; `Dataset.tied` counts them."""
-    if reader.judge.answer("ties") == "shuffle":
+    """Events of a user at one time or order, in the order that the policy says; `Dataset.tied` counts them."""
+    answer = reader.judge.answer("ties")
+    if answer == "by_item":
+        return rows[stable_order(rows["user"], rows["order"], rows["item"])]
+    if answer == "shuffle":
         tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"], reader.layout.per_second)
         rows[tied] = rows[tied[again]]
     return rows

@@ -40,6 +40,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "repeat_rate": repeat_rate(dataset),
         "has_time": dataset.has_time,
         "tied_in_time": dataset.tied if dataset.has_time or dataset.order is not None else None,
+        **same_direction(dataset),
         "first": None if times is None else _date(times.min()),
         "last": None if times is None else _date(times.max()),
         "feedback": sorted(dataset.feedback),
@@ -60,6 +61,34 @@ def repeat_rate(dataset: Dataset) -> float:
         new += len(np.unique(users * (dataset.n_items + 1) + dataset.items[start:end]))
         first = last
     return 1 - new / dataset.n_events
+
+
+def same_direction(dataset: Dataset) -> dict[str, float | None]:
+    """Where two items stand next to each other in more than one history: how often in the same direction.
+
+    A share of the pairs of such places, .5 where the order says nothing; of all, and of ties and of the others where
+    times are known. Above .5 among ties, a file has an order of its own there (products one after the other, say),
+    which models learn and no request knows. Of the first CHUNK events. None: no two items meet twice.
+    """
+    some = min(dataset.n_events, CHUNK)
+    tied = dataset.first_of_time[:some] < np.arange(some)
+    follows = np.ones(some, dtype=bool)
+    starts = dataset.offsets[:-1]
+    follows[starts[starts < some]] = False  # users without an event start where another does, or behind all
+    after = np.flatnonzero(follows)
+    one, two = dataset.items[after - 1].astype(np.int64), dataset.items[after].astype(np.int64)
+    pairs, up = np.minimum(one, two) * (dataset.n_items + 1) + np.maximum(one, two), one < two
+
+    def share(which: np.ndarray) -> float | None:
+        which = which & (one != two)
+        _, place = np.unique(pairs[which], return_inverse=True)
+        ups, all_ = np.bincount(place, up[which]), np.bincount(place)
+        met = (all_ * (all_ - 1)).sum()
+        return float((ups * (ups - 1) + (all_ - ups) * (all_ - ups - 1)).sum() / met) if met else None
+
+    known = dataset.has_time or dataset.order is not None
+    of = {"": np.ones(len(after), dtype=bool)} | ({"_tied": tied[after], "_apart": ~tied[after]} if known else {})
+    return {f"same_direction{name}": share(which) for name, which in of.items()}
 
 
 def _date(seconds: int) -> str:

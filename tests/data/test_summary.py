@@ -1,5 +1,6 @@
 """What is told of a data set, by brute force; the histogram; and the real files that are at hand."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -113,3 +114,47 @@ def test_the_histogram_is_a_picture_of_every_user(tmp_path, lengths, monkeypatch
 def test_stats_by_name(real_data):
     told = stats("ml-100k", offline=True)
     assert told["users_from_200"] == 149 / 943 and told["length_p50"] == 65 and told["notes"] == {}
+
+
+@pytest.mark.parametrize("times", [None, "tied"])
+def test_same_direction_against_brute_force(times):
+    rng = np.random.default_rng(1)
+    users, items = np.sort(rng.choice(30, 600)), rng.integers(0, 8, 600)
+    clock = (
+        None if times is None else np.concatenate([np.sort(rng.integers(0, 9, (users == u).sum())) for u in range(30)])
+    )
+    data = toy(users, items, clock)
+    places = [
+        (int(data.items[i - 1]), int(data.items[i]), clock is not None and clock[i] == clock[i - 1])
+        for i in range(1, 600)
+        if users[i] == users[i - 1]
+    ]
+
+    def share(which):
+        both = [(p, q) for p, q in itertools.combinations(which, 2) if p[0] != p[1] and set(p[:2]) == set(q[:2])]
+        return sum(p[:2] == q[:2] for p, q in both) / len(both)
+
+    want = {"same_direction": share(places)}
+    if times:
+        want |= {f"same_direction_{n}": share([p for p in places if p[2] == t]) for n, t in (("tied", 1), ("apart", 0))}
+    assert module.same_direction(data) == pytest.approx(want)
+
+
+def test_same_direction_is_one_where_ties_are_listed_by_item(make_card, tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    users, times = rng.integers(0, 300, 9000), rng.integers(0, 9, 9000)
+    lines = [f"{u}\t{i}\t5\t{t}\n" for u, i, t in zip(users, rng.integers(1, 30, 9000), times)]
+    (tmp_path / "u.data").write_text("".join(lines))
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(tmp_path))
+    source = {"sources": [{"local": "u.data"}], "on_bad": {"duplicates": "drop"}}
+    shuffled, by_item = (
+        module.describe(get_dataset(make_card(**source | {"on_bad": source["on_bad"] | {"ties": answer}})))
+        for answer in ("shuffle", "by_item")
+    )
+    assert by_item["same_direction_tied"] == 1
+    assert shuffled["same_direction_tied"] == pytest.approx(0.5, abs=0.02)
+    assert by_item["tied_in_time"] == shuffled["tied_in_time"] > 0.5
+
+
+def test_one_event_a_user_has_no_direction():
+    assert module.same_direction(toy(np.arange(3), np.arange(3))) == {"same_direction": None}

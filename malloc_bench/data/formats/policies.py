@@ -18,7 +18,8 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "bad_row": ("reject", "drop"),  # text or nothing where a number belongs, too few or too many columns
     "huge_id": ("reject", "drop"),  # beyond 63 bits; every smaller id is kept as it is, also beyond 2^31
     "bad_time": ("reject", "drop", "keep"),  # before 1970 or after 2099
-    "ties": ("shuffle", "keep"),  # events of a user at one time: in an order that says nothing, or in the file's
+    # events of a user at one time: in an order that says nothing, in the file's, or by item, one order for all users
+    "ties": ("shuffle", "keep", "by_item"),
     "duplicates": ("keep", "drop", "reject"),  # the same user, item and time once more; the first one stays
     "single_event_users": ("keep", "drop", "reject"),
 }
