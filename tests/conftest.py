@@ -47,6 +47,7 @@ RECIPES = {
 BACKBONES: dict[str, tuple[Any, ...]] = {
     "sasrec": ("sasrec", 1, False),
     "sasrec-2-heads": ("sasrec", 2, False),
+    "sasrec-paper-2-heads": ("sasrec", 2, False, {"block": "paper", "head": "dot"}),
     "hstu-times": ("hstu", 1, True),
     "hstu-times-2-heads": ("hstu", 2, True),
     "hstu": ("hstu", 1, False),

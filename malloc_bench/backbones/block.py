@@ -94,8 +94,10 @@ class Block(nn.Module):
         """How what is stored comes from the layer's input; None where it is no map of its norm."""
         return None
 
-    def _projected(self, linear: nn.Linear, norm: dict[str, Tensor | None], silu: bool, eps: float) -> Projection:
-        """The rows of the fused map that make what is stored; norm: `weight` and `bias` of the norm before it."""
+    def _projected(
+        self, linear: nn.Linear, norm: dict[str, Tensor | None], silu: bool, eps: float | None
+    ) -> Projection:
+        """The rows of the fused map that make what is stored; norm: `weight` and `bias` of a norm before it."""
         found = {f"norm.{name}": x for name, x in norm.items() if x is not None}
         widths = list(self.parts.values())
         for name, rows in zip(self.parts, torch.arange(sum(widths)).split(widths)):

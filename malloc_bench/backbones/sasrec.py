@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +72,45 @@ class SASRecBlock(Block):
         return slots**2
 
 
+class PaperBlock(SASRecBlock):
+    """h = LN x + Attention(LN x; x), then LN h + FFN(LN h), as in the code of SASRec's authors: what is carried on is
+
+    normed, keys and values are not, and dropout is inside the feed-forward too.
+    """
+
+    def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
+        weight, bias, own = self.qkv.weight, self.qkv.bias, self.parts["queries"]
+        asked = F.linear(self.norm_attention(x), weight[:own], bias[:own])
+        q, stored, _ = self.split(torch.cat([asked, F.linear(x, weight[own:], bias[own:])], -1))
+        return q * self.scale, stored, None
+
+    def projection(self) -> Projection:
+        return self._projected(self.qkv, {}, False, None)
+
+    def combine(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        x = self.norm_attention(x) + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.rate, self.training)
+        x = self.norm_ffn(x)
+        hidden = dropout(torch.relu(self.up(x)), self.rate, self.training)
+        return x + dropout(self.down(hidden), self.rate, self.training)
+
+
+@dataclass(frozen=True)
+class SASRecSizes(Sizes):
+    """As `Sizes`; block: "pre_norm", or the "paper"'s, which carries normed vectors and stores maps of plain ones."""
+
+    block: Literal["pre_norm", "paper"] = field(default="pre_norm", metadata={"unsaid": "pre_norm"})
+
+
 @register("sasrec")
 class SASRec(AttentionBackbone):
     """A causal transformer over item and learned position embeddings, the field's common baseline.
 
     From the paper: embeddings x sqrt(d), one-d feed-forward, causal mask, dropout. Ours, as in the comparison of
-    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature. Presets: the settings of that
-    comparison.
+    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature; with `block: paper` and
+    `head: dot` it is as its own authors have it. Presets: the settings of that comparison.
     """
 
+    Config = SASRecSizes
     paper = "Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781"
     presets = {
         "ml-1m": {"layers": 2, "heads": 1, "dim": 50},
@@ -86,8 +118,9 @@ class SASRec(AttentionBackbone):
         "books": {"layers": 4, "heads": 4, "dim": 64, "max_length": 50, "dropout": 0.5},
     }
 
-    def __init__(self, config: Sizes, n_items: int, has_time: bool = False) -> None:
-        super().__init__(config, n_items, lambda: SASRecBlock(config.dim, config.heads, config.dropout))
+    def __init__(self, config: SASRecSizes, n_items: int, has_time: bool = False) -> None:
+        make = PaperBlock if config.block == "paper" else SASRecBlock
+        super().__init__(config, n_items, lambda: make(config.dim, config.heads, config.dropout))
         self.norm = nn.LayerNorm(config.dim)
 
     def _output(self, x: Tensor) -> Tensor:

@@ -41,17 +41,20 @@ class Projection(Named):
     """How a layer makes what it stores of its input x [..., d]: act(norm(x) W + b).
 
     Tensors: each field's weight [H, d, D] under its name, and its bias [H, D], if any, under `name.bias`; the layer
-    norm's `norm.weight` and `norm.bias` [d], if any. silu: act is SiLU, else nothing. eps: of the norm.
+    norm's `norm.weight` and `norm.bias` [d], if any. silu: act is SiLU, else nothing. eps: of the norm; None: there is
+    none, norm(x) is x.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], silu: bool = False, eps: float = 1e-5) -> None:
+    def __init__(self, tensors: dict[str, Tensor], silu: bool = False, eps: float | None = 1e-5) -> None:
         super().__init__(tensors)
         self.silu, self.eps = silu, eps
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor], bool, float]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor], bool, float | None]]:  # type: ignore[override]
         return type(self), (dict(self.tensors), self.silu, self.eps)
 
     def normed(self, x: Tensor) -> Tensor:
+        if self.eps is None:
+            return x
         weight, bias = (
             None if y is None else y.to(x.device, x.dtype) for y in map(self.get, ("norm.weight", "norm.bias"))
         )

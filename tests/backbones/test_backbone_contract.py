@@ -9,8 +9,8 @@ from malloc_bench.testing.backbones import BACKBONE_PROMISES
 from malloc_bench.testing.worlds import LENGTHS, close
 
 CASES = (
-    "sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "lsrm-2-heads",
-    "sasrec-gqa", "sasrec-mla", "hstu-times-gqa", "hstu-mla", "lsrm-mqa",
+    "sasrec", "sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads",
+    "lsrm-2-heads", "sasrec-gqa", "sasrec-mla", "hstu-times-gqa", "hstu-mla", "lsrm-mqa",
     "sasrec-longformer", "sasrec-linformer", "sasrec-reformer", "hstu-times-beacon",
     "marm", "marm-2-heads", "climber", "climber-times-2-heads", "climber-stride", "gated_delta", "gated_delta-2-heads",
     "rwkv-2-heads", "fuxi", "fuxi-times-2-heads",

@@ -12,7 +12,16 @@ from malloc_bench.state import Batch, Dense, Events, Segment, Slots, Stats, User
 from malloc_bench.testing import histories
 from malloc_bench.testing.worlds import LENGTHS, close
 
-CASES = ("sasrec", "sasrec-2-heads", "hstu-times", "hstu-times-2-heads", "hstu", "hstu-2-heads", "lsrm-2-heads")
+CASES = (
+    "sasrec",
+    "sasrec-2-heads",
+    "sasrec-paper-2-heads",
+    "hstu-times",
+    "hstu-times-2-heads",
+    "hstu",
+    "hstu-2-heads",
+    "lsrm-2-heads",
+)
 
 
 def layer_norm(x, weight=None, bias=None, eps=1e-5):
@@ -54,7 +63,9 @@ def sasrec(p, config, items, times, following):
     for i in range(config.layers):
         b = {k.removeprefix(f"blocks.{i}."): v for k, v in p.items() if k.startswith(f"blocks.{i}.")}
         normed = layer_norm(x, b["norm_attention.weight"], b["norm_attention.bias"])
-        q, k, v = (normed @ b["qkv.weight"].T + b["qkv.bias"]).chunk(3, -1)
+        paper = config.block == "paper"
+        q = (normed @ b["qkv.weight"].T + b["qkv.bias"])[:, :d]
+        k, v = ((x if paper else normed) @ b["qkv.weight"].T + b["qkv.bias"])[:, d:].chunk(2, -1)
         heads, attention = [], torch.zeros(h, s, s, dtype=torch.float64)
         for head in range(h):
             part = slice(head * d // h, (head + 1) * d // h)
@@ -62,12 +73,13 @@ def sasrec(p, config, items, times, following):
                 e = (k[: row + 1, part] @ q[row, part] / (d // h) ** 0.5).exp()
                 attention[head, row, : row + 1] = e / e.sum()
             heads.append(attention[head] @ v[:, part])
-        x = x + torch.cat(heads, -1) @ b["out.weight"].T + b["out.bias"]
-        hidden = layer_norm(x, b["norm_ffn.weight"], b["norm_ffn.bias"]) @ b["up.weight"].T + b["up.bias"]
-        x = x + hidden.clamp(min=0) @ b["down.weight"].T + b["down.bias"]
+        x = (normed if paper else x) + torch.cat(heads, -1) @ b["out.weight"].T + b["out.bias"]
+        normed = layer_norm(x, b["norm_ffn.weight"], b["norm_ffn.bias"])
+        hidden = normed @ b["up.weight"].T + b["up.bias"]
+        x = (normed if paper else x) + hidden.clamp(min=0) @ b["down.weight"].T + b["down.bias"]
         maps.append(attention)
     x = layer_norm(x, p["norm.weight"], p["norm.bias"])
-    return x / x.norm(dim=-1, keepdim=True), maps
+    return x if config.head == "dot" else x / x.norm(dim=-1, keepdim=True), maps
 
 
 def lsrm(p, config, items, times, following):

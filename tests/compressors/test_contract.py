@@ -165,11 +165,12 @@ METHODS = [
     ),
 ]
 WORLDS = (  # lsrm attends as sasrec does
-    "tensors", "sasrec-2-heads", "hstu-times", "hstu-2-heads", "marm-2-heads", "climber-times-2-heads",
-    "gated_delta-2-heads",
+    "tensors", "sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times", "hstu-2-heads", "marm-2-heads",
+    "climber-times-2-heads", "gated_delta-2-heads",
 )  # fmt: skip
 FEW = ("sasrec-2-heads", "hstu-times")  # each method, variant and chain in one of them, drawn by its name,
-FAR = ("hstu-2-heads", "marm-2-heads", "climber-times-2-heads")  # each method in one of these; `make test-slow`: in all
+# each method in one of these; `make test-slow`: in all
+FAR = ("hstu-2-heads", "sasrec-paper-2-heads", "marm-2-heads", "climber-times-2-heads")
 
 NOT_ON_TENSORS = ("squeeze", "rastp", "recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
 

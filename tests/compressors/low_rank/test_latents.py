@@ -54,7 +54,7 @@ def test_eigen_bytes():
         assert state.nbytes().tolist() == [8 + latents * (8 + 2 * 3 * n) for n in COUNTS]
 
 
-@pytest.mark.parametrize("name", ["sasrec-2-heads", "hstu-2-heads", "climber-times-2-heads"])
+@pytest.mark.parametrize("name", ["sasrec-2-heads", "sasrec-paper-2-heads", "hstu-2-heads", "climber-times-2-heads"])
 def test_palu_of_full_rank_is_exact(name, trained):
     world, method = World(name, trained(name)), get_compressor("palu", rank=16, dtype="float32")
     world = world.fit(method)

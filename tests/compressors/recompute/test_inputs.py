@@ -9,7 +9,15 @@ from malloc_bench.state import Stats
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import LENGTHS, close
 
-BACKBONES = ["sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads", "lsrm-2-heads", "sasrec-gqa", "hstu-mla"]
+BACKBONES = [
+    "sasrec-2-heads",
+    "sasrec-paper-2-heads",
+    "hstu-times-2-heads",
+    "climber-times-2-heads",
+    "lsrm-2-heads",
+    "sasrec-gqa",
+    "hstu-mla",
+]
 
 
 def place(name, trained):
@@ -26,7 +34,9 @@ def test_projections_make_what_is_stored(name, trained):
     prefill = place(name, trained).prefill(Stats(inputs=True, projections=True))
     for layer in prefill.layers:
         projection, x = prefill.projection(layer), prefill.layer_input(layer)
-        h = F.layer_norm(x, x.shape[-1:], projection.get("norm.weight"), projection.get("norm.bias"), projection.eps)
+        h, weights = x, (projection.get("norm.weight"), projection.get("norm.bias"))
+        if "paper" not in name:  # whose keys and values are of the plain input
+            h = F.layer_norm(x, x.shape[-1:], *weights, projection.eps)
         for field, vectors in prefill.segment(layer).fields.items():
             made = torch.einsum("bsd,hde->bhse", h, projection[field])
             made = made + projection.get(f"{field}.bias", torch.zeros(1, 1)).unsqueeze(1)
@@ -35,7 +45,9 @@ def test_projections_make_what_is_stored(name, trained):
                 close(made[user, :, :n], vectors.dense()[user, :, :n], field, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads"])
+@pytest.mark.parametrize(
+    "name", ["sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times-2-heads", "climber-times-2-heads"]
+)
 def test_hidden_is_exact_in_half_of_the_bytes(name, trained):
     world, method = place(name, trained), get_compressor("hidden")
     prefill = world.prefill(method.needs)
@@ -78,7 +90,9 @@ def test_xquant_bytes(trained):
     assert method.compress(prefill).nbytes().tolist() == [8 + 2 * (1 + 12 * n) for n in LENGTHS]
 
 
-@pytest.mark.parametrize("name", ["sasrec-2-heads", "hstu-times-2-heads", "climber-times-2-heads"])
+@pytest.mark.parametrize(
+    "name", ["sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times-2-heads", "climber-times-2-heads"]
+)
 def test_ids_stand_for_the_lowest_layer(name, trained):
     world, method = place(name, trained), get_compressor("ids_below")
     prefill = world.prefill(method.needs)
@@ -114,7 +128,7 @@ def test_where_inputs_save_nothing():
     assert get_compressor("xquant").supports(delta) is not None
 
 
-@pytest.mark.parametrize("name", ["sasrec-2-heads", "hstu-times-2-heads"])
+@pytest.mark.parametrize("name", ["sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times-2-heads"])
 def test_coded_ids_are_those_of_recompute(name, trained):
     world, method = place(name, trained), get_compressor("ids_coded")
     world = world.fit(method)
