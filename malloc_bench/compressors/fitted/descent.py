@@ -33,7 +33,8 @@ class Asked(NamedTuple):
         asking, logits = (rows_of(x.float(), heads) for x in (probes.asking(), probes.logits(chosen)))
         real = chosen.slots.mask(chosen.width).expand(-1, heads, -1).unsqueeze(2)
         total = None if probes.total is None else rows_of(probes.total.float(), heads)
-        return Asked(asking, logits.masked_fill(~real, _NONE), total, probes.normaliser)
+        # contiguous: `some` would copy all of it for every few heads
+        return Asked(asking.contiguous(), logits.masked_fill(~real, _NONE), total, probes.normaliser)
 
     def some(self, heads: Tensor, width: int, rows: Tensor | slice = slice(None)) -> Asked:
         """Of some heads [N] of all, B x H, the first slots and some rows."""
