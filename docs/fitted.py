@@ -342,8 +342,11 @@ CODES = {
 
 
 def codes() -> str:
-    """What each encoder keeps by data set, backbone and bytes; means over so many trainings."""
-    found = aggregate(load_results(ROOT / "results" / "fitted_codes"))
+    """What each encoder keeps by data set, backbone and bytes; means over the trainings that all of them have."""
+    rows, of = load_results(ROOT / "results" / "fitted_codes"), ("dataset", "backbone")
+    methods = pl.struct("compressor", "compressor_params", "budget").n_unique()
+    whole = methods.over(*of, "seed") == methods.over(*of)
+    found = aggregate(rows.filter(whole))
     lines = ["| | trainings | bytes | " + " | ".join(CODES.values()) + " |", "|---|--:|--:|" + "--:|" * len(CODES)]
     for (data, backbone), own in found.group_by("dataset", "backbone", maintain_order=True):
         kept = {row["compressor"]: row["overlap@10"] for row in own.filter(pl.col("budget").is_null()).to_dicts()}
