@@ -142,7 +142,7 @@ class Dataset:
 
 
 def group(card: Card, rows: Rows, source: str) -> Dataset:
-    """Group rows by user, each in time order, ties as `shuffle_ties` has them but for generated events, whose order
+    """Group rows by user, each in time order, ties as the card has them but for generated events, whose order
 
     is known; ids become dense by ascending original id.
     """
@@ -153,7 +153,11 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     tied = np.zeros(0, np.int64)
     if card.parameters is None:
         tied, again = shuffle_ties(users[by_time], items[by_time] + 1, clock)
-        by_time[tied] = by_time[tied[again]]
+        answer = card.on_bad.get("ties", "shuffle")
+        if answer == "by_item":
+            again = np.lexsort([x[by_time[tied]] for x in (items, rows.order, users)])
+        if answer != "keep":
+            by_time[tied] = by_time[tied[again]]
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
         "item_ids": item_ids,

@@ -40,9 +40,14 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
     A user whom two sets tell by the same text is one user; numbers name nobody outside of their set, so users who have
     only a number stay apart. Feedback and label stay where all have them. Raises DataError where the times of some are
-    known and of others are not, or where users of two sets are the same and there are no times to mix them by.
+    known and of others are not, where users of two sets are the same and there are no times to mix them by, or where
+    their cards have ties in different orders.
     """
     name = "+".join(data.name for data in parts)
+    ties = {data.name: data.card.on_bad.get("ties", "shuffle") for data in parts}
+    if len(set(ties.values())) > 1:
+        told = ", ".join(f"{each} has {answer}" for each, answer in ties.items())
+        raise DataError(f"{name}: on_bad.ties must be the same in all of them, and {told}")
     timed = {data.name: data.has_time for data in parts}
     if len(set(timed.values())) > 1:
         without = ", ".join(each for each, has in timed.items() if not has)

@@ -68,6 +68,18 @@ def test_sets_that_cannot_be_mixed_are_refused_in_a_line():
         parts_of("books+books", known)
 
 
+@pytest.mark.parametrize("ties", ["keep", "by_item"])
+def test_ties_of_a_joined_set_are_as_the_cards_have_them(ties):
+    rows = [(f"u{user}", f"i{item}", 7) for user in range(9) for item in (3, 1, 2)]
+    parts = [made(name, rows, on_bad={"ties": ties}) for name in ("books", "shoes")]
+    order = ["i3", "i1", "i2"] if ties == "keep" else ["i1", "i2", "i3"]
+    both = join(parts)
+    for user in range(9):
+        assert events(both, f"u{user}") == [f"{part}:{item}" for part in ("books", "shoes") for item in order]
+    with pytest.raises(DataError, match=f"on_bad.ties must be the same.*books has {ties}, shoes has shuffle"):
+        join([parts[0], SHOES])
+
+
 def test_targets_rank_among_their_own():
     both = join([BOOKS, SHOES])
     split = get_split("leave_one_out", both)
