@@ -75,7 +75,7 @@ class SASRecBlock(Block):
 class PaperBlock(SASRecBlock):
     """h = LN x + Attention(LN x; x), then LN h + FFN(LN h), as in the code of SASRec's authors: what is carried on is
 
-    normed, keys and values are not, and dropout is inside the feed-forward too.
+    normed, keys and values are not. Unlike there, a map follows the heads; its output is dropped out, not weights.
     """
 
     def project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
@@ -106,8 +106,9 @@ class SASRec(AttentionBackbone):
     """A causal transformer over item and learned position embeddings, the field's common baseline.
 
     From the paper: embeddings x sqrt(d), one-d feed-forward, causal mask, dropout. Ours, as in the comparison of
-    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature; with `block: paper` and
-    `head: dot` it is as its own authors have it. Presets: the settings of that comparison.
+    HSTU's authors (arXiv 2402.17152): pre-norm, and a cosine head with a temperature; `block: paper` and `head: dot`
+    norm and score as the code of its own authors, which has no map behind the heads, and dropout on their weights.
+    Presets: the settings of that comparison.
     """
 
     Config = SASRecSizes

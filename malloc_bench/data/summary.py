@@ -67,8 +67,9 @@ def same_direction(dataset: Dataset) -> dict[str, float | None]:
     """Where two items stand next to each other in more than one history: how often in the same direction.
 
     A share of the pairs of such places, .5 where the order says nothing; of all, and of ties and of the others where
-    times are known. Above .5 among ties, a file has an order of its own there (products one after the other, say),
-    which models learn and no request knows. Of the first CHUNK events. None: no two items meet twice.
+    times are known. Above .5 among ties that `ties: keep` left alone, a file has an order of its own there (products
+    one after the other, say), which models learn and no request knows; `shuffle` makes it .5. Ties are of one second: a
+    file of milliseconds orders some. Of the first CHUNK events. None: no two items meet twice.
     """
     some = min(dataset.n_events, CHUNK)
     tied = dataset.first_of_time[:some] < np.arange(some)
