@@ -23,6 +23,7 @@ ITEMS, USERS, LENGTH = 60, 6, 12
 CASES: list[tuple[str, dict[str, Any], tuple[str, dict[str, Any]] | None]] = [
     ("sasrec", {}, None),
     ("sasrec", {"head": "dot"}, None),
+    ("sasrec", {"block": "paper", "head": "dot"}, None),
     ("sasrec", {}, ("gqa", {"n_kv_heads": 1})),
     ("sasrec", {}, ("mla", {"latent": 6})),
     ("hstu", {}, None),
