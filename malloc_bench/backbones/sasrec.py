@@ -96,7 +96,11 @@ class PaperBlock(SASRecBlock):
 
 @dataclass(frozen=True)
 class SASRecSizes(Sizes):
-    """As `Sizes`; block: "pre_norm", or the "paper"'s, which carries normed vectors and stores maps of plain ones."""
+    """layers: blocks; heads: attention heads; dim: width d; max_length: events kept.
+
+    head: outputs and items are compared by cosine over a temperature, or by their dot product. block: "pre_norm", or
+    the "paper"'s, which carries normed vectors on and stores maps of plain ones.
+    """
 
     block: Literal["pre_norm", "paper"] = field(default="pre_norm", metadata={"unsaid": "pre_norm"})
 
