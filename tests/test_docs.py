@@ -89,6 +89,8 @@ def test_the_commands_of_the_pages_run(
     wrong = []
     for words in every():
         code, said = main(words), capsys.readouterr()
+        if words[0] == "fit" and "no law could be fitted" in said.err:
+            continue  # of a run of one size each; tests/report/test_laws.py fits some
         if code != 0 or not said.out:
             wrong.append(f"{' '.join(words)}: {code}\n{said.err}")
     assert not wrong, "\n".join(wrong)
