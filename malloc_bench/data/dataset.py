@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from malloc_bench.data.formats.policies import Judge
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -152,12 +154,9 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     clock = rows.order[by_time] if rows.has_time else ranks(users[by_time], rows.order[by_time])
     tied = np.zeros(0, np.int64)
     if card.parameters is None:
-        tied, again = shuffle_ties(users[by_time], items[by_time] + 1, clock)
-        answer = card.on_bad.get("ties", "shuffle")
-        if answer == "by_item":
-            again = np.lexsort([x[by_time[tied]] for x in (items, rows.order, users)])
-        if answer != "keep":
-            by_time[tied] = by_time[tied[again]]
+        answer = Judge(card.on_bad).answer("ties")
+        tied, again = settled_ties(answer, users[by_time], items[by_time] + 1, clock)
+        by_time[tied] = by_time[tied[again]]
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
         "item_ids": item_ids,
@@ -185,22 +184,28 @@ def ranks(users: np.ndarray, order: np.ndarray) -> np.ndarray:
     return count - np.maximum.accumulate(np.where(first, count, 0))
 
 
-def shuffle_ties(
-    users: np.ndarray, items: np.ndarray, times: np.ndarray, per_second: int = 1
+def settled_ties(
+    answer: str, users: np.ndarray, items: np.ndarray, times: np.ndarray, per_second: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An order that says nothing for the events of a user at one time: (places [K] of tied events, which [K] of these
-    goes to each). Sources often sort such events by item, and a model would learn from that what no request knows.
+    """The events of a user at one time in the order that the policy `ties` answers: (places [K] of tied events, which
+    [K] of these goes to each).
 
-    users, items, times: [E] integers, sorted by user and time. By a hash of user, item and second, so every file with
-    the same events gives the same order, in whatever unit; events that are alike in all three keep theirs.
+    users, items, times: [E] integers, sorted by user and time. "shuffle": an order that says nothing, for sources often
+    sort such events by item, and a model would learn from that what no request knows; by a hash of user, item and
+    second, so every file with the same events gives the same order, in whatever unit. "by_item": by item. "keep", and
+    events that are alike in all of that: as they stand.
     """
     same = np.zeros(len(users) + 1, dtype=bool)
     same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     tied = np.flatnonzero(same[1:] | same[:-1])
+    if answer == "keep":
+        return tied, np.arange(len(tied))
     users, items, times = users[tied], items[tied], times[tied]
-    key = np.zeros(len(tied), np.uint64)
-    for each in (users, items, times // per_second):
-        key = mixed(key ^ each.astype(np.uint64))
+    key = items
+    if answer == "shuffle":
+        key = np.zeros(len(tied), np.uint64)
+        for each in (users, items, times // per_second):
+            key = mixed(key ^ each.astype(np.uint64))
     return tied, np.lexsort((key, times, users))
 
 

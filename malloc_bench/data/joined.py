@@ -11,6 +11,7 @@ import numpy as np
 
 from malloc_bench.data.dataset import Dataset, Rows, group
 from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats.policies import Judge
 from malloc_bench.registry import UnknownName, clipped, suggest
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     their cards have ties in different orders.
     """
     name = "+".join(data.name for data in parts)
-    ties = {data.name: data.card.on_bad.get("ties", "shuffle") for data in parts}
+    ties = {data.name: Judge(data.card.on_bad).answer("ties") for data in parts}
     if len(set(ties.values())) > 1:
         told = ", ".join(f"{each} has {answer}" for each, answer in ties.items())
         raise DataError(f"{name}: on_bad.ties must be the same in all of them, and {told}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from malloc_bench.data.dataset import content_hash, ranks, shuffle_ties
+from malloc_bench.data.dataset import content_hash, ranks, settled_ties
 from malloc_bench.data.errors import DataError
 from malloc_bench.data.formats.ids import Ids
 from malloc_bench.data.formats.parse import Reader
@@ -201,12 +201,9 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 
 def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
     """Events of a user at one time or order, in the order that the policy says; `Dataset.tied` counts them."""
-    answer = reader.judge.answer("ties")
-    if answer == "by_item":
-        return rows[stable_order(rows["user"], rows["order"], rows["item"])]
-    if answer == "shuffle":
-        tied, again = shuffle_ties(rows["user"], rows["item"], rows["order"], reader.layout.per_second)
-        rows[tied] = rows[tied[again]]
+    columns = rows["user"], rows["item"], rows["order"]
+    tied, again = settled_ties(reader.judge.answer("ties"), *columns, reader.layout.per_second)
+    rows[tied] = rows[tied[again]]
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from malloc_bench.data.dataset import Dataset
+from malloc_bench.data.formats.policies import Judge
 from malloc_bench.data.load import get_dataset
 from malloc_bench.paths import home
 from malloc_bench.registry import literal
@@ -67,9 +68,9 @@ def same_direction(dataset: Dataset) -> dict[str, float | None]:
     """Where two items stand next to each other in more than one history: how often in the same direction.
 
     A share of the pairs of such places, .5 where the order says nothing; of all, and of ties and of the others where
-    times are known. Above .5 among ties that `ties: keep` left alone, a file has an order of its own there (products
-    one after the other, say), which models learn and no request knows; `shuffle` makes it .5. Ties are of one second: a
-    file of milliseconds orders some. Of the first CHUNK events. None: no two items meet twice.
+    times are known. Above .5 among ties, the order is one of its own (products one after the other, say), which models
+    learn and no request knows. Of ties that were dealt by lot nothing is said. Ties are of one second: a file of
+    milliseconds orders some. Of the first CHUNK events. None: no two items meet twice.
     """
     some = min(dataset.n_events, CHUNK)
     tied = dataset.first_of_time[:some] < np.arange(some)
@@ -88,7 +89,10 @@ def same_direction(dataset: Dataset) -> dict[str, float | None]:
         return float((ups * (ups - 1) + (all_ - ups) * (all_ - ups - 1)).sum() / met) if met else None
 
     known = dataset.has_time or dataset.order is not None
-    of = {"": np.ones(len(after), dtype=bool)} | ({"_tied": tied[after], "_apart": ~tied[after]} if known else {})
+    of = {"": np.ones(len(after), dtype=bool)} | ({"_apart": ~tied[after]} if known else {})
+    by_lot = dataset.card.parameters is None and Judge(dataset.card.on_bad).answer("ties") == "shuffle"
+    if known and not by_lot:
+        of["_tied"] = tied[after]
     return {f"same_direction{name}": share(which) for name, which in of.items()}
 
 

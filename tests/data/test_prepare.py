@@ -88,7 +88,10 @@ def test_events_of_equal_order_are_in_an_order_that_says_nothing(
     kept = read(order, {"ties": "keep"})
     by_file = np.lexsort((order, users))
     assert data.item_ids[kept.items - 1].tolist() == items[by_file].tolist() != data.item_ids[data.items - 1].tolist()
-    assert kept.order.tolist() == data.order.tolist()
+    listed = read(order, {"ties": "by_item"})
+    by_item = np.lexsort((items, order, users))
+    assert data.item_ids[listed.items - 1].tolist() == items[by_item].tolist() != items[by_file].tolist()
+    assert kept.order.tolist() == listed.order.tolist() == data.order.tolist()
 
 
 @pytest.mark.parametrize("small", [(10**6, 10**6, 10**6), (1, 11, 100)], indirect=True)
