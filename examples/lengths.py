@@ -53,7 +53,11 @@ def main() -> None:
     parser.add_argument("--edges", type=int, nargs="+", default=[300, 500])
     parser.add_argument("--enough", type=float, default=0.95)
     asked = parser.parse_args()
-    edges = sorted(asked.edges)
+    edges = sorted(set(asked.edges))
+    if edges[0] < 1:
+        parser.error(f"--edges {edges[0]}: expected numbers of events, 1 and more")
+    if not 0 < asked.enough <= 1:
+        parser.error(f"--enough {asked.enough}: expected a share of the lists above 0 and at most 1, such as .95")
     found = by_length(asked.run, edges)
     for (table,), own in found.group_by("table", maintain_order=True):
         users = dict(own.group_by("group").agg(pl.col("users").max()).iter_rows())

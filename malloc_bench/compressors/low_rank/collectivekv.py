@@ -85,7 +85,12 @@ class PoolBackbone(AttentionBackbone):
         return self._balanced(super().ranking_loss(history, tokens, labels))
 
     def _balanced(self, loss: Tensor) -> Tensor:
-        return loss + BALANCE * sum(block.uneven for block in self.blocks) if self.training else loss
+        if not self.training:
+            return loss
+        loss = loss + BALANCE * sum(block.uneven for block in self.blocks)
+        for block in self.blocks:
+            vars(block)["uneven"] = block.uneven.detach()  # a copy of the backbone has no use for the batch's graph
+        return loss
 
 
 @register("collectivekv")

@@ -85,14 +85,14 @@ class Card(Strict):
     def _format(cls, name: str) -> str:
         return name if name in ("synthetic", "table") else known_format(name)
 
-    @field_validator("on_bad")
+    @field_validator("on_bad", mode="before")  # the answers are named also where one is no text
     @classmethod
-    def _policies(cls, on_bad: dict[str, str]) -> dict[str, str]:
-        for case, answer in on_bad.items():
+    def _policies(cls, on_bad: Any) -> Any:
+        for case, answer in on_bad.items() if isinstance(on_bad, dict) else ():
             if case not in POLICIES:
-                raise ValueError(f"no policy is named '{case}'.{suggest(case, POLICIES)}")
+                raise ValueError(f"no policy is named '{case}'.{suggest(str(case), POLICIES)}")
             if answer not in POLICIES[case]:
-                raise ValueError(f"{case} can be answered with {', '.join(POLICIES[case])}, not '{answer}'")
+                raise ValueError(f"{case} can be answered with {', '.join(POLICIES[case])}, not {answer!r}")
         return on_bad
 
     @field_validator("categories")

@@ -478,6 +478,7 @@ def test_routers_learn_and_are_held_to_use_the_pool():
         loss(batch).backward()
         assert all(block.uvqk.weight.grad[-24:].abs().sum() > 0 for block in made.blocks)
         assert all(block.uneven > 1 for block in made.blocks)
+        copy.deepcopy(made)  # holds no graph of the batch, which cannot be copied
 
 
 def test_from_trained_weights_own_numbers_are_the_last_channels():

@@ -146,6 +146,9 @@ def test_what_is_always_rejected(make_card, folder, text, message):
         ({"duplicate": "drop"}, "no policy is named 'duplicate'. Did you mean 'duplicates'?"),
         ({"bad_row": "keep"}, "bad_row can be answered with reject, drop, not 'keep'"),
         ({"empty_file": "drop"}, "empty_file can be answered with reject, not 'drop'"),
+        ({"ties": 3}, "ties can be answered with shuffle, keep, by_item, not 3"),
+        ({"ties": ["keep"]}, "ties can be answered with shuffle, keep, by_item, not ['keep']"),
+        ({3: "drop"}, "no policy is named '3'. Valid: bad_row,"),
     ],
 )
 def test_a_card_with_a_wrong_policy(make_card, on_bad, message):
