@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from malloc_bench import registry
 from malloc_bench.cli.commands import main
+from malloc_bench.results import load_results
 
 Typed = Callable[[str], str]
 ROOT = Path(__file__).parent.parent
@@ -132,3 +134,23 @@ def test_links_lead_somewhere(name: str) -> None:
     folder = ROOT if name in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
     links = [link for link in re.findall(r"\]\(([^)#]+)", PAGES[name]) if "://" not in link]
     assert all((folder / link).exists() for link in links), links
+
+
+def test_the_finding_is_what_the_committed_rows_say() -> None:
+    names = ("full", "fit_keys", "kmeans", "fit_constant", "recent", "none")
+    rows = load_results(ROOT / "results" / "fitted").filter(
+        pl.col("budget").is_null() | (pl.col("budget") == "0.015625")
+    )
+    told = README.split("**The finding:")[1].split("\n\n")[1].splitlines()[2:]
+    for line, name in zip(told, names, strict=True):
+        cells = [cell.strip(" *") for cell in line.split("|")[2:-1]]
+        for backbone, (overlap, ndcg, size) in zip(("sasrec", "hstu"), (cells[:3], cells[3:])):
+            mean = rows.filter(
+                pl.col("backbone") == backbone,
+                (pl.col("compressor") == name)
+                | (pl.col("compressor_params").str.contains(f'"{name}"') & (pl.col("compressor") == "compose")),
+            ).select(pl.col("overlap@10", "ndcg@10", "bytes_mean").mean(), pl.len())
+            assert mean.item(0, 3) == 3, (name, backbone)
+            assert overlap == f"{mean.item(0, 0):.3f}".lstrip("0").replace("1.000", "1"), (name, backbone)
+            assert ndcg == f"{mean.item(0, 1):.4f}".lstrip("0"), (name, backbone)
+            assert size == f"{mean.item(0, 2):,.0f}", (name, backbone)
