@@ -116,7 +116,8 @@ can have: a ceiling.
 
 More than 64 to 128 probes add little, ridge hardly matters (but with many slots behind HSTU, where less is better:
 [results.md](results.md)), and which probes matters most where slots are fewest: those that the model ranks first for
-the user are as good as any (to .001) or better. At the ceiling, one known reader to a user, the same bytes keep {ceiling} of the lists: it is not the rounding that is lost at 1/64, but what other readers ask.
+the user are as good as any (to .001) or better. At the ceiling, one known reader to a user, the same bytes keep
+{ceiling} of the lists: it is not the rounding that is lost at 1/64, but what other readers ask.
 
 ### In which bits, and where
 
