@@ -206,11 +206,10 @@ class Asking:
 
     def _items(self, ask: Ask) -> Tensor:
         """[B, M]"""
+        ask = ask.in_ranking() if self.ranking else ask
         events, m = self.events, ask.number
         device, b = events.items.device, len(events.count)
         if ask.which == "top":
-            if self.ranking:
-                raise MissingStatistic("in ranking no item is known to be on top before it has been a candidate")
             newest = _turns(events.items, events.count, 1, newest=True)
             return self.top(self._at(newest, torch.zeros(1, dtype=torch.long, device=device)), m)
         if ask.which == "own":

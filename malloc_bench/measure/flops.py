@@ -58,7 +58,8 @@ def closed_form(
     """
     n = workload.history
     prefill = backbone.flops("prefill", n)
-    statistics = backbone.flops("statistics", n, stats=compressor.needs) if compressor.needs != Stats() else 0
+    needs = compressor.needs if backbone.scoring is None else compressor.needs.in_ranking()
+    statistics = backbone.flops("statistics", n, stats=needs) if needs != Stats() else 0
     raw = state.events is not None
     blocks = getattr(backbone, "blocks", ())
     events = [n] * len(blocks) if full is None else [layer[0].width for layer in full.layers]

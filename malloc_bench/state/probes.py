@@ -17,10 +17,11 @@ KINDS = ("drawn", "even", "popular", "own", "top", "candidates")
 @dataclass(frozen=True)
 class Ask:
     """Which probes a method needs, so many of them: `which` are "drawn" from training events, or "even", from all
-    items of training alike, the most "popular" items, the user's "own" newest ones, those that the model ranks at the
-    "top" for the user, the "candidates" that will read (a ceiling: nobody has them when a state is made), or the items
-    given by id. Where the user has fewer they come again. They stand, by turns, at the positions of the requests that
-    `horizon` names, 0 the next one: 1 is the one after that, when one more event has come."""
+    items of training alike, the most "popular" items, the user's "own" newest ones, those that the model ranks at
+    the "top" for the user (in ranking, where nobody ranks items that are no candidates, drawn ones), the
+    "candidates" that will read (a ceiling: nobody has them when a state is made), or the items given by id. Where
+    the user has fewer they come again. They stand, by turns, at the positions of the requests that `horizon` names,
+    0 the next one: 1 is the one after that, when one more event has come."""
 
     number: int
     which: str | tuple[int, ...] = "drawn"
@@ -39,6 +40,10 @@ class Ask:
     def kind(self) -> tuple[Any, ...]:
         """Equal for asks of which one has the first probes of the other."""
         return self.which, self.horizon
+
+    def in_ranking(self) -> Ask:
+        """What it comes to in ranking."""
+        return replace(self, which="drawn") if self.which == "top" else self
 
 
 _MOST = 20.0  # of a slot of the state's own it is 0 at most; of slots that somebody has made anything

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from malloc_bench.state.probes import Ask, merged
 
@@ -52,6 +52,10 @@ class Stats:
         """The probes that are asked for."""
         assert isinstance(self.probes, tuple)
         return self.probes
+
+    def in_ranking(self) -> Stats:
+        """What is gathered in ranking."""
+        return replace(self, probes=tuple(ask.in_ranking() for ask in self.asks))
 
     @property
     def of_items(self) -> bool:

@@ -134,13 +134,21 @@ def best(backbone, prefill, items, history):
     return (backbone.read(tokens, prefill.state)[:, 0] @ backbone.catalogue().T).topk(4).indices + 1
 
 
-def test_nobody_knows_candidates_or_what_is_on_top(trained):
+def test_nobody_knows_candidates(trained):
     backbone, _ = probed("sasrec-2-heads", trained, 4)
     history, _ = histories(backbone, LENGTHS)
     with pytest.raises(MissingStatistic, match="nobody knows the tokens"):
         backbone.prepare(history, stats=Stats(probes=Ask(4, "candidates")))
-    with pytest.raises(MissingStatistic, match="in ranking"):
-        probed("sasrec-2-heads", trained, Ask(4, "top"), ranking=True)
+
+
+def test_in_ranking_nothing_is_on_top_and_probes_are_drawn(trained):
+    ask, tops = Ask(4, "drawn"), Ask(4, "top")
+    (_, top), (_, drawn), (_, plain) = (
+        probed("sasrec-2-heads", trained, *each) for each in ((tops, True), (ask, True), (tops, False))
+    )
+    assert torch.equal(top.probes(0, tops).queries, drawn.probes(0, ask).queries)
+    assert not torch.equal(plain.probes(0, tops).queries, drawn.probes(0, ask).queries)
+    assert Stats(probes=tops).in_ranking() == Stats(probes=ask)
 
 
 def test_asks_add_up(trained):

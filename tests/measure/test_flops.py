@@ -1,5 +1,5 @@
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -182,6 +182,16 @@ def test_the_closed_form_knows_of_query_heads_and_of_parts(method, backbone, mon
     with torch.no_grad():
         state, found = compared(backbone, method, WORKS[0], monkeypatch)
         assert found["read_flops"] == per_user(lambda: backbone.read(tokens, state), WORKS[0].users)
+
+
+def test_in_ranking_probes_on_top_are_drawn_and_cost_as_much():
+    backbone, work, found = build.__wrapped__("sasrec", False, 41).for_ranking(), WORKS[0], []
+    for which in ("drawn", "top"):
+        method = get_compressor("fit_recent", probes=8, which=which)
+        full = work.prefill(backbone, method.needs)
+        gathered = count_flops(partial(work.prefill, backbone, method.needs))
+        found.append((gathered, closed_form(backbone, method, method.compress(full, Budget(0.4)), work)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("history", [100, 300])

@@ -35,8 +35,7 @@ class Auto(Compressor):
     ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
     One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
     candidate's kind, behind those that it is fitted to.
-    On plain tensors, which have no stack, each layer's own gap counts. The defaults' probes, those that the model
-    ranks at the top for the user, are not known in ranking. Where layers are alike, equal shares do as well.
+    On plain tensors, which have no stack, each layer's own gap counts. Where layers are alike, equal shares do as well.
     """
 
     candidates: tuple[Any, ...] = (
