@@ -14,6 +14,7 @@ from malloc_bench.registry import CONTROL, folded, shown
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDEST = 2_000  # columns of a terminal: COLUMNS may say anything
 
 _PLAIN = {
     "Δ": "d",
@@ -72,7 +73,9 @@ def console() -> Console:
     from rich.console import Console
 
     found = Console()
-    return found if found.width > 0 else Console(width=80)  # COLUMNS=0 is that of no terminal
+    if 0 < found.width <= WIDEST:
+        return found
+    return Console(width=min(found.width, WIDEST) or 80)  # COLUMNS=0 is that of no terminal
 
 
 def listing(heads: list[str], rows: list[list[str]]) -> None:

@@ -62,7 +62,7 @@ def test_a_file_with_control_characters_in_its_text(tmp_path: Path, capsys: Capt
         assert "line 3: the control character U+001B is not allowed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", ["20", "200"])
+@pytest.mark.parametrize("width", ["20", "200", "999999999"])
 def test_what_rows_name_cannot_steer_the_terminal(
     width: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,9 +83,10 @@ def test_what_rows_name_cannot_steer_the_terminal(
     assert width == "20" or ("[red]:smile:" in out and "\\x1b" in out)
 
 
-def test_a_terminal_of_no_width_is_one_of_eighty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "0")
-    assert text.console().width == 80
+@pytest.mark.parametrize("said, width", [("0", 80), ("2000", 2000), ("2001", 2000)])
+def test_a_terminal_has_a_width_that_one_can_fill(said: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", said)
+    assert text.console().width == width
 
 
 def test_warnings_are_one_line_without_control_characters(capsys: Capture) -> None:
