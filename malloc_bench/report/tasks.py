@@ -53,7 +53,7 @@ def _board(rows: pl.DataFrame, values: Sequence[str], key: str | None = None) ->
 def sliced(frame: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Accuracy and what is kept in some of the `slices`: by how popular the target is, by quarters of the training
 
-    events, or by whether it is of the time of the event before, so in an order by lot.
+    events, or by whether it is of the time of the event before, so in no known order.
     """
     found = unfolded(frame, "slices", VALUES, keys.__contains__)
     return found.select(*GROUP, *METHOD, "key", "n_users", *VALUES)
@@ -163,8 +163,8 @@ TABLES = {
     "ties": _table(
         ties,
         *_SLICED,
-        notes=["Events of one time are in an order by lot: of a target that ties with the event before, either could "
-               "have been asked for. Published figures often keep the order of a file there."],
+        notes=["Which of two events of one time came first nobody knows: of a target that ties with the event before, "
+               "either could have been asked for. Published figures often keep the order of a file there."],
     ),
     "robustness": _table(
         robustness,
