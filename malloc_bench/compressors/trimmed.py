@@ -84,7 +84,7 @@ def trimmed(
     seen: dict[str, Any] | None = None,
 ) -> tuple[UserState, dict[str, Any]]:
     """A state, `joined`, without the slots that `stays` (layer, positions [B, H', S]) does not name, the others in the
-    order of their positions, and what was observed of them.
+    order of their positions, and what was observed of them. Memories beside them stay.
 
     same: of each layer; those that shared their slots and are alike here share what is left.
     """
@@ -92,7 +92,7 @@ def trimmed(
     known = {name: x for name, x in (seen or {}).items() if x is not None}
     left: dict[str, Any] = {name: [] for name in known}
     done: dict[Hashable, Slots] = {}
-    for i, (segment,) in enumerate(state.layers):
+    for i, (segment, *memories) in enumerate(state.layers):
         old = segment.slots
         assert old is not None and old.positions is not None, "as `joined` leaves them"
         stay = stays(i, old.positions) & old.mask(segment.width)
@@ -106,7 +106,8 @@ def trimmed(
                 name: None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for name, x in told
             }
             done[key] = Slots(count.to(old.count.dtype), **columns)
-        layers.append((Segment({k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}, done[key]),))
+        fields = {k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}
+        layers.append((Segment(fields, done[key]), *memories))
         for name, x in known.items():
             left[name].append(_columns(x[i], index, done[key].mask(index.shape[-1]), COLUMNS[name]))
     return replace(state, layers=tuple(layers)), left

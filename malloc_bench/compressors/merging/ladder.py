@@ -194,7 +194,7 @@ class Ladder(AttentionBackbone):
         """The state with one token for those before it of the level below, of users [B] for whom it is `due`."""
         span, short = self.rungs.spans[level], self.rungs.spans[level - 1]
         end = (state.length - self.rungs.lags[level]).long()[:, None]  # [B, 1]
-        (segment,), first, at = state.layers[0], (end - span)[:, None], (end - 1).clamp(min=0)
+        (segment, *_), first, at = state.layers[0], (end - span)[:, None], (end - 1).clamp(min=0)
         assert segment.slots is not None and segment.slots.positions is not None, "as `joined` leaves them"
         wanted = (end - span + torch.arange(short, span + 1, short, device=end.device) - 1)[:, None, :, None]
         same = (segment.slots.positions.unsqueeze(2) == wanted) & segment.slots.mask(segment.width).unsqueeze(2)
