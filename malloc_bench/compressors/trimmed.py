@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,16 +102,16 @@ def trimmed(
         index = order[..., : int(count.max()) if count.numel() else 0]
         key = id(old), same[i]
         if key not in done:
-            told = ((name, getattr(old, name)) for name in ("positions", "timestamps", "mass"))
-            columns: dict[str, Any] = {
-                name: None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for name, x in told
-            }
-            done[key] = Slots(count.to(old.count.dtype), **columns)
+            done[key] = old.each(partial(_rows, index=index), count.to(old.count.dtype))
         fields = {k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}
         layers.append((Segment(fields, done[key]), *memories))
         for name, x in known.items():
             left[name].append(_columns(x[i], index, done[key].mask(index.shape[-1]), COLUMNS[name]))
     return replace(state, layers=tuple(layers)), left
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(2, index.expand(-1, x.shape[1], -1))
 
 
 def _columns(x: Tensor, index: Tensor, mask: Tensor, axis: int) -> Tensor:
