@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Slots:
 
     def each(self, fn: Callable[[Tensor], Tensor], count: Tensor) -> Self:
         """fn of all that is known of every slot, [B, H', S] each, of which the first count [B, H'] are real."""
-        known = {name: fn(x) for name in _KNOWN if (x := getattr(self, name)) is not None}
+        known: dict[str, Any] = {name: fn(x) for name in _KNOWN if (x := getattr(self, name)) is not None}
         return replace(self, count=count, **known)
 
     def shortened(self) -> Slots:
