@@ -264,7 +264,8 @@ class Prefill:
         if fitted is None or fitted is self.fitted:
             return self
         there = self.state.length.device  # ids may be elsewhere
-        moved, memo = self.remember(("fitted", fitted.digest), lambda: (fitted.to(there), {}))
+        nothing: dict[Hashable, Any] = {}
+        moved, memo = self.remember(("fitted", fitted.digest), lambda: (fitted.to(there), nothing))
         return replace(self, fitted=moved, memo=memo)
 
     def take(self, users: Tensor) -> Prefill:
