@@ -58,8 +58,10 @@ class Slots:
 
     def shortened(self) -> Slots:
         """The same in fewer bytes; raises ValueError for positions beyond int16, and for times beyond uint32."""
-        if self.positions is not None and self.positions.numel() and int(self.positions.max()) > _LAST:
-            raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(self.positions.max())}: histories too long")
+        if self.positions is not None and self.positions.numel():
+            last = torch.where(self.mask(self.positions.shape[-1]), self.positions, 0).max()
+            if int(last) > _LAST:
+                raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(last)}: histories too long")
         if self.timestamps is not None and self.timestamps.numel():
             first, last = torch.where(self.mask(self.timestamps.shape[-1]), self.timestamps, 0).aminmax()
             if int(first) < 0 or int(last) > _MOMENTS:
