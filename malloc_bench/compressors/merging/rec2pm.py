@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, over
+from malloc_bench.backbones.block import each_stores
 from malloc_bench.backbones.probing import probe_flops
 from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import refusal, trimmed
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, joined
+from malloc_bench.state import Events, Prefill, Slots, Stats, UserState, joined
 from malloc_bench.state.extend import grow
 
 if TYPE_CHECKING:
@@ -110,13 +110,17 @@ class RecurrentBackbone(AttentionBackbone):
         c, m = self.segment, len(self.memory)
         left = tokens % c + m * (tokens >= c)
         if step == "statistics":
-            return sum(probe_flops(block, event, left, stats) for block, event in self._events())
+            return sum(
+                probe_flops(block, event, left, stats) for block, event in each_stores(self.blocks, self.items.weight)
+            )
         if step == "read":
             raw = None if state is None else state.events
             if raw is None:
                 return super().flops(step, tokens, state)
             held = int((raw.count % c + m * (raw.count >= c)).max()) if len(raw.count) else 0
-            over = sum(block.attend_flops(tokens, event) * held for block, event in self._events())
+            over = sum(
+                block.attend_flops(tokens, event) * held for block, event in each_stores(self.blocks, self.items.weight)
+            )
             return super().flops(step, tokens) + self.flops("prefill", raw.items.shape[1]) + over
         length = 0 if state is None or not len(state) else int(state.length.max())
         held = 0 if state is None else sum(segment.width for segment in state.layers[0])
@@ -124,7 +128,7 @@ class RecurrentBackbone(AttentionBackbone):
         while tokens:
             now = min(tokens, c - length % c)
             total += super().flops("append", now, first)
-            pair = sum(block.attend_flops(1, event) for block, event in self._events())
+            pair = sum(block.attend_flops(1, event) for block, event in each_stores(self.blocks, self.items.weight))
             total += 0 if first is not None else pair * now * held
             tokens, length, held, first = tokens - now, length + now, held + now, None
             if length % c == 0:
@@ -132,12 +136,6 @@ class RecurrentBackbone(AttentionBackbone):
                 total += 2 * m * self.again.weight.numel() * (length > c)
                 held = m
         return total
-
-    def _events(self) -> Iterator[tuple[Any, Segment]]:
-        """Each layer and what it stores of one token."""
-        for block in self.blocks:
-            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
-            yield block, Segment({k: Dense(v) for k, v in own.items()}, None)
 
 
 @register("rec2pm")
