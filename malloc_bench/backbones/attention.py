@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.backbones.block import Block, Known, Places, block_pairs
+from malloc_bench.backbones.block import Block, Known, Places, block_pairs, each_stores
 from malloc_bench.backbones.folded import CELLS, alone, in_one_pass, over_segment, read_flops, row_size
 from malloc_bench.backbones.items import ItemBackbone, Sizes
 from malloc_bench.backbones.losses import dropout
@@ -180,10 +180,7 @@ class AttentionBackbone(ItemBackbone):
         raw = 0 if state is None or state.events is None else state.events.items.shape[1]  # rebuilt before a read
         total = self.flops("prefill", raw) if raw else 0
         total += self._ranking_flops(stats) if step == "statistics" else 0
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
-            event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
+        for i, (block, event) in enumerate(each_stores(self.blocks, self.items.weight)):
             pair = block.attend_flops(1, event)
             if step == "statistics":
                 total += 2 * block.heads * block_pairs(tokens) * stats.column_sum
@@ -193,7 +190,7 @@ class AttentionBackbone(ItemBackbone):
             total += block.linear_flops(tokens)
             total += pair * {"prefill": block.causal_pairs(tokens), "append": tokens**2, "read": tokens}[step]
             if raw:
-                rebuilt = {k: Dense(v.expand(-1, -1, raw, -1)) for k, v in own.items()}
+                rebuilt = {k: Dense(v.dense().expand(-1, -1, raw, -1)) for k, v in event.fields.items()}
                 total += block.attend_flops(tokens, Segment(rebuilt, Slots(torch.full((1, 1), raw))))
             if state is not None and state.layers:
                 total += sum(read_flops(block, tokens, segment) for segment in state.layers[i])

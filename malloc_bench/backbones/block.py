@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,6 +159,13 @@ class Block(nn.Module):
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """[B, M, heads x D] -> [B, heads, M, D]"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def each_stores(blocks: Iterable[Block], table: Tensor) -> Iterator[tuple[Block, Segment]]:
+    """Each layer and what it stores of one token; table [n, d]: of embeddings."""
+    for block in blocks:
+        own = block.project(table.new_zeros(1, 1, table.shape[1]))[1]
+        yield block, Segment({k: Dense(v) for k, v in own.items()}, None)
 
 
 def block_pairs(slots: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
 from malloc_bench.backbones.base import Backbone
-from malloc_bench.backbones.block import BLOCK, Block, Known, Places, block_pairs
+from malloc_bench.backbones.block import BLOCK, Block, Known, Places, block_pairs, each_stores
 from malloc_bench.backbones.climber_partition import SCENARIOS, STRATEGIES, TIMED, balanced, compact
 from malloc_bench.backbones.folded import read_flops
 from malloc_bench.backbones.hstu import TIME_BUCKETS, relative_bias
@@ -300,10 +300,8 @@ class Climber(AttentionBackbone):
         probes = {"prefill": 0, "statistics": sent(stats)}  # they come out of the stacks as candidates do
         total = self.fusion.flops(probes.get(step, tokens))
         total += self._ranking_flops(stats) if step == "statistics" else 0
-        for i, block in enumerate(self.blocks):
+        for i, (block, event) in enumerate(each_stores(self.blocks, self.items.weight)):
             width = widths[i // self.config.layers]
-            own = block.project(self.items.weight.new_zeros(1, 1, self.config.dim))[1]
-            event = Segment({k: Dense(v) for k, v in own.items()}, None)  # what one token stores
             pair, filling = block.attend_flops(1, event), block.linear_flops(width)
             filling += pair * block.causal_pairs(width)
             if step == "statistics":

@@ -95,6 +95,11 @@ def methods_in(compressor: Compressor) -> Iterator[Compressor]:
         yield from methods_in(part)
 
 
+def ours(compressor: Compressor) -> bool:
+    """Whether it, and all that its parameters name, come with this package."""
+    return all(type(part).__module__.startswith("malloc_bench.") for part in methods_in(compressor))
+
+
 def said(compressor: Compressor) -> str:
     """`fit_keys(probes=128) + mxint`: a method's name, and what its parameters are where they are not the defaults."""
     inner = [each for each in methods_in(compressor) if each is not compressor]

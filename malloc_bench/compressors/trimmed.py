@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ def trimmed(
     seen: dict[str, Any] | None = None,
 ) -> tuple[UserState, dict[str, Any]]:
     """A state, `joined`, without the slots that `stays` (layer, positions [B, H', S]) does not name, the others in the
-    order of their positions, and what was observed of them.
+    order of their positions, and what was observed of them. Memories beside them stay.
 
     same: of each layer; those that shared their slots and are alike here share what is left.
     """
@@ -92,7 +93,7 @@ def trimmed(
     known = {name: x for name, x in (seen or {}).items() if x is not None}
     left: dict[str, Any] = {name: [] for name in known}
     done: dict[Hashable, Slots] = {}
-    for i, (segment,) in enumerate(state.layers):
+    for i, (segment, *memories) in enumerate(state.layers):
         old = segment.slots
         assert old is not None and old.positions is not None, "as `joined` leaves them"
         stay = stays(i, old.positions) & old.mask(segment.width)
@@ -101,15 +102,16 @@ def trimmed(
         index = order[..., : int(count.max()) if count.numel() else 0]
         key = id(old), same[i]
         if key not in done:
-            told = ((name, getattr(old, name)) for name in ("positions", "timestamps", "mass"))
-            columns: dict[str, Any] = {
-                name: None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for name, x in told
-            }
-            done[key] = Slots(count.to(old.count.dtype), **columns)
-        layers.append((Segment({k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}, done[key]),))
+            done[key] = old.each(partial(_rows, index=index), count.to(old.count.dtype))
+        fields = {k: Dense(take(v.dense(), index)) for k, v in segment.fields.items()}
+        layers.append((Segment(fields, done[key]), *memories))
         for name, x in known.items():
             left[name].append(_columns(x[i], index, done[key].mask(index.shape[-1]), COLUMNS[name]))
     return replace(state, layers=tuple(layers)), left
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(2, index.expand(-1, x.shape[1], -1))
 
 
 def _columns(x: Tensor, index: Tensor, mask: Tensor, axis: int) -> Tensor:

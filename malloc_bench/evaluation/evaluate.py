@@ -15,7 +15,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor, get_compressor
-from malloc_bench.compressors.base import methods_in
+from malloc_bench.compressors.base import ours
 from malloc_bench.data.tasks.batches import by_length
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.known import heard, lengths
@@ -324,8 +324,7 @@ def _noting(broken: dict[str, Failure], *jobs: Job) -> Iterator[None]:
 
 def _remembers(compressor: Compressor) -> Any:
     """Whose memory a method shares: ours all have one, which saves time; anybody else's spoils none but its own."""
-    ours = all(type(part).__module__.startswith("malloc_bench.") for part in methods_in(compressor))
-    return None if ours else (type(compressor), repr(compressor))
+    return None if ours(compressor) else (type(compressor), repr(compressor))
 
 
 def _at_floor(job: Job, full: Tensor, size: Tensor) -> np.ndarray:

@@ -22,7 +22,8 @@ class Trajectory(NextItem):
     """Retrieval of T items one after the other. What answered is appended to the state, however that is compressed, and
 
     the next event reads it: the true one, or, apart, the model's own: of the items that the user has not met and that
-    it has not shown yet, the first. Whatever has been fed cannot rank, the true item of a step always can.
+    it has not shown yet, the first. Whatever has been fed cannot rank, the true item of a step always can. Of data sets
+    that were joined, a step asks for items of its true one's own.
     """
 
     #: [B, T] each: ranks of the true items with the truth fed and with the model's own, -1 where there are no more; how
@@ -49,6 +50,7 @@ class Trajectory(NextItem):
         if filter_seen:
             self.unmet[met(data, users, at)] = -torch.inf
         self.unmet = self.unmet.to(device)
+        self.domains = None if data.domains is None else torch.from_numpy(data.domains).to(device)  # of each item
 
     def read(self, backbone: Backbone, state: UserState, rows: Tensor | None = None) -> Tensor:
         """Outputs [B, T, d] with the truth fed."""
@@ -72,14 +74,20 @@ class Trajectory(NextItem):
             asked = self._asked(step, banned)
             ranks.append(rank(hidden[None], table, asked)[0])
             tops.append(best(hidden, table, asked))
-            first = torch.addmm(banned, hidden, table.T).argmax(1, keepdim=True)
+            first = torch.addmm(self._of_domain(step, banned), hidden, table.T).argmax(1, keepdim=True)
             items.append(first.to(token.items.dtype) + 1)
             banned.scatter_(1, first, -torch.inf)
         self.own.append((torch.stack(ranks, 1), torch.stack(tops, 1), torch.cat(items, 1)))
 
     def _asked(self, step: int, banned: Tensor) -> Question:
         target = self.targets[:, step]
-        return Question(target, banned.scatter(1, target[:, None], 0.0))
+        return Question(target, self._of_domain(step, banned.scatter(1, target[:, None], 0.0)))
+
+    def _of_domain(self, step: int, penalty: Tensor) -> Tensor:
+        """What cannot rank [B, n_items], and beside it what is of other data sets than a step's true item."""
+        if self.domains is None:
+            return penalty
+        return penalty.masked_fill(self.domains[self.targets[:, step], None] != self.domains, -torch.inf)
 
     def judge(self, outputs: Sequence[tuple[Backbone, Tensor]]) -> list[Values]:
         judged = super().judge([(model, hidden[:, :, 0]) for model, hidden in outputs])

@@ -15,6 +15,7 @@ import torch
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor, Structural
+from malloc_bench.compressors.base import ours
 from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split, Targets
@@ -80,8 +81,7 @@ class Session:
 
         or makes no sense has its row; share: (i, n), then, of every n-th chunk only.
         """
-        todo = [each for each in members if not self._skip(each)]
-        if todo:
+        if todo := self._todo(members):
             with self._failing(todo):
                 self._group(todo[0].cell, todo, share, later)
 
@@ -100,14 +100,19 @@ class Session:
             for each in cells:
                 self._write(each, {"status": "failed", **failure(error)._asdict()})
 
-    def _skip(self, each: Planned) -> bool:
+    def _todo(self, members: Sequence[Planned]) -> list[Planned]:
+        bare: list[Backbone] = []  # untrained, made once for all methods of ours, which change nothing
+        return [each for each in members if not self._skip(each, bare)]
+
+    def _skip(self, each: Planned, bare: list[Backbone]) -> bool:
         """Whether its row is written already: skipped as it makes no sense, or failed as its parts cannot be made."""
         with self._failing([each]):
             self.begin("its making", each.id)
             why = each.cell.impossible
             if why is None:
-                backbone = made(each.cell, self._split(each.cell).dataset)
                 method = each.cell.compressor.build()
+                backbone = bare[0] if bare and ours(method) else made(each.cell, self._split(each.cell).dataset)
+                bare[:] = [backbone] if ours(method) else bare
                 why = method.supports(backbone) or self._unknown(each.cell, method)
                 if each.cell.evaluate == "validation" and not len(self._split(each.cell).valid):
                     why = f"with the split {each.cell.split} nothing validates"

@@ -260,11 +260,13 @@ class Prefill:
         return self.memo[key]
 
     def given(self, fitted: Fitted | None) -> Prefill:
-        """The same with what a method has learned; what it remembers is apart for every fit."""
+        """The same with what a method has learned, beside the state; what it remembers is apart for every fit."""
         if fitted is None or fitted is self.fitted:
             return self
-        fitted = fitted.to(self.users.device)
-        return replace(self, fitted=fitted, memo=self.memo.setdefault(("fitted", fitted.digest), {}))
+        there = self.state.length.device  # ids may be elsewhere
+        nothing: dict[Hashable, Any] = {}
+        moved, memo = self.remember(("fitted", fitted.digest), lambda: (fitted.to(there), nothing))
+        return replace(self, fitted=moved, memo=memo)
 
     def take(self, users: Tensor) -> Prefill:
         """The given rows of the batch, users [B'] int64; nothing is remembered of the others."""

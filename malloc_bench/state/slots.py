@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from malloc_bench.state.vectors import Ragged
 
 _ONE = torch.ones(1, 1, dtype=torch.long)
 _LAST = torch.iinfo(torch.int16).max
+_KNOWN = ("positions", "timestamps", "mass", "score")
 _MOMENTS = (1 << 32) - 1  # seconds from 1970 to 2106, as 32 bits hold them
 
 
@@ -45,14 +47,21 @@ class Slots:
             )
 
     def __repr__(self) -> str:
-        known = [name for name in ("positions", "timestamps", "mass", "score") if getattr(self, name) is not None]
+        known = [name for name in _KNOWN if getattr(self, name) is not None]
         least, most = self.count.aminmax() if self.count.numel() else (0, 0)
         return f"Slots({int(least)} to {int(most)} of {len(self.count)} users{''.join(f', {name}' for name in known)})"
 
+    def each(self, fn: Callable[[Tensor], Tensor], count: Tensor) -> Self:
+        """fn of all that is known of every slot, [B, H', S] each, of which the first count [B, H'] are real."""
+        known: dict[str, Any] = {name: fn(x) for name in _KNOWN if (x := getattr(self, name)) is not None}
+        return replace(self, count=count, **known)
+
     def shortened(self) -> Slots:
         """The same in fewer bytes; raises ValueError for positions beyond int16, and for times beyond uint32."""
-        if self.positions is not None and self.positions.numel() and int(self.positions.max()) > _LAST:
-            raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(self.positions.max())}: histories too long")
+        if self.positions is not None and self.positions.numel():
+            last = torch.where(self.mask(self.positions.shape[-1]), self.positions, 0).max()
+            if int(last) > _LAST:
+                raise ValueError(f"positions in 16 bits reach {_LAST}, not {int(last)}: histories too long")
         if self.timestamps is not None and self.timestamps.numel():
             first, last = torch.where(self.mask(self.timestamps.shape[-1]), self.timestamps, 0).aminmax()
             if int(first) < 0 or int(last) > _MOMENTS:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor, TokenMethod
-from malloc_bench.compressors.base import MissingFit, methods_in
+from malloc_bench.compressors.base import MissingFit, ours
 from malloc_bench.compressors.chain.compose import Compose
 from malloc_bench.compressors.fitted.fit_keys import FitKeys
 from malloc_bench.registry import told
@@ -101,8 +101,7 @@ def read_alone(compressor: Compressor) -> None:
 
     does not read from the bytes of their states what this one does. Some seconds.
     """
-    ours = all(type(part).__module__.startswith("malloc_bench.") for part in methods_in(compressor))
-    if ours or not portable(compressor):
+    if ours(compressor) or not portable(compressor):
         return
     for world in worlds():
         plain = world.backbone

@@ -195,6 +195,19 @@ def test_what_one_budget_has_remembered_changes_no_other(world):
             check_same(method.compress(prefill, Budget(budget), fitted), again)
 
 
+@pytest.mark.parametrize("name", ["auto", "eigen", "pq", "lu"])
+def test_a_fit_goes_where_the_state_lies(world, name):
+    """A run leaves the ids of its users on the CPU, whatever device the state is on; here `meta` stands for that."""
+    method = auto() if name == "auto" else get_compressor(name)
+    budget = Budget(0.1) if method.takes_budget else None
+    with torch.no_grad():
+        fitted = method.fit(world.sample(method))
+        prefill = world.prefill(method.needs)
+        elsewhere = replace(prefill, users=prefill.users.to("meta"), memo={})
+        check_same(method.compress(elsewhere, budget, fitted), method.compress(prefill, budget, fitted))
+        assert torch.equal(method.floor(elsewhere.given(fitted)), method.floor(prefill.given(fitted)))
+
+
 def check_same(one, other):
     assert torch.equal(one.nbytes(), other.nbytes())
     for mine, theirs in zip(one.segments(), other.segments()):

@@ -15,6 +15,7 @@ CHAINS = [
     ("h2o", "recent"), ("h2o", "merge_adjacent"), ("tova", "merge_adjacent", "knorm"), ("recent", "int8"),
     ("merge_adjacent", {"kivi": {"bits": 2}}), ("h2o", {"kivi": {"bits": 4, "tail": 8}}), ("h2o", {"svd": {"rank": 4}}),
     ("snapkv", "sink_recent", {"kivi": {"bits": 8, "tail": 3}}), ("merge_adjacent", "merge_adjacent"),
+    ("h2o_stream", {"kivi": {"bits": 8, "tail": 3}}), ("h2o_stream", "by_age"),
 ]  # fmt: skip
 
 

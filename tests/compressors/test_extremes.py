@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Compressor, Eviction, get_compressor
-from malloc_bench.state import Prefill
+from malloc_bench.registry import names
+from malloc_bench.state import MissingStatistic, Prefill
 from malloc_bench.suite.file import Fault
 from malloc_bench.suite.parts import parts
 
@@ -45,6 +46,20 @@ def test_a_ridge_that_the_root_of_the_keys_would_not_feel():
     with pytest.raises(ValueError, match=r"^leverage: ridge must be at least 1e-10, not 1e-300"):
         get_compressor("leverage", ridge=1e-300)
     assert get_compressor("leverage", ridge=1e-10).compress(keys(), 0.5)
+
+
+@pytest.mark.parametrize("name", names("compressors"))
+def test_a_batch_of_nobody(name):
+    steps = {"steps": ["tome", "mxint"]} if name == "compose" else {}
+    method, nothing = get_compressor(name, **steps), torch.zeros(0, 2, 24, 8)
+    if method.structural or method.fit_parts():
+        pytest.skip("made of a backbone, or of training users")
+    prefill = Prefill.from_tensors([nothing], [nothing], queries=[nothing], probes=[nothing[:, :, :1]])
+    try:
+        state = method.compress(prefill, 0.5 if method.takes_budget else None)
+    except MissingStatistic:
+        pytest.skip("asks what plain tensors do not tell")
+    assert len(state) == 0 and state.nbytes().tolist() == []
 
 
 def test_heads_that_do_not_divide():

@@ -8,7 +8,7 @@ import torch
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.compressors.eviction.random import hashed
 from malloc_bench.compressors.merging import clusters
-from malloc_bench.state import Events, Named, Prefill, Stats
+from malloc_bench.state import Dense, Events, Named, Prefill, Segment, Slots, Stats, UserState
 from malloc_bench.testing import World, histories
 from malloc_bench.testing.worlds import close
 
@@ -250,6 +250,44 @@ def test_the_size_of_vql_does_not_grow_with_the_history():
         get_compressor("vql", codes=4).compress(Prefill.from_tensors([k], [k]), None, fitted).nbytes() for k in keys
     ]
     assert sizes[0] == sizes[1]
+
+
+def test_a_state_of_vql_that_goes_on_is_that_of_all_events(trained):
+    """In the lowest layer, where what is stored of an event hangs on the event alone; a slot counts for its events."""
+    backbone, method = trained("sasrec"), get_compressor("vql", codes=5)
+    with torch.no_grad():
+        fitted = method.fit(World("sasrec", backbone).sample(method))
+        history, _ = histories(backbone, (12, 25))
+        before = history.each(lambda x: x, history.count - 3)
+        grown = backbone.prefill(before).given(fitted)
+        for left in (3, 2, 1):
+            event = history.last(torch.full_like(history.count, left)).each(
+                lambda x: x[:, :1], torch.ones_like(before.count)
+            )
+            state = method.compress(grown, None, fitted)
+            grown = backbone.go_on(grown, state, event, method.needs)
+        (state,), (want,) = (method.compress(x, None, fitted).layers[0] for x in (grown, backbone.prefill(history)))
+    for user in range(2):
+        for head in range(state.slots.count.shape[1]):
+            found = []
+            for each in (state, want):
+                n = int(each.slots.count[user, head])
+                code = each.fields["keys"].codes[user, head, :n, 0].argsort()  # they lie in another order
+                found.append([x[user, head, :n][code] for x in (each.slots.mass, each.fields["values"].dense())])
+            assert torch.equal(found[0][0], found[1][0]) and found[0][0].sum() == history.count[user]
+            close(found[0][1], found[1][1], f"{user} {head}", 1e-5)
+
+
+@pytest.mark.parametrize("method", ["merge_adjacent", "kmeans", "tome"])
+def test_slots_that_count_for_less_than_an_event_merge_to_a_mean(method):
+    """As those that were fitted may: was a sum over less than 1, and a place near the start."""
+    one = torch.ones(1, 1, 6, 4)
+    slots = Slots(torch.tensor([[6]], dtype=torch.int32), torch.arange(10, 16).int()[None, None], None, one[..., 0] / 8)
+    kept = UserState(((Segment({"keys": Dense(one), "values": Dense(one)}, slots),),), torch.tensor([20]).int())
+    prefill = Prefill.from_tensors([noise(1, 1, 20, 4)], [noise(1, 1, 20, 4)], positions=True).over(kept)
+    (segment,) = get_compressor(method).compress(prefill, Budget(slots=2)).layers[0]
+    assert torch.allclose(segment.fields["keys"].dense(), one[:, :, :2]) and segment.slots.mass.sum() == 6 / 8
+    assert 10 <= int(segment.slots.positions.min()) <= int(segment.slots.positions.max()) <= 15
 
 
 def test_alike_keys_merge_by_where_they_stand():

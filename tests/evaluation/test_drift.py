@@ -67,6 +67,19 @@ def test_one_eviction_an_append(trained):
             close(after.layers[layer][0].slots.score[user, 0], total[user, kept], "kept", 1e-6)
 
 
+@pytest.mark.parametrize("after", [{"kivi": {"bits": 8, "tail": 2}}, {"by_age": {"bits": 8, "old_bits": 8}}, "mxint"])
+def test_sums_are_kept_by_what_writes_slots_apart(trained, after):
+    """They are charged to the budget, so they are stored; the next update adds to them."""
+    backbone, chain = trained("sasrec"), get_compressor("compose", steps=("h2o_stream", after))
+    history, _ = histories(backbone, LENGTHS)
+    before = backbone.prepare(history.each(lambda x: x, history.count - 1), stats=chain.needs)
+    state = chain.compress(before, {"slots": 5})
+    grown = backbone.go_on(before, state, history.last(torch.ones_like(history.count)), chain.needs)
+    plain = chain.steps[0].compress(before, {"slots": 5})
+    for layer in grown.layers:
+        close(grown.slots(layer).score[..., :5], plain.layers[layer][0].slots.score, "sums", 1e-6)
+
+
 def test_columns(trained, synthetic):
     backbone = trained("sasrec")
     jobs = [

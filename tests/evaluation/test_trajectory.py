@@ -110,6 +110,21 @@ def test_what_a_model_feeds_itself_knows_nothing_of_what_came(split, backbone):
     assert torch.equal(*lists)
 
 
+def test_of_joined_data_a_step_asks_for_items_of_its_own_set(split, backbone):
+    data = split.dataset
+    domains = (np.arange(data.n_items) % 2).astype(np.int16)
+    joined = replace(split, dataset=replace(data, domains=domains, domain_names=("even", "odd")))
+    found, order = evaluate(backbone, joined, []), np.concatenate(chunks(backbone, joined))
+    values, at = found.values[REFERENCE], split.test.at[order]
+    assert (values["true_ranks"][:, 0] == values["rank"]).all() and (values["own_ranks"][:, 0] == values["rank"]).all()
+    for step in range(STEPS):
+        there = values["true_ranks"][:, step] >= 0
+        asked = domains[data.items[at[there] + step] - 1]
+        assert (domains[values["own_items"][there, step] - 1] == asked).all()
+        for way in ("true_ranks", "own_ranks"):
+            assert (values[way][there, step] < np.bincount(domains)[asked]).all()
+
+
 def test_compressed_states_go_on_too_and_end_where_their_events_do(found):
     for each in ("none", "recent", "coded", "ids"):
         values = found.values[each]

@@ -186,6 +186,34 @@ def test_measuring_later_fills_in_what_was_not_measured(suite: Path, tmp_path: P
     assert run_suite(suite, tmp_path / "run", only=only, quiet=True).reused == 1
 
 
+def test_methods_of_ours_are_asked_about_one_untrained_backbone(
+    suite: Path, tmp_path: Path, monkeypatch, methods
+) -> None:
+    """Somebody else's may change what it is asked about, and gets its own."""
+
+    @register("theirs")
+    @dataclass(frozen=True)
+    class Theirs(Compressor):
+        def supports(self, backbone):
+            backbone.spoilt = True
+
+        @property
+        def takes_budget(self):
+            return False
+
+        def compress(self, prefill, budget=None, fitted=None):
+            return prefill.state
+
+    drawn: list[str] = []
+    monkeypatch.setattr(session, "read_alone", lambda method: None)
+    monkeypatch.setattr(
+        session, "made", lambda cell, data, made=session.made: drawn.append(str(cell)) or made(cell, data)
+    )
+    suite.write_text(SUITE.replace("[full, recent", "[full, theirs, recent"))
+    result = run_suite(suite, tmp_path / "run", quiet=True)
+    assert result.ok == 5 and len(drawn) == 2, drawn
+
+
 def test_fresh_runs_everything_again(suite: Path, tmp_path: Path) -> None:
     run_suite(suite, tmp_path / "run", quiet=True)
     assert run_suite(suite, tmp_path / "run", fresh=True, quiet=True).ok == 4

@@ -167,7 +167,7 @@ class Auto(Compressor):
 
     def floor(self, prefill: Prefill) -> Tensor:
         """With the largest candidate's smallest state in every layer."""
-        total = torch.full_like(prefill.users, COUNT_BYTES)
+        total = torch.full_like(prefill.state.length, COUNT_BYTES).long()
         for layer in prefill.layers:
             view = _alone(prefill, layer)
             floors = [each.floor(self._informed(view, prefill.fitted, each, layer)) for each in self.candidates]
@@ -179,7 +179,8 @@ class Auto(Compressor):
         if fitted is None or not method.fit_parts():
             return view
         learned = fitted.part(f"{self.candidates.index(method)}.{layer}")
-        return replace(view, fitted=learned.to(view.users.device))  # candidates remember what they share, as slots
+        # its memo stays: candidates remember what they share, as slots
+        return replace(view, fitted=learned.to(view.state.length.device))
 
     def flops(self, state: UserState, of: Sources) -> int:
         """Of the candidate that costs most for a layer's slots."""

@@ -75,7 +75,7 @@ class FitOMP(FittedTokens):
         found = [pursued(probes.normalised, size, alike, *each) for each in zip(*(x.split(at_once) for x in asked))]
         return torch.cat(found)[::alike].unflatten(0, (-1, heads // alike))
 
-    def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
+    def choosing(self, heads: int, rows: int, k: int, wide: int, history: int) -> int:
         """Gains of all slots; for each turn, at most, what is new of a column, along all columns and the target."""
         turns = min(k, rows // heads)
         return 2 * rows * history * (wide + 2 * turns) + 4 * rows * turns * (turns - 1 + wide)

@@ -135,10 +135,10 @@ class FittedTokens(Asking, TokenMethod):
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
         total = 0
         for own, (segment, *_) in zip(of, state.layers):
-            (_, h, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
+            (_, h, k, _), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
             weighed = segment.slots is not None and segment.slots.mass is not None
             rows = self.probes * own.queries
-            total += self._solving(segment, own) + self.choosing(h, rows, k, d, wide + weighed, own.events)
+            total += self._solving(segment, own) + self.choosing(h, rows, k, wide + weighed, own.events)
         return total
 
     def _solving(self, segment: Segment, own: Source) -> int:
@@ -150,7 +150,7 @@ class FittedTokens(Asking, TokenMethod):
             return total + 8 * rows * k * wide  # SiLU: what was read is the same twice
         return total + 10 * rows * k * wide + 4 * rows * k * k + 14 * rows * k + 4 * ROUNDS * h * k * k
 
-    def choosing(self, heads: int, rows: int, k: int, width: int, wide: int, history: int) -> int:
+    def choosing(self, heads: int, rows: int, k: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
         return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import fill
-from malloc_bench.backbones.block import Places
+from malloc_bench.backbones.block import Places, each_stores
 from malloc_bench.backbones.probing import probe_flops
 from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import COLUMNS, NEVER, Banded, Trimmed, refusal, trimmed
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, joined
+from malloc_bench.state import Events, Prefill, Segment, Slots, Stats, UserState, joined
 from malloc_bench.state.extend import grow
 
 if TYPE_CHECKING:
@@ -155,14 +154,19 @@ class BeaconBackbone(Trimmed):
         if step == "prefill":
             return super().flops(step, line)
         if step == "statistics":
-            probes = sum(probe_flops(b, e, tokens // c + tokens % c, stats) for b, e in self._events())
+            probes = sum(
+                probe_flops(b, e, tokens // c + tokens % c, stats)
+                for b, e in each_stores(self.blocks, self.items.weight)
+            )
             return super().flops(step, line, stats=replace(stats, probes=())) + probes
         if step == "read":
             raw = None if state is None else state.events
             if raw is None:
                 return super().flops(step, tokens, state)
             left = int((raw.count // c + raw.count % c).max()) if len(raw.count) else 0
-            over = sum(block.attend_flops(tokens, event) * left for block, event in self._events())
+            over = sum(
+                block.attend_flops(tokens, event) * left for block, event in each_stores(self.blocks, self.items.weight)
+            )
             return super().flops(step, tokens) + self.flops("prefill", raw.items.shape[1]) + over
         total, widths = 0, [0] * len(self.blocks)
         length = 0 if state is None or not len(state) else int(state.length.max())
@@ -170,19 +174,13 @@ class BeaconBackbone(Trimmed):
             now = min(tokens, c - length % c)
             steps = [now, 1] if length % c + now == c else [now]  # the beacon
             total += sum(super(BeaconBackbone, self).flops("append", n, state) for n in steps)
-            for i, (block, event) in enumerate(self._events()):
+            for i, (block, event) in enumerate(each_stores(self.blocks, self.items.weight)):
                 held = 0 if state is None else sum(segment.width for segment in state.layers[i])
                 seen = widths[i] * sum(steps) + (now if len(steps) > 1 else 0)
                 total += block.attend_flops(1, event) * seen
                 widths[i] += held + (now if len(steps) == 1 else 1 - length % c)
             tokens, length, state = tokens - now, length + now, None
         return total
-
-    def _events(self) -> Iterator[tuple[Any, Segment]]:
-        """Each layer and what it stores of one token."""
-        for block in self.blocks:
-            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
-            yield block, Segment({k: Dense(v) for k, v in own.items()}, None)
 
 
 def _tokens(events: int, chunk: int) -> int:

@@ -62,7 +62,7 @@ class Clusters(TokenMethod):
 
         def mean(x: Tensor) -> Tensor:  # integers; float32 would round seconds to minutes
             sums = grouped(x.double().unsqueeze(-1), owners, size, mass.double()).squeeze(-1)
-            return (sums / total.double().clamp(min=1)).round().to(x.dtype)
+            return (sums / total.double().clamp(min=1e-30)).round().to(x.dtype)
 
         places = old.places(mass.shape[2], prefill.state.length[:, None]).to(torch.int32)
         times = None if old.timestamps is None else mean(old.timestamps)

@@ -40,7 +40,7 @@ class KVMerger(Clusters):
 
     def shares(self, prefill: Prefill, layer: int, owners: Tensor, mass: Tensor) -> Tensor:
         x = compared(prefill, layer)
-        if x.shape[2] == 0:
+        if not x.numel():
             return mass
         size = int(owners.max()) + 1
         at = owners.unsqueeze(-1).expand_as(x)

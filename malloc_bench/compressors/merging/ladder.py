@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from malloc_bench.backbones.attention import AttentionBackbone, fill, over
-from malloc_bench.backbones.block import Block, Places
+from malloc_bench.backbones.block import Block, Places, each_stores
 from malloc_bench.backbones.probing import probe_flops
 from malloc_bench.compressors.heads.shared import layers, swap
 from malloc_bench.compressors.trimmed import trimmed
@@ -194,7 +194,7 @@ class Ladder(AttentionBackbone):
         """The state with one token for those before it of the level below, of users [B] for whom it is `due`."""
         span, short = self.rungs.spans[level], self.rungs.spans[level - 1]
         end = (state.length - self.rungs.lags[level]).long()[:, None]  # [B, 1]
-        (segment,), first, at = state.layers[0], (end - span)[:, None], (end - 1).clamp(min=0)
+        (segment, *_), first, at = state.layers[0], (end - span)[:, None], (end - 1).clamp(min=0)
         assert segment.slots is not None and segment.slots.positions is not None, "as `joined` leaves them"
         wanted = (end - span + torch.arange(short, span + 1, short, device=end.device) - 1)[:, None, :, None]
         same = (segment.slots.positions.unsqueeze(2) == wanted) & segment.slots.mask(segment.width).unsqueeze(2)
@@ -225,7 +225,7 @@ class Ladder(AttentionBackbone):
         state: UserState | None = None,
         stats: Stats = Stats(),
     ) -> int:
-        rungs, events = self.rungs, list(self._events())
+        rungs, events = self.rungs, list(each_stores(self.blocks, self.items.weight))
         pair = sum(block.attend_flops(1, event) for block, event in events)
         linear, first = sum(block.linear_flops(1) for block in self.blocks), self.blocks[0]
         if step == "statistics":
@@ -256,12 +256,6 @@ class Ladder(AttentionBackbone):
                 if end > 0 and end % rungs.spans[level] == 0:
                     total += merger.flops(1) + linear + pair * (1 + rungs.tokens(length, end - rungs.spans[level]))
         return total
-
-    def _events(self) -> Iterator[tuple[Any, Segment]]:
-        """Each layer and what it stores of one token."""
-        for block in self.blocks:
-            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
-            yield block, Segment({k: Dense(v) for k, v in own.items()}, None)
 
 
 def _rows(own: dict[str, Tensor]) -> Tensor:

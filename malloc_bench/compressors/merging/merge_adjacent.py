@@ -53,11 +53,11 @@ def _merged(old: Slots, run: Tensor, k: Tensor, length: Tensor, uses_positions: 
     mass = torch.ones_like(run, dtype=torch.float32)[:, None] if old.mass is None else old.mass
     total = grouped(mass.unsqueeze(-1), run[:, None], size).squeeze(-1)  # [B, H', K]
     at = run.clamp(max=max(size - 1, 0))[:, None].expand_as(mass)
-    share = mass / total.clamp(min=1).gather(2, at) if size else mass
+    share = mass / total.clamp(min=1e-30).gather(2, at) if size else mass  # a fitted slot may count for less than 1
 
     def mean(x: Tensor) -> Tensor:  # [B, H', S] integers -> [B, H', K]; float32 would round seconds to minutes
         sums = grouped(x.double().unsqueeze(-1), run[:, None], size, mass.double()).squeeze(-1)
-        return (sums / total.double().clamp(min=1)).round().to(x.dtype)
+        return (sums / total.double().clamp(min=1e-30)).round().to(x.dtype)
 
     places = old.places(run.shape[1], length[:, None]).to(torch.int32)
     times = None if old.timestamps is None else mean(old.timestamps)

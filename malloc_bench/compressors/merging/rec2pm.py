@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malloc_bench.backbones.attention import AttentionBackbone, over
+from malloc_bench.backbones.block import each_stores
 from malloc_bench.backbones.probing import probe_flops
 from malloc_bench.compressors.base import Structural, grows
 from malloc_bench.compressors.heads.shared import layers, swap
-from malloc_bench.compressors.trimmed import refusal
+from malloc_bench.compressors.trimmed import refusal, trimmed
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Events, Prefill, Segment, Slots, Stats, UserState, joined
+from malloc_bench.state import Events, Prefill, Slots, Stats, UserState, joined
+from malloc_bench.state.extend import grow
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -78,29 +79,26 @@ class RecurrentBackbone(AttentionBackbone):
         m = len(self.memory)
         at = (state.length.long() - 1).clamp(min=0)[:, None].expand(-1, m)
         x = (self.memory + self.positions(at)).to(self.memory.dtype)
-        if bool((had := ended & (state.length > self.segment)).any()):
-            stored = state.layers[-1][0].fields["values"].dense()[:, :, :m]
-            x = x + had[:, None, None] * self.again(stored.transpose(1, 2).flatten(2))
+        if bool((ended & (state.length > self.segment)).any()):
+            x = x + self.again(self._remembered(state, m).transpose(1, 2).flatten(2))
         tokens = last.each(lambda c: c[:, :1].expand(-1, m), ended.to(last.count.dtype) * m)
         places, asked = self._places(tokens, at)
         among = torch.ones(1, 1, m, m, dtype=torch.bool, device=at.device)
         _, own = over(self.blocks, x, among, state.layers, state.length, places, asked)
-        (old,) = {id(layer[0].slots): layer[0].slots for layer in state.layers}.values()
-        assert old is not None and old.positions is not None, "as `joined` leaves them"
-        count = torch.where(ended[:, None], m, old.count)
-        width = int(count.max())
+        goes = ended[:, None, None]
+        state, _ = trimmed(state, lambda *_: ~goes, [None] * len(state.layers))
+        tail = Slots(tokens.count[:, None], at.int()[:, None], places.times)
+        return joined(UserState(grow(state.layers, own, tail), state.length))
 
-        def put(new: Tensor, was: Tensor) -> Tensor:  # [B, H, m or S, D]
-            new, was = (F.pad(t, (0, 0, 0, max(width - t.shape[2], 0)))[:, :, :width] for t in (new, was))
-            return torch.where(ended.view(-1, 1, 1, 1), new, was)
-
-        def column(new: Tensor, was: Tensor) -> Tensor:  # [B, 1, S]
-            return put(new.unsqueeze(-1).to(was.dtype), was.unsqueeze(-1)).squeeze(-1)
-
-        times = None if old.timestamps is None or places.times is None else column(places.times, old.timestamps)
-        slots = Slots(count, column(places.positions, old.positions), times)
-        made = [{k: Dense(put(x[k], v.dense())) for k, v in s.fields.items()} for x, (s,) in zip(own, state.layers)]
-        return UserState(tuple((Segment(fields, slots),) for fields in made), state.length)
+    def _remembered(self, state: UserState, m: int) -> Tensor:
+        """What the last layer stored of the memory, [B, H, m, D]: of the slots before the segment that ends. Zeros for
+        what is not there: nothing before the first end, or what a later method has dropped."""
+        segment = state.layers[-1][0]
+        assert segment.slots is not None and segment.slots.positions is not None, "as `joined` leaves them"
+        before = segment.slots.positions < (state.length - self.segment)[:, None, None]
+        there = (before & segment.slots.mask(segment.width)).unsqueeze(-1)
+        stored = torch.where(there, segment.fields["values"].dense(), 0.0)[:, :, :m]
+        return F.pad(stored, (0, 0, 0, m - stored.shape[2]))
 
     def flops(
         self,
@@ -112,13 +110,17 @@ class RecurrentBackbone(AttentionBackbone):
         c, m = self.segment, len(self.memory)
         left = tokens % c + m * (tokens >= c)
         if step == "statistics":
-            return sum(probe_flops(block, event, left, stats) for block, event in self._events())
+            return sum(
+                probe_flops(block, event, left, stats) for block, event in each_stores(self.blocks, self.items.weight)
+            )
         if step == "read":
             raw = None if state is None else state.events
             if raw is None:
                 return super().flops(step, tokens, state)
             held = int((raw.count % c + m * (raw.count >= c)).max()) if len(raw.count) else 0
-            over = sum(block.attend_flops(tokens, event) * held for block, event in self._events())
+            over = sum(
+                block.attend_flops(tokens, event) * held for block, event in each_stores(self.blocks, self.items.weight)
+            )
             return super().flops(step, tokens) + self.flops("prefill", raw.items.shape[1]) + over
         length = 0 if state is None or not len(state) else int(state.length.max())
         held = 0 if state is None else sum(segment.width for segment in state.layers[0])
@@ -126,7 +128,7 @@ class RecurrentBackbone(AttentionBackbone):
         while tokens:
             now = min(tokens, c - length % c)
             total += super().flops("append", now, first)
-            pair = sum(block.attend_flops(1, event) for block, event in self._events())
+            pair = sum(block.attend_flops(1, event) for block, event in each_stores(self.blocks, self.items.weight))
             total += 0 if first is not None else pair * now * held
             tokens, length, held, first = tokens - now, length + now, held + now, None
             if length % c == 0:
@@ -134,12 +136,6 @@ class RecurrentBackbone(AttentionBackbone):
                 total += 2 * m * self.again.weight.numel() * (length > c)
                 held = m
         return total
-
-    def _events(self) -> Iterator[tuple[Any, Segment]]:
-        """Each layer and what it stores of one token."""
-        for block in self.blocks:
-            own = block.project(self.items.weight.new_zeros(1, 1, self.items.embedding_dim))[1]
-            yield block, Segment({k: Dense(v) for k, v in own.items()}, None)
 
 
 @register("rec2pm")
@@ -169,9 +165,10 @@ class Rec2PM(Structural):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.memories <= self.segment:
+        if not 1 <= self.memories < self.segment:  # as many as events would pass for these, whose places are implied
             raise ValueError(
-                f"rec2pm: memories must be from 1 to the events of a segment, not {self.memories} of {self.segment}"
+                f"rec2pm: memories must be at least 1 and fewer than a segment's events, not {self.memories} of "
+                f"{self.segment}"
             )
 
     def supports(self, backbone: Backbone) -> str | None:

@@ -73,9 +73,11 @@ class VQL(Compressor):
         real = prefill.mask(layer).expand(keys.shape[:3])
         code = book.nearest(torch.where(real.unsqueeze(-1), keys, 0.0))[..., 0].long()
         code = torch.where(real, code, self.codes)  # padding: one more, which is cut off
-        mass = grouped(real.float().unsqueeze(-1), code, self.codes)[..., 0]  # [B, H, codes]
+        had = None if old.mass is None else torch.where(real, old.mass, 0.0)  # of an earlier compression: events each
+        counts = real.float() if had is None else had
+        mass = grouped(counts.unsqueeze(-1), code, self.codes)[..., 0]  # [B, H, codes]
         index = torch.arange(keys.shape[2], device=keys.device).double().expand(real.shape).unsqueeze(-1)
-        when = grouped(index, code, self.codes)[..., 0] / mass.clamp(min=1)
+        when = grouped(index, code, self.codes, had)[..., 0] / mass.clamp(min=1)
         order = when.masked_fill(mass == 0, torch.inf).argsort(dim=-1, stable=True)  # in time order, unused ones last
         count = (mass > 0).sum(-1).int()
         width = int(count.max()) if count.numel() else 0
@@ -84,7 +86,7 @@ class VQL(Compressor):
 
         def mean(x: Tensor) -> Tensor:
             """[B, H, S, D] -> [B, H, width, D]"""
-            found = grouped(x, code, self.codes)
+            found = grouped(x, code, self.codes, had)
             return found.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])) / each.unsqueeze(-1)
 
         def whole(x: Tensor | None) -> Tensor | None:

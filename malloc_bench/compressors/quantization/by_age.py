@@ -1,6 +1,6 @@
 """Fewer bits for older slots."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,12 +68,11 @@ class ByAge(Encoder):
         index = old.long().unsqueeze(-1) + torch.arange(wide, device=new.device)
         index = index.clamp(max=max(segment.width - 1, 0))
 
-        def rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take(x, index.expand(-1, max(x.shape[1], index.shape[1]), -1))
+        def rows(x: Tensor) -> Tensor:
+            return take(x, index.expand(-1, max(x.shape[1], index.shape[1]), -1))
 
         if id(slots) not in made:
-            body = Slots(old, slots.positions, slots.timestamps, slots.mass)
-            made[id(slots)] = body, Slots(new, rows(slots.positions), rows(slots.timestamps), rows(slots.mass))
+            made[id(slots)] = replace(slots, count=old), slots.each(rows, new)
         older, newer = made[id(slots)]
         fields = {name: Dense(take(v.dense(), index.expand(-1, v.shape[1], -1))) for name, v in segment.fields.items()}
         return Segment({name: Dense(v.dense()) for name, v in segment.fields.items()}, older), Segment(fields, newer)

@@ -1,6 +1,6 @@
 """Keys per channel, values per token, in 8, 4, 3, 2 or 1 bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,21 +87,17 @@ def _split_tail(state: UserState, tail: int) -> UserState:
         old = last.slots
         assert old is not None
         if id(old) not in made:
-            made[id(old)] = _cut(old, last.width, tail)
+            made[id(old)] = _cut(old, tail)
         body, end = made[id(old)]
         fields = {name: Dense(_newest(v.dense(), old.count, tail)) for name, v in last.fields.items()}
         layers.append((*rest, Segment(last.fields, body), Segment(fields, end)))
     return UserState(tuple(layers), state.length, state.events)
 
 
-def _cut(slots: Slots, width: int, tail: int) -> tuple[Slots, _Tail]:
+def _cut(slots: Slots, tail: int) -> tuple[Slots, _Tail]:
     newest = slots.count.clamp(max=tail)
-
-    def end(x: Tensor | None) -> Tensor | None:
-        return None if x is None else _newest(x.unsqueeze(-1), slots.count, tail).squeeze(-1)
-
-    body = Slots(slots.count - newest, slots.positions, slots.timestamps, slots.mass)
-    return body, _Tail(newest, end(slots.positions), end(slots.timestamps), end(slots.mass))
+    end = slots.each(lambda x: _newest(x.unsqueeze(-1), slots.count, tail).squeeze(-1), newest)
+    return replace(slots, count=slots.count - newest), _Tail(**vars(end))
 
 
 def _newest(x: Tensor, count: Tensor, tail: int) -> Tensor:

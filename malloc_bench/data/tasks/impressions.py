@@ -94,7 +94,7 @@ def expose(dataset: Dataset, rule: Rule, negatives: int, candidates: int, seed: 
     run = candidates // (1 + negatives)
 
     def asked(start: np.ndarray, end: np.ndarray, most: int | None) -> Requests:
-        requests = _runs(history, before, start, start, end, run)
+        requests = _runs(before, start, start, end, run)
         total = np.diff(history.offsets)
         kept = requests.rows(rule.kept(requests.users, requests.at - history.offsets[requests.users], total))
         return kept.rows(some(history, kept.users, most))
@@ -124,16 +124,14 @@ def ranking_batches(
     rng = np.random.default_rng([seed, epoch])
     first = data.shown.offsets[:-1]
     early = first - rng.integers(0, data.run, len(first))
-    requests = _runs(data.dataset, data.before, early, first, data.train_end, data.run)
+    requests = _runs(data.before, early, first, data.train_end, data.run)
     order = rng.permutation(len(requests))
     length = np.minimum(requests.at - data.dataset.offsets[requests.users], max_length)
     for rows in alike(rng, order, length, batch_size):
         yield ask(data, requests.rows(rows), max_length)
 
 
-def _runs(
-    history: Dataset, before: np.ndarray, begin: np.ndarray, first: np.ndarray, end: np.ndarray, run: int
-) -> Requests:
+def _runs(before: np.ndarray, begin: np.ndarray, first: np.ndarray, end: np.ndarray, run: int) -> Requests:
     """Requests over the shown events [first, end) of each user, in runs counted from `begin` <= first; [U] each."""
     count = np.where(end > first, -(-(end - begin) // run), 0)
     users, number = between(np.zeros_like(count), count)

@@ -11,6 +11,7 @@ from malloc_bench.backbones.folded import alone
 from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import get_compressor
 from malloc_bench.measure import Workload, closed_form, count_flops
+from malloc_bench.measure.workload import some_facts
 from malloc_bench.state import Batch, Dense, Pooled, Segment, Stats
 from malloc_bench.testing import Check, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
@@ -340,6 +341,26 @@ def test_states_of_memories_stay_as_small():
     assert state.nbytes().tolist() == want and state.layers[0][0].slots is state.layers[1][0].slots
 
 
+def test_a_memory_is_smaller_than_its_segment():
+    """As many slots as events are taken to be these, whose places are not stored."""
+    with pytest.raises(ValueError, match="fewer than a segment's events"):
+        get_compressor("rec2pm", memories=5, segment=5)
+
+
+@torch.no_grad()
+def test_a_memory_that_a_later_method_has_dropped_is_not_read_for_the_next():
+    made = adapted("rec2pm", {"memories": 3, "segment": 5}, "sasrec")
+    (history, _), at = histories(made, (10,)), torch.tensor([9])
+    prefill = made.prefill(history.each(lambda x: x[:, :9], torch.tensor([9], dtype=torch.int32)))
+    newest = history.each(lambda x: x[:, 9:], torch.tensor([1], dtype=torch.int32))
+    kept = made.append(get_compressor("recent").compress(prefill, {"slots": 1}), newest)
+    assert kept.layers[0][0].slots.positions.flatten().tolist() == [9] * 3
+    alone = made.blocks[0].project((made.memory + made.positions(at))[None])[1]["keys"]
+    assert torch.allclose(kept.layers[0][0].fields["keys"].dense(), alone, atol=1e-6)
+    whole = made.append(prefill.state, newest).layers[0][0].fields["keys"].dense()
+    assert not torch.allclose(whole, alone, atol=1e-2)
+
+
 LADDERS = [
     ("longer", {"merge": 3, "recent": 4}),
     ("kuaiformer", {"large": 6, "small": 3, "middle": 1, "recent": 4}),
@@ -376,6 +397,26 @@ def test_old_tokens_are_merged_before_the_stack(part, params):
     assert torch.allclose(made(history)[0], made._output(torch.cat(outs)), atol=1e-10)
     walk.same(made.prefill(history).state)
     assert max(kind for _, kind, _ in walk.slots) == len(made.mergers)
+
+
+GOING = [METHODS[0], METHODS[5], ("rec2pm", {"memories": 3, "segment": 5}), *LADDERS[:2]]
+
+
+@pytest.mark.parametrize("method, params", [("recent", {}), ("random", {}), ("moments", {"inner": "recent"})], ids=str)
+@pytest.mark.parametrize("part, sizes", GOING, ids=str)
+@torch.no_grad()
+def test_what_token_methods_leave_goes_on_over_merges(part, sizes, method, params):
+    made, token = adapted(part, sizes, "hstu"), get_compressor(method, **params)
+    (history, tokens, new), few = Workload(2, 33, 1, 9).events(60), {"slots": 2}
+    prefill = made.prepare(history, stats=token.needs, items=some_facts(60))
+    state = updated = token.compress(prefill, few)
+    for i in range(9):
+        event = new.each(lambda x, i=i: x[:, i : i + 1], torch.ones(2, dtype=torch.int32))
+        state, updated = made.append(state, event), token.update(made.go_on(prefill, updated, event, token.needs), few)
+    for each in (state, updated):
+        assert made.read(tokens, each).isfinite().all() and each.length.tolist() == [42, 42]
+        assert list(map(len, each.packed([0, 1]))) == each.nbytes().tolist()
+        assert any(segment.slots is None for segment in each.segments()) == (method == "moments")
 
 
 def test_a_backbone_that_was_read_can_be_trained():
