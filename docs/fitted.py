@@ -151,6 +151,11 @@ As candidates such items are found as well as others. As readers they ask for wh
 asked; probes drawn of all items alike (`which: even`) make up for a quarter to three fifths of it (behind LSRM for
 all), though none of the tenth is among them.
 
+### In ranking
+
+Where every candidate reads, reading depends on who reads more than above, and `auto` is ahead at every budget:
+[results.md](results.md), *Fitted states in ranking*.
+
 ### One plan for all
 
 `auto` divides bytes over layers, methods and bits by what training users lose, one plan for all: a budget caps each
