@@ -123,7 +123,7 @@ def keeps_the_budget(compressor: Compressor, world: World) -> None:
         assert bool((state.length <= prefill.state.length).all()) and len(state) == len(prefill.state)
         if budget is not None and (target := budget.target(full)) is not None:
             over = state.nbytes() - target.maximum(floor)
-            assert bool((over <= 0).all()), f"{budget}: {over.tolist()} bytes over max(target, floor)"
+            assert bool((over <= 0).all()), f"{budget}: bytes of a user above budget and floor: {over.tolist()}"
         if budget is not None and budget.slots is not None:
             kept = [torch.stack([s.slots.count for s in layer if s.slots is not None]).sum(0) for layer in state.layers]
             if isinstance(compressor, TokenMethod) and not compressor.even:  # so many on average
@@ -160,7 +160,7 @@ def returns_full_for_a_whole_budget(compressor: Compressor, world: World) -> Non
     if compressor.takes_budget:
         prefill = world.full(compressor.needs)
         for fraction in (1.0, 1.5):
-            assert packed(compressor.compress(prefill, Budget(fraction))) == packed(prefill.state)
+            assert packed(compressor.compress(prefill, Budget(fraction))) == packed(prefill.state), "not the full one"
 
 
 def _apart(compressor: Compressor) -> float:
@@ -189,7 +189,7 @@ def ignores_padding(compressor: Compressor, world: World) -> None:
     wide = resized(prefill, range(len(LENGTHS)), max(LENGTHS) + 3, POISON)
     for budget in _budgets(compressor, some=True):
         clean, state = world.made(compressor, budget), compressor.compress(wide, budget)
-        assert state.nbytes().tolist() == clean.nbytes().tolist()
+        assert state.nbytes().tolist() == clean.nbytes().tolist(), f"{budget}: bytes depend on padding"
         outputs = world.read(clean)
         close(world.read(state), outputs, f"poisoned full state at {budget}", _apart(compressor))
         close(world.read(poisoned(clean)), outputs, f"poisoned compressed state at {budget}", 1e-6)
@@ -211,7 +211,7 @@ def candidates_are_read_alone(compressor: Compressor, world: World) -> None:
 def is_deterministic(compressor: Compressor, world: World) -> None:
     again = world.prefill(compressor.needs)
     for budget in _budgets(compressor, some=True):
-        assert packed(compressor.compress(again, budget)) == packed(world.made(compressor, budget))
+        assert packed(compressor.compress(again, budget)) == packed(world.made(compressor, budget)), "differs"
 
 
 def leaves_its_input(compressor: Compressor, world: World) -> None:
@@ -226,7 +226,7 @@ def leaves_its_input(compressor: Compressor, world: World) -> None:
     map_tensors(lambda x: originals.append(x) or x, parts)  # type: ignore[func-returns-value]
     copies = iter(originals)
     map_tensors(lambda x: changed.append(not torch.equal(x, next(copies))) or x, before)  # type: ignore[func-returns-value]
-    assert len(changed) == len(originals) and not any(changed)
+    assert len(changed) == len(originals) and not any(changed), "compress wrote into what it was given"
 
 
 def survives_degenerate_histories(compressor: Compressor, world: World) -> None:
@@ -332,7 +332,7 @@ def stays_in_the_budget_as_users_go_on(compressor: Compressor, world: World) -> 
             assert state.length.tolist() == full.length.tolist()
             if (target := budget.target(full.nbytes()) if budget else None) is not None:
                 over = state.nbytes() - target.maximum(compressor.floor(grown))
-                assert bool((over <= 0).all()), f"{budget}: {over.tolist()} bytes over max(target, floor)"
+                assert bool((over <= 0).all()), f"{budget}: bytes of a user above budget and floor: {over.tolist()}"
             assert bool(world.read(state).isfinite().all())
 
 

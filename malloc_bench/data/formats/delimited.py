@@ -89,6 +89,8 @@ def _places(fields: Sequence[str], names: Sequence[str], file: str, layout: Layo
         if name not in told:
             hint = " (keep in a card says which feedback is read)" if name in layout.feedback else ""
             hint = " (NUL between the letters: name its encoding, as utf-16-le)" if "\0" in "".join(told) else hint
+            if len(told) == 1 < len(names) and any(sign in told[0] for sign in SEPARATORS):
+                hint = " (one column only: is it separated by something else? separator: auto finds out)"
             raise DataError(f"{file}: row 1: no column '{name}' among {_listed(told)}{hint}")
         if told.count(name) > 1:
             raise DataError(f"{file}: row 1: column '{name}' stands there {told.count(name)} times")

@@ -150,6 +150,10 @@ def load_card(name: str | Path, files: Mapping[str, Path] | None = None) -> Card
     if is_path(name):
         return _own(os.fspath(name), card_files() if files is None else files)
     name, files = str(name), card_files() if files is None else files
+    if name not in files and Path(name).is_file():
+        raise UnknownName(
+            f"no dataset is named '{clipped(name)}', a file here: `malloc-bench data card {name}` writes a card for it"
+        )
     if name not in files:
         raise UnknownName(f"no dataset is named '{clipped(name)}'.{suggest(name, files)}")
     return _card(files[name], name, {})

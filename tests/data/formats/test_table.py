@@ -201,6 +201,11 @@ def test_times_with_a_fraction_and_large_numbers_of_nanoseconds(tmp_path):
         (b"uid,sku,ts\n1,2,1960-02-01\n", {"time": "ts", "unit": "iso"}, "log: row 2: ts is 1960-02-01T00:00:00.0"),
         (b"uid,sku,uid\n1,2,3\n", {}, "log: row 1: column 'uid' stands there 2 times"),
         (b"uid,item\n1,2\n", {}, "log: row 1: no column 'sku' among uid, item"),
+        (
+            b"uid,sku\n1,2\n",
+            {"separator": "tab"},
+            "log: row 1: no column 'uid' among uid,sku (one column only: is it separated by something else?",
+        ),
         (b"uid\tsku\titem\n", {}, "log: the file is empty but for its header"),
         (b"", {}, "log: the file is empty"),
         (b"a" + b",a" * 20_000 + b"\n", {}, "log: row 1: 20001 columns are no table of events"),

@@ -28,6 +28,13 @@ def test_an_unknown_name_suggests():
         load_card("ml100k")
 
 
+def test_a_log_is_no_name_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.csv").write_text("user,item\n1,2\n")
+    with pytest.raises(UnknownName, match=r"'log.csv', a file here: `malloc-bench data card log.csv` writes a card"):
+        load_card("log.csv")
+
+
 LOCAL = [{"local": "u.data"}]
 
 
