@@ -93,12 +93,13 @@ def fit(
     text = told(law, found)
     say(text)
     figure = drawn(law, found)
-    path = run / f"law-{law}.md"
+    name = f"law-{law}" if metric is None else f"law-{law}-{metric}"  # another metric is another page
+    path = run / f"{name}.md"
     other = path.exists() and path.read_bytes() != text.encode()
     atomic_write(path, text.encode())
     say(f"{path}{' (replaced: what was there said otherwise)' if other else ''}")
     if figure is not None:
-        say(written(figure, run / "figures" / f"law-{law}.png"))
+        say(written(figure, run / "figures" / f"{name}.png"))
 
 
 @reports.command()

@@ -154,6 +154,8 @@ def test_the_command_writes_a_page_and_a_figure(tmp_path, capsys, row):
     assert main([*asked, "3"]) == 0 and replaced not in capsys.readouterr().out  # it is the same
     assert main([*asked, "4"]) == 0 and replaced in capsys.readouterr().out
     page = (tmp_path / "law-model.md").read_bytes()
+    assert main([*asked, "3", "--metric", "ndcg@10"]) == 0 and (tmp_path / "law-model-ndcg@10.md").exists()
+    capsys.readouterr()
     for options, why in (
         (["--hold", "99"], "no law could be fitted (ml-1m · retrieval · leave_one_out · lsrm: 0 sizes are left"),
         (["--metric", "gauc"], "lsrm: no row has gauc): another --metric or --only, or a smaller --hold"),
