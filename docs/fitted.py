@@ -153,7 +153,7 @@ all), though none of the tenth is among them.
 
 ### In ranking
 
-Where every candidate reads, reading depends on who reads more than above, and `auto` is ahead at every budget:
+Where every candidate reads, reading depends on who reads more than above, and `auto` is ahead from 1/8 to 1/128:
 [results.md](results.md), *Fitted states in ranking*.
 
 ### One plan for all
