@@ -20,7 +20,7 @@ from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
 from malloc_bench.paths import home
-from malloc_bench.registry import in_a_line
+from malloc_bench.registry import clipped, in_a_line
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -291,7 +291,8 @@ def _message(error: Exception) -> str:
 
 
 def _refuse(message: str) -> int:
-    say(f"malloc-bench: {' '.join(message.split())}", err=True)
+    words = (word if len(word) < 1000 else clipped(word) for word in message.split())  # no path is as long
+    say(f"malloc-bench: {' '.join(words)}", err=True)
     return 2
 
 

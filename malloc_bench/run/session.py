@@ -112,8 +112,7 @@ class Session:
             if why is None:
                 method = each.cell.compressor.build()
                 backbone = bare[0] if bare and ours(method) else made(each.cell, self._split(each.cell).dataset)
-                if ours(method) and not bare:
-                    bare.append(backbone)
+                bare += [backbone] if ours(method) and not bare else []
                 why = method.supports(backbone) or self._unknown(each.cell, method)
                 if each.cell.evaluate == "validation" and not len(self._split(each.cell).valid):
                     why = f"with the split {each.cell.split} nothing validates"

@@ -120,7 +120,14 @@ def test_an_ascii_terminal_is_no_reason_to_fall(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_in_a_line_one_can_read(capsys: Capture) -> None:
-    for words in (["show", "zzzz"], ["data", "get", "q" * 5000], ["data", "get", "zz"], ["show", "x" * 100_000]):
+    long = "q" * 5000
+    named = [
+        ["data", "get", "zz"],
+        ["show", "zzzz"],
+        ["show", "x" * 100_000],
+        *(["data", it, long] for it in ("get", "card")),
+    ]
+    for words in [*named, *([it, long] for it in ("run", "plan", "report", "verify", "recommend", "check", "compare"))]:
         assert cli.main(words) == 2
         err = capsys.readouterr().err
         assert len(err) < 300 and err.count(",") <= 3, err
