@@ -150,7 +150,7 @@ def load_card(name: str | Path, files: Mapping[str, Path] | None = None) -> Card
     if is_path(name):
         return _own(os.fspath(name), card_files() if files is None else files)
     name, files = str(name), card_files() if files is None else files
-    if name not in files and os.path.isfile(name):  # noqa: PTH113: Path.is_file raises where a name is too long
+    if name not in files and os.path.isfile(name):  # noqa: PTH113 - Path.is_file raises where a name is too long
         raise UnknownName(
             f"no dataset is named '{clipped(name)}', a file here: `malloc-bench data card {name}` writes a card for it"
         )
