@@ -74,7 +74,7 @@ def test_the_snippet_keeps_every_promise(typed: Typed) -> None:
     typed(line)
 
 
-@pytest.mark.parametrize("name", ["Unusual", "Shallow"])
+@pytest.mark.parametrize("name", ["Unusual", "Shallow", "ByJumps", "SixBits"])
 def test_the_other_snippets_keep_every_promise(name: str, folder: Path, typed: Typed) -> None:
     (code,) = [
         code for code in re.findall(r"```py\n(.*?)```", README + PAGES["parts.md"], re.S) if f"class {name}(" in code
