@@ -148,18 +148,27 @@ def _against(best: dict | None, rows: pl.DataFrame, users: Users) -> list[float 
 
 
 def front(rows: pl.DataFrame, *costs: str) -> list[bool]:
-    """Whether no other row keeps more (`alike`) at no higher costs (5 % of one is noise), or as much for less.
+    """Whether no other row keeps more (`alike`) at no higher costs, or as much for less.
 
-    A cost that was not measured is infinite.
+    To one that keeps more a cost is higher only beyond noise: 5 %, and the intervals of both where reads were timed. A
+    cost that was not measured is infinite.
     """
     inf = float("inf")
-    points = [(a, *(inf if c is None else c for c in each)) for a, *each in rows.select("alike", *costs).iter_rows()]
 
-    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-        more, slack = one[0] - other[0], 1.05 if one[0] > other[0] else 1.0
-        return more >= 0 and one != other and all(a <= b * slack for a, b in zip(one[1:], other[1:]))
+    def end(cost: str, side: str) -> pl.Expr:
+        timed = pl.col(cost) * pl.col(f"read_ratio_{side}") / pl.col("read_ratio")
+        return pl.coalesce(timed if cost == "read_ms" else None, pl.col(cost), pl.lit(inf))
 
-    return [not any(beats(one, other) for one in points) for other in points]
+    means = rows.select("alike", *(pl.col(cost).fill_null(inf) for cost in costs)).rows()
+    least, most = (rows.select(end(cost, side).alias(cost) for cost in costs).rows() for side in ("lo", "hi"))
+
+    def beats(i: int, j: int) -> bool:
+        if means[i][0] > means[j][0]:
+            return all(a <= b * 1.05 for a, b in zip(least[i], most[j]))
+        return means[i][0] == means[j][0] and means[i] != means[j] and all(a <= b for a, b in zip(means[i], means[j]))
+
+    every = range(len(means))
+    return [not any(beats(i, j) for i in every) for j in every]
 
 
 def nearest(rows: pl.DataFrame, limits: Limits) -> str:
@@ -220,6 +229,7 @@ DELTA = interval("delta_of_full", "Δ (%) [95 % interval]", "+z.1f", rank=1, sca
 COLUMNS = (
     words("compressor", "compressor", most=19),
     words("standing", "why", rank=1),
+    words("budget", "budget", rank=1, most=9),
     significant("bytes_mean", "state (KB/user)", scale=1e-3),
     number("overlap@10", "overlap@10", ".3f"),
     number("agreement", "agreement", ".3f"),
@@ -235,7 +245,8 @@ COLUMNS = (
 WHY = (
     "Best, keeps most: keeps most of the full state's order of all that keep a state. Ties: not significantly worse "
     "(paired over users, Holm, 5 %). Smaller, cheaper read, rebuilds (from raw ids, for every read): no other is as "
-    "good in order, bytes and cost of a read together (5 % of a cost is noise; kept states among themselves). "
+    "good in order, bytes and cost of a read together (5 % of a cost is noise, and the interval of a timed read; kept "
+    "states among themselves). "
     "Read (ms): over the full state's, round by round, times the full state's median. "
     "Δ: of NDCG@10, or of GAUC above 0.5, with its interval."
 )

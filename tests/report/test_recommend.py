@@ -79,6 +79,15 @@ def test_costs_that_differ_by_noise_do_not_make_a_method_unbeaten(row, board_of)
     assert standings(recommend(frame, Limits())) == {"good": "best", "far": "smaller"}
 
 
+def test_reads_that_differ_within_their_intervals_do_not_either(row, board_of):
+    """`near` is read in .9 of the time, but surely only where the intervals of the two are apart."""
+    rows = [state(row, "full", 1.0, 100, 10, budget=None, read_ratio=1.0, read_ratio_lo=1.0, read_ratio_hi=1.0)]
+    rows.append(state(row, "good", 0.9, 20, 5, read_ratio=0.5, read_ratio_lo=0.46, read_ratio_hi=0.56))
+    for high, found in ((0.46, {"good": "smaller"}), (0.43, {"good": "smaller", "near": "smaller"})):
+        near = state(row, "near", 0.5, 20, 4.5, read_ratio=0.42, read_ratio_lo=0.4, read_ratio_hi=high)
+        assert standings(recommend(board_of([*rows, near]), Limits())) == {"full": "best", **found}
+
+
 def test_ties_are_told_by_the_users(row, board_of, with_users, tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.5, 0.9, 200)
