@@ -127,11 +127,13 @@ def fit(
     metric = "AUC" if ranking else "NDCG@10"
 
     def batches(epoch: int) -> Iterator[Any]:
-        drawn = backbone.max_length, settings.batch_size, seed, epoch
-        if isinstance(split, Impressions):
-            return ranking_batches(split, *drawn)
-        thinned = settings.stochastic_length
-        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
+        thinned, newest = settings.stochastic_length, settings.window == "newest"
+        for again in range(epoch * split.repeats, (epoch + 1) * split.repeats):
+            drawn = backbone.max_length, settings.batch_size, seed, again
+            if isinstance(split, Impressions):
+                yield from ranking_batches(split, *drawn)
+            else:
+                yield from training_batches(split, *drawn, settings.negatives, thinned, newest=newest)
 
     steps = sum(1 for _ in batches(0))
     ranks.alike(backbone)

@@ -175,6 +175,25 @@ def test_progress(split, tmp_path):
     assert [p.best is None for p in steps] == [p.epoch == 0 for p in steps]
 
 
+def test_an_epoch_of_repeats_is_so_many_epochs_that_are_asked_once(split, tmp_path, monkeypatch):
+    seen, steps = [], []
+
+    def noted(*args, **kwargs):
+        for batch in training_batches(*args, **kwargs):
+            seen.append(batch.targets.sum().item())
+            yield batch
+
+    def run(repeats, epochs):
+        again = get_split({"leave_one_out": {"repeats": repeats}}, split.dataset)
+        seen.clear(), steps.clear()
+        fit(fresh(again), again, Training(epochs=epochs, batch_size=50), 0, tmp_path / f"{repeats}", steps.append)
+        return seen[steps[0].steps :], [(p.epoch, p.step) for p in steps]  # the first were only counted
+
+    monkeypatch.setattr(training, "training_batches", noted)
+    (once, one), (twice, two) = run(1, 4), run(2, 2)
+    assert once == twice and len(one) == len(two) and two[-1] == (1, len(one) // 2)
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 

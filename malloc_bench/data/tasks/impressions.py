@@ -35,7 +35,8 @@ class Impressions:
     dataset: histories, the events that users liked. shown: the E events that the split cuts: all of them where labels
     tell liked from not, else the liked ones, each with `negatives` [E, n] int32, items that the user has not liked.
     liked: [E] bool. before: [E] places in `dataset` behind the last liked event that is strictly older. run: shown
-    events in a request, at most. train_end [U]: user u trains on shown events [offsets[u], train_end[u]).
+    events in a request, at most. train_end [U]: user u trains on shown events [offsets[u], train_end[u]). repeats: an
+    epoch of training is so many.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Impressions:
     train_end: np.ndarray
     valid: Requests
     test: Requests
+    repeats: int = 1
 
     @property
     def width(self) -> int:
@@ -101,7 +103,7 @@ def expose(dataset: Dataset, rule: Rule, negatives: int, candidates: int, seed: 
 
     valid, test = asked(train_end, valid_end, rule.valid_users), asked(valid_end, last, rule.test_users)
     trained = rule.training(shown, train_end)
-    return Impressions(rule.name, history, shown, liked, before, drawn, run, trained, valid, test)
+    return Impressions(rule.name, history, shown, liked, before, drawn, run, trained, valid, test, rule.repeats or 1)
 
 
 def ask(data: Impressions, asked: Requests, max_length: int) -> tuple[Events, Events, Tensor]:

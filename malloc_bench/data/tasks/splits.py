@@ -23,7 +23,8 @@ class Rule(Option, ABC):
     k_core: only users and items with so many events, counted over all events as published k-cores are. The others say
     what is asked for, in validation and test: min_history, max_history: where so many events stand before (at least
     1); long: users with so many events in all. train_users: the share of the users whose events train, by lot, a larger
-    share's among them. valid_users, test_users: so many users are asked at most, by lot.
+    share's among them; repeats: so often in every epoch, for as many steps as more users would be. valid_users,
+    test_users: so many users are asked at most, by lot.
     """
 
     k_core: Whole | None = None
@@ -31,6 +32,7 @@ class Rule(Option, ABC):
     max_history: Whole | None = None
     long: Whole | None = None
     train_users: Share | None = None
+    repeats: Whole | None = None
     valid_users: Whole | None = None
     test_users: Whole | None = None
     kind: ClassVar[str] = "split"
@@ -169,7 +171,7 @@ class Split:
     """A dataset cut up. train_end [U]: user u trains on events [offsets[u], train_end[u]).
 
     known: what is known of users who are asked; None: all that they did before. steps: items of a user that are asked
-    for one after the other, from the target on.
+    for one after the other, from the target on. repeats: an epoch of training is so many.
     """
 
     name: str
@@ -179,6 +181,7 @@ class Split:
     test: Targets
     known: Known | None = None
     steps: int = 1
+    repeats: int = 1
 
 
 def get_split(rule: Rule | str | dict[str, Any], dataset: Dataset) -> Split:
@@ -188,7 +191,7 @@ def get_split(rule: Rule | str | dict[str, Any], dataset: Dataset) -> Split:
     train_end, valid_end = rule.bounds(dataset)
     valid = _targets(rule, dataset, train_end, valid_end, rule.valid_users)
     test = _targets(rule, dataset, valid_end, rule.test_end(dataset, valid_end), rule.test_users)
-    return Split(rule.name, dataset, rule.training(dataset, train_end), valid, test)
+    return Split(rule.name, dataset, rule.training(dataset, train_end), valid, test, repeats=rule.repeats or 1)
 
 
 def by_lot(dataset: Dataset, users: np.ndarray, seed: int = 0) -> np.ndarray:
