@@ -69,6 +69,17 @@ def test_the_snippet_is_compared_with_baselines(typed: Typed) -> None:
     assert "5 ok" in out and "0 failed" in out
 
 
+def test_the_snippet_stands_in_a_suite_of_ones_own(folder: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = re.findall(r"`(malloc-bench --use [^`]*)`", README.replace("\n", " "))
+    (folder / "mine.yaml").write_text(TINY.replace("knorm", "{my_method: {grid: {power: [1.0, 2.0]}}}"))
+    assert "5 ok" in typed(f"{line} --out run --workers 2")
+    again = line.replace("run mine.yaml", "reproduce run compressor=my_method(power=2.0)")
+    assert "reproduced" in typed(again)
+    monkeypatch.setattr(registry, "_parts", {kind: dict(parts) for kind, parts in registry._parts.items()})
+    registry._parts["compressors"].pop("my_method")
+    assert main(["run", "mine.yaml"]) == 2  # it is known where it was named alone
+
+
 def test_the_snippet_keeps_every_promise(typed: Typed) -> None:
     (line,) = re.findall(r"^malloc-bench check my_method.*$", README, re.M)
     typed(line)
@@ -113,7 +124,7 @@ def test_every_command_of_every_page_can_be_typed(line: str) -> None:
     from malloc_bench.registry import names
     from malloc_bench.suite import load_suite
 
-    words = line.replace("\\|", "|").split()[1:]
+    words = re.sub(r" --use \S+", "", line.replace("\\|", "|")).split()[1:]
     words = [word.split("|")[0].strip("[]") for word in words if word not in ("...", "RUN...")]
     command = get_command(app)
     while hasattr(command, "commands") and words:

@@ -20,7 +20,7 @@ from malloc_bench.cli.plan import plans
 from malloc_bench.cli.reports import reports
 from malloc_bench.cli.text import console, grid, listing, plain, say, say_json, set_up, shown
 from malloc_bench.paths import home
-from malloc_bench.registry import clipped, in_a_line
+from malloc_bench.registry import clipped, in_a_line, load_part
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -47,7 +47,13 @@ def _top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    use: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS", help="file.py:Class of your own, that suites may then name; repeat for more."),
+    ] = None,
 ) -> None:
+    for each in use or ():
+        load_part(each)
     if version:
         import malloc_bench
 
@@ -219,7 +225,7 @@ def reproduce(
 def check(method: MethodArg) -> int:
     """Hold your own compressor against every promise that a compressor makes."""
     from malloc_bench import get_compressor, testing
-    from malloc_bench.registry import load_part, told
+    from malloc_bench.registry import told
 
     broken, checks = 0, testing.compressor_checks(get_compressor(load_part(method)))
     for each in checks:
@@ -270,7 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = code or 0
     if code == 130:
         code = 128 + ended[0] if ended else 130
-        runs = next((word for word in words if not word.startswith("-")), "") in ("run", "tune", "compare")
+        named = (word for before, word in zip(["", *words], words) if word[:1] != "-" and before != "--use")
+        runs = next(named, "") in ("run", "tune", "compare")
         kept = "; finished cells are kept, run again to go on" if runs else ""
         say(f"malloc-bench: interrupted{kept}", err=True)
     return code
