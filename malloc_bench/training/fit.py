@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,16 +127,17 @@ def fit(
     amp = arithmetic(settings.amp, device) == "bf16"
     metric = "AUC" if ranking else "NDCG@10"
 
-    def batches(epoch: int) -> Iterator[Any]:
-        thinned, newest = settings.stochastic_length, settings.window == "newest"
-        for again in range(epoch * split.repeats, (epoch + 1) * split.repeats):
-            drawn = backbone.max_length, settings.batch_size, seed, again
-            if isinstance(split, Impressions):
-                yield from ranking_batches(split, *drawn)
-            else:
-                yield from training_batches(split, *drawn, settings.negatives, thinned, newest=newest)
+    def once(number: int) -> Iterator[Any]:
+        drawn = backbone.max_length, settings.batch_size, seed, number
+        if isinstance(split, Impressions):
+            return ranking_batches(split, *drawn)
+        thinned = settings.stochastic_length
+        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
 
-    steps = sum(1 for _ in batches(0))
+    def batches(epoch: int) -> Iterator[Any]:
+        return chain.from_iterable(once(epoch * split.repeats + i) for i in range(split.repeats))
+
+    steps = split.repeats * sum(1 for _ in once(0))
     ranks.alike(backbone)
     while epoch < settings.epochs:
         if epoch - max(best_epoch, sgd_after or 0) >= max(settings.patience, 1):
