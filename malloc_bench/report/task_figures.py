@@ -49,7 +49,9 @@ def task_figures(frame: pl.DataFrame, width: float) -> Iterator[tuple[str, tuple
             every = [(value, keys, _curves(rows, value, keys)) for keys in runs for value in values]
             panels = [each for each in every if any(curve.family for curve in each[2])]
             if panels:
-                title = literal(f"{name}: {' · '.join(map(str, key))}")
+                title = literal(
+                    f"{name}: {' · '.join(map(str, key))}{''.join(f' · states of {b}' for b in _smallest(rows))}"
+                )
                 yield name, tuple(map(str, key)), _panels(panels, title, below, width)
 
 
@@ -63,8 +65,7 @@ def _runs(keys: list[str]) -> list[list[str]]:
 
 def _curves(rows: pl.DataFrame, value: str, keys: Sequence[str]) -> list[Curve]:
     """A line a method that has every key."""
-    smallest = rows.filter(pl.col("budget").is_not_null())["budget"].unique(maintain_order=True).to_list()[-1:]
-    rows = rows.filter(pl.col("budget").is_null() | pl.col("budget").is_in(smallest))
+    rows = rows.filter(pl.col("budget").is_null() | pl.col("budget").is_in(_smallest(rows)))
     levels, found = [], []
     for (label, method, family), own in rows.group_by("compressor", "method", "family", maintain_order=True):
         known = dict(own.select("key", value).iter_rows())
@@ -77,6 +78,11 @@ def _curves(rows: pl.DataFrame, value: str, keys: Sequence[str]) -> list[Curve]:
             curve = Curve(literal(str(label)), literal(str(family)), np.arange(len(keys)), y)
             found.append((curve.label, str(family), float(y.mean()), curve))
     return best_of_families(found) + levels
+
+
+def _smallest(rows: pl.DataFrame) -> list[str]:
+    """The label of the smallest budget, if there is any."""
+    return rows.filter(pl.col("budget").is_not_null())["budget"].unique(maintain_order=True).to_list()[-1:]
 
 
 def _panels(panels: Sequence[tuple[str, list[str], list[Curve]]], title: str, below: str, width: float) -> Figure:
