@@ -40,6 +40,13 @@ ACCURACY = (
     *("p_holm", "p_auc_holm", "p_lossless"),
 )
 NOTHING = "Nothing here applies to these results."
+# a shipped suite with rows for a table that most runs have nothing for
+SUITES = {name: name for name in ("requests", "trajectory", "transfer")} | {
+    "ceilings": "synthetic",
+    "drift": "fitted",
+    "popularity": "tasks",
+    "robustness": "tasks",
+}
 HITS = ("hr@5", "hr@10", "hr@50")
 SIZES = ("bytes_full", "bytes_mean", "bytes_p50", "bytes_p99", "bytes_fixed")
 TIMES = tuple(f"{step}_ms_p{p}" for step in STEPS for p in (50, 95, 99))
@@ -289,7 +296,8 @@ def render_table(frame: pl.DataFrame, name: str, format: str = "md", folder: str
     data = table(frame, name, folder)
     if format == "csv":
         return csv(data)
-    nothing = EMPTY if frame.is_empty() else NOTHING
+    made = f" Rows for it come of `malloc-bench run {SUITES[name]}`." if name in SUITES else ""
+    nothing = EMPTY if frame.is_empty() else NOTHING + made
     blocks = list(_blocks(data, name))
     lines = without_data(frame)
     if format == "latex":

@@ -4,6 +4,7 @@ import json
 import polars as pl
 import pytest
 
+from malloc_bench.paths import shipped
 from malloc_bench.report import render, tables
 from malloc_bench.results import budget_label, frame, label
 
@@ -138,7 +139,11 @@ def test_drift_shows_what_was_measured_alone(row, board_of):
     text = tables.render_table(board, "drift")
     assert "| 1 appended | 50 appended | lost by 1 updates | lost by 50 updates | users of 1 |" in text
     assert "| 0.900 | 0.700 | +0.020 | -0.010 | 256 |" in text
-    assert tables.NOTHING in tables.render_table(board_of(row(compressor="tova")), "drift")
+    said = tables.render_table(board_of(row(compressor="tova")), "drift")
+    assert tables.NOTHING in said and "malloc-bench run fitted" in said
+    assert tables.SUITES.keys() <= tables.TABLES.keys() and {*tables.SUITES.values()} <= {
+        path.stem for path in shipped("suites").glob("*.yaml")
+    }
 
 
 def test_shares_of_ceilings(row, board_of):
