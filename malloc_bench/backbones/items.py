@@ -55,7 +55,7 @@ class ItemBackbone(Backbone):
         """The mean loss of outputs [B, S, d], those of the batch's events."""
         hidden, table, targets = outputs * self.logit_scale, self.catalogue(), batch.targets.long() - 1
         if batch.negatives is not None:
-            return sampled_loss(hidden, table, targets, batch.negatives.long() - 1)
+            return sampled_loss(hidden, table, targets, batch.negatives.long() - 1, batch.each)
         return next_item_loss(hidden[targets >= 0], table, targets[targets >= 0])
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,14 +56,15 @@ def next_item_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     return _FullSoftmax.apply(hidden.to(wide), table.to(wide), targets)
 
 
-def sampled_loss(hidden: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+def sampled_loss(hidden: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, each: float = 1.0) -> Tensor:
     """Mean cross-entropy of each target against negatives: hidden [B, S, d], targets [B, S] from 0 (below: none).
 
     negatives [B, K] are shared by the targets of a row of the batch; one that is the target itself is left out of it
-    (as in the code of arXiv 2402.17152, which draws anew for each target).
+    (as in the code of arXiv 2402.17152, which draws anew for each target). each: so many items one stands for.
     """
     own = (hidden * table[targets.clamp(min=0)]).sum(2, keepdim=True)
     others = hidden @ table[negatives].mT
+    others = others if each == 1 else others + math.log(each)
     others = others.masked_fill(negatives[:, None] == targets[..., None], -torch.inf)
     logits = torch.cat([own, others.to(own.dtype)], dim=2)[targets >= 0]  # in autocast a product is a bfloat16
     return F.cross_entropy(logits, targets.new_zeros(len(logits)))

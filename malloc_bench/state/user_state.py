@@ -90,14 +90,15 @@ class Events:
 class Batch:
     """Training sequences: events [B, S] and the item that follows each of them, targets [B, S] int32 (0: none).
 
-    negatives: [B, K] int32 items that a user's targets are held against; None: the whole catalogue.
-    users: whose they are, [B] int64 from 0; None: it is not told.
+    negatives: [B, K] int32 items that a user's targets are held against, each of which stands for `each` items; None:
+    the whole catalogue. users: whose they are, [B] int64 from 0; None: it is not told.
     """
 
     events: Events
     targets: Tensor
     negatives: Tensor | None = None
     users: Tensor | None = None
+    each: float = 1.0
 
 
 @final

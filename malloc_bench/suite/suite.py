@@ -170,6 +170,12 @@ def _check(suite: Suite) -> None:
     takers = [part for part in suite.compressors if part.build().takes_budget]
     if takers and not suite.budgets:
         raise suite_file.Fault("budgets", f"missing: {takers[0].label} takes one, such as 0.25")
+    for part in suite.backbones:
+        settings = replace(suite.training, **part.training)
+        if settings.logq and settings.negatives is None:
+            raise suite_file.Fault(
+                "training.logq", f"{part.name} draws no negatives to correct: give `negatives: 256` too"
+            )
     size = math.prod(map(len, (suite.datasets, suite.tasks, suite.splits, suite.backbones, suite.seeds)))
     size *= sum(len(suite._budgets(part)) for part in suite.compressors)
     if size > MAX_CELLS:

@@ -37,8 +37,10 @@ class Training:
     the device multiplies it fast. optimizer: with adam_then_sgd patience is granted twice: when Adam's is at an end,
     SGD goes on from the best epoch so far with a learning rate that falls from sgd_lr on the same cosine (LSRM).
     negatives: retrieval's softmax runs over the target and so many items drawn at random for each user of a batch;
-    None: over the whole catalogue. window: the "newest" max_length events of a longer history train in every epoch
-    (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2] of `training_batches`.
+    None: over the whole catalogue. logq: drawn items count for all others (Bengio and Senecal, 2008: their logits less
+    the logarithm of how often an item is expected to be drawn). window: the "newest" max_length events of a longer
+    history train in every epoch (HSTU's authors); None: another window each epoch. stochastic_length: alpha in (1, 2]
+    of `training_batches`.
     """
 
     epochs: int = 20
@@ -52,6 +54,7 @@ class Training:
     negatives: int | None = None
     window: Literal["newest"] | None = None
     stochastic_length: float | None = None
+    logq: Literal[True] | None = None
 
     def content(self) -> dict[str, Any]:
         """What weights depend on: without SGD, nothing of it; nothing of what is None."""
@@ -131,8 +134,10 @@ def fit(
         drawn = backbone.max_length, settings.batch_size, seed, number
         if isinstance(split, Impressions):
             return ranking_batches(split, *drawn)
-        thinned = settings.stochastic_length
-        return training_batches(split, *drawn, settings.negatives, thinned, newest=settings.window == "newest")
+        newest = settings.window == "newest"
+        return training_batches(
+            split, *drawn, settings.negatives, settings.stochastic_length, newest, bool(settings.logq)
+        )
 
     def batches(epoch: int) -> Iterator[Any]:
         return chain.from_iterable(once(epoch * split.repeats + i) for i in range(split.repeats))

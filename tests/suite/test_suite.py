@@ -377,6 +377,15 @@ def test_settings_of_training_that_are_not_used_change_no_cell(tmp_path: Path) -
         assert of({name: None}) == of({}) != of({name: value})
 
 
+def test_what_corrects_for_negatives_needs_some(tmp_path: Path) -> None:
+    own = {"sasrec": {"training": {"negatives": 8}}}
+    assert len(load(tmp_path, backbones=[own], training={"logq": True}).backbones) == 1
+    with pytest.raises(
+        SuiteError, match=r"training.logq: hstu draws no negatives to correct: give `negatives: 256` too"
+    ):
+        load(tmp_path, backbones=[own, "hstu"], training={"logq": True})
+
+
 def test_a_backbone_may_train_otherwise_than_the_others(tmp_path: Path) -> None:
     suite = load(
         tmp_path,

@@ -615,7 +615,8 @@ def test_the_loss_is_cross_entropy(rows, size):
         assert float((a - b).abs().max()) <= 3e-6 * max(1.0, float(b.abs().max()))
 
 
-def test_the_sampled_loss_holds_each_target_against_the_negatives_that_are_not_it():
+@pytest.mark.parametrize("each", [1, 49 / 30])
+def test_the_sampled_loss_holds_each_target_against_the_negatives_that_are_not_it(each):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 10, 12, generator=generator).requires_grad_()
     table = torch.randn(50, 12, generator=generator).requires_grad_()
@@ -627,9 +628,11 @@ def test_the_sampled_loss_holds_each_target_against_the_negatives_that_are_not_i
         for h, target in zip(hidden[row].double(), targets[row]):
             rivals = [target, *(n for n in negatives[row] if n != target)]
             if target >= 0:
-                losses.append(F.cross_entropy((table.double()[torch.stack(rivals)] @ h)[None], torch.tensor([0])))
+                stand_for = torch.tensor([1.0, *[each] * (len(rivals) - 1)], dtype=torch.float64)
+                logits = table.double()[torch.stack(rivals)] @ h + stand_for.log()
+                losses.append(F.cross_entropy(logits[None], torch.tensor([0])))
     want = torch.stack(losses).mean()
-    got = sampled_loss(hidden, table, targets, negatives)
+    got = sampled_loss(hidden, table, targets, negatives, each)
     assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
     for a, b in zip(torch.autograd.grad(got, (hidden, table)), torch.autograd.grad(want, (hidden, table))):
         assert torch.allclose(a, b.float(), atol=1e-6)
@@ -638,11 +641,14 @@ def test_the_sampled_loss_holds_each_target_against_the_negatives_that_are_not_i
 def test_against_every_other_item_once_it_is_the_whole_softmax(split):
     backbone, batch = fresh(split).eval(), next(training_batches(split, 30, 16, 0, 0))
     everything = torch.arange(1, split.dataset.n_items + 1, dtype=torch.int32).expand(len(batch.targets), -1)
-    sampled = backbone.loss(replace(batch, negatives=everything))
-    assert float(sampled.detach()) == pytest.approx(float(backbone.loss(batch).detach()), rel=1e-5)
+    for drawn, each in ((everything, 1.0), (everything.repeat(1, 2), 0.5)):  # twice, each standing for a half
+        sampled = backbone.loss(replace(batch, negatives=drawn, each=each))
+        assert float(sampled.detach()) == pytest.approx(float(backbone.loss(batch).detach()), rel=1e-5)
+    told = next(training_batches(split, 30, 16, 0, 0, negatives=10, logq=True))
+    assert told.each == (split.dataset.n_items - 1) / 10
 
 
-@pytest.mark.parametrize("settings", [{"negatives": 20}, {"stochastic_length": 1.4}])
+@pytest.mark.parametrize("settings", [{"negatives": 20}, {"negatives": 20, "logq": True}, {"stochastic_length": 1.4}])
 def test_it_learns_from_sampled_negatives_and_of_thinned_histories(split, tmp_path, settings):
     backbone = fresh(split, "hstu")
     before = validation_ndcg(backbone, split, split.valid)

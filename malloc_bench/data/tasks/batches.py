@@ -61,11 +61,12 @@ def training_batches(
     negatives: int | None = None,
     stochastic_length: float | None = None,
     newest: bool = False,
+    logq: bool = False,
 ) -> Iterator[Batch]:
     """One epoch: max_length consecutive training steps of every user, all of those who have no more.
 
     A longer history shows another window each epoch, so that no event is left unlearned; or always its newest one.
-    negatives: items drawn uniformly for each user.
+    negatives: items drawn uniformly for each user; logq: they stand for all items but the target.
 
     stochastic_length: alpha of HSTU (arXiv 2402.17152, section 3.2): of n > N^(alpha/2) events, N = max_length, only
     N^(alpha/2) stay, in order, but for a share N^alpha / n^2 of the users, who keep all. Ours: which ones stay is drawn
@@ -92,7 +93,8 @@ def training_batches(
             batch = thin(rng, batch, steps[rows])
         if negatives is not None:
             drawn = rng.integers(1, dataset.n_items + 1, (len(rows), negatives), dtype=np.int32)
-            batch = replace(batch, negatives=torch.from_numpy(drawn))
+            each = (dataset.n_items - 1) / negatives if logq else 1.0
+            batch = replace(batch, negatives=torch.from_numpy(drawn), each=each)
         yield batch
 
 
