@@ -172,7 +172,7 @@ def checkpoint_folder(cell: Cell) -> Path:
     assert cell.data is not None, "settled when the run began"
     parts: dict[str, Any] = {
         "data": cell.data,
-        "split": cell.split and cell.split.value(),
+        "split": cell.split and cell.split.trained.value(),
         "task": cell.task.trained.value(),
         "backbone": cell.backbone.content,
     }

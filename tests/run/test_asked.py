@@ -1,6 +1,7 @@
 """LSRM's tasks in a run: weights are shared with the plain task, chunks and rows are not."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_one_training_serves_all_and_nothing_else_is_shared(run):
     cells = [each.cell for each in result.plan]
     assert len({checkpoint_folder(cell) for cell in cells}) == 1 and len({cell.id for cell in cells}) == 12
     assert len({partial_name(cell) for cell in cells}) == 4, "a killed run goes on with chunks of its own task"
+
+
+def test_who_is_tested_is_nothing_to_the_weights(run):
+    cell = run[0].plan[0].cell
+
+    def asked(**options):
+        return replace(cell, split=cell.split.model_copy(update=options))
+
+    few, idle = asked(test_users=5), asked(valid_users=5)
+    assert checkpoint_folder(few) == checkpoint_folder(cell) != checkpoint_folder(idle) and few.id != cell.id
 
 
 def test_rows_have_the_task_its_lengths_and_its_steps(run):

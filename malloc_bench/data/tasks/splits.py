@@ -37,6 +37,11 @@ class Rule(Option, ABC):
     test_users: Whole | None = None
     kind: ClassVar[str] = "split"
 
+    @property
+    def trained(self) -> Rule:
+        """The rule as training knows it: whoever is tested."""
+        return self.model_copy(update={"test_users": None})
+
     def check(self, dataset: Dataset) -> None:
         """Raises DataError where the data set has not what the rule needs."""
 
