@@ -1,4 +1,4 @@
-"""Writes docs/fitted.md from committed rows (fitted_small, fitted_codes, fit_ablations, horizon) and benchmarks.
+"""Writes docs/fitted.md from committed rows (fitted_small, _codes, _wide, fit_ablations, horizon) and benchmarks.
 
 python docs/fitted.py            --check: says whether the page is what the rows say, and writes nothing
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from itertools import groupby
 from pathlib import Path
 
@@ -128,6 +129,17 @@ either encoder, from training users, and divides the bytes by them. Overlap@10 (
 parts that [results.md](results.md) names):
 
 {codes}
+
+### Behind stronger backbones
+
+The backbones above are small. Behind the strongest SASRec and HSTU of `suites/reference.yaml`, four layers of 128
+numbers and two heads, {wide_kb} KB a user (MovieLens-1M, {wide_users:,} users; `malloc-bench run fitted_wide`,
+`auto` left out; encoder `mxint`; {wide_seeds}):
+overlap@10, and NDCG@10 less that of the full state with its interval (means of its ends over trainings).
+
+{wide}
+
+{wide_said}
 
 ### For whom it fails
 
@@ -373,6 +385,66 @@ def codes() -> str:
     return "\n".join(lines)
 
 
+#: the rows of what fitted_wide has, by name
+WIDE = {
+    "fit_keys(probes=256, rounds=30, which=top) + mxint": "fit_keys",
+    "kmeans + mxint": "kmeans",
+    "h2o + mxint": "h2o",
+    "recent + mxint": "recent",
+}
+
+
+def wide() -> dict[str, object]:
+    """What fitted slots and others keep behind wider backbones, by bytes; means over the trainings."""
+    rows = load_results(ROOT / "results" / "fitted_wide")
+    found = aggregate(rows).filter(pl.col("method") != "auto")
+    names = [name for name in NAMES if name in set(found["backbone"].str.extract(r"^(\w+)"))]
+    own = {n: found.filter(pl.col("backbone").str.starts_with(n)) for n in names}
+    full = {n: own[n].row(by_predicate=pl.col("method") == "full", named=True) for n in names}
+    constant = {n: own[n].row(by_predicate=pl.col("method") == "fit_constant", named=True) for n in names}
+
+    def cells(row: dict | None) -> list[str]:
+        delta = ("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi")
+        return (
+            ["", ""]
+            if row is None
+            else [f"{row['overlap@10']:.3f}", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*map(row.get, delta))]
+        )
+
+    lines = ["| | bytes | " + " | ".join(f"{NAMES[n]} | NDCG@10, full {full[n]['ndcg@10']:.4f}" for n in names) + " |"]
+    lines.append("|---|--:|" + "--:|--:|" * len(names))
+    for budget, share in BUDGETS.items():
+        for method, label in WIDE.items():
+            at = pl.col("budget").str.contains(f"{100 * budget:.6g} %", literal=True) & (pl.col("compressor") == method)
+            known = {n: next(own[n].filter(at).iter_rows(named=True), None) for n in names}
+            if any(known.values()):
+                lines.append(f"| {label} | {share} | " + " | ".join(x for n in names for x in cells(known[n])) + " |")
+    for method, label in (("fit_constant", "fit_constant: no query"), ("none", "none: no history")):
+        known = {n: own[n].row(by_predicate=pl.col("method") == method, named=True) for n in names}
+        share = f"1/{min(x['smaller_x'] for x in known.values()):.0f}" if method != "none" else "0"
+        lines.append(f"| {label} | {share} | " + " | ".join(x for n in names for x in cells(known[n])) + " |")
+    surely = [NAMES[n] for n in names if constant[n]["delta_ndcg@10_hi"] < 0]
+    before = aggregate(load_results(ROOT / "results" / "fitted"))
+    small = {(r["backbone"].split("(")[0], r["method"]): r["ndcg@10"] for r in before.iter_rows(named=True)}
+    costs = "; ".join(
+        f"{NAMES[n]} {-constant[n]['delta_ndcg@10']:.4f} of {full[n]['ndcg@10']:.4f} "
+        f"({small[n, 'full'] - small[n, 'fit_constant']:.4f} of {small[n, 'full']:.4f})"
+        for n in names
+    )
+    trained = [f"{NAMES[n]} {full[n]['seeds']} training{'s' * (full[n]['seeds'] > 1)}" for n in names]
+    return {
+        "wide": "\n".join(lines),
+        "wide_kb": f"{min(x['bytes_mean'] for x in full.values()) / 1e3:.0f}",
+        "wide_users": int(full[names[0]]["n_users"]),
+        "wide_seeds": ", ".join(trained),
+        "wide_said": textwrap.fill(
+            f"A constant is surely below the full state behind {' and '.join(surely) or 'neither'}. It costs (and "
+            f"behind the smaller one of `results/fitted/`, all 6,040 users): {costs}.",
+            118,
+        ),
+    }
+
+
 def ceiling() -> str:
     """Of fits to the very items that read, at 1/64."""
     found = pl.read_csv(ROOT / "results" / "fit_ablations" / "leaderboard.csv", infer_schema_length=None)
@@ -407,6 +479,7 @@ def page() -> str:
         choices=committed("choices.md"),
         why=committed("why.md"),
         **horizon(),
+        **wide(),
         codes=codes(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
     )
