@@ -173,3 +173,9 @@ def test_the_finding_is_what_the_committed_rows_say() -> None:
         )  # fmt: skip
         most = found.group_by("compressor", "compressor_params", "budget").agg(pl.col("overlap@10").mean())
         assert f"{most['overlap@10'].max():.3f}".lstrip("0") + best[4:] in README
+    wide = load_results(ROOT / "results" / "fitted_wide").filter(backbone="sasrec")
+    at = pl.col("compressor_params").str.contains("fit_keys") & (pl.col("budget") == "0.015625")
+    ends = wide.filter(at).select(pl.col("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi").mean()).row(0)
+    full, constant = (wide.filter(compressor=name)["ndcg@10"].mean() for name in ("full", "fit_constant"))
+    said = "{:+.4f} [{:+.4f}, {:+.4f}] of {:.4f}".format(*ends, full).replace("0.", ".")
+    assert said in README and f"that vector costs {100 - 100 * constant / full:.0f} % of NDCG@10" in README
