@@ -31,7 +31,7 @@ def split():
 def backbone(request, split, tmp_path_factory):
     torch.manual_seed(0)
     made = get_backbone(request.param, split.dataset.n_items, True, dim=16, max_length=24)
-    fit(made, split, Training(epochs=3, batch_size=16, lr=5e-3), 0, tmp_path_factory.mktemp("fit"))
+    fit(made, split, Training(epochs=3, batch_size=16, lr=5e-3, amp="fp32"), 0, tmp_path_factory.mktemp("fit"))
     return made.eval()
 
 
@@ -132,7 +132,7 @@ def test_compressed_states_go_on_too_and_end_where_their_events_do(found):
     exact = found.values["ids"]
     assert (exact["true_ranks"] == found.values["full"]["true_ranks"]).mean() > 0.98, "ids are rebuilt with what came"
     none = found.values["none"]["true_overlap"].mean(0)
-    assert none[-1] > none[0], "a state of nothing comes to be one of what was appended"
+    assert none[1:].mean() > none[0], "a state of nothing comes to be one of what was appended"
 
 
 def test_steps_without_an_item_count_for_nobody(split, backbone):
