@@ -397,26 +397,23 @@ WIDE = {
 def wide() -> dict[str, object]:
     """What fitted slots and others keep behind wider backbones, by bytes; means over the trainings."""
     rows = load_results(ROOT / "results" / "fitted_wide")
-    found = aggregate(rows).filter(pl.col("method") != "auto")
-    names = [name for name in NAMES if name in set(found["backbone"].str.extract(r"^(\w+)"))]
-    own = {n: found.filter(pl.col("backbone").str.starts_with(n)) for n in names}
+    found = aggregate(rows)
+    own = {name: found.filter(backbone=name) for name in NAMES if name in found["backbone"]}
+    names = list(own)
     full = {n: own[n].row(by_predicate=pl.col("method") == "full", named=True) for n in names}
     constant = {n: own[n].row(by_predicate=pl.col("method") == "fit_constant", named=True) for n in names}
 
     def cells(row: dict | None) -> list[str]:
         delta = ("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi")
-        return (
-            ["", ""]
-            if row is None
-            else [f"{row['overlap@10']:.3f}", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*map(row.get, delta))]
-        )
+        if row is None:
+            return ["", ""]
+        return [f"{row['overlap@10']:.3f}", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*map(row.get, delta))]
 
     lines = ["| | bytes | " + " | ".join(f"{NAMES[n]} | NDCG@10, full {full[n]['ndcg@10']:.4f}" for n in names) + " |"]
     lines.append("|---|--:|" + "--:|--:|" * len(names))
     for budget, share in BUDGETS.items():
         for method, label in WIDE.items():
-            at = pl.col("budget").str.contains(f"{100 * budget:.6g} %", literal=True) & (pl.col("compressor") == method)
-            known = {n: next(own[n].filter(at).iter_rows(named=True), None) for n in names}
+            known = {n: next(at(own[n], budget).filter(compressor=method).iter_rows(named=True), None) for n in names}
             if any(known.values()):
                 lines.append(f"| {label} | {share} | " + " | ".join(x for n in names for x in cells(known[n])) + " |")
     for method, label in (("fit_constant", "fit_constant: no query"), ("none", "none: no history")):
@@ -425,7 +422,7 @@ def wide() -> dict[str, object]:
         lines.append(f"| {label} | {share} | " + " | ".join(x for n in names for x in cells(known[n])) + " |")
     surely = [NAMES[n] for n in names if constant[n]["delta_ndcg@10_hi"] < 0]
     before = aggregate(load_results(ROOT / "results" / "fitted"))
-    small = {(r["backbone"].split("(")[0], r["method"]): r["ndcg@10"] for r in before.iter_rows(named=True)}
+    small = {(r["backbone"], r["method"]): r["ndcg@10"] for r in before.iter_rows(named=True)}
     costs = "; ".join(
         f"{NAMES[n]} {-constant[n]['delta_ndcg@10']:.4f} of {full[n]['ndcg@10']:.4f} "
         f"({small[n, 'full'] - small[n, 'fit_constant']:.4f} of {small[n, 'full']:.4f})"

@@ -96,8 +96,8 @@ def make_plan(
         needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
         epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
         timed = sum(suite.measure.covers(member.cell.budget) for member in group)
-        of = (getattr(cell.split, "train_users", None) or 1) * (getattr(cell.split, "repeats", None) or 1)
-        train = epochs * of * data.n_events / 20_000  # targets a second
+        passes = cell.split.passes if cell.split else 1
+        train = epochs * passes * data.n_events / 20_000  # targets a second
         judge = 2 + len(group) * data.n_users * 5e-4
         asked = request_seconds(suite.measure) * (suite.measure.store is not None)
         measured = timed * (2 * suite.measure.seconds * suite.measure.latency + asked)

@@ -42,6 +42,11 @@ class Rule(Option, ABC):
         """The rule as training knows it: whoever is tested."""
         return self.model_copy(update={"test_users": None})
 
+    @property
+    def passes(self) -> float:
+        """Of an epoch, over all users."""
+        return (self.train_users or 1) * (self.repeats or 1)
+
     def check(self, dataset: Dataset) -> None:
         """Raises DataError where the data set has not what the rule needs."""
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from malloc_bench.data import DataError, Dataset, get_dataset
 from malloc_bench.data.tasks.batches import training_batches, window
+from malloc_bench.data.tasks.options import pick
 from malloc_bench.data.tasks.splits import (
     RULES,
     LeaveOneOut,
@@ -209,6 +210,7 @@ def test_a_share_of_users_trains_and_a_number_of_them_is_asked():
         assert split.test.at.tolist() == whole.test.at.tolist() and split.valid.at.tolist() == whole.valid.at.tolist()
         own = sorted(trains(split))
         assert (split.train_end[own] == whole.train_end[own]).all()
+    assert [pick({"ratio": each}, RULES).passes for each in ({}, {"train_users": 0.25, "repeats": 4})] == [1, 1]
     few = get_split({"ratio": {"test_users": 7, "valid_users": 3}}, dataset)
     assert (len(set(few.test.users)), len(set(few.valid.users))) == (7, 3)
     own = np.isin(whole.test.users, few.test.users)
