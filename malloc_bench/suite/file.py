@@ -109,7 +109,7 @@ class TrainingKeys(_Strict):
     window: Literal["newest"] | None = Training.window
     negatives: Whole | None = Training.negatives
     stochastic_length: Annotated[float, Field(gt=1, le=2)] | None = Training.stochastic_length
-    logq: Literal[True] | None = Training.logq
+    logq: bool = Training.logq
 
 
 class MeasureKeys(_Strict):

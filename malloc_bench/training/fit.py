@@ -54,11 +54,11 @@ class Training:
     negatives: int | None = None
     window: Literal["newest"] | None = None
     stochastic_length: float | None = None
-    logq: Literal[True] | None = None
+    logq: bool = False
 
     def content(self) -> dict[str, Any]:
-        """What weights depend on: without SGD, nothing of it; nothing of what is None."""
-        settings = {name: value for name, value in asdict(self).items() if value is not None}
+        """What weights depend on: without SGD, nothing of it; nothing of what is None or off."""
+        settings = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
         if self.optimizer == "adam":
             del settings["optimizer"], settings["sgd_lr"]
         return settings
@@ -135,9 +135,7 @@ def fit(
         if isinstance(split, Impressions):
             return ranking_batches(split, *drawn)
         newest = settings.window == "newest"
-        return training_batches(
-            split, *drawn, settings.negatives, settings.stochastic_length, newest, bool(settings.logq)
-        )
+        return training_batches(split, *drawn, settings.negatives, settings.stochastic_length, newest, settings.logq)
 
     def batches(epoch: int) -> Iterator[Any]:
         return chain.from_iterable(once(epoch * split.repeats + i) for i in range(split.repeats))

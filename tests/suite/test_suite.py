@@ -375,6 +375,8 @@ def test_settings_of_training_that_are_not_used_change_no_cell(tmp_path: Path) -
 
     for name, value in (("negatives", 128), ("stochastic_length", 1.6)):
         assert of({name: None}) == of({}) != of({name: value})
+    drawn = {"negatives": 128}
+    assert of(drawn | {"logq": False}) == of(drawn) != of(drawn | {"logq": True})
 
 
 def test_what_corrects_for_negatives_needs_some(tmp_path: Path) -> None:
