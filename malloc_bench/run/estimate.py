@@ -124,12 +124,14 @@ def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, f
 
 
 def _validation(backbone: Backbone, split: Split | Impressions) -> float:
+    def validated(n: int) -> float:
+        if isinstance(split, Impressions):
+            return _timed(lambda: validation_auc(backbone, split, n))
+        return _timed(lambda: validation_ndcg(backbone, split, split.valid, n))
+
     few = min(256, len(split.valid))
-    if isinstance(split, Impressions):
-        taken = _timed(lambda: validation_auc(backbone, split, few))
-    else:
-        taken = _timed(lambda: validation_ndcg(backbone, split, split.valid, few))
-    return taken * min(len(split.valid), 20_000) / few
+    validated(1)  # what is slow the first time only
+    return validated(few) * min(len(split.valid), 20_000) / few
 
 
 def _evaluation(

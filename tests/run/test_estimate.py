@@ -1,7 +1,9 @@
 """What a dry run says of this machine: costs of every group, by some steps and users of it, and nothing left behind."""
 
 import dataclasses
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,3 +51,15 @@ def test_what_cannot_be_timed_leaves_the_rough_costs(monkeypatch):
     monkeypatch.setattr(estimate, "_epoch", broken)
     result = run_suite("smoke", dry_run=True)
     assert result.probe is None and result.estimate > 0
+
+
+def test_what_is_slow_the_first_time_only_is_no_part_of_every_epoch(monkeypatch):
+    asked = []
+
+    def validated(backbone, split, targets, n):
+        time.sleep(0.5 * (not asked))
+        asked.append(n)
+
+    monkeypatch.setattr(estimate, "validation_ndcg", validated)
+    split = SimpleNamespace(valid=range(10_000))
+    assert estimate._validation(None, split) < 0.5 * 10_000 / asked[-1]
