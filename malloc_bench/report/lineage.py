@@ -75,12 +75,15 @@ def _differences(
 
 
 def _said(protocol: Mapping[str, Any], paths: frozenset[str]) -> str:
-    return ", ".join(f"{path}={_at(protocol, path)}" for path in sorted(paths))
+    """Of what tells it from others that which it has: an option that is left at its default is nowhere recorded."""
+    found = ((path, _at(protocol, path)) for path in sorted(paths))
+    return ", ".join(f"{path}={text}" for path, text in found if text is not None)
 
 
-def _at(protocol: Mapping[str, Any], path: str) -> str:
+def _at(protocol: Mapping[str, Any], path: str) -> str | None:
     value: Any = protocol
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return text[:8] if isinstance(value, str) and len(text) == 64 else text
+    if value is None or isinstance(value, str):
+        return value[:8] if value and len(value) == 64 else value
+    return json.dumps(value, sort_keys=True)

@@ -53,6 +53,16 @@ def test_a_suite_that_was_edited_between_two_runs(row, board_of):
             assert "training.epochs=1]" in render_table(frame, name, "md"), name
 
 
+def test_who_leaves_an_option_at_its_default_says_nothing_of_it(row, board_of):
+    drawn = pair(row, ndcg=0.3, weights="2" * 64)
+    for each in drawn:
+        each["cell"] = {**each["cell"], "training": {**each["cell"]["training"], "negatives": 256}}
+    found = by_backbone(lb.leaderboard(board_of(pair(row), drawn)))
+    assert {name: methods["full"] for name, methods in found.items()} == {
+        "sasrec": 0.2, "sasrec [training.negatives=256]": 0.3,
+    }  # fmt: skip
+
+
 def test_other_data_and_another_label_are_apart(row, board_of):
     board = lb.leaderboard(board_of(pair(row), pair(row, label=3), pair(row, data="b" * 64)))
     assert set(board["backbone"]) == {
