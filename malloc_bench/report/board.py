@@ -24,6 +24,7 @@ _MOST = (
     "n_users", "n_targets", "users_one_class", "measured_users", "measured_candidates", "measured_history",
     "measured_history_long",
 )  # fmt: skip
+_TESTS = ("p_value", "p_auc")
 _REALS = [name for name, kind in COLUMNS.items() if kind == "real"]
 
 
@@ -67,26 +68,41 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
             *(_worst(pl.col(name).filter(ok)).alias(name) for name in ("timing", "request_timing")),
             alike().filter(ok).min().alias("alike_lo"),
             alike().filter(ok).max().alias("alike_hi"),
-            *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also)),
+            *(pl.col(name).filter(ok).mean() for name in (*_REALS, *also) if name not in _TESTS),
+            *(_p(pl.col(name).filter(ok)).alias(name) for name in _TESTS),
+            delta().filter(ok).std().alias("delta_spread"),
         )
         .filter(pl.col("seeds") > 0)
         .rename({"compressor": "method", "compressor_params": "compressor"})
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
     full_read = pl.col("read_ms_p50").filter(pl.col("method") == "full").first()
-    board = tested(one_line_a_state(means, GROUP), noisy).with_columns(
-        *(pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name) for name in _REALS if "delta_" in name),
-        (1 / pl.col("ratio")).alias("smaller_x"),
-        (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
-        *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
-        (pl.col("read_flops") / 1e6).alias("read_mflops"),
-        pl.coalesce(pl.col("read_ratio") * full_read.over(GROUP), "read_ms_p50").alias("read_ms"),
+    board = (
+        tested(one_line_a_state(means, GROUP), noisy)
+        .drop("delta_spread")
+        .with_columns(
+            *(
+                pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name)
+                for name in _REALS
+                if "delta_" in name
+            ),
+            (1 / pl.col("ratio")).alias("smaller_x"),
+            (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
+            *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
+            (pl.col("read_flops") / 1e6).alias("read_mflops"),
+            pl.coalesce(pl.col("read_ratio") * full_read.over(GROUP), "read_ms_p50").alias("read_ms"),
+        )
     )
     board = board.with_columns(
         pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")
     )
     groups = [judged(group) for _, group in groups_of(board)]
     return _sorted(pl.concat(groups)) if groups else judged(board)
+
+
+def _p(each: pl.Expr) -> pl.Expr:
+    """The mean of the seeds' p; where some have one, a seed whose lists are the full state's own has 1."""
+    return pl.when(each.is_not_null().any()).then(each.fill_null(1.0).mean())
 
 
 def chains_as_one(board: pl.DataFrame) -> pl.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import polars as pl
 
@@ -79,26 +79,37 @@ def _joined(budgets: Sequence[str | None]) -> str | None:
 def tested(means: pl.DataFrame, noisy: pl.Expr) -> pl.DataFrame:
     """With p of each row: null for the full state and where `noisy`; over several seeds twice the mean of theirs.
 
-    `p_noninferior` of rows that have none (older ones) follows from the lower end of their interval.
+    `p_noninferior` of rows that have none (older ones) follows from the lower end of their interval. Structural rows,
+    each of weights of its own, have no p of a seed: theirs follow from that interval and `delta_spread`, the standard
+    deviation over the seeds.
     """
     judged = ~noisy & (pl.col("method") != "full")
-    low = pl.struct((delta() - LOSSLESS * full()).alias("mean"), ((delta() - delta("_lo")) / 1.959964).alias("error"))
-    follows = low.map_elements(_tail, pl.Float64)
+    luck = pl.when("structural").then(pl.col("delta_spread").pow(2) / pl.col("seeds")).otherwise(0.0)
+    error = (((delta() - delta("_lo")) / 1.959964).pow(2) + luck).sqrt().alias("error")
+
+    def follows(mean: pl.Expr, tail: Callable[[float, float], float]) -> pl.Expr:
+        def of(row: dict[str, float | None]) -> float | None:
+            mean, error = row["mean"], row["error"]
+            return None if mean is None or error is None else tail(mean, error)
+
+        return pl.struct(mean.alias("mean"), error).map_elements(of, pl.Float64)
+
+    either = pl.when("structural").then(
+        follows(delta(), lambda mean, error: min(2 * upper_tail(abs(mean), error), 1.0))
+    )
     sure = judged & (full() > 0)
     return means.with_columns(
-        *(pl.when(judged).then(_several(name)).alias(name) for name in ("p_value", "p_auc")),
-        pl.when(sure).then(pl.coalesce(_several("p_noninferior"), follows)).alias("p_noninferior"),
+        pl.when(judged).then(pl.coalesce(_several("p_value"), either)).alias("p_value"),
+        pl.when(judged).then(_several("p_auc")).alias("p_auc"),
+        pl.when(sure)
+        .then(pl.coalesce(_several("p_noninferior"), follows(delta() - LOSSLESS * full(), upper_tail)))
+        .alias("p_noninferior"),
     )
 
 
-def _tail(row: dict[str, float | None]) -> float | None:
-    mean, error = row["mean"], row["error"]
-    return None if mean is None or error is None else upper_tail(mean, error)
-
-
 def _several(p: str) -> pl.Expr:
-    """p over the seeds: twice the mean of theirs, valid however they depend."""
-    return pl.when(pl.col("seeds") > 1).then(pl.min_horizontal(2 * pl.col(p), pl.lit(1.0))).otherwise(pl.col(p))
+    """p over the seeds: twice the mean of theirs, valid however they depend; null where no seed has one."""
+    return pl.when(pl.col("seeds") > 1).then((2 * pl.col(p)).clip(upper_bound=1.0)).otherwise(pl.col(p))
 
 
 def judged(group: pl.DataFrame) -> pl.DataFrame:

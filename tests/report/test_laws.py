@@ -109,6 +109,16 @@ def test_ways_of_training_are_no_sizes(row):
     assert found[1].points.y.min() > found[0].points.y.min() + 0.9
 
 
+def test_rows_of_two_trainings_are_two_groups_as_in_every_table(row):
+    rows = []
+    for epochs, more in ((1, 1.0), (3, 0.0)):
+        for one in rows_of_sizes(row, lambda n, more=more: power(n) + more):
+            rows.append(one | {"cell": {"training": {"epochs": epochs}, "size": one["backbone_params"]}})
+    found = fitted(frame(rows), "model", bootstraps=0)
+    assert [each.group.split("lsrm")[-1] for each in found] == [" [training.epochs=1]", " [training.epochs=3]"]
+    assert found[0].points.y.min() > found[1].points.y.min() + 0.9
+
+
 def test_the_law_of_compression_is_of_each_method_and_backbone(row):
     rows = []
     for name, lost in (("recent", lambda b: 1.5 - 0.12 * np.log(b)), ("fit_omp", lambda b: (20 / b) ** 0.7)):

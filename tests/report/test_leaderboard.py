@@ -1,4 +1,5 @@
 import io
+import math
 import re
 
 import polars as pl
@@ -127,9 +128,30 @@ def test_seeds_are_averaged_over_ok_rows_with_coverage(row, board_of):
 
 @pytest.mark.parametrize(("seeds", "blank"), [(1, True), (2, True), (3, False)])
 def test_structural_methods_need_three_seeds(row, board_of, seeds, blank):
-    rows = [method(row, "mla", 0.2, structural=True, p_value=0.01, seed=seed) for seed in range(seeds)]
+    rows = [method(row, "mla", 0.2, structural=True, seed=seed) for seed in range(seeds)]
     board = lb.leaderboard(board_of(rows)).row(0, named=True)
     assert (board["p_holm"] is None) == blank and (board["lossless"] is None) == blank
+
+
+def test_the_luck_of_trainings_counts_against_structural_methods(row, board_of):
+    """No seed of theirs has a p: the error is that over users and that of the mean over the seeds."""
+    error = 0.003 / 1.959964  # of `method`'s intervals
+
+    def board(*lost):
+        rows = [method(row, "mla", 0.2 - each, structural=True, seed=seed) for seed, each in enumerate(lost)]
+        return lb.leaderboard(board_of(rows))["p_holm"][0]
+
+    assert board(0.004, 0.004, 0.004) == pytest.approx(math.erfc(0.004 / error / math.sqrt(2)))
+    luck = math.hypot(error, 0.003 / math.sqrt(3))
+    assert board(0.001, 0.004, 0.007) == pytest.approx(math.erfc(0.004 / luck / math.sqrt(2)))
+
+
+def test_a_seed_whose_lists_are_the_full_states_counts_as_no_difference(row, board_of):
+    def p(*each):
+        rows = [method(row, p_value=one, seed=seed) for seed, one in enumerate(each)]
+        return lb.leaderboard(board_of(rows))["p_holm"][0]
+
+    assert p(None, None, 0.01) == 1 and p(0.01, 0.03) == pytest.approx(0.04) and p(None, None) is None
 
 
 def test_a_rerun_replaces_the_older_row(row, board_of):

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.registry import UnknownName, suggest
-from malloc_bench.report.board import having
+from malloc_bench.report.board import having, newest
 from malloc_bench.report.laws.forms import Array
 from malloc_bench.report.laws.judged import Judged, Points, judged
-from malloc_bench.results import COLUMNS, budget_label, label
+from malloc_bench.report.lineage import APART
+from malloc_bench.results import COLUMNS, budget_label, complete, label
 
 LOSSES = ("loss", "logloss", "logit_error")  # what falls; of all else 1 - the value does
 METRICS = [name for name in COLUMNS if re.fullmatch(
@@ -102,10 +103,12 @@ def fitted(
     narrowed: Mapping[str, Sequence[str]] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Found]:
-    """The law of every group of rows that are ok. Raises UnknownName for a law or a metric that is none; ValueError
-    where no row has what the law is about."""
+    """The law of every group of rows that are ok, of one protocol and the newest version of each method.
+
+    Raises UnknownName for a law or a metric that is none; ValueError where no row has what the law is about.
+    """
     what = law(name)
-    rows = _labelled(frame)
+    rows = _labelled(newest(complete(frame)))
     rows = rows.filter(pl.all_horizontal(pl.lit(True), *(having(rows, *each) for each in (narrowed or {}).items())))
     rows = rows.filter((pl.col("status") == "ok") & what.rows)
     if metric is not None and metric not in frame.columns:
@@ -119,7 +122,7 @@ def fitted(
             f"no row says its {' and '.join(what.x)} ({', '.join(what.needs)}), which the law '{name}' is about: "
             "run the suite again with this version, or look at another run"
         )
-    groups = list(rows.group_by(what.of, maintain_order=True))
+    groups = list(rows.group_by(*what.of, APART, maintain_order=True))
     found = []
     for number, (_, group) in enumerate(groups):
         found.append(_one(group, what, metric, hold, bootstraps))
@@ -150,6 +153,7 @@ def _one(group: pl.DataFrame, what: Law, metric: str | None, hold: int | None, b
     )
     columns = {key: group[key][0] for key in what.of}
     said = " · ".join(str(value) for key, value in columns.items() if key != "family")
+    said += f" [{protocol}]" if (protocol := group[APART][0]) else ""
     y = group[asked].to_numpy().astype(np.float64)
     y = y if asked in LOSSES else 1 - y
     x: Array = np.stack([group[f"x{i}"].to_numpy() for i in range(len(what.x))], 1)
