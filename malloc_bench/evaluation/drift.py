@@ -34,6 +34,7 @@ def drift(
     steps: Sequence[int],
     *,
     seed: int = 0,
+    filter_seen: bool = True,
     report: Callable[[int, int], None] = lambda done, total: None,
     begin: Begin = nobody,
 ) -> tuple[dict[str, dict[str, float | int]], dict[str, Failure]]:
@@ -43,8 +44,8 @@ def drift(
     blocks, each followed by `update`; then the overlap (ranking: agreement) with the full state that compressing the
     whole history keeps, less what the updated state keeps: the drift. appended: what a state keeps that is left as it
     was made, the N events behind it as they come. Users with more than N events. Jobs that keep raw events, or need
-    what nobody can tell of a compressed state, have no drift, of 0 users. report: told how much of all is done; begin:
-    as in `evaluate`.
+    what nobody can tell of a compressed state, have no drift, of 0 users. report: told how much of all is done;
+    filter_seen, begin: as in `evaluate`.
     """
     found: dict[str, dict[str, float | int]] = {job.id: {} for job in jobs}
     failed: dict[str, Failure] = {}
@@ -61,7 +62,7 @@ def drift(
         lost: dict[str, list[np.ndarray]] = {job.id: [] for job in jobs}
         silent: set[str] = set()
         for rows in chunks:
-            make = partial(_Stream, backbone, split, n=n, needs=needs, seed=seed, items=items)
+            make = partial(_Stream, backbone, split, n=n, needs=needs, seed=seed, items=items, filter_seen=filter_seen)
             stream, other = make(rows), make(rows[-1:])
             for job in jobs:
                 report(done, total)
@@ -115,9 +116,10 @@ class _Stream:
         needs: Stats,
         seed: int,
         items: Named | None,
+        filter_seen: bool,
     ) -> None:
         self.backbone, self.needs, self.seed, self.items = backbone, needs, seed, items
-        self.asked: Asked = asked_of(backbone, split, rows, True)
+        self.asked: Asked = asked_of(backbone, split, rows, filter_seen)
         self.ids = torch.from_numpy(split.dataset.user_ids[split.test.users[rows]])
         history = self.asked.history
         self.before = history.each(lambda x: x, history.count - n)

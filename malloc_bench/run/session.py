@@ -179,8 +179,8 @@ class Session:
             columns = {each: own | floor for each, own in columns.items()}
         measured = [job for job in jobs if job.id in columns and self.suite.measure.covers(job.budget)]
         lost, broken = drift(
-            backbone, asked, measured, self.suite.measure.drift, seed=cell.seed, report=self.watch.drift,
-            begin=self.begin,
+            backbone, asked, measured, self.suite.measure.drift, seed=cell.seed, filter_seen=cell.filter_seen,
+            report=self.watch.drift, begin=self.begin,
         )  # fmt: skip
         evaluation.failed.update(broken)
         for job, drifts in lost.items():

@@ -100,3 +100,5 @@ def test_columns(trained, synthetic):
         # of 11 events or more ten are there as they are, behind what was kept of those before
         assert found[name]["appended@10"] > found[name]["appended@1"] - 0.1 and 0 < found[name]["appended@1"] < 1
     assert found == drift(backbone, synthetic, jobs, (1, 10))[0]
+    seen_too = drift(backbone, synthetic, jobs, (1, 10), filter_seen=False)[0]
+    assert seen_too["full"] == found["full"] and seen_too["recent"] != found["recent"]  # other lists, as the suite's
