@@ -202,8 +202,8 @@ since, which every state has), and in brackets at the first one looked at beyond
 
 {horizon}
 
-(Events of this world come again, and its suite ranks them too; what is told of later requests here left them out, as drift
-did when these rows were made. It counts lists as its suite does now.)
+(Events of this world come again, and its suite ranks them too; what is told of later requests here left them out, as
+drift did when these rows were made. It counts lists as its suite does now.)
 
 At one known position every answer is the same for all who ask: a constant keeps {horizon_constant}, and
 {horizon_constant_later} one event later; no history {horizon_none}, the newest {horizon_slots} slots {horizon_newest}.

@@ -70,6 +70,8 @@ def printed(
     out: Path,
 ) -> Iterator[str]:
     """Print a table a data set, task, split and backbone; the lines that follow. Raises ValueError."""
+    import polars as pl
+
     from malloc_bench.measure.fleet import Plan, at_candidates, costs, slopes
     from malloc_bench.report.board import aggregate, groups_of, of_seeds, select, title
     from malloc_bench.report.figures import file_stems
@@ -78,12 +80,17 @@ def printed(
     from malloc_bench.results import frame, load_results
 
     rows = of_seeds(load_results(run), only)
+    also: tuple[str, ...] = ()
     if candidates is not None:
-        rows = frame(at_candidates(rows.to_dicts(), candidates))
+        asked = at_candidates(rows.to_dicts(), candidates)
+        also = ("batch_candidates",)  # of which the schema of rows knows nothing
+        rows = frame(asked).with_columns(
+            pl.Series(name, [each.get(name) for each in asked], pl.Float64) for name in also
+        )
     on, missing, written = console(), 0, []
-    every = dict(groups_of(aggregate(rows).filter(deployable())))
+    every = dict(groups_of(aggregate(rows, also).filter(deployable())))
     stems = file_stems({key: [title(group.row(0, named=True))] for key, group in every.items()})
-    for key, group in groups_of(select(rows, only).filter(deployable())):
+    for key, group in groups_of(select(rows, only, also).filter(deployable())):
         head = title(group.row(0, named=True))
         moved = slopes(whole := every[key].to_dicts())
         found = ((row, costs(row, fleet.events, moved.get(row["compressor"]))) for row in group.to_dicts())

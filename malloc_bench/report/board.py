@@ -222,16 +222,16 @@ def steps(label: str) -> list[str]:
 SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget", "seed")}
 
 
-def select(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+def select(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]], also: Sequence[str] = ()) -> pl.DataFrame:
     """The board of a results frame, its rows that have, of each key of SELECTED, one of the values wanted: a name or a
 
-    label, a budget in any way of writing it, `none` for none of it; a seed is one of those that the means cover. Raises
-    ValueError for an unknown key, or a value that no row has.
+    label, a budget in any way of writing it, `none` for none of it; a seed is one of those that the means cover.
+    also: as in `aggregate`. Raises ValueError for an unknown key, or a value that no row has.
     """
     for key, values in wanted.items():
         if key not in SELECTED:
             raise ValueError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, SELECTED)}")
-    board = aggregate(of_seeds(frame, wanted))
+    board = aggregate(of_seeds(frame, wanted), also)
     chosen = [having(board, key, values) for key, values in wanted.items() if key != "seed"]
     return board.filter(pl.all_horizontal(pl.lit(True), *chosen))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from malloc_bench.cli import main
+from malloc_bench.measure import fleet
 from malloc_bench.results import load_results
 
 SUITE = """
@@ -77,9 +78,12 @@ def test_bytes_and_costs_are_those_of_the_rows(run, tmp_path, capsys) -> None:
     assert f"{cores:,.0f}" in line or f"{cores:,.1f}" in line
 
 
-def test_other_candidates_are_taken_where_they_were_measured(run, tmp_path, capsys) -> None:
+def test_other_candidates_are_taken_where_they_were_measured(run, tmp_path, capsys, monkeypatch) -> None:
+    batches = []  # candidates of the reads whose growth with the history is known
+    costs = fleet.costs
+    monkeypatch.setattr(fleet, "costs", lambda row, *more: batches.append(row["batch_candidates"]) or costs(row, *more))
     assert main(["plan", str(run), *ASKED, "--candidates", "8", "--out", str(tmp_path)]) == 0
-    assert "8 candidates a read" in capsys.readouterr().out
+    assert "8 candidates a read" in capsys.readouterr().out and set(batches) == {1}
     assert main(["plan", str(run), *ASKED, "--candidates", "9"]) == 2
     assert capsys.readouterr().err == "malloc-bench: --candidates 9: measured were 1, 8\n"
 
