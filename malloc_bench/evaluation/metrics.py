@@ -45,9 +45,15 @@ def summary(ranks: npt.ArrayLike, users: npt.ArrayLike | None = None) -> dict[st
 
 
 def by_user(values: npt.ArrayLike, users: npt.ArrayLike) -> Floats:
-    """Means (U,) of values (N,) by user, in ascending order of users (N,): who was asked often counts once."""
-    _, rows, count = np.unique(users, return_inverse=True, return_counts=True)
-    return np.bincount(rows, np.asarray(values, np.float64)) / count
+    """Means (U,) of values (N,) by user, in ascending order of users (N,): who was asked often counts once.
+
+    A NaN, such as the agreement of a list of one, is no value; NaN for who has none.
+    """
+    _, rows = np.unique(users, return_inverse=True)
+    values = np.asarray(values, np.float64)
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(rows, np.where(known, values, 0.0)) / np.bincount(rows, known)
 
 
 # ---- ranking: X candidates with a score and a label each; users [X] are whole numbers from 0 to U - 1

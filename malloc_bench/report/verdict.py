@@ -237,12 +237,10 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     frames = [load_results(each) for each in (one, other)]
     boards = [select(each, only or {}) for each in frames]
     key = [*GROUP, "compressor", "budget"]
-    shown = [*key, "n_users", "bytes_mean", "cell_ids", main().alias("value"), alike().alias("kept"), "read_ratio"]
-    first, second = (board.select(shown) for board in boards)
-    rows = first.join(second, on=key, how="inner", nulls_equal=True, maintain_order="left")
-    users = [Users(frame, folder) for frame, folder in zip(frames, (one, other))]
     cells = [frame.select("cell_id", "cell", "hashes").iter_rows(named=True) for frame in frames]
     protocols = [{row["cell_id"]: protocol(row) for row in each} for each in cells]
+    rows = _alike(boards, key, protocols)
+    users = [Users(frame, folder) for frame, folder in zip(frames, (one, other))]
     found = []
     for row in rows.iter_rows(named=True):
         mine, theirs = row["cell_ids_right"].split(), row["cell_ids"].split()
@@ -270,6 +268,34 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
         raise ValueError(f"{one} and {other} have no method, budget, data set and backbone in common")
     parts = [rows.with_columns(_holm(rows["p"])) for _, rows in groups_of(table)]
     return pl.concat(parts)
+
+
+def _alike(
+    boards: Sequence[pl.DataFrame], key: Sequence[str], protocols: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> pl.DataFrame:
+    """Rows of two boards side by side under one key; where a run has it by several protocols, those that differ least.
+
+    What a run tells such rows apart by (`lineage.apart`) the other, which has but one of them, does not say.
+    """
+    shown: list[str | pl.Expr] = [
+        *key,
+        "n_users",
+        "bytes_mean",
+        "cell_ids",
+        main().alias("value"),
+        alike().alias("kept"),
+        "read_ratio",
+    ]
+    bare = pl.col("backbone").str.replace(r" \[.*\]$", "").alias("bare")
+    first, second = (board.select(*shown, bare).with_row_index("place") for board in boards)
+    on = ["bare" if name == "backbone" else name for name in key]
+    rows = first.join(second, on=on, how="inner", nulls_equal=True)
+    pairs = ((row["cell_ids"].split()[0], row["cell_ids_right"].split()[0]) for row in rows.iter_rows(named=True))
+    far = [len(differing(protocols[0][mine], protocols[1][theirs])) for mine, theirs in pairs]
+    nearest = rows.with_columns(pl.Series("far", far, pl.Int64)).sort("far", "place", "place_right")
+    for place in ("place", "place_right"):
+        nearest = nearest.unique(place, keep="first", maintain_order=True)
+    return nearest.sort("place")
 
 
 def _other_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:

@@ -36,6 +36,10 @@ def test_summary_without_users_is_null_not_zero():
     assert set(metrics.summary(np.zeros(0, int)).values()) == {None}
 
 
+def test_a_request_without_a_value_leaves_its_user_the_others():
+    np.testing.assert_array_equal(metrics.by_user([1, np.nan, 3, 4, np.nan], [5, 5, 2, 2, 1]), [np.nan, 3.5, 1])
+
+
 @given(RANKS)
 def test_deeper_cut_offs_never_score_less(ranks):
     values = metrics.summary(ranks)

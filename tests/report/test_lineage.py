@@ -125,11 +125,15 @@ def test_runs_of_other_training_or_sizes_are_other_tables_of_a_site(row, board_o
 
 
 def test_two_runs_of_other_training_say_so(row, board_of, tmp_path, capsys):
-    for name, epochs in (("a", 1), ("b", 12), ("c", 12)):
+    for name, epochs in (("a", 1), ("b", 12), ("c", 12), ("both", 1), ("both", 12)):
         for each in pair(row, epochs=epochs):
             own = {**each["cell"], "compressor": {"name": each["compressor"]}}
             write_row(tmp_path / name / "rows", {**each, "cell_id": cell_id(own), "cell": own})
     assert set(two_runs(tmp_path / "a", tmp_path / "b")["protocol"]) == {"training.epochs 1, then 12"}
     assert two_runs(tmp_path / "b", tmp_path / "c")["protocol"].null_count() == 2
+    for runs in (("a", "both"), ("both", "a"), ("both", "c")):  # of several protocols the same one
+        found = two_runs(*(tmp_path / name for name in runs))
+        assert found["protocol"].null_count() == len(found) == 2
+        assert sorted(found.select("only_one", "only_other").row(0)) == [0, 2]
     print_two_runs(two_runs(tmp_path / "a", tmp_path / "b"), Console(width=200))
     assert capsys.readouterr().out.count("Not the methods alone differ: training.epochs 1, then 12") == 1
