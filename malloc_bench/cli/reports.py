@@ -143,9 +143,12 @@ def verify(
 
 @reports.command()
 def report(run: RunArg) -> None:
-    """Write a run's leaderboard, parquet and figures again from its rows."""
+    """Write a run's leaderboard, parquet and figures again from its rows; rows that only the parquet has come back."""
     from malloc_bench.report import write_report
+    from malloc_bench.run.merge import bring_back
 
+    for name in bring_back(run):
+        say(f"{run}/rows/{name} was lost: written again from results.parquet", err=True)
     for path in write_report(run):
         say(path)
 

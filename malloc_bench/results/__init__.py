@@ -287,16 +287,16 @@ def load_results(rundir: str | Path) -> pl.DataFrame:
     raise no_results(rundir)
 
 
-def rows_of(rundir: str | Path) -> list[Row]:
-    """The rows of a run folder, or, where only its `results.parquet` is left, as in a commit, those of that.
+def rows_of(rundir: str | Path, kept: bool = False) -> list[Row]:
+    """The rows of a run folder, or, where only its `results.parquet` is left, as in a commit, or kept, those of that.
 
     Raises ResultsError where that file is not what was written, FileNotFoundError where the folder has neither.
     """
-    if found := read_rows(Path(rundir) / "rows", quarantine=False):
+    if not kept and (found := read_rows(Path(rundir) / "rows", quarantine=False)):
         return found
     nested = [name for name, kind in COLUMNS.items() if kind == "json"]
-    rows = load_results(rundir).iter_rows(named=True)
-    return [row | {name: _parsed(row[name]) for name in nested} for row in rows]
+    rows = read_parquet(Path(rundir) / "results.parquet") if kept else load_results(rundir)
+    return [row | {name: _parsed(row[name]) for name in nested} for row in rows.iter_rows(named=True)]
 
 
 def to_parquet(rundir: str | Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malloc_bench.files import ResultsError, atomic_write
 from malloc_bench.report import write_report
-from malloc_bench.results import COLUMNS, Row, canonical_json, read_row, rows_of, spoilt, write_row
+from malloc_bench.results import COLUMNS, Row, canonical_json, read_row, read_rows, rows_of, spoilt, write_row
 from malloc_bench.run.folder import locked, read_manifest, write_manifest
 from malloc_bench.run.manifest import joined
 
@@ -58,6 +58,20 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
         write_manifest(folder, {**whole, "sessions": [*alike.values()]})
         write_report(folder)
     return folder
+
+
+def bring_back(run: str | Path) -> list[str]:
+    """Rows that `results.parquet` has and `rows/` has lost, or not as they were written, written there again: the names
+    of their files. None where the parquet is all there is, or is not what was written."""
+    folder, kept = Path(run) / "rows", Path(run) / "results.parquet"
+    if not kept.is_file() or not any(folder.glob("*.json")):
+        return []
+    known = {row["cell_id"] for row in read_rows(folder)}
+    try:
+        lost = [row for row in rows_of(run, kept=True) if row["cell_id"] not in known]
+    except ResultsError:
+        return []
+    return [write_row(folder, {key: value for key, value in row.items() if key != "digest"}).name for row in lost]
 
 
 def there(*runs: Path) -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +14,16 @@ from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation import metrics
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
 from malloc_bench.evaluation.requests import Values
-from malloc_bench.results import Row
+from malloc_bench.results import Row, canonical_json, write_row
 from malloc_bench.suite.cells import Cell
 
 if TYPE_CHECKING:
     import polars as pl
+
+#: what a table tells rows apart by
+_NAMED = (
+    "dataset", "task", "split", "backbone", "backbone_params", "compressor", "compressor_params", "budget", "seed",
+)  # fmt: skip
 
 
 def about(cell: Cell, environment: Mapping[str, Any]) -> Row:
@@ -39,11 +45,33 @@ def about(cell: Cell, environment: Mapping[str, Any]) -> Row:
         "seed": cell.seed,
         "amp": cell.training["amp"],
         "git_commit": environment.get("git_commit"),
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created_at": _now(),
         "cell": cell.payload(),
         "versions": {name: environment.get(name) for name in ("malloc_bench", "python", "torch", "numpy")},
         "hardware": {name: environment.get(name) for name in ("cpu", "cores", "memory_bytes", "gpu")},
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def ask_again(folder: Path, rows: Sequence[Row], asked: Collection[str]) -> None:
+    """Date anew, of the rows of a folder, those asked for (ids) of which another version is as new or newer.
+
+    Tables show the newest of a name: without this they would show an edit of a method that was taken back.
+    """
+
+    def name(row: Row) -> str:
+        return canonical_json([row[key] for key in _NAMED])
+
+    last: dict[str, str] = {}
+    for row in rows:
+        if row["cell_id"] not in asked:
+            last[name(row)] = max(row["created_at"] or "", last.get(name(row), ""))
+    for row in rows:
+        if row["cell_id"] in asked and last.get(name(row), "") >= (row["created_at"] or "~"):
+            write_row(folder, {**{key: value for key, value in row.items() if key != "digest"}, "created_at": _now()})
 
 
 def _unit(cell: Cell) -> str | None:

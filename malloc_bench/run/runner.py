@@ -25,16 +25,9 @@ from malloc_bench.run.estimate import probed
 from malloc_bench.run.executors.cluster import Cluster
 from malloc_bench.run.executors.local import Local
 from malloc_bench.run.executors.promises import broken_within
-from malloc_bench.run.folder import (
-    Chunks,
-    LockedError,
-    kept_whole,
-    locked,
-    read_manifest,
-    remove_dead,
-    remove_partial,
-)
+from malloc_bench.run.folder import Chunks, LockedError, kept_whole, locked, read_manifest, remove_dead, remove_partial
 from malloc_bench.run.progress import watching
+from malloc_bench.run.rows import ask_again
 from malloc_bench.run.session import Session
 from malloc_bench.suite import suite as suites
 from malloc_bench.suite.cells import Cell, Part
@@ -146,6 +139,7 @@ def _run(
         _say_of_another(folder, suite)
         _forget(folder, rows, known)
         result = make_plan(cells, datasets, folder, [] if fresh else rows, suite)
+        ask_again(folder / "rows", rows, {each.id for each in result.plan if each.done})
         undone = [cell for cell, _ in groups(result.plan) if cell.data]
         if fresh:
             for cell in undone:

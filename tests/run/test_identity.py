@@ -17,7 +17,9 @@ import yaml
 from malloc_bench import registry
 from malloc_bench.data.sources import cards
 from malloc_bench.measure import STORES, StoreError
-from malloc_bench.results import read_rows
+from malloc_bench.report.leaderboard import leaderboard
+from malloc_bench.results import load_results, read_rows
+from malloc_bench.run import rows
 from malloc_bench.run.runner import reproduce, run_suite
 from malloc_bench.suite import cells, suite, tuning
 from malloc_bench.training import fit as training
@@ -223,6 +225,21 @@ def test_one_suite_object_sees_a_file_that_changes_between_two_runs(world: World
         (world.folder / "book.txt").write_text(text)
         seen.append(suite._anew([part])[0].content["files"])
     assert seen[0] != seen[1]
+
+
+def test_an_edit_that_is_taken_back_is_no_longer_what_tables_show(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
+    monkeypatch.setattr(rows, "_now", map("2026-01-01T00:00:{:02d}+00:00".format, range(60)).__next__)
+    (world.folder / "scaled.py").write_text(METHOD)
+    registry.load_part(f"{world.folder / 'scaled.py'}:Scaled")
+    book, shown = world.folder / "book.txt", []
+    for text in ("1.0", "-1.0", "1.0", "-1.0"):
+        book.write_text(text)
+        world.run(compressors=["full", {"scaled": {"book": str(book)}}], budgets=[0.3])
+        board = leaderboard(load_results(world.folder / "run"))
+        shown.append(board.filter(family="eviction")["overlap@10"].to_list())
+    assert shown[0] == shown[2] != shown[1] == shown[3] and len(shown[0]) == 1
+    assert len(read_rows(world.folder / "run/rows")) == 3  # all as written
 
 
 HELPED = """
