@@ -178,11 +178,15 @@ def _split(text: str, lines: list[str], separator: str) -> list[list[str]]:
 
 
 def _fit(lines: list[str], separator: str) -> tuple[float, int]:
-    """How well a separator does: the share of lines with as many columns as most, and how many; zeros for one."""
+    """How well a separator does: the share of lines with as many columns as most, and how many; zeros for one.
+
+    Blanks stand around separators and in dates too: however many columns they make, any other that fits is better.
+    """
     rows = _split("\n".join(lines[:200]), lines[:200], separator)
     widths = [len(row) for row in rows if row]
     common = max(set(widths), key=widths.count, default=1)
-    return (round(widths.count(common) / len(widths), 2), common) if common > 1 else (0.0, 0)
+    share = round(widths.count(common) / len(widths), 2) if common > 1 else 0.0
+    return share, common if share and separator != " " else 0
 
 
 def is_number(value: Any) -> bool:
