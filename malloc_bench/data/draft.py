@@ -42,7 +42,10 @@ def draft(path: Path, out: Path | None = None) -> tuple[Path, list[str]]:
     out = path.with_name(f"{_stem(path)}.yaml") if out is None else out
     if out.exists():
         raise DataError(f"{out} is there already; name another with --out")
-    text = _card(path.resolve(), seen, out.resolve().parent)
+    try:
+        text = _card(path.resolve(), seen, out.resolve().parent)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("x", encoding="utf-8") as file:
         file.write(text)
@@ -86,7 +89,7 @@ def _card(path: Path, seen: Look, folder: Path) -> str:
     if seen.encoding != "utf-8":
         lines.append(f"  encoding: {seen.encoding}")
     used = {*roles.values(), *done}
-    if left := [_comment(name) for name in seen.columns if name not in used]:
+    if left := [_comment(name) for name in (*seen.columns, *seen.unclear) if name and name not in used]:
         lines.append(f"# not read: {', '.join(left[:30])}")
     return "\n".join([*lines, *_label(seen, roles, done), ""])
 
@@ -94,9 +97,12 @@ def _card(path: Path, seen: Look, folder: Path) -> str:
 def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
     """user, item, time and rating -> a column, as far as can be told, and the unit of time; doubts are added to `seen`.
 
-    Raises DataError where no two columns can be users and items.
+    Raises DataError where no two columns can be users and items, or one that is needed has its name twice.
     """
-    roles, loose = _named(seen.columns)
+    roles, loose = _named([*seen.columns, *seen.unclear])
+    for role, name in roles.items():
+        if at := seen.unclear.get(name):
+            raise DataError(f"row 1: '{name}', the {role}, names {_places(at)}: each needs a name of its own")
     if "time" in roles and _time(seen.columns[roles["time"]])[0] is None:
         seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
     if "time" not in roles:
@@ -118,7 +124,8 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
         free = [name for name in seen.columns if name not in roles.values()]
         if role not in roles:
             if not free:
-                raise DataError(f"no column of {', '.join(seen.columns)} is left to be the {role}")
+                nameless = f": name {_places(seen.unclear[''])} in row 1" if "" in seen.unclear else ""
+                raise DataError(f"no column of {', '.join(seen.columns)} is left to be the {role}{nameless}")
             roles[role] = free[0]
             seen.doubts.append(f"which column is the {role} is a guess: {free[0]}")
     told = [(role, name) for role, name in roles.items() if name in loose]
@@ -129,6 +136,10 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
     elif unit == "order":
         seen.doubts.append(f"{roles['time']} orders the events but is no time since 1970")
     return roles, unit
+
+
+def _places(at: list[int]) -> str:
+    return f"column{'s' * (len(at) > 1)} {' and '.join(map(str, at))}"
 
 
 def _named(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:

@@ -37,6 +37,7 @@ class Look:
     header: bool = True
     encoding: str = "utf-8"
     doubts: list[str] = field(default_factory=list)  # what could not be told, a sentence each
+    unclear: dict[str, list[int]] = field(default_factory=dict)  # names that stand twice, or none (""): which columns
 
     @property
     def rows(self) -> int:
@@ -136,21 +137,34 @@ def _objects(path: Path, lines: list[str]) -> Look:
 
 def _table(path: Path, text: str, lines: list[str]) -> Look:
     separator = max(SEPARATORS, key=lambda each: _fit(lines, each))  # of equal ones max keeps the first
-    if not any(_fit(lines, separator)):
-        raise DataError(f"{path}: no separator of columns was found: one column, or rows of different lengths")
     rows = [row for row in _split(text, lines, separator) if any(map(str.strip, row))]
-    width = max(len(row) for row in rows[:10])
-    rows = [row for row in rows if len(row) == width]
+    if not rows or not _fit(lines, separator)[0]:
+        raise DataError(f"{path}: no separator of columns was found: one column, or rows of different lengths")
+    first, near = rows[0], [len(row) for row in rows[1:10]]
+    width = len(first) if len(first) in near or not near else max(near, key=near.count)
+    rows = [first, *(row for row in rows[1:] if len(row) == width)]
     doubts: list[str] = []
     header = _looks_named(rows, doubts)
-    names = rows[0] if header else [f"column_{i + 1}" for i in range(width)]
-    if len(set(names)) < width or not all(map(str.strip, names)):
-        raise DataError(f"{path}: the first line names a column twice, or one not at all")
     values = rows[header : ROWS + header]
+    names = [name.strip() for name in first] if header else [f"column_{i + 1}" for i in range(width)]
+    if header and len(names) == width - 1 and not any(row[-1].strip() for row in values):
+        names.append("")  # rows end with a separator that the header has not
+    begins = re.split(r"[\r\n]", text, maxsplit=1)[0]  # may be blank, where `lines` have what is not
+    if not begins.strip() or len(names if header else first) != width:
+        raise DataError(f"{path}: row 1 is {_neither(begins, width)}: remove it, or mend it")
     if header and not values:
         doubts.append("there is no row below the names of the columns")
-    columns = {name: [row[i] for row in values] for i, name in enumerate(names)}
-    return Look("csv", columns, separator=separator, header=header, doubts=doubts)
+    places = {name: [i for i in range(width) if names[i] == name] for name in names}
+    unclear = {name: [i + 1 for i in at] for name, at in places.items() if not name or len(at) > 1}
+    nameless = [i for i in places.get("", []) if any(row[i].strip() for row in values)]
+    doubts += [f"column {i + 1} has no name in row 1 and is not read" for i in nameless]
+    columns = {name: [row[i] for row in values] for i, name in enumerate(names) if name not in unclear}
+    return Look("csv", columns, separator=separator, header=header, doubts=doubts, unclear=unclear)
+
+
+def _neither(line: str, width: int) -> str:
+    said = repr(line if len(line) <= 40 else f"{line[:40]}...") if line.strip() else "blank"
+    return f"{said}, neither the names of the {width} columns that the rows below have nor an event"
 
 
 def _looks_named(rows: list[list[str]], doubts: list[str]) -> bool:
@@ -158,11 +172,11 @@ def _looks_named(rows: list[list[str]], doubts: list[str]) -> bool:
     first, below = rows[0], rows[1:]
     if any(is_number(field) or ISO.fullmatch(field.strip()) for field in first):
         return False
-    for i in range(len(first)):
+    for i in range(min(map(len, rows))):
         if below and all(is_number(row[i]) or ISO.fullmatch(row[i].strip()) for row in below):
             return True
     named = all(_NAME.fullmatch(field.strip()) for field in first) and not any(
-        row[i] == field for row in below for i, field in enumerate(first)
+        field == stood for row in below for field, stood in zip(first, row)
     )
     doubts.append(f"whether the first line names the columns is a guess: {'yes' if named else 'no'}")
     return named
@@ -178,11 +192,15 @@ def _split(text: str, lines: list[str], separator: str) -> list[list[str]]:
 
 
 def _fit(lines: list[str], separator: str) -> tuple[float, int]:
-    """How well a separator does: the share of lines with as many columns as most, and how many; zeros for one."""
+    """How well a separator does: the share of lines with as many columns as most, and how many; zeros for one.
+
+    Blanks stand around separators and in dates too: any other that fits as many lines is better.
+    """
     rows = _split("\n".join(lines[:200]), lines[:200], separator)
     widths = [len(row) for row in rows if row]
     common = max(set(widths), key=widths.count, default=1)
-    return (round(widths.count(common) / len(widths), 2), common) if common > 1 else (0.0, 0)
+    share = round(widths.count(common) / len(widths), 2) if common > 1 else 0.0
+    return share, common if share and separator != " " else 0
 
 
 def is_number(value: Any) -> bool:

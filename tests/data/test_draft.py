@@ -181,7 +181,17 @@ def test_where_a_card_goes(tmp_path, monkeypatch):
         ("a.csv", b"\xff\xfe", "the file is empty"),
         ("a.zip", zip_of({".DS_Store": b"x", "__MACOSX/a": b"y"}), "no plain file is in it"),
         ("a.csv", b"a\nb\nc\n", "no separator of columns"),
-        ("a.csv", b"user,user\n1,2\n", "names a column twice"),
+        ("a.csv", b"user,user\n1,2\n", "a.csv: row 1: 'user', the user, names columns 1 and 2: each needs a name"),
+        ("a.csv", b"user,item,time,x,time\n1,2,3,4,5\n", "row 1: 'time', the time, names columns 3 and 5"),
+        ("a.csv", b",item,time\n1,2,1600000000\n", "no column of item, time is left to be the user: name column 1 in"),
+        ("a.csv", b",,\n,,\n", "no separator of columns"),
+        ("a.csv", b"\n\nuser,item\n1,2\n", "row 1 is blank, neither the names of the 2 columns that the rows below"),
+        ("a.csv", b" \r\nu1,i1,3\r\n", "row 1 is blank, neither"),
+        ("a.csv", b"sep=;\nuser;item;time\n1;2;3\n", "row 1 is 'sep=;', neither the names of the 3 columns"),
+        ("a.csv", b"# exported\nuser,item\n1,2\n", "row 1 is '# exported', neither"),
+        ("a.csv", b"# by, me, at, noon\nuser,item\n1,2\n2,3\n", "row 1 is '# by, me, at, noon', neither"),
+        ("a.csv", b"u1,i1,3\nu1,i2,4,\nu1,i3,5,\n", "row 1 is 'u1,i1,3', neither the names of the 4 columns"),
+        ("a.csv", b"user,item\n1,2,3\n1,3,4\n", "row 1 is 'user,item', neither the names of the 3 columns"),
         ("a.bin", bytes(range(256)) * 9, "neither text nor a table"),
         ("a.json", b"[1]\n", "a JSON object on every line"),
         ("a.json", b"{" * 9000, "a JSON object on every line"),
@@ -243,3 +253,37 @@ def test_one_odd_time_does_not_hide_the_column_and_its_row_is_named(tmp_path):
     written = path.read_text()
     assert 'time: "watched at"' in written and "unit: iso" in written
     assert any("row 8: watched at is 'yesterday', which is no time" in doubt for doubt in doubts)
+
+
+@pytest.mark.parametrize(
+    ("head", "pattern", "doubts"),
+    [
+        (",user,item,time", "{3},{0},{1},{2}", ["column 1 has no name in row 1 and is not read"]),  # pandas' to_csv()
+        ("user,item,time,x,x", "{0},{1},{2},{3},{3}", []),
+        (
+            "user,,item,time,",
+            "{0},{3},{1},{2},{3}",
+            [f"column {i} has no name in row 1 and is not read" for i in (2, 5)],
+        ),
+        ("user,item,time,", "{0},{1},{2},", []),
+        ("user,item,time", "{0},{1},{2},", []),
+        ("user::item::time", "{0}::{1}::{2}::", []),
+        ('"user","item","time"\r', '"{0}","{1}",{2},\r', []),
+        (" user , item , time ", " {0} , {1} , {2} ", []),
+        ("user, item, time, place", "{0}, {1}, {2}, a b c d e", []),
+        ("user item time", "{0} {1} {2}", []),
+    ],
+)
+def test_columns_that_are_not_needed_and_blanks_keep_no_log_from_being_read(head, pattern, doubts, tmp_path):
+    (tmp_path / "a.csv").write_text(lines(f"{head}\n", pattern, USERS, ITEMS, TIMES, STARS), newline="")
+    card, told = draft(tmp_path / "a.csv")
+    data = get_dataset(card)
+    assert told == doubts
+    assert sorted(data.item_names.str.strip_chars()) == sorted(set(ITEMS)) and data.n_users == len(set(USERS))
+    assert sorted(data.times.tolist()) == sorted(TIMES)
+
+
+def test_rows_of_words_that_end_with_a_separator_keep_their_header(tmp_path):
+    (tmp_path / "a.csv").write_text(lines("who,what\n", "{},thing {},", USERS, ITEMS))
+    card, _ = draft(tmp_path / "a.csv")
+    assert get_dataset(card).n_events == N and "user: who" in card.read_text()

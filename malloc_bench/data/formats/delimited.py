@@ -43,6 +43,7 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
                 told = text_of(lines.text.partition(b"\n")[0], part.name, 1).rstrip("\r")
                 fields = [restored(field, separator, lines.signs) for field in told.split(sign)]
                 lines = lines.without_first()
+                fields += [""] * _ends_open(lines, sign, len(fields))
             places = dict(zip(names, _places(fields, names, part.name, layout)))
             width, told = len(fields), f"has not {len(fields)} columns: {_listed(fields)}"
         if lines.count:
@@ -50,6 +51,12 @@ def table(part: Part, layout: Layout, types: Mapping[str, Any], size: int) -> It
             yield _batch(lines, part.name, types, places, width, sign, separator, told)
     if empty:
         raise DataError(f"{part.name}: the file is empty but for its header")
+
+
+def _ends_open(lines: Lines, sign: str, width: int) -> bool:
+    """Whether rows end with a separator that the header has not, as some exports write them: a column without name."""
+    begun = [line.rstrip(b"\r") for line in lines.text.split(b"\n", 10)[:10] if line]
+    return bool(begun) and all(line.endswith(sign.encode()) and line.count(sign.encode()) == width for line in begun)
 
 
 def header(part: Part, layout: Layout, names: Sequence[str], size: int) -> list[str]:

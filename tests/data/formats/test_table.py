@@ -105,6 +105,16 @@ def test_without_a_header(tmp_path):
         read(tmp_path, ("log", text), columns=["uid", "sku", "x"])
 
 
+def test_rows_that_end_with_a_separator_and_a_header_that_does_not(tmp_path):
+    text = b"uid,sku,ts\n1,2,5,\n1,3,6,x\n"
+    with pytest.raises(DataError, match="row 2: '1,2,5,' has not 3 columns"):  # of some rows only: they are broken
+        read(tmp_path, ("a.csv", text), time="ts")
+    found = read(tmp_path, ("a.csv", text.replace(b"x", b"")), time="ts")
+    assert found["item"].to_list() == ["2", "3"] and found["order"].to_list() == [5000, 6000]
+    with pytest.raises(DataError, match="row 12: '1,3,6' has not 4 columns"):
+        read(tmp_path, ("a.csv", b"uid,sku,ts\n" + b"1,2,5,\n" * 10 + b"1,3,6\n"), time="ts")
+
+
 def test_ids_are_text_in_the_end(tmp_path):
     (tmp_path / "log").write_bytes(csv())
     names = []
