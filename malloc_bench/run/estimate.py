@@ -56,8 +56,9 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     if result.estimate < ENOUGH:
         return None
     started = time.perf_counter()
-    first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike
-    for cell, members in groups([each for each in result.plan if not each.cell.impossible]):
+    first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike: the one with most to train
+    todo = groups([each for each in result.plan if not each.cell.impossible])
+    for cell, members in sorted(todo, key=lambda each: -result.costs[group_key(each[0])].train):
         first.setdefault(group_key(cell)[:-1], (cell, members))
     found: dict[Any, tuple[float, float, float]] = {}
     largest = sorted(first.items(), key=lambda item: -result.costs[group_key(item[1][0])].total)[:GROUPS]
@@ -71,15 +72,14 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
         except Exception:  # whatever it is, the run will say it
             log.debug("no probe of %s", cell, exc_info=True)
             continue
-        epochs = cost.epochs or 1
         rough = served / request_seconds(asked) if asked.store else 1.0
-        training = train * epochs / max(cost.train, 1e-9) if cost.train else 1.0
+        training = train * cost.epochs / cost.train if cost.train else np.nan
         found[key] = training, judge / max(cost.evaluate, 1e-9), rough
     if not found:
         return None
-    usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1, 2))
+    usual = [float(np.median([x for x in each if x == x] or [1.0])) for each in zip(*found.values())]
     for key, cost in result.costs.items():
-        train, judge, served = found.get(key[:-1], usual)
+        train, judge, served = (x if x == x else usual[i] for i, x in enumerate(found.get(key[:-1], usual)))
         result.costs[key] = replace(
             cost,
             train=cost.train * train,
@@ -93,7 +93,7 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
 def _group(
     cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, until: float, asked: Measure
 ) -> tuple[float, float, float]:
-    """Seconds of an epoch of training, of the evaluation of all members, and of one cell's requests."""
+    """Seconds of an epoch of training (NaN: unknown), of the evaluation of all members, and of one cell's requests."""
     assert cell.split is not None, "settled"
     split = cell.task.cut(data, cell.split)
     backbone = fresh(cell, split.dataset).to(device)
@@ -116,7 +116,7 @@ def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, f
     with contextlib.suppress(_Enough):
         fit(backbone, split, settings, 0, folder / "fit", report)
     if len(times) < 2:
-        return 0.0
+        return np.nan
     seconds = float(np.median(np.diff(times))) * steps
     if len(split.valid):
         seconds += _validation(backbone, split)

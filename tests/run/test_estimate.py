@@ -9,6 +9,7 @@ import pytest
 
 from malloc_bench import load_suite, run_suite
 from malloc_bench.cli import main
+from malloc_bench.data.tasks.tasks import Retrieval
 from malloc_bench.run import estimate
 
 
@@ -63,3 +64,32 @@ def test_what_is_slow_the_first_time_only_is_no_part_of_every_epoch(monkeypatch)
     monkeypatch.setattr(estimate, "validation_ndcg", validated)
     split = SimpleNamespace(valid=range(10_000))
     assert estimate._validation(None, split) < 0.5 * 10_000 / asked[-1]
+
+
+def test_a_checkpoint_that_groups_share_is_trained_once():
+    suite = load_suite("smoke")
+    tasks = dataclasses.replace(suite, tasks=(Retrieval(), Retrieval(history=5)))
+    one, both = (run_suite(each, dry_run=True).costs.values() for each in (suite, tasks))
+    assert [cost.epochs for cost in both] == [cost.epochs for cost in one] + [0] == [2, 0]
+
+
+def test_seeds_that_are_trained_tell_nothing_of_those_that_are_not(monkeypatch):
+    suite = dataclasses.replace(load_suite("smoke"), seeds=(0, 1, 2))
+    result = run_suite(suite, dry_run=True)
+    for n, (key, cost) in enumerate(list(result.costs.items())):
+        left = n > 0  # the first seed is trained
+        result.costs[key] = dataclasses.replace(cost, train=100.0 * left, epochs=20 * left, evaluate=100.0)
+    monkeypatch.setattr(estimate, "_group", lambda *_: (50.0, 200.0, 0.0))
+    assert estimate.probed(result, {"synthetic": None}, None, suite.measure) is not None
+    assert [cost.train for cost in result.costs.values()] == [0.0, 1000.0, 1000.0]  # of 20 epochs of 50 s
+    assert [cost.evaluate for cost in result.costs.values()] == [200.0] * 3
+
+
+def test_an_epoch_that_cannot_be_timed_leaves_the_rough_cost(monkeypatch):
+    suite = load_suite("smoke")
+    result = run_suite(suite, dry_run=True)
+    rough = next(iter(result.costs.values())).train
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)
+    monkeypatch.setattr(estimate, "_group", lambda *_: (float("nan"), 200.0, 0.0))
+    estimate.probed(result, {"synthetic": None}, None, suite.measure)
+    assert [cost.train for cost in result.costs.values()] == [rough]
