@@ -17,7 +17,7 @@ import torch
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.data import Dataset
-from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.impressions import Impressions, Requests
 from malloc_bench.data.tasks.known import lengths
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.evaluation.evaluate import Job, evaluate
@@ -124,14 +124,17 @@ def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, f
 
 
 def _validation(backbone: Backbone, split: Split | Impressions) -> float:
-    def validated(n: int) -> float:
-        if isinstance(split, Impressions):
-            return _timed(lambda: validation_auc(backbone, split, n))
-        return _timed(lambda: validation_ndcg(backbone, split, split.valid, n))
+    valid = split.valid
+    length = np.minimum(valid.at - split.dataset.offsets[valid.users], backbone.max_length)
+    few = replace(split, valid=_rows(valid, _typical(length)[:256]))  # type: ignore[arg-type]
 
-    few = min(256, len(split.valid))
+    def validated(n: int) -> float:
+        if isinstance(few, Impressions):
+            return _timed(lambda: validation_auc(backbone, few, n))
+        return _timed(lambda: validation_ndcg(backbone, few, few.valid, n))
+
     validated(1)  # what is slow the first time only
-    return validated(few) * min(len(split.valid), 20_000) / few
+    return validated(len(few.valid)) * min(len(valid), 20_000) / len(few.valid)
 
 
 def _evaluation(
@@ -143,13 +146,11 @@ def _evaluation(
         if not each.cell.compressor.structural:
             by_method.setdefault(each.cell.compressor, []).append(each)
     tests, rng = len(split.test), np.random.default_rng(zlib.crc32(str(cell).encode()))  # other methods of each group
-    length, numbers = _lengths(backbone, split), [min(n, tests) for n in (FEW, SOME)]
-    # a chunk holds users of one length: these are as long as costs what all do on average, between a line and a square
-    order = np.argsort(np.abs(length - np.sqrt(np.square(length).mean())), kind="stable")
+    order, numbers = _typical(_lengths(backbone, split)), [min(n, tests) for n in (FEW, SOME)]
     fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
 
     def taken(jobs: list[Job], sizes: Sequence[int] = numbers) -> np.ndarray:
-        parts = (_cut(split, order[:n]) for n in sizes)
+        parts = (replace(split, test=_rows(split.test, order[:n])) for n in sizes)  # type: ignore[arg-type]
         return np.array([_timed(lambda cut=cut: evaluate(backbone, cut, jobs)) for cut in parts])  # type: ignore[misc]
 
     taken([], numbers[:1])
@@ -176,6 +177,12 @@ def _evaluation(
     return whole + total * len(members) / max(covered, 1)
 
 
+def _typical(length: np.ndarray) -> np.ndarray:
+    """Rows, first those as long as costs what all do on average, between a line and a square."""
+    # who is computed together is of like length
+    return np.argsort(np.abs(length - np.sqrt(np.square(length).mean())), kind="stable")
+
+
 def _lengths(backbone: Backbone, split: Split | Impressions) -> np.ndarray:
     """Events of each test request's history, as far as the backbone reads."""
     return lengths(split, backbone.max_length).clip(1)
@@ -199,11 +206,8 @@ def _job(fits: Fits, each: Planned) -> Job:
     return Job(each.id, compressor, each.cell.budget, None, fits.of(compressor, each.cell.budget)[0])
 
 
-def _cut(split: Split | Impressions, rows: np.ndarray) -> Split | Impressions:
-    """The same with few test requests."""
-    if isinstance(split, Impressions):
-        return replace(split, test=split.test.rows(rows))
-    return replace(split, test=Targets(split.test.users[rows], split.test.at[rows]))
+def _rows(targets: Targets, rows: np.ndarray) -> Targets:
+    return targets.rows(rows) if isinstance(targets, Requests) else Targets(targets.users[rows], targets.at[rows])
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -1,14 +1,15 @@
 """What a dry run says of this machine: costs of every group, by some steps and users of it, and nothing left behind."""
 
 import dataclasses
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from malloc_bench import load_suite, run_suite
 from malloc_bench.cli import main
+from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Retrieval
 from malloc_bench.run import estimate
 
@@ -54,16 +55,27 @@ def test_what_cannot_be_timed_leaves_the_rough_costs(monkeypatch):
     assert result.probe is None and result.estimate > 0
 
 
-def test_what_is_slow_the_first_time_only_is_no_part_of_every_epoch(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only where a test adds them."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+def test_validation_is_told_by_users_of_one_length_and_not_by_its_first_call(monkeypatch, clock):
     asked = []
 
     def validated(backbone, split, targets, n):
-        time.sleep(0.5 * (not asked))
-        asked.append(n)
+        clock.seconds += 100.0 * (not asked) + 1.0
+        asked.append(targets.at - split.dataset.offsets[targets.users])
 
     monkeypatch.setattr(estimate, "validation_ndcg", validated)
-    split = SimpleNamespace(valid=range(10_000))
-    assert estimate._validation(None, split) < 0.5 * 10_000 / asked[-1]
+    length = np.r_[np.full(3000, 2), np.full(300, 30), np.full(700, 50)]  # of root mean square 22
+    offsets = np.r_[0, length.cumsum()]
+    split = Split("all", SimpleNamespace(offsets=offsets), None, Targets(np.arange(4000), offsets[1:]), None)
+    assert estimate._validation(SimpleNamespace(max_length=200), split) == pytest.approx(4000 / 256)
+    assert set(asked[-1]) == {30} and len(asked[-1]) == 256
 
 
 def test_a_checkpoint_that_groups_share_is_trained_once():
