@@ -20,11 +20,12 @@ from malloc_bench.data import Dataset
 from malloc_bench.data.tasks.impressions import Impressions, Requests
 from malloc_bench.data.tasks.known import lengths
 from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.data.tasks.trained import sampled
 from malloc_bench.evaluation.evaluate import Job, evaluate
 from malloc_bench.evaluation.guard import undisturbed
 from malloc_bench.measure.sampling import ENOUGH as ENOUGH_SAMPLES
 from malloc_bench.measure.workload import Workload
-from malloc_bench.run.fits import USERS, Fits
+from malloc_bench.run.fits import Fits
 from malloc_bench.run.models import fresh
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.file import Measure
@@ -36,11 +37,10 @@ log = logging.getLogger(__name__)
 ENOUGH = 120.0  # seconds of a plan's rough estimate below which it is not worth a probe
 PROBE = 6.0  # seconds after which nothing more is begun
 GROUPS = 4  # probed at most; others are scaled by them
-BUDGETS = 1  # of each method
 STEPS = 4  # of training, the first not counted
 FEW, SOME = 32, 96  # users: what is spent on each is told from what is spent once a cell, its 32 packed users included
 REQUESTS = 2.5 * ENOUGH_SAMPLES  # times a read and an append: of the method and of the full state, packing and all
-SAMPLE = 16  # users that methods are fitted to
+FITTED = 4, 8, 32  # users that methods are fitted to, the first time not counted
 
 
 class _Enough(Exception):
@@ -142,39 +142,42 @@ def _evaluation(
 ) -> float:
     """Seconds of all members' evaluation, by that of some methods at some budgets, for few users and for some more."""
     by_method: dict[Any, list[Planned]] = {}
+    adapted = set()
     for each in members:
-        if not each.cell.compressor.structural:
+        if part := each.cell.compressor.build().structural:
+            adapted.add(part)
+        else:
             by_method.setdefault(each.cell.compressor, []).append(each)
     tests, rng = len(split.test), np.random.default_rng(zlib.crc32(str(cell).encode()))  # other methods of each group
-    order, numbers = _typical(_lengths(backbone, split)), [min(n, tests) for n in (FEW, SOME)]
-    fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
+    order, sizes = _typical(_lengths(backbone, split)), [min(n, tests) for n in (FEW, SOME)]
+    fits = Fits(backbone, backbone, split, folder, "probe", cell.seed)
 
-    def taken(jobs: list[Job], sizes: Sequence[int] = numbers) -> np.ndarray:
+    def taken(jobs: list[Job], sizes: Sequence[int] = sizes) -> np.ndarray:
         parts = (replace(split, test=_rows(split.test, order[:n])) for n in sizes)  # type: ignore[arg-type]
         return np.array([_timed(lambda cut=cut: evaluate(backbone, cut, jobs)) for cut in parts])  # type: ignore[misc]
 
-    taken([], numbers[:1])
+    taken([], sizes[:1])
     base = taken([])
     total, covered = 0.0, 0
     for n, place in enumerate(rng.permutation(len(by_method))):
         if n and time.perf_counter() > until:
             break
         own = list(by_method.values())[place]
-        started = time.perf_counter()
         try:
-            chosen = own[len(own) // 2 :][:BUDGETS]  # the one in the middle
-            jobs = [_job(fits, each) for each in chosen]
+            job, fitting = _job(fits, own[len(own) // 2])  # the budget in the middle
         except Exception:  # the run will say it
             continue
-        fitting = (time.perf_counter() - started) * USERS / SAMPLE
-        taken(jobs, numbers[:1])  # what is slow the first time only
-        few, more = (taken(jobs) - base).clip(min=0)
-        each_user = max(more - few, 0.0) / max(numbers[1] - numbers[0], 1)
-        once = max(few - numbers[0] * each_user, 0.0)
-        total += (each_user * tests + once) * len(own) / len(jobs) + fitting
+        taken([job], sizes[:1])  # what is slow the first time only
+        total += _grown((taken([job]) - base).clip(min=0), sizes, tests) * len(own) + fitting
         covered += len(own)
-    whole = float(base[1]) / max(numbers[1], 1) * tests
-    return whole + total * len(members) / max(covered, 1)
+    # whoever reads an adapted backbone needs a prefill of it
+    return _grown(base, sizes, tests) * (1 + len(adapted)) + total * len(members) / max(covered, 1)
+
+
+def _grown(seconds: Sequence[float] | np.ndarray, sizes: Sequence[int], n: int) -> float:
+    """Seconds for n users, by those for few and for some more: what is spent once is not spent on each."""
+    each = max(seconds[1] - seconds[0], 0.0) / max(sizes[1] - sizes[0], 1)
+    return float(max(seconds[0] - sizes[0] * each, 0.0) + n * each)
 
 
 def _typical(length: np.ndarray) -> np.ndarray:
@@ -201,9 +204,17 @@ def _requests(backbone: Backbone, history: int, asked: Measure) -> float:
     return total
 
 
-def _job(fits: Fits, each: Planned) -> Job:
-    compressor = each.cell.compressor.build()
-    return Job(each.id, compressor, each.cell.budget, None, fits.of(compressor, each.cell.budget)[0])
+def _job(fits: Fits, each: Planned) -> tuple[Job, float]:
+    """To be evaluated, by a fit to few users; seconds that one to all takes."""
+    compressor, times = each.cell.compressor.build(), []
+    for n in FITTED:
+        fit, seconds = replace(fits, users=n).of(compressor, each.cell.budget)
+        times.append(seconds or 0.0)
+        if times[0] > PROBE:  # of so few users: by steps, and not by users
+            break
+    job = Job(each.id, compressor, each.cell.budget, None, fit)
+    users = len(sampled(fits.split, fits.users))
+    return job, times[0] if len(times) == 1 else _grown(times[1:], FITTED[1:], users)
 
 
 def _rows(targets: Targets, rows: np.ndarray) -> Targets:

@@ -9,9 +9,14 @@ import pytest
 
 from malloc_bench import load_suite, run_suite
 from malloc_bench.cli import main
+from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.splits import Split, Targets
 from malloc_bench.data.tasks.tasks import Retrieval
+from malloc_bench.data.tasks.trained import sampled
 from malloc_bench.run import estimate
+from malloc_bench.run.fits import Fits
+from malloc_bench.run.models import fresh
+from malloc_bench.suite.cells import Part
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,13 @@ def clock(monkeypatch):
     return now
 
 
+def parts():
+    """An untrained backbone, its split, its first cell and all of them."""
+    plan, data = run_suite("smoke", dry_run=True).plan, get_dataset("synthetic")
+    cell = plan[0].cell
+    return fresh(cell, data), cell.task.cut(data, cell.split), cell, plan
+
+
 def test_validation_is_told_by_users_of_one_length_and_not_by_its_first_call(monkeypatch, clock):
     asked = []
 
@@ -76,6 +88,42 @@ def test_validation_is_told_by_users_of_one_length_and_not_by_its_first_call(mon
     split = Split("all", SimpleNamespace(offsets=offsets), None, Targets(np.arange(4000), offsets[1:]), None)
     assert estimate._validation(SimpleNamespace(max_length=200), split) == pytest.approx(4000 / 256)
     assert set(asked[-1]) == {30} and len(asked[-1]) == 256
+
+
+def test_what_an_evaluation_does_once_is_not_done_for_every_user(monkeypatch, clock, tmp_path):
+    backbone, split, cell, plan = parts()
+
+    def evaluated(backbone, cut, jobs):
+        clock.seconds += 50.0 + len(cut.test) * (1 + 2 * len(jobs))
+
+    monkeypatch.setattr(estimate, "evaluate", evaluated)
+    members = [each for each in plan if each.cell.compressor.name in ("full", "none")]
+    tests = len(split.test)
+    judged = estimate._evaluation(backbone, split, cell, members, tmp_path, 1e9)
+    assert judged == pytest.approx(50 + tests + 2 * 2 * tests)
+    mqa = dataclasses.replace(plan[0].cell, compressor=Part("mqa"))
+    adapted = [*members, *(dataclasses.replace(plan[0], cell=mqa, id=each) for each in "ab")]
+    judged = estimate._evaluation(backbone, split, cell, adapted, tmp_path, 1e9)
+    assert judged == pytest.approx(2 * (50 + tests) + 4 * 2 * tests)  # one prefill more for both
+
+
+def test_a_fit_is_told_by_users_or_by_itself(monkeypatch, tmp_path):
+    backbone, split, _, plan = parts()
+    made = []
+
+    def learned(fits, compressor, budget):
+        made.append(fits.users)
+        return None, first * (len(made) == 1) + 1.0 + 0.5 * fits.users
+
+    monkeypatch.setattr(Fits, "of", learned)
+    fits, first = Fits(backbone, backbone, split, tmp_path, "probe", 0), 2.0
+    users = len(sampled(split, fits.users))
+    assert estimate._job(fits, plan[0])[1] == pytest.approx(1 + 0.5 * users)  # the first is slow
+    assert made == [*estimate.FITTED]
+    made.clear()
+    first = 90.0  # so few users are no reason
+    assert estimate._job(fits, plan[0])[1] == 90 + 1 + 0.5 * estimate.FITTED[0]
+    assert made == [estimate.FITTED[0]]
 
 
 def test_a_checkpoint_that_groups_share_is_trained_once():
