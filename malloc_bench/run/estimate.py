@@ -17,14 +17,15 @@ import torch
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.data import Dataset
-from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.impressions import Impressions, Requests
 from malloc_bench.data.tasks.known import lengths
 from malloc_bench.data.tasks.splits import Split, Targets
+from malloc_bench.data.tasks.trained import sampled
 from malloc_bench.evaluation.evaluate import Job, evaluate
 from malloc_bench.evaluation.guard import undisturbed
 from malloc_bench.measure.sampling import ENOUGH as ENOUGH_SAMPLES
 from malloc_bench.measure.workload import Workload
-from malloc_bench.run.fits import USERS, Fits
+from malloc_bench.run.fits import Fits
 from malloc_bench.run.models import fresh
 from malloc_bench.suite.cells import Cell
 from malloc_bench.suite.file import Measure
@@ -36,11 +37,10 @@ log = logging.getLogger(__name__)
 ENOUGH = 120.0  # seconds of a plan's rough estimate below which it is not worth a probe
 PROBE = 6.0  # seconds after which nothing more is begun
 GROUPS = 4  # probed at most; others are scaled by them
-BUDGETS = 1  # of each method
 STEPS = 4  # of training, the first not counted
 FEW, SOME = 32, 96  # users: what is spent on each is told from what is spent once a cell, its 32 packed users included
 REQUESTS = 2.5 * ENOUGH_SAMPLES  # times a read and an append: of the method and of the full state, packing and all
-SAMPLE = 16  # users that methods are fitted to
+FITTED = 4, 8, 32  # users that methods are fitted to, the first time not counted
 
 
 class _Enough(Exception):
@@ -56,8 +56,9 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
     if result.estimate < ENOUGH:
         return None
     started = time.perf_counter()
-    first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike
-    for cell, members in groups([each for each in result.plan if not each.cell.impossible]):
+    first: dict[Any, tuple[Cell, list[Planned]]] = {}  # seeds cost alike: the one with most to train
+    todo = groups([each for each in result.plan if not each.cell.impossible])
+    for cell, members in sorted(todo, key=lambda each: -result.costs[group_key(each[0])].train):
         first.setdefault(group_key(cell)[:-1], (cell, members))
     found: dict[Any, tuple[float, float, float]] = {}
     largest = sorted(first.items(), key=lambda item: -result.costs[group_key(item[1][0])].total)[:GROUPS]
@@ -71,15 +72,14 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
         except Exception:  # whatever it is, the run will say it
             log.debug("no probe of %s", cell, exc_info=True)
             continue
-        epochs = cost.epochs or 1
         rough = served / request_seconds(asked) if asked.store else 1.0
-        training = train * epochs / max(cost.train, 1e-9) if cost.train else 1.0
+        training = train * cost.epochs / cost.train if cost.train else np.nan
         found[key] = training, judge / max(cost.evaluate, 1e-9), rough
     if not found:
         return None
-    usual = tuple(float(np.median([each[i] for each in found.values()])) for i in (0, 1, 2))
+    usual = [float(np.median([x for x in each if x == x] or [1.0])) for each in zip(*found.values())]
     for key, cost in result.costs.items():
-        train, judge, served = found.get(key[:-1], usual)
+        train, judge, served = (x if x == x else usual[i] for i, x in enumerate(found.get(key[:-1], usual)))
         result.costs[key] = replace(
             cost,
             train=cost.train * train,
@@ -93,7 +93,7 @@ def probed(result: RunResult, datasets: Mapping[str, Dataset], device: torch.dev
 def _group(
     cell: Cell, members: Sequence[Planned], data: Dataset, device: torch.device, until: float, asked: Measure
 ) -> tuple[float, float, float]:
-    """Seconds of an epoch of training, of the evaluation of all members, and of one cell's requests."""
+    """Seconds of an epoch of training (NaN: unknown), of the evaluation of all members, and of one cell's requests."""
     assert cell.split is not None, "settled"
     split = cell.task.cut(data, cell.split)
     backbone = fresh(cell, split.dataset).to(device)
@@ -116,7 +116,7 @@ def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, f
     with contextlib.suppress(_Enough):
         fit(backbone, split, settings, 0, folder / "fit", report)
     if len(times) < 2:
-        return 0.0
+        return np.nan
     seconds = float(np.median(np.diff(times))) * steps
     if len(split.valid):
         seconds += _validation(backbone, split)
@@ -124,14 +124,17 @@ def _epoch(backbone: Backbone, split: Split | Impressions, settings: Training, f
 
 
 def _validation(backbone: Backbone, split: Split | Impressions) -> float:
-    def validated(n: int) -> float:
-        if isinstance(split, Impressions):
-            return _timed(lambda: validation_auc(backbone, split, n))
-        return _timed(lambda: validation_ndcg(backbone, split, split.valid, n))
+    valid = split.valid
+    length = np.minimum(valid.at - split.dataset.offsets[valid.users], backbone.max_length)
+    few = replace(split, valid=_rows(valid, _typical(length)[:256]))  # type: ignore[arg-type]
 
-    few = min(256, len(split.valid))
+    def validated(n: int) -> float:
+        if isinstance(few, Impressions):
+            return _timed(lambda: validation_auc(backbone, few, n))
+        return _timed(lambda: validation_ndcg(backbone, few, few.valid, n))
+
     validated(1)  # what is slow the first time only
-    return validated(few) * min(len(split.valid), 20_000) / few
+    return validated(len(few.valid)) * min(len(valid), 20_000) / len(few.valid)
 
 
 def _evaluation(
@@ -139,41 +142,48 @@ def _evaluation(
 ) -> float:
     """Seconds of all members' evaluation, by that of some methods at some budgets, for few users and for some more."""
     by_method: dict[Any, list[Planned]] = {}
+    adapted = set()
     for each in members:
-        if not each.cell.compressor.structural:
+        if part := each.cell.compressor.build().structural:
+            adapted.add(part)
+        else:
             by_method.setdefault(each.cell.compressor, []).append(each)
     tests, rng = len(split.test), np.random.default_rng(zlib.crc32(str(cell).encode()))  # other methods of each group
-    length, numbers = _lengths(backbone, split), [min(n, tests) for n in (FEW, SOME)]
-    # a chunk holds users of one length: these are as long as costs what all do on average, between a line and a square
-    order = np.argsort(np.abs(length - np.sqrt(np.square(length).mean())), kind="stable")
-    fits = Fits(backbone, backbone, split, folder, "probe", cell.seed, users=SAMPLE)
+    order, sizes = _typical(_lengths(backbone, split)), [min(n, tests) for n in (FEW, SOME)]
+    fits = Fits(backbone, backbone, split, folder, "probe", cell.seed)
 
-    def taken(jobs: list[Job], sizes: Sequence[int] = numbers) -> np.ndarray:
-        parts = (_cut(split, order[:n]) for n in sizes)
+    def taken(jobs: list[Job], sizes: Sequence[int] = sizes) -> np.ndarray:
+        parts = (replace(split, test=_rows(split.test, order[:n])) for n in sizes)  # type: ignore[arg-type]
         return np.array([_timed(lambda cut=cut: evaluate(backbone, cut, jobs)) for cut in parts])  # type: ignore[misc]
 
-    taken([], numbers[:1])
+    taken([], sizes[:1])
     base = taken([])
     total, covered = 0.0, 0
     for n, place in enumerate(rng.permutation(len(by_method))):
         if n and time.perf_counter() > until:
             break
         own = list(by_method.values())[place]
-        started = time.perf_counter()
         try:
-            chosen = own[len(own) // 2 :][:BUDGETS]  # the one in the middle
-            jobs = [_job(fits, each) for each in chosen]
+            job, fitting = _job(fits, own[len(own) // 2])  # the budget in the middle
         except Exception:  # the run will say it
             continue
-        fitting = (time.perf_counter() - started) * USERS / SAMPLE
-        taken(jobs, numbers[:1])  # what is slow the first time only
-        few, more = (taken(jobs) - base).clip(min=0)
-        each_user = max(more - few, 0.0) / max(numbers[1] - numbers[0], 1)
-        once = max(few - numbers[0] * each_user, 0.0)
-        total += (each_user * tests + once) * len(own) / len(jobs) + fitting
+        taken([job], sizes[:1])  # what is slow the first time only
+        total += _grown((taken([job]) - base).clip(min=0), sizes, tests) * len(own) + fitting
         covered += len(own)
-    whole = float(base[1]) / max(numbers[1], 1) * tests
-    return whole + total * len(members) / max(covered, 1)
+    # whoever reads an adapted backbone needs a prefill of it
+    return _grown(base, sizes, tests) * (1 + len(adapted)) + total * len(members) / max(covered, 1)
+
+
+def _grown(seconds: Sequence[float] | np.ndarray, sizes: Sequence[int], n: int) -> float:
+    """Seconds for n users, by those for few and for some more: what is spent once is not spent on each."""
+    each = max(seconds[1] - seconds[0], 0.0) / max(sizes[1] - sizes[0], 1)
+    return float(max(seconds[0] - sizes[0] * each, 0.0) + n * each)
+
+
+def _typical(length: np.ndarray) -> np.ndarray:
+    """Rows, first those as long as costs what all do on average, between a line and a square."""
+    # who is computed together is of like length
+    return np.argsort(np.abs(length - np.sqrt(np.square(length).mean())), kind="stable")
 
 
 def _lengths(backbone: Backbone, split: Split | Impressions) -> np.ndarray:
@@ -194,16 +204,21 @@ def _requests(backbone: Backbone, history: int, asked: Measure) -> float:
     return total
 
 
-def _job(fits: Fits, each: Planned) -> Job:
-    compressor = each.cell.compressor.build()
-    return Job(each.id, compressor, each.cell.budget, None, fits.of(compressor, each.cell.budget)[0])
+def _job(fits: Fits, each: Planned) -> tuple[Job, float]:
+    """To be evaluated, by a fit to few users; seconds that one to all takes."""
+    compressor, times = each.cell.compressor.build(), []
+    for n in FITTED:
+        fit, seconds = replace(fits, users=n).of(compressor, each.cell.budget)
+        times.append(seconds or 0.0)
+        if times[0] > PROBE:  # of so few users: by steps, and not by users
+            break
+    job = Job(each.id, compressor, each.cell.budget, None, fit)
+    users = len(sampled(fits.split, fits.users))
+    return job, times[0] if len(times) == 1 else _grown(times[1:], FITTED[1:], users)
 
 
-def _cut(split: Split | Impressions, rows: np.ndarray) -> Split | Impressions:
-    """The same with few test requests."""
-    if isinstance(split, Impressions):
-        return replace(split, test=split.test.rows(rows))
-    return replace(split, test=Targets(split.test.users[rows], split.test.at[rows]))
+def _rows(targets: Targets, rows: np.ndarray) -> Targets:
+    return targets.rows(rows) if isinstance(targets, Requests) else Targets(targets.users[rows], targets.at[rows])
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -91,10 +91,13 @@ def make_plan(
         for cell in cells
     ]
     result = RunResult(folder, plan, reused=sum(each.done for each in plan))
+    counted: set[Path] = set()  # several groups may share a checkpoint: the first of them trains it
     for cell, group in groups([each for each in plan if not each.cell.impossible]):
         data = datasets[cell.dataset]
         needed = {checkpoint_folder(each): _epochs(each) for each in (cell.plain, *(member.cell for member in group))}
-        epochs = sum(n for folder, n in needed.items() if not (folder / "fit.json").exists())
+        left = {each: n for each, n in needed.items() if each not in counted and not (each / "fit.json").exists()}
+        counted |= left.keys()
+        epochs = sum(left.values())
         timed = sum(suite.measure.covers(member.cell.budget) for member in group)
         passes = cell.split.passes if cell.split else 1
         train = epochs * passes * data.n_events / 20_000  # targets a second
