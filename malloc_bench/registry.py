@@ -265,8 +265,13 @@ def _is_part(value: Any) -> bool:
 
 
 def load_file(path: Path, name: str = "") -> ModuleType:
-    """Import a Python file as the module `name`; the default stands in for no module that is there: not random.py's."""
+    """Import a Python file as the module `name`; the default stands in for no module that is there: not random.py's.
+
+    What it imports may lie beside it.
+    """
     name = name or f"{_USER}{path.stem}"
+    if (beside := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(beside)  # last: it hides nothing
     found = spec_from_file_location(name, path)
     assert found is not None and found.loader is not None, "a .py file"
     module = module_from_spec(found)

@@ -270,7 +270,7 @@ FOUND = {
 @pytest.mark.parametrize("how", FOUND)
 def test_a_module_that_a_methods_file_imports(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_parts", copy.deepcopy(registry._parts))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     top, called = FOUND[how]
     (tmp_path / "mine.py").write_text(HELPED.replace("AT_THE_TOP", top).replace("WHEN_CALLED", called))
     (tmp_path / "helpers_of_mine").mkdir()
