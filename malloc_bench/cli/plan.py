@@ -102,7 +102,7 @@ def printed(
         if ids not in [each for _, each in measured]:
             measured.append(({"compressor": ids.costs.method}, ids))
         table = _table(measured, ids, prices)
-        beyond = ": EXTRAPOLATED" if _beyond(measured[0][0], fleet.events) else ""
+        beyond = ": EXTRAPOLATED" if _beyond([row for row, _ in measured], fleet.events) else ""
         on.print(terminal(table, filled(table, _columns()), head + beyond, on.width))
         for line in _said([row for row, _ in measured], [each for _, each in measured], ids):
             tell(on, line)
@@ -194,10 +194,10 @@ def _columns() -> list[Any]:
     ]
 
 
-def _beyond(row: Mapping[str, Any], events: float) -> str:
-    """How far a length lies from those that were measured, in words; nothing where it is as good as one of them."""
-    n = row["measured_history"]
-    most = row["measured_history_long"] or n
+def _beyond(rows: list[dict[str, Any]], events: float) -> str:
+    """How far a length lies from those that all were measured at, in words; nothing where it is as good as one."""
+    lengths = [(n, row["measured_history_long"]) for row in rows if (n := row.get("measured_history"))]
+    n, most = max(n for n, _ in lengths), min(most or n for n, most in lengths)
     if n * (1 - NEAR) <= events <= most * (1 + NEAR):
         return ""
     return f"{events / most:.3g} times the longest" if events > most else f"{events / n:.3g} times the shorter"
@@ -213,7 +213,7 @@ def _said(rows: list[dict[str, Any]], plans: list[Plan], ids: Plan) -> Iterator[
     line += "CPU time of one thread"
     line += f"; requests of {by} methods one user at a time through {row['store']}, wall time" if by else ""
     yield f"{line}."
-    if beyond := _beyond(row, events):
+    if beyond := _beyond(rows, events):
         yield (
             f"EXTRAPOLATED to {events:,.0f} events, {beyond} that was measured (beyond {NEAR:.0%} it is called so): "
             "bytes along the line through both lengths (of a share in proportion), times by FLOPs where they were "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from malloc_bench.cli import main
+from malloc_bench.cli.plan import _beyond
 from malloc_bench.measure import fleet
 from malloc_bench.results import load_results
 
@@ -61,6 +62,12 @@ def test_a_length_is_called_extrapolated_beyond_five_percent_of_what_was_measure
         assert main(["plan", str(run), *asked, "--only", "compressor=full", "--out", str(tmp_path)]) == 0
         text = capsys.readouterr().out
         assert text.count("EXTRAPOLATED") == 2 * far and ("(beyond 5% it is called so)" in text) == far
+
+
+def test_a_length_that_one_method_was_not_measured_at_is_extrapolated() -> None:
+    rows = [{"measured_history": n, "measured_history_long": long} for n, long in ((4000, 4000), (100, 200))]
+    assert _beyond([*rows, {"compressor": "recompute"}], 4000) == "20 times the longest"
+    assert _beyond(rows[:1], 4000) == "" and _beyond(rows[1:], 50) == "0.5 times the shorter"
 
 
 def test_bytes_and_costs_are_those_of_the_rows(run, tmp_path, capsys) -> None:
