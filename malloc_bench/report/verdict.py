@@ -277,17 +277,10 @@ def _alike(
 
     What a run tells such rows apart by (`lineage.apart`) the other, which has but one of them, does not say.
     """
-    shown: list[str | pl.Expr] = [
-        *key,
-        "n_users",
-        "bytes_mean",
-        "cell_ids",
-        main().alias("value"),
-        alike().alias("kept"),
-        "read_ratio",
-    ]
+    values = main().alias("value"), alike().alias("kept")
+    shown = ["n_users", "bytes_mean", "cell_ids", "read_ratio"]
     bare = pl.col("backbone").str.replace(r" \[.*\]$", "").alias("bare")
-    first, second = (board.select(*shown, bare).with_row_index("place") for board in boards)
+    first, second = (board.select(*key, *shown, *values, bare).with_row_index("place") for board in boards)
     on = ["bare" if name == "backbone" else name for name in key]
     rows = first.join(second, on=on, how="inner", nulls_equal=True)
     pairs = ((row["cell_ids"].split()[0], row["cell_ids_right"].split()[0]) for row in rows.iter_rows(named=True))
