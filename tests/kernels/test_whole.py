@@ -86,6 +86,7 @@ def test_what_is_no_number_is_seen_in_all_that_it_meets(wrong):
 @pytest.mark.parametrize("widest", [0, 32])
 def test_on_other_cpus(widest, tmp_path):
     """As on one without such products, and on one with vectors of half the width."""
+    from malloc_bench.kernels import whole
 
     if widest and not whole.WIDEST:
         pytest.skip("this CPU has no such products")
