@@ -92,7 +92,8 @@ def test_on_other_cpus(widest, tmp_path):
         pytest.skip("this CPU has no such products")
     code = f"""
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-                whole.WIDEST = {widest} or whole.WIDEST
+        from malloc_bench.kernels import whole
+        whole.WIDEST = {widest} or whole.WIDEST
         import test_whole
         for slots, width, bits, along, group in (
             (203, 64, 4, "width", 32), (90, 48, 3, "slots", 32),
