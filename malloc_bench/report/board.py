@@ -77,21 +77,14 @@ def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
     full_read = pl.col("read_ms_p50").filter(pl.col("method") == "full").first()
-    board = (
-        tested(one_line_a_state(means, GROUP), noisy)
-        .drop("delta_spread")
-        .with_columns(
-            *(
-                pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name)
-                for name in _REALS
-                if "delta_" in name
-            ),
-            (1 / pl.col("ratio")).alias("smaller_x"),
-            (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
-            *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
-            (pl.col("read_flops") / 1e6).alias("read_mflops"),
-            pl.coalesce(pl.col("read_ratio") * full_read.over(GROUP), "read_ms_p50").alias("read_ms"),
-        )
+    board = tested(one_line_a_state(means, GROUP), noisy).drop("delta_spread")
+    board = board.with_columns(
+        *(pl.when(pl.col("method") != "full").then(pl.col(name)).alias(name) for name in _REALS if "delta_" in name),
+        (1 / pl.col("ratio")).alias("smaller_x"),
+        (0.5 / pl.col("ratio")).alias("smaller_f16_x"),
+        *(share_of(known).alias(f"of_{known}_ceiling") for known in ("full", "window")),
+        (pl.col("read_flops") / 1e6).alias("read_mflops"),
+        pl.coalesce(pl.col("read_ratio") * full_read.over(GROUP), "read_ms_p50").alias("read_ms"),
     )
     board = board.with_columns(
         pl.when(full() > 0).then(delta(end) / full()).alias(f"delta_of_full{end}") for end in ("", "_lo", "_hi")

@@ -20,11 +20,6 @@ from malloc_bench.suite.cells import Cell
 if TYPE_CHECKING:
     import polars as pl
 
-#: what a table tells rows apart by
-_NAMED = (
-    "dataset", "task", "split", "backbone", "backbone_params", "compressor", "compressor_params", "budget", "seed",
-)  # fmt: skip
-
 
 def about(cell: Cell, environment: Mapping[str, Any]) -> Row:
     """What a row says of its cell, and of the machine and time that it is written on and at."""
@@ -62,8 +57,10 @@ def ask_again(folder: Path, rows: Sequence[Row], asked: Collection[str]) -> None
     Tables show the newest of a name: without this they would show an edit of a method that was taken back.
     """
 
+    from malloc_bench.report.board import GROUP, METHOD
+
     def name(row: Row) -> str:
-        return canonical_json([row[key] for key in _NAMED])
+        return canonical_json([row[key] for key in (*GROUP, "backbone_params", *METHOD, "seed")])
 
     last: dict[str, str] = {}
     for row in rows:
