@@ -56,7 +56,10 @@ def _sums(x: Row) -> None:
     kept = {
         part: [cgutils.alloca_once(x.builder, ir.VectorType(F32, part[1])) for _ in range(x.planes)] for part in x.parts
     }
-    with cgutils.for_range(x.builder, x.columns(3, 0)) as query:
+    with (
+        cgutils.for_range(x.builder, x.columns(3, 0)) as query,
+        cgutils.for_range_slice(x.builder, x.number(1), x.number(2), ir.Constant(AT, whole.BLOCK)) as (first, _),
+    ):  # by blocks: what is small beside the sum of all is not lost
         row = x.builder.gep(weights, [x.builder.mul(query.index, columns)])
         for place in (place for planes in kept.values() for place in planes):
             x.builder.store(place.type.pointee([0] * place.type.pointee.count), place)
@@ -72,7 +75,7 @@ def _sums(x: Row) -> None:
                 for place, vector in zip(kept[part], found):
                     x.builder.store(x.sum(x.builder.load(place), vector), place)
 
-        x.loop(x.number(1), x.number(2), 2, body)
+        x.loop(first, x.smaller(x.plus(first, whole.BLOCK), x.number(2)), 2, body)
         for part, places in kept.items():
             found = x.put_together([x.builder.load(place) for place in places])
             at = x.plus(x.times(query.index, x.groups * x.words * x.planes), part[0] * x.planes)
