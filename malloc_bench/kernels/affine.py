@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 class Affine:
     """x = scale * code + offset, [B, H, S, width] of float32.
 
-    codes: [B, H, S, ceil(width bits / 8)] uint8, a stream of bits a slot, the lowest first. scale, offset: [B, H, G, W]
-    float32, a row for `slots` slots and a column for `channels` channels, of which one is 1. G or W may be 1 for all.
+    codes: [B, H, S, ceil(width bits / 8) or more] uint8, a stream of bits a slot, the lowest first.
+    scale, offset: [B, H, G, W] float32, a row for `slots` slots and a column for `channels` channels, of which one is
+    1. G or W may be 1 for all.
     offset None: -2^(bits-1) scale. top [B, H, 1, 1] int8: scale and offset are whole numbers s and o, uint8 and int8,
     for 2^(top - s / 8) and (o - (2^bits - 1)) / 2 times that.
     """
@@ -68,12 +70,13 @@ class Affine:
         how = BYTES if self.top is not None else MIDDLE if self.offset is None else GIVEN
         scale = _spread(self.scale, rows, columns)
         offset = scale if self.offset is None else _spread(self.offset, rows, columns)
-        from malloc_bench.kernels.loops import loops  # here: its compiler takes half a second to load
+        from malloc_bench.kernels.loops import dense, loops  # here: its compiler takes half a second to load
 
-        of = loops(self.bits, codes.shape[3] // (step * groups), groups, self.width, how)
-        way = of.by_channel if self.channels == 1 and self.top is None else of.by_slot
+        words, by_channel = codes.shape[3] // (step * groups), self.channels == 1 and self.top is None
+        ways = loops(self.bits, words, groups, how)[by_channel]
+        unpack = dense(self.bits, words, groups, self.width, how)[by_channel]
         top = scale if self.top is None else array(self.top)
-        read = Coded(way, (array(codes), scale, offset, top, group), (s, self.width))
+        read = Coded(ways, unpack, (array(codes), scale, offset, top, group), (s, self.width))
         at = {x.data_ptr() for x in self.tensors()}
         if all(x.ctypes.data in at for x in read.given[:4]):
             self._known.append(read)
@@ -91,6 +94,7 @@ class Coded(NamedTuple):
     """The loops over an `Affine`."""
 
     ways: Ways
+    unpack: Callable[..., None]
     given: tuple
     size: tuple[int, int]
 
@@ -107,5 +111,5 @@ class Coded(NamedTuple):
     def rows(self, start: int, stop: int, room: Tensor) -> Tensor:
         out = room[: (stop - start) * self.size[0] * self.size[1]].view(stop - start, *self.size)
         given = *self.given, out.numpy(), start
-        spread(lambda first, last: self.ways.dense(*given, start + first, start + last), stop - start, out.numel())
+        spread(lambda first, last: self.unpack(*given, start + first, start + last), stop - start, out.numel())
         return out

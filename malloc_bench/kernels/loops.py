@@ -114,20 +114,16 @@ class Ways(NamedTuple):
 
     dot: Callable[..., None]
     mix: Callable[..., None]
-    dense: Callable[..., None]
     most: int  # queries that they read for
 
 
-class Loops(NamedTuple):
-    """Scales [B, H, S, G] are of a slot and a group of channels, or [B, H, S / group, D] of slots and one channel."""
-
-    by_slot: Ways
-    by_channel: Ways
-
-
 @cache
-def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loops:
-    """Of vectors of WIDTH codes of so many bits: constants to the compiler, WORDS is those of a group."""
+def loops(BITS: int, WORDS: int, GROUPS: int, HOW_SIZED: int) -> tuple[Ways, Ways]:
+    """Of vectors of GROUPS groups of WORDS words of codes of so many bits: constants to the compiler.
+
+    Scales [B, H, S, G] are of a slot and a group of channels, or, the second, [B, H, S / group, D] of slots and one
+    channel.
+    """
     ROOM = WORDS * GROUPS * PLANES[BITS]
     EACH = ROOM // GROUPS
     WIDER = BITS == 3 and whole.fits(4, 4 * WORDS)  # three bits are read as four: these lie in whole bytes
@@ -219,7 +215,8 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
     @jit
     def mix_by_channel(codes, scale, offset, top, group, count, w, out, heads, start, stop):  # type: ignore[no-untyped-def]
         slots, rows = codes.shape[2], np.empty((min(QUERIES, w.shape[1]), ROOM), f32)
-        ones, sizes, lows = np.ones((1, slots), f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+        width = out.shape[2]
+        ones, sizes, lows = np.ones((1, slots), f32), np.empty(width, f32), np.empty(width, f32)
         room = np.empty((slots if WIDER else 0, codes.shape[3] * 4 // 3), np.uint8)
         for i in range(start, stop):
             end = min(slots, part(count, i, len(out), heads))
@@ -227,7 +224,7 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
             scales, offsets = part(scale, i, len(out), heads), part(offset, i, len(out), heads)
             for g in range((end + group - 1) // group):
                 begin, last = g * group, min(end, g * group + group)
-                for d in range(out.shape[2]):
+                for d in range(width):
                     sizes[d], lows[d] = sized(scales, offsets, f32(1), g, d, BITS, HOW_SIZED)
                 for m in range(0, w.shape[1], QUERIES):
                     asked, given = w[i, m : m + QUERIES], out[i, m : m + QUERIES]
@@ -237,8 +234,16 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                         total = zero
                         for s in range(begin, last):
                             total += asked[k, s]
-                        for d in range(out.shape[2]):
+                        for d in range(width):
                             given[k, d] += rows[k, d] * sizes[d] + total * lows[d]
+
+    most, some = (whole.MOST, whole.SOME) if whole.fits(AS, BYTES_READ) else (FEW, FEW)
+    return Ways(dot_by_slot, mix_by_slot, most), Ways(dot_by_channel, mix_by_channel, some)
+
+
+@cache
+def dense(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> tuple[Callable[..., None], ...]:
+    """Likewise, what writes the vectors out, of WIDTH numbers each."""
 
     @jit
     def dense_by_slot(codes, scale, offset, top, group, out, first, start, stop):  # type: ignore[no-untyped-def]
@@ -272,6 +277,4 @@ def loops(BITS: int, WORDS: int, GROUPS: int, WIDTH: int, HOW_SIZED: int) -> Loo
                     part(codes, i, rows, heads), g * group, end, sizes, lows, out[i - first], 1, WIDTH, BITS, WORDS, 1
                 )
 
-    most, some = (whole.MOST, whole.SOME) if whole.fits(AS, BYTES_READ) else (FEW, FEW)
-    by_slot = Ways(dot_by_slot, mix_by_slot, dense_by_slot, most)
-    return Loops(by_slot, Ways(dot_by_channel, mix_by_channel, dense_by_channel, some))
+    return dense_by_slot, dense_by_channel

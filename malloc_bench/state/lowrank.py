@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from malloc_bench import kernels
 from malloc_bench.kernels import Affine
@@ -20,8 +21,8 @@ Kernel = Callable[[Affine, Tensor], Tensor | None]
 class Factor(Vectors):
     """The factor with a row for each slot, which several `LowRank` may share: scale times data.
 
-    data: [B, H', S, R] float16 or float32, or codes of `bits` bits packed along the ranks, H' = 1 where all heads share
-        it.
+    data: [B, H', S, R] float16 or float32, or codes of `bits` bits packed along the ranks, with bytes behind them up to
+        a whole vector (see `_filled`); H' = 1 where all heads share it.
     rank: [B, H' or 1] int32, how many columns count, at most `most`.
     scale: [B, H' or 1] float32: data lies within -1 and 1, so that float16 holds it.
     size: [B, H', 1, R] float16, what a column of codes, and the row of codes that it meets, is multiplied by.
@@ -79,6 +80,7 @@ class Factor(Vectors):
         scale = read(self.scale[..., None, None], one).view(len(rank), self.scale.shape[1])
         size = None if self.size is None else read(self.size, one, rank)
         data = read(self.data, all_rows(self.data) if count is None else count, self._stored(rank))
+        data = data if self.bits is None else _filled(data)
         return replace(self, data=data, rank=rank, scale=scale, size=size)
 
     def _stored(self, rank: Tensor) -> Tensor:
@@ -166,6 +168,11 @@ def factor(x: Tensor, mask: Tensor, rank: Tensor, most: int, dtype: torch.dtype)
     return Factor((x / scale[..., None, None]).to(dtype), rank.to(torch.int32), scale, most)
 
 
+def _filled(codes: Tensor) -> Tensor:
+    """Bytes that count for nothing, up to a whole vector of them: a loop is compiled for each number of bytes."""
+    return F.pad(codes, (0, -codes.shape[3] % 16))
+
+
 def _encoded(x: Tensor, bits: int) -> Tensor:
     """x [..., D] within -1 and 1 as codes, packed."""
     half = 2 ** (bits - 1)
@@ -225,7 +232,7 @@ def low_ranks(
         left, right = left / torch.where(tall > 0, tall, 1.0), right / torch.where(long > 0, long, 1.0)
         size = (tall * long.mT).half()
     rank, most = rank.to(torch.int32), x.shape[3]
-    data = left.to(dtype) if bits is None else _encoded(torch.where(columns, left, -1.0), bits)
+    data = left.to(dtype) if bits is None else _filled(_encoded(torch.where(columns, left, -1.0), bits))
     shared = Factor(data, rank, scale, most, bits, size)
     out, at = [], 0
     for field in fields:

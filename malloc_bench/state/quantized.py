@@ -178,9 +178,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
-    """The inverse of `pack_bits`: [..., ceil(D bits / 8)] uint8 -> [..., D] uint8."""
+    """The inverse of `pack_bits`: [..., ceil(D bits / 8) or more] uint8 -> [..., D] uint8."""
     if bits == 8:
-        return packed
+        return packed[..., :width]
     if 8 % bits:
         first = torch.arange(width, device=packed.device) * bits
         byte, shift = first // 8, first % 8
