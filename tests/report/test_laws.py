@@ -8,7 +8,7 @@ from malloc_bench.cli import main
 from malloc_bench.registry import UnknownName
 from malloc_bench.report.laws import drawn, fitted, told
 from malloc_bench.report.laws.equal import equal
-from malloc_bench.report.laws.forms import JOINT, LINE, POWER, PURE, SATURATING
+from malloc_bench.report.laws.forms import JOINT, LINE, PLANE, POWER, PURE, SATURATING
 from malloc_bench.report.laws.judged import Points, judged
 from malloc_bench.results import frame, write_row
 
@@ -41,6 +41,17 @@ def test_a_form_finds_its_own_parameters(form, theta, x):
     found = form.fit(x, y)
     np.testing.assert_allclose(form.predict(found, x), y, rtol=1e-4)
     np.testing.assert_allclose(found, theta, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "form, theta, d", [(POWER, [0.5, 3.0, 0.4], 1), (PURE, [3.0, 0.4], 1), (SATURATING, [0.2, 0.7, 2.0], 1),
+                       (LINE, [1.5, 0.1], 1), (JOINT, [0.5, 3.0, 0.4, 2.0, 0.8], 2), (PLANE, [2.0, 0.1, 0.2], 2)],
+)  # fmt: skip
+def test_slopes_are_those_of_what_is_predicted(form, theta, d):
+    x, theta = np.random.default_rng(0).uniform(1, 50, (7, d)), np.array(theta)
+    steps = 1e-6 * np.eye(len(theta))
+    near = [(form.predict(theta + step, x) - form.predict(theta - step, x)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(form.slopes(theta, x), np.stack(near, 1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_power_law_predicts_what_was_held_out_and_nothing_held_out_is_fitted():

@@ -18,12 +18,14 @@ _MOST = 5.0  # an exponent
 
 @dataclass(frozen=True)
 class Form:
-    """y of x [n, d]: `predict(theta, x)` -> [n]; `names` of theta, of which `bounds` [2, p]; `starts` begin a fit."""
+    """y of x [n, d]: `predict(theta, x)` -> [n], and how it moves with theta: `slopes(theta, x)` -> [n, p]; `names` of
+    theta, of which `bounds` [2, p]; `starts` begin a fit."""
 
     name: str
     formula: str
     names: tuple[str, ...]
     predict: Callable[[Array, Array], Array]
+    slopes: Callable[[Array, Array], Array]
     starts: Callable[[Array, Array], Iterator[Array]]
     bounds: tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -31,12 +33,16 @@ class Form:
         """Theta of the least loss; near: begin there alone. y must be above 0."""
 
         def off(theta: Array) -> Array:
-            return np.log(np.maximum(self.predict(theta, x), LEAST)) - np.log(y)
+            return np.log(np.maximum(self.predict(theta, x), LEAST)) - logs
 
+        def slopes(theta: Array) -> Array:
+            return self.slopes(theta, x) / np.maximum(self.predict(theta, x), LEAST)[:, None]
+
+        logs = np.log(y)
         low, high = (np.array(side) for side in self.bounds)
         best, least = None, np.inf
         for start in [near] if near is not None else self.starts(x, y):
-            found = least_squares(off, np.clip(start, low, high), bounds=(low, high), loss="huber", f_scale=HUBER)
+            found = least_squares(off, np.clip(start, low, high), slopes, (low, high), loss="huber", f_scale=HUBER)
             if found.cost < least:
                 best, least = found.x, float(found.cost)
         assert best is not None, "a form has a start"
@@ -45,6 +51,12 @@ class Form:
 
 def _power(theta: Array, x: Array) -> Array:
     return theta[0] + np.exp(np.minimum(theta[2] * (theta[1] - np.log(x[:, 0])), 50.0))
+
+
+def _power_slopes(theta: Array, x: Array) -> Array:
+    far = theta[1] - np.log(x[:, 0])
+    above = np.exp(np.minimum(theta[2] * far, 50.0))
+    return np.stack([np.ones(len(x)), theta[2] * above, far * above], 1)
 
 
 def _power_starts(x: Array, y: Array) -> Iterator[Array]:
@@ -57,6 +69,10 @@ def _pure(theta: Array, x: Array) -> Array:
     return _power(np.array([0.0, *theta]), x)
 
 
+def _pure_slopes(theta: Array, x: Array) -> Array:
+    return _power_slopes(np.array([0.0, *theta]), x)[:, 1:]
+
+
 def _pure_starts(x: Array, y: Array) -> Iterator[Array]:
     slope, ends = np.polyfit(np.log(x[:, 0]), np.log(y), 1)
     a = max(-slope, 1e-3)
@@ -64,7 +80,11 @@ def _pure_starts(x: Array, y: Array) -> Iterator[Array]:
 
 
 def _joint(theta: Array, x: Array) -> Array:
-    return _power(theta[:3], x) + _power(np.array([0.0, *theta[3:]]), x[:, 1:])
+    return _power(theta[:3], x) + _pure(theta[3:], x[:, 1:])
+
+
+def _joint_slopes(theta: Array, x: Array) -> Array:
+    return np.hstack([_power_slopes(theta[:3], x), _pure_slopes(theta[3:], x[:, 1:])])
 
 
 def _joint_starts(x: Array, y: Array) -> Iterator[Array]:
@@ -80,12 +100,21 @@ def _line(theta: Array, x: Array) -> Array:
     return theta[0] - np.log(x) @ theta[1:]
 
 
+def _line_slopes(theta: Array | None, x: Array) -> Array:
+    return np.column_stack([np.ones(len(x)), -np.log(x)])
+
+
 def _line_starts(x: Array, y: Array) -> Iterator[Array]:
-    yield np.linalg.lstsq(np.column_stack([np.ones(len(x)), -np.log(x)]), y, rcond=None)[0]
+    yield np.linalg.lstsq(_line_slopes(None, x), y, rcond=None)[0].astype(np.float64)
 
 
 def _saturating(theta: Array, x: Array) -> Array:
     return theta[0] + theta[1] / (1 + x[:, 0] / np.exp(theta[2]))
+
+
+def _saturating_slopes(theta: Array, x: Array) -> Array:
+    share = 1 / (1 + x[:, 0] / np.exp(theta[2]))
+    return np.stack([np.ones(len(x)), share, theta[1] * share * (1 - share)], 1)
 
 
 def _saturating_starts(x: Array, y: Array) -> Iterator[Array]:
@@ -101,21 +130,23 @@ def _scaled(columns: Array, y: Array) -> Array:
 
 
 POWER = Form(
-    "power", "E + (x0 / x)^a", ("E", "log x0", "a"), _power, _power_starts,
+    "power", "E + (x0 / x)^a", ("E", "log x0", "a"), _power, _power_slopes, _power_starts,
     ((0.0, -np.inf, 1e-3), (np.inf, np.inf, _MOST)),
 )  # fmt: skip
 PURE = Form(
-    "power without a floor", "(x0 / x)^a", ("log x0", "a"), _pure, _pure_starts, ((-np.inf, 1e-3), (np.inf, _MOST))
-)
-LINE = Form("log", "c - b ln x", ("c", "b"), _line, _line_starts, ((-np.inf,) * 2, (np.inf,) * 2))
+    "power without a floor", "(x0 / x)^a", ("log x0", "a"), _pure, _pure_slopes, _pure_starts,
+    ((-np.inf, 1e-3), (np.inf, _MOST)),
+)  # fmt: skip
+LINE = Form("log", "c - b ln x", ("c", "b"), _line, _line_slopes, _line_starts, ((-np.inf,) * 2, (np.inf,) * 2))
 SATURATING = Form(
-    "saturating", "E + S / (1 + x / x0)", ("E", "S", "log x0"), _saturating, _saturating_starts,
+    "saturating", "E + S / (1 + x / x0)", ("E", "S", "log x0"), _saturating, _saturating_slopes, _saturating_starts,
     ((0.0, 0.0, -np.inf), (np.inf,) * 3),
 )  # fmt: skip
 JOINT = Form(
-    "joint power", "E + (x0 / x)^a + (z0 / z)^b", ("E", "log x0", "a", "log z0", "b"), _joint, _joint_starts,
+    "joint power", "E + (x0 / x)^a + (z0 / z)^b", ("E", "log x0", "a", "log z0", "b"),
+    _joint, _joint_slopes, _joint_starts,
     ((0.0, -np.inf, 1e-3, -np.inf, 1e-3), (np.inf, np.inf, _MOST, np.inf, _MOST)),
 )  # fmt: skip
 PLANE = Form(
-    "log", "c - b ln x - d ln z", ("c", "b", "d"), _line, _line_starts, ((-np.inf,) * 3, (np.inf,) * 3)
+    "log", "c - b ln x - d ln z", ("c", "b", "d"), _line, _line_slopes, _line_starts, ((-np.inf,) * 3, (np.inf,) * 3)
 )  # fmt: skip

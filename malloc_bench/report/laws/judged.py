@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,25 +79,36 @@ class Points:
 
 def judged(points: Points, bootstraps: int = 200, seed: int = 0) -> list[Judged]:
     """Every form that there are points enough for, the least error first. Raises ValueError where there is none."""
-    found = []
-    for form in points.forms:
-        if points.places > len(form.names):
-            found.append(_bootstrapped(form, points, bootstraps, np.random.default_rng(seed)))
-    if not found:
+    forms = [form for form in points.forms if points.places > len(form.names)]
+    if not forms:
         least = min(len(form.names) for form in points.forms) + 1
         raise ValueError(f"{points.places} sizes are left to fit beside those held out; a law needs {least} or more")
+    rng, plain = np.random.default_rng(seed), _plain(points)
+    lots = [(lot, *_plain(lot)) for lot in (points.drawn(rng) for _ in range(bootstraps))]
+    found = [_bootstrapped(form, points, plain, lots) for form in forms]
     return sorted(found, key=lambda each: each.error)
 
 
-def _errors(form: Form, points: Points, near: Array | None = None) -> tuple[float, float, float]:
-    """Of the form, of the last y, and of a line, over the points held out."""
-    held = points.held
-    x, y, beyond, seen = points.x[~held], points.y[~held], points.x[held], points.y[held]
+def _error(form: Form, points: Points, near: Array | None = None) -> float:
+    """Of the form over the points held out, fitted to the others."""
+    x, y, beyond, seen = _parted(points)
+    return _off(form.predict(form.fit(x, y, near), beyond), seen)
+
+
+def _plain(points: Points) -> tuple[float, float]:
+    """Errors of the last y and of a line."""
+    x, y, beyond, seen = _parted(points)
     plain = LINE if x.shape[1] == 1 else PLANE
-    line = plain.predict(plain.fit(x, y), beyond)
-    guesses = form.predict(form.fit(x, y, near), beyond), _last(x, y, beyond), line
-    one, same, other = (float(np.abs(np.log(np.maximum(each, LEAST) / seen)).mean()) for each in guesses)
-    return one, same, other
+    return _off(_last(x, y, beyond), seen), _off(plain.predict(plain.fit(x, y), beyond), seen)
+
+
+def _parted(points: Points) -> tuple[Array, Array, Array, Array]:
+    held = points.held
+    return points.x[~held], points.y[~held], points.x[held], points.y[held]
+
+
+def _off(guess: Array, seen: Array) -> float:
+    return float(np.abs(np.log(np.maximum(guess, LEAST) / seen)).mean())
 
 
 def _last(x: Array, y: Array, beyond: Array) -> Array:
@@ -109,17 +121,18 @@ def _last(x: Array, y: Array, beyond: Array) -> Array:
     return np.array(guess)
 
 
-def _bootstrapped(form: Form, points: Points, bootstraps: int, rng: np.random.Generator) -> Judged:
+def _bootstrapped(
+    form: Form, points: Points, plain: tuple[float, float], lots: Sequence[tuple[Points, float, float]]
+) -> Judged:
     theta = form.fit(points.x, points.y)
     small = form.fit(points.x[~points.held], points.y[~points.held])
-    found = Judged(form, theta, *_errors(form, points))
+    found = Judged(form, theta, _error(form, points), *plain)
     thetas, wins = [], []
-    for _ in range(bootstraps):
-        lot = points.drawn(rng)
+    for lot, same, line in lots:
         if lot.places < len(form.names):
             continue  # too few places came out
         thetas.append(form.fit(lot.x, lot.y, theta))
-        error, same, line = _errors(form, lot, small)
+        error = _error(form, lot, small)
         wins.append(error < same and (error < line or form in (LINE, PLANE)))
     if wins:
         found.won = float(np.mean(wins))

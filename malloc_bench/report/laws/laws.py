@@ -123,7 +123,8 @@ def fitted(
             "run the suite again with this version, or look at another run"
         )
     groups = list(rows.group_by(*what.of, APART, maintain_order=True))
-    found = []
+    found: list[Found] = []
+    report(0, len(groups))  # one may take minutes
     for number, (_, group) in enumerate(groups):
         found.append(_one(group, what, metric, hold, bootstraps))
         report(number + 1, len(groups))
