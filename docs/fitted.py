@@ -270,7 +270,7 @@ def spread() -> str:
         seeds.std().alias("sd"), pl.len().alias("n")
     )
     by_cell = by_cell.filter(pl.col("n") == 3)
-    ours = by_cell["compressor_params"].str.contains("fit_omp", literal=True)
+    ours = (by_cell["compressor"] + by_cell["compressor_params"]).str.contains("fit_omp", literal=True)
     groups = (by_cell["sd"].filter(some) for some in (ours, ~ours))
     said = (f"{sd.median():.3f} in the median, {sd.max():.3f} at most" for sd in groups)
     return " for fit_omp, ".join(said) + " for the others"
