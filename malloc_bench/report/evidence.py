@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.evaluation.metrics import holm
+from malloc_bench.evaluation.metrics import holm, noninferiority
 from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
-from malloc_bench.report.judge import REBUILT, alike, deployable
+from malloc_bench.report.judge import REBUILT, alike, deployable, judged
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
 from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
@@ -56,12 +56,12 @@ def pareto(frame: pl.DataFrame) -> pl.DataFrame:
 def significance(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.DataFrame:
     """Of each method and budget: its difference to the full state, and to the best of its budget, with intervals and p.
 
-    The best keeps most of the full state's order of all that keep a state; `apart` is the difference to it in
-    overlap@10 or agreement, paired over users, `p_best` Holm-corrected within a budget: null without values by user in
-    `folder`.
+    Several trainings are pooled, clustered by user, where values by user are in `folder`; see `pooled`. The best keeps
+    most of the full state's order of all that keep a state; `apart` is the difference to it in overlap@10 or agreement,
+    paired over users, `p_best` Holm-corrected within a budget: null without values by user in `folder`.
     """
     users, parts = Users(frame, folder), []
-    rows = at_budgets(aggregate(frame)).filter(pl.col("method") != "full")
+    rows = at_budgets(pooled(aggregate(frame), users)).filter(pl.col("method") != "full")
     for _, block in rows.group_by(*GROUP, "within", maintain_order=True):
         able = block.filter(competes() & alike().is_not_null())
         able = able.sort(-alike(), pl.col("bytes_mean").fill_null(0.0), maintain_order=True)
@@ -73,10 +73,41 @@ def significance(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.Da
     of = pl.when(pl.col("lossless_of") == "GAUC")
     deltas = [of.then(f"delta_gauc{e}").otherwise(f"delta_ndcg@10{e}").alias(f"delta{e}") for e in ("", "_lo", "_hi")]
     head = (*GROUP, "n_users", "note", "family", "compressor", pl.col("within").alias("budget"))
-    judged = ("p_holm", "p_lossless", "lossless")
-    return whole.select(*head, pl.col("lossless_of").alias("metric"), *deltas, *judged, *measured).sort(
+    tested = ("p_holm", "p_lossless", "lossless", "pooled")
+    return whole.select(*head, pl.col("lossless_of").alias("metric"), *deltas, *tested, *measured).sort(
         *GROUP, maintain_order=True
     )
+
+
+def pooled(board: pl.DataFrame, users: Users) -> pl.DataFrame:
+    """`aggregate`'s rows judged again, with differences to the full state of each user's mean over the trainings.
+
+    Their intervals narrow with trainings, where `aggregate` averages the ends of one training's. `pooled`: over how
+    many users; null where a row stays as it was: one training, weights of its own, no values by user.
+    """
+    parts = []
+    for _, group in groups_of(board):
+        of, chance = ("gauc", 0.5) if group["lossless_of"][0] == "GAUC" else ("ndcg@10", 0.0)
+        full = group.filter(pl.col("method") == "full")["cell_ids"].to_list()
+        found = [_over_users(row, full, users, chance) for row in group.iter_rows(named=True)]
+        names = *(f"delta_{of}{end}" for end in ("", "_lo", "_hi")), "p_value", "p_noninferior", "pooled"
+        group = group.with_columns(pl.lit(None, pl.Float64).alias("pooled"))
+        new = [
+            pl.Series(name, [each[i] if each else before for each, before in zip(found, group[name])], pl.Float64)
+            for i, name in enumerate(names)
+        ]
+        parts.append(judged(group.with_columns(new)))
+    return pl.concat(parts) if parts else board.with_columns(pl.lit(None, pl.Float64).alias("pooled"))
+
+
+def _over_users(row: Mapping[str, Any], full: list[str], users: Users, chance: float) -> tuple[float, ...] | None:
+    """Delta, its interval, p, p of non-inferiority, and users."""
+    if row["method"] == "full" or row["structural"] or row["seeds"] < 2 or not full:
+        return None
+    both = users.both(row["cell_ids"].split(), full[0].split(), "main")
+    if (found := difference(both)) is None or both is None:
+        return None
+    return *found[:4], float(noninferiority(both.a[None], both.b, chance=chance)[0]), found.users
 
 
 def _to_best(block: pl.DataFrame, best: Mapping[str, Any] | None, users: Users) -> list[pl.Series]:
@@ -174,6 +205,7 @@ PAPER = {
             *LABELS,
             words("metric", "metric"),
             interval("delta", "Δ to the full state [95 % interval]", "+z.4f"),
+            number("pooled", "users, trainings pooled", ",.0f"),
             p_value("p_holm", "p (Holm)"),
             p_value("p_lossless", "p of a loss of 1 % (Holm)"),
             Column("lossless", lambda row: "" if row["lossless"] is None else "yes" if row["lossless"] else "no"),
@@ -184,7 +216,8 @@ PAPER = {
         by_user=True,
         notes=(
             "Intervals are each row's own, at 95 %; p are corrected (Holm) for all of a table's rows, and to the best "
-            "for those of a budget: an interval may leave out 0 where p is 1.",
+            "for those of a budget: an interval may leave out 0 where p is 1. Trainings pooled: of each user's mean "
+            "over them; elsewhere the ends of their intervals are averaged, and p is twice the mean of theirs.",
         ),
     ),
     "complexity": Table(

@@ -4,9 +4,11 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import polars as pl
 import pytest
 
+from malloc_bench.evaluation import metrics
 from malloc_bench.report import evidence, render, tables
 from malloc_bench.results import budget_labels, frame
 
@@ -136,6 +138,33 @@ def test_significance_against_the_full_state_and_the_best(row, board_of, with_us
     text = tables.render_table(board_of(cells), "significance", folder=tmp_path)
     assert "-0.0500 [-0.0600, -0.0400]" in text and "| <0.001 |" in text
     assert evidence.significance(board_of(cells))["apart"].null_count() == 2  # values by user are elsewhere
+
+
+def test_trainings_are_pooled_by_user_in_the_table_of_tests(row, board_of, with_users, tmp_path):
+    """What is tested is each user's mean over the trainings; weights of a row's own, and one training, stay as are."""
+    rng, n = np.random.default_rng(0), 400
+    ranks = {name: rng.integers(0, 12, (3, n)) for name in ("full", "h2o")}
+    cells = [
+        with_users(
+            scored(row, name, 0.2 if name == "full" else 0.15, seed=seed, p_value=0.5), [0.5] * n, ranks[name][seed]
+        )
+        for name in ranks
+        for seed in range(3)
+    ]
+    cells += [with_users(scored(row, "tova", 0.15, p_value=0.5), [0.4] * n, 3)]
+    cells += [with_users(scored(row, "mqa", 0.15, structural=True, seed=s), [0.4] * n, 3) for s in range(3)]
+    found = {each["compressor"]: each for each in evidence.significance(board_of(cells), tmp_path).to_dicts()}
+    mine, full = (metrics.ndcg(ranks[name], 10).mean(0) for name in ("h2o", "full"))
+    delta, lo, hi, p = metrics.paired_bootstrap(mine, full)
+    h2o = found["h2o"]
+    assert (h2o["delta"], h2o["delta_lo"], h2o["delta_hi"], h2o["pooled"]) == pytest.approx((delta, lo, hi, n))
+    spread = np.std(metrics.ndcg(ranks["h2o"], 10) - metrics.ndcg(ranks["full"], 10), axis=1).mean()
+    assert (hi - lo) < 2 * 1.96 * spread / np.sqrt(n) / 1.5  # three trainings: a root of three narrower than one
+    for name in ("tova", "mqa"):
+        assert found[name]["delta"] == pytest.approx(-0.05) and found[name]["pooled"] is None
+    (alone,) = evidence.significance(board_of(cells[:6]), tmp_path).to_dicts()
+    assert (alone["p_holm"], alone["p_lossless"]) == pytest.approx((p, metrics.noninferiority(mine[None], full)[0]))
+    assert [each["delta"] for each in evidence.significance(board_of(cells)).to_dicts()] == [pytest.approx(-0.05)] * 3
 
 
 def test_growth_between_two_lengths(row, board_of):
