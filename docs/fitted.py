@@ -14,6 +14,8 @@ from pathlib import Path
 import polars as pl
 
 from malloc_bench.report.board import aggregate
+from malloc_bench.report.evidence import pooled, significance
+from malloc_bench.report.users import Users
 from malloc_bench.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -130,12 +132,18 @@ parts that [results.md](results.md) names):
 
 {codes}
 
+What it costs in accuracy, on MovieLens-1M: NDCG@10 less that of the full state, each user's mean over the trainings,
+with intervals over users; **bold** where less than 1 % of it is lost, surely (`malloc-bench tables results/fitted_codes
+--table significance`: one-sided, at 2.5 %, Holm-corrected for all methods and bytes of a backbone).
+
+{costs}
+
 ### Behind stronger backbones
 
 The backbones above are small. Behind the strongest SASRec and HSTU of `suites/reference.yaml`, four layers of 128
 numbers and two heads, {wide_kb} KB a user (MovieLens-1M, {wide_users:,} users; `malloc-bench run fitted_wide`,
 `auto` left out; encoder `mxint`; {wide_seeds}):
-overlap@10, and NDCG@10 less that of the full state with its interval (means of its ends over trainings).
+overlap@10, and NDCG@10 less that of the full state with its interval (of each user's mean over the trainings).
 
 {wide}
 
@@ -388,6 +396,22 @@ def codes() -> str:
     return "\n".join(lines)
 
 
+def costs() -> str:
+    """Of the same on MovieLens-1M, what is lost of NDCG@10, and where surely less than 1 %."""
+    folder = ROOT / "results" / "fitted_codes"
+    found = significance(load_results(folder), folder).filter(dataset="ml-1m")
+    names = [name for name in CODES if name != "fit_constant"]
+    sizes = [share for share in BUDGETS if (found["budget"] == f"{100 * share:.6g} %").any()]
+    lines = ["| | " + " | ".join(BUDGETS[share] for share in sizes) + " |", "|---|" + "--:|" * len(sizes)]
+    for backbone, own in found.group_by("backbone", maintain_order=True):
+        for name in names:
+            at = [own.filter(compressor=name, budget=f"{100 * share:.6g} %").to_dicts() for share in sizes]
+            said = ["{delta:+.4f} [{delta_lo:+.4f}, {delta_hi:+.4f}]".format(**one) for (one,) in at]
+            said = [f"**{text}**" if one["lossless"] else text for text, (one,) in zip(said, at)]
+            lines.append(f"| {NAMES[str(backbone[0])]}, {CODES[name]} | " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
 #: the rows of what fitted_wide has, by name
 WIDE = {
     "fit_keys(probes=256, rounds=30, which=top) + mxint": "fit_keys",
@@ -399,8 +423,8 @@ WIDE = {
 
 def wide() -> dict[str, object]:
     """What fitted slots and others keep behind wider backbones, by bytes; means over the trainings."""
-    rows = load_results(ROOT / "results" / "fitted_wide")
-    found = aggregate(rows)
+    folder = ROOT / "results" / "fitted_wide"
+    found = pooled(aggregate(rows := load_results(folder)), Users(rows, folder))
     own = {name: found.filter(backbone=name) for name in NAMES if name in found["backbone"]}
     names = list(own)
     full = {n: own[n].row(by_predicate=pl.col("method") == "full", named=True) for n in names}
@@ -481,6 +505,7 @@ def page() -> str:
         **horizon(),
         **wide(),
         codes=codes(),
+        costs=costs(),
         headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
     )
 
