@@ -153,7 +153,8 @@ overlap@10, and NDCG@10 less that of the full state with its interval (of each u
 
 Overlap@10 at 1/32 of the bytes, seed 0; users in thirds by history (fewest events first), by training events of the
 item that reads and of the one that came next (rarest first); then those whose reader is one of 128 probes drawn, and
-those whose is not; and the percentage of users with less than 7 of 10 kept (`examples/where.py`):
+those whose is not; and the percentage of users with less than 7 of 10 kept (`examples/where.py`; HSTU and Climber, here
+and under *Why it works*, of other weights than above: the same suite and seed on a CPU that sums in another order):
 
 {where}
 
