@@ -83,7 +83,7 @@ def pooled(board: pl.DataFrame, users: Users) -> pl.DataFrame:
     """`aggregate`'s rows judged again, with differences to the full state of each user's mean over the trainings.
 
     Their intervals narrow with trainings, where `aggregate` averages the ends of one training's. `pooled`: over how
-    many users; null where a row stays as it was: one training, weights of its own, no values by user.
+    many users; null where a row stays as it was: one training, weights of its own, no values by user, nothing to test.
     """
     parts = []
     for _, group in groups_of(board):
@@ -102,7 +102,9 @@ def pooled(board: pl.DataFrame, users: Users) -> pl.DataFrame:
 
 def _over_users(row: Mapping[str, Any], full: list[str], users: Users, chance: float) -> tuple[float, ...] | None:
     """Delta, its interval, p, p of non-inferiority, and users."""
-    if row["method"] == "full" or row["structural"] or row["seeds"] < 2 or not full:
+    if (
+        row["p_value"] is None or row["structural"] or row["seeds"] < 2 or not full
+    ):  # no p: the full state, or its lists
         return None
     both = users.both(row["cell_ids"].split(), full[0].split(), "main")
     if (found := difference(both)) is None or both is None:
