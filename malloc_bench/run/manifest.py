@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.data import Dataset
+from malloc_bench.results import canonical_json
 from malloc_bench.run.folder import read_manifest, write_manifest
 from malloc_bench.suite.plan import RunResult
 from malloc_bench.suite.suite import Suite
@@ -40,8 +41,16 @@ def add_session(
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One manifest of several: everyone's data, ceilings, checkpoints and sessions, the last one's suite."""
-    whole: dict[str, Any] = {"suite": next((part["suite"] for part in reversed(parts) if "suite" in part), None)}
+    """One manifest of several: everyone's data, ceilings, checkpoints and sessions, the last one's suite; where there
+
+    were others, or it was changed between sessions, `suites` has all, the last one last.
+    """
+    suites: dict[str, Any] = {}
+    for suite in (each for part in parts for each in part.get("suites", [part.get("suite")]) if each):
+        suites.pop(key := canonical_json(suite), None)
+        suites[key] = suite
+    every = [*suites.values()]
+    whole: dict[str, Any] = {"suite": every[-1] if every else None} | ({"suites": every} if every[1:] else {})
     for name in KEPT:
         whole[name] = {key: value for part in parts for key, value in part.get(name, {}).items()}
     return {**whole, "sessions": [each for part in parts for each in part.get("sessions", [])]}

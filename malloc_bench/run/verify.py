@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +21,19 @@ class Verified:
     rows: int = 0
     files: int = 0  # beside the rows: parquet, manifest, values by user, latency samples
     damaged: list[str] = field(default_factory=list)
+    without: Counter[str] = field(default_factory=Counter)  # folder of which nothing was kept -> files that rows name
 
     def __str__(self) -> str:
         said = f"{len(self.damaged)} damaged" if self.damaged else "all as written"
-        return f"{self.rows:,} rows, {self.files:,} files: {said}"
+        without = "".join(f", without {folder}/ ({n:,} files)" for folder, n in sorted(self.without.items()))
+        return f"{self.rows:,} rows, {self.files:,} files{without}: {said}"
 
 
 def verify(run: str | Path) -> Verified:
     """Hold a run's folder against the digests in it. Changes no file.
 
-    A file of a row that is gone is damage where others lie in its folder: a run may be kept without all of a kind, but
-    not without some. Raises FileNotFoundError where the folder holds neither rows nor a parquet.
+    A file of a row that is gone is damage where others lie in its folder: a run may be kept without all of a kind, and
+    is said to be, but not without some. Raises FileNotFoundError where the folder holds neither rows nor a parquet.
     """
     folder, found = Path(run), Verified()
     paths, parquet = sorted((folder / "rows").glob("*.json")), folder / "results.parquet"
@@ -70,6 +73,8 @@ def _files(folder: Path, hashes: Any, found: Verified) -> None:
                 found.damaged.append(f"{name}: not what was written")
         elif path.parent.is_dir() and any(path.parent.iterdir()):
             found.damaged.append(f"{name}: gone")
+        else:
+            found.without[str(Path(name).parent)] += 1
 
 
 def _parquet(path: Path, digests: Mapping[str, Any], found: Verified) -> Iterator[str]:

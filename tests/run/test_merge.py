@@ -84,6 +84,12 @@ def test_rows_of_another_suite_are_told(shards, tmp_path, caplog):
     (tmp_path / "other.yaml").write_text((tmp_path / "tiny.yaml").read_text().replace("name: tiny", "name: other"))
     run_suite(tmp_path / "other.yaml", shards[0], only={"compressor": "full"}, quiet=True)
     assert "holds a run of tiny: rows of other go beside its own" in caplog.text
+    merge([*shards], tmp_path / "both")
+    told = [(shards[0], ["tiny", "other"]), (shards[1], ["tiny"]), (tmp_path / "both", ["other", "tiny"])]
+    for run, names in told:
+        known = read_manifest(run)
+        assert [each["name"] for each in known.get("suites", [known["suite"]])] == names
+        assert known["suite"]["name"] == names[-1]
 
 
 def test_what_two_runs_have_must_agree(shards: list[Path], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_parquet_alone_is_a_run(run: Path, capsys: pytest.CaptureFixture[str])
     for path in [*(run / "rows").iterdir(), *(run / "per_user").iterdir()]:
         path.unlink()
     assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out == "2 rows, 2 files: all as written\n"
+    assert capsys.readouterr().out == "2 rows, 2 files, without per_user/ (2 files): all as written\n"
 
 
 def test_a_manifest_that_is_gone_is_missed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
