@@ -18,8 +18,9 @@ from malloc_bench.kernels.reading import FEW, Written, attend, dense, dot, mix
 from malloc_bench.kernels.relative import Gaps, relative
 from malloc_bench.kernels.sorting import sorted_places
 from malloc_bench.kernels.switch import compiled, eager
+from malloc_bench.kernels.thin import Thin
 
 __all__ = [
-    "FEW", "Affine", "Entries", "Gaps", "Plain", "Written", "attend", "compiled", "dense", "dot", "eager",
+    "FEW", "Affine", "Entries", "Gaps", "Plain", "Thin", "Written", "attend", "compiled", "dense", "dot", "eager",
     "group", "mix", "nearest_sums", "quadratic", "reach", "reads", "relative", "sorted_places",
 ]  # fmt: skip

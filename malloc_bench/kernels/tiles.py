@@ -219,6 +219,10 @@ def _known(x: Plain | Affine | Entries, heads: int) -> Known:
     return Known((arrays, s, heads // h, h, groups), (kind, width, x.codes.shape[3], x.bits, *share, columns))
 
 
+def _reads(*some: Any) -> bool:
+    return all(isinstance(x, Plain | Affine | Entries) for x in some)
+
+
 def _shared(x: Tensor, heads: int) -> tuple[Tensor, int, int, int]:
     """[B or 1, H or fewer, ...] as `mine` takes it: one of fewer heads is of several neighbours."""
     x = x.detach().contiguous()
@@ -243,7 +247,7 @@ def _on(x: Tensor) -> Any:
 def dot(x: Any, q: Tensor) -> Tensor | None:
     """As `reading.dot`, of what it has looked at."""
     b, h, m, d = q.shape
-    if (tile := _tile(m, d)) is None:
+    if (tile := _tile(m, d)) is None or not _reads(x):
         return None
     s, known, (M, S, D) = x.shape[2], _known(x, h), tile
     out = q.new_empty(b, h, m, s)
@@ -256,7 +260,7 @@ def dot(x: Any, q: Tensor) -> Tensor | None:
 def mix(x: Any, w: Tensor) -> Tensor | None:
     """As `reading.mix`, of what it has looked at."""
     b, h, m, s = w.shape
-    if (tile := _tile(m, x.shape[3])) is None:
+    if (tile := _tile(m, x.shape[3])) is None or not _reads(x):
         return None
     known, out, (M, S, D) = _known(x, h), w.new_empty(b, h, m, x.shape[3]), tile
     with _on(w):
@@ -278,7 +282,7 @@ def attend(
     """As `reading.attend`, of what it has looked at."""
     b, h, m, d = q.shape
     s, wide = values.shape[2:]
-    if (tile := _tile(m, d, wide)) is None:
+    if (tile := _tile(m, d, wide)) is None or not _reads(keys, values):
         return None
     out, (M, S, D, W) = q.new_empty(b, h, m, wide), tile
     of_keys, of_values = _known(keys, h), _known(values, h)

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malloc_bench import kernels
-from malloc_bench.kernels import Affine
+from malloc_bench.kernels import Affine, Thin
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
-
-Kernel = Callable[[Affine, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +53,28 @@ class Factor(Vectors):
             return self.data
         return _decoded(self.data, self.bits, self.columns) * self.size.float()
 
-    def coded(self) -> Affine | None:
-        """What `scale` multiplies, where that is codes."""
+    def written(self) -> Affine | None:
+        """The rows, 0 at and beyond each user's rank, where they are codes."""
         if self.size is None or self.bits is None:
             return None
-        half = 2 ** (self.bits - 1)
-        step = self.size.float() / (half - 1)
-        return Affine(self.data, self.bits, self.columns, step, -half * step, max(1, self.data.shape[2]), 1)
+        step = self.real(self.size.float()) * (self.scale[..., None, None] / (2 ** (self.bits - 1) - 1))
+        return Affine(self.data, self.bits, self.columns, step, None, max(1, self.data.shape[2]), 1)
 
     def dense(self) -> Tensor:
-        return self.real(self.numbers().float()) * self.scale[..., None, None]
+        return self._scaled(self.numbers().float())
+
+    def dot(self, q: Tensor) -> Tensor:
+        if (written := self.known()) is not None and (found := kernels.dot(written, q)) is not None:
+            return found
+        return self._scaled(q) @ self.numbers().mT.to(q.dtype)
+
+    def mix(self, w: Tensor) -> Tensor:
+        if (written := self.known()) is not None and (found := kernels.mix(written, w)) is not None:
+            return found
+        return self._scaled(w @ self.numbers().to(w.dtype))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self.real(x) * self.scale[..., None, None].to(x.dtype)
 
     def parts(self, count: Tensor | None) -> Iterator[Ragged]:
         one = torch.ones(len(self.rank), 1, dtype=torch.long, device=self.rank.device)
@@ -123,25 +133,28 @@ class LowRank(Vectors):
     def dense(self) -> Tensor:
         return self.left.dense() @ self._right().float()
 
+    def written(self) -> Thin | None:
+        left, bits = self.left.known(), self.left.bits
+        if not isinstance(left, Affine) or bits is None:
+            return None
+        step = torch.full((1, 1, self.right.shape[2], 1), 1 / (2 ** (bits - 1) - 1), device=self.right.device)
+        return Thin(left, Affine(self.right, bits, self.width, step, None, 1, self.width))
+
     def dot(self, q: Tensor) -> Tensor:
-        thin = self.left.real(q @ self._right().mT.to(q.dtype)) * self._scale(q)
-        return self._each(thin, kernels.dot, lambda x: x @ self.left.numbers().mT.to(x.dtype))
+        if (written := self.known()) is not None and (found := kernels.dot(written, q)) is not None:
+            return found
+        return self._each(q @ self._right().mT.to(q.dtype), self.left.dot)
 
     def mix(self, w: Tensor) -> Tensor:
-        thin = self._each(w, kernels.mix, lambda x: x @ self.left.numbers().to(x.dtype))
-        return self.left.real(thin * self._scale(w)) @ self._right().to(w.dtype)
+        if (written := self.known()) is not None and (found := kernels.mix(written, w)) is not None:
+            return found
+        return self._each(w, self.left.mix) @ self._right().to(w.dtype)
 
-    def _scale(self, like: Tensor) -> Tensor:
-        return self.left.scale[..., None, None].to(like.dtype)
-
-    def _each(self, x: Tensor, kernel: Kernel, product: Callable[[Tensor], Tensor]) -> Tensor:
+    def _each(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         """x [B, H, M, K] times the left factor; where heads share it their queries lie in a row: no copies."""
         b, h, m, k = x.shape
         heads = self.left.shape[1]
-        rows = x.reshape(b, heads, h // heads * m, k)
-        coded = self.left.coded()
-        found = None if coded is None else kernel(coded, rows)
-        found = product(rows) if found is None else found
+        found = product(x.reshape(b, heads, h // heads * m, k))
         return found.reshape(b, h, m, found.shape[3])
 
     def flops(self, queries: int) -> int:
