@@ -156,7 +156,9 @@ def find(kind: str, name: str) -> type[Any]:
     try:
         return _parts[kind][name]
     except KeyError:
-        raise UnknownName(f"no {kind[:-1]} is named '{clipped(name)}'.{suggest(name, _parts[kind])}") from None
+        own = " One of yours: --use FILE.py:CLASS" if kind in ("compressors", "backbones") else ""
+        known = suggest(name, _parts[kind])
+        raise UnknownName(f"no {kind[:-1]} is named '{clipped(name)}'.{known}{own}") from None
 
 
 def _scan(kind: str) -> None:
@@ -190,8 +192,18 @@ def _load(kind: str, entry: metadata.EntryPoint) -> None:
         log.warning("%s '%s' of %s is left out: %s", kind, entry.name, entry.value, in_a_line(error))
 
 
-def load_part(spec: str) -> str:
-    """Import `file.py:Class` or `module:Class`, register the class if it has not done so, and return its name.
+def load_part(spec: str, kind: str | None = None) -> str:
+    """`load_class`, and its name. Raises ValueError too where it is none of the kind."""
+    cls = load_class(spec)
+    if kind is not None and cls.kind != kind:
+        raise ValueError(
+            f"{spec} is one of the {cls.kind}, where one of the {kind} is expected: --use {spec} has it known"
+        )
+    return str(cls.name)
+
+
+def load_class(spec: str) -> Any:
+    """Import `file.py:Class` or `module:Class` and register the class if it has not done so.
 
     Raises ValueError where the file, the module or the class is missing.
     """
@@ -218,7 +230,7 @@ def load_part(spec: str) -> str:
         raise ValueError(f"{where}: the name of {attribute} is {clipped(repr(cls.name))}, expected text without blanks")
     elif cls.name in names(cls.kind) and (other := find(cls.kind, cls.name)) is not cls:
         raise ValueError(f"{where}: {attribute} is named '{cls.name}', as {place(other)} is: give it a name of its own")
-    return str(cls.name)
+    return cls
 
 
 def foreign() -> list[tuple[str, str, str, str, str | None]]:

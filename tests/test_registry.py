@@ -67,7 +67,10 @@ def test_ours_are_found_without_a_list() -> None:
 
 
 def test_a_wrong_name_is_told_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"^no compressor is named 'snapkw'\. Did you mean 'snapkv'\?$"):
+    with pytest.raises(
+        UnknownName,
+        match=r"^no compressor is named 'snapkw'\. Did you mean 'snapkv'\? One of yours: --use FILE.py:CLASS$",
+    ):
         find("compressors", "snapkw")
     with pytest.raises(UnknownName, match=r"^no backbone is named 'zzz'\. Valid: .*hstu.*sasrec"):
         find("backbones", "zzz")

@@ -265,6 +265,7 @@ def test_parquet_round_trip(tmp_path):
     assert json.loads(one["compressor_params"]) == params and one["bytes_mean"] == 3.0 and one["budget"] == "0.5"
     (tmp_path / "rows" / f"{ID}.json").unlink()
     assert results.load_results(tmp_path).equals(loaded)  # a folder that kept the parquet only
+    assert results.load_results(tmp_path / "results.parquet").equals(loaded)
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_read(tmp_path):

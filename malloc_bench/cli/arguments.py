@@ -20,9 +20,7 @@ SuiteArg = Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, 
 RunArg = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs/: quick.", parser=run_folder)
 ]
-MethodArg = Annotated[
-    str, typer.Argument(metavar="METHOD", help="A compressor's class: file.py:Class or module:Class.")
-]
+MethodArg = Annotated[str, typer.Argument(metavar="METHOD", help="Your class: file.py:Class or module:Class.")]
 Out = Annotated[Path | None, typer.Option(help="Where results go; runs/NAME by default.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
 

@@ -223,11 +223,11 @@ def reproduce(
 
 @app.command()
 def check(method: MethodArg) -> int:
-    """Hold your own compressor against every promise that a compressor makes."""
-    from malloc_bench import get_compressor, testing
-    from malloc_bench.registry import told
+    """Hold your own compressor or backbone against every promise that one makes."""
+    from malloc_bench import testing
+    from malloc_bench.registry import load_class, told
 
-    broken, checks = 0, testing.compressor_checks(get_compressor(load_part(method)))
+    broken, checks = 0, testing.part_checks(load_class(method))
     for each in checks:
         try:
             each()

@@ -317,8 +317,8 @@ def get_compressor(name: str, **params: Any) -> Compressor:
     a class that cannot be made. No whole number of ours is above `MAX_SIZE`, but for seeds.
     """
     cls = find("compressors", name)
-    if not is_dataclass(cls):
-        raise ValueError(f"{place(cls)} is no dataclass: write @dataclass(frozen=True) above it")
+    if not is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ValueError(f"{place(cls)} is no frozen dataclass: write @dataclass(frozen=True) above it")
     valid = {f.name for f in fields(cls)}
     for key in params.keys() - valid:
         what = suggest(key, valid) if valid else " It has none."
@@ -344,7 +344,6 @@ def as_compressor(step: Any) -> Compressor:
         return get_compressor(step)
     if isinstance(step, dict) and len(step) == 1:
         ((name, params),) = step.items()
-        return get_compressor(name, **(params or {}))
-    raise ValueError(
-        f"a step of compose, or an inner method, is a name or {{name: {{parameter: value}}}}, not {step!r}"
-    )
+        if params is None or isinstance(params, Mapping):
+            return get_compressor(name, **(params or {}))
+    raise ValueError(f"a step of compose, or an inner method, is NAME or {{NAME: {{parameter: value}}}}, not {step!r}")

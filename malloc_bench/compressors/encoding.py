@@ -22,7 +22,9 @@ def map_layers(state: UserState, encode: Callable[[int, str, Segment], Vectors])
         for segment in layer:
             for name, vectors in segment.fields.items():
                 if id(vectors) not in done:
-                    done[id(vectors)] = encode(number, name, segment)
+                    done[id(vectors)] = made = encode(number, name, segment)
+                    if not isinstance(made, Vectors):
+                        raise TypeError(f"{name}: expected vectors such as state.Dense(x), not {type(made).__name__}")
             segments.append(Segment({k: done[id(v)] for k, v in segment.fields.items()}, segment.slots))
         layers.append(tuple(segments))
     return UserState(tuple(layers), state.length, state.events)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from malloc_bench.registry import clipped
 from malloc_bench.state import Prefill
 
+MOST_TIMES, MOST_BYTES = 1_000_000, 1 << 50  # what is made of them stays within 64 bits
 COUNT_BYTES = 4  # one int32: the length of a history, or the count of a set of slots
 
 
@@ -31,13 +34,18 @@ class Budget:
         """From 0.25, {slots: 16} or {bytes: 4096}. Raises ValueError that says what was expected."""
         if isinstance(value, Budget):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf:
+        if _within(value, Real, MOST_TIMES):
             return Budget(fraction=float(value))
         if isinstance(value, Mapping) and len(value) == 1:
             ((unit, size),) = value.items()
-            if unit in ("slots", "bytes") and isinstance(size, int) and not isinstance(size, bool) and size > 0:
-                return Budget(**{unit: size})
-        raise ValueError(f"a budget is a fraction above 0, {{slots: N}} or {{bytes: N}}, not {value!r}")
+            if unit in ("slots", "bytes") and _within(size, Integral, MOST_BYTES):
+                return Budget(**{unit: int(size)})
+        sizes = (value, *(value.values() if isinstance(value, Mapping) else ()))
+        large = any(_within(x, Real, inf) and x > MOST_TIMES and x != inf for x in sizes)
+        most = f"; the largest are {MOST_TIMES:,}, and 2^50 slots or bytes" if large else ""
+        raise ValueError(
+            f"a budget is a fraction above 0, {{slots: N}} or {{bytes: N}}, not {clipped(repr(value))}{most}"
+        )
 
     def value(self) -> float | dict[str, int]:
         """As `parse` takes it."""
@@ -53,6 +61,11 @@ class Budget:
             return torch.full_like(full, self.bytes)
         assert self.fraction is not None
         return (full.double() * self.fraction).floor().long()
+
+
+def _within(value: Any, kind: type[Any], most: float) -> bool:
+    """Whether it is such a number, numpy's too, above 0."""
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(0 < value <= most)
 
 
 @dataclass(frozen=True)

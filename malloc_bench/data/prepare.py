@@ -223,7 +223,7 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
     if reader.judge.answer("duplicates") == "reject":
         one = rows[repeats[0]]
         user = users.name(one["user"])
-        time = shown(one["order"] / 1000 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
+        time = shown(one["order"] / 10**6 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
         message = f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {time} twice"
     if reader.judge.meet("duplicates", len(repeats), message) == "keep":
         return rows

@@ -25,7 +25,7 @@ from malloc_bench.evaluation.guard import Failure, InputChanged, failure, finger
 from malloc_bench.evaluation.popularity import about_items
 from malloc_bench.evaluation.requests import Asked, Candidates, NextItem, Values
 from malloc_bench.evaluation.trajectory import Trajectory
-from malloc_bench.evaluation.trial import Begin, Job, Read, Witnesses, attempt, nobody, total
+from malloc_bench.evaluation.trial import Begin, Job, Read, Witnesses, attempt, check_model, nobody, total
 from malloc_bench.state import Named, Stats
 
 __all__ = ["Evaluation", "Job", "Store", "chunks", "evaluate"]
@@ -258,6 +258,7 @@ def _together(
             full = asked.read(model, prefill.state)
             if not bool(full.isfinite().all()):
                 raise ValueError("outputs read from the full state are not finite")
+            check_model(model, asked, prefill, full, packed)
         own = [job for job in own if job.id not in broken]
         found = []
         if model is backbone:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Budget, Compressor
-from malloc_bench.evaluation.requests import Asked
-from malloc_bench.state import Fitted, Prefill, UserState
+from malloc_bench.evaluation.requests import Asked, some_of
+from malloc_bench.state import Events, Fitted, Prefill, UserState
 
 #: told at what a job's method works from now on, and whose, by id ("": nobody's)
 Begin = Callable[[str, str], None]
@@ -104,6 +104,31 @@ def attempt(
         template = job.compressor.compress(replace(packed.other, memo={}), job.budget, job.fitted)
         check_read(out[packed.rows.to(out.device)], asked.read(model, template.unpack(blobs), packed.rows))
     return Read(state, out), parts
+
+
+def check_model(model: Backbone, asked: Asked, prefill: Prefill, full: Tensor, rows: Tensor) -> None:
+    """Holds what a backbone reads from the full states of some users, rows [P] of a chunk, against what it reads from
+    their bytes, and in retrieval against its causal pass, which is what was trained. Raises ValueError."""
+    packed = Witnesses.of(prefill, rows)
+    if packed.other is not None:
+        again = packed.other.state.unpack(prefill.state.packed(rows.tolist()))
+        check_read(full[rows.to(full.device)], asked.read(model, again, rows))
+    history, tokens = some_of(asked.history, rows), some_of(asked.tokens, rows)
+    if not len(rows) or tokens.items.shape[1] != 1 or history.columns().keys() != tokens.columns().keys():
+        return
+    at, newest = history.count.long()[:, None], tokens.columns()
+    whole = {
+        name: torch.cat([x, x.new_zeros(len(x), 1)], 1).scatter(1, at, newest[name])
+        for name, x in history.columns().items()
+    }
+    causal = model(Events(count=history.count + 1, **whole)).gather(1, at[..., None].expand(-1, 1, full.shape[-1]))
+    read = model.read(tokens, prefill.state.take(rows))
+    error, scale = float((read - causal).abs().max()), max(float(causal.abs().max()), 1.0)
+    if not error <= 1e-3 * scale:
+        raise ValueError(
+            f"{model.name} reads something else from its full state than its forward gives, which was trained: off by "
+            f"{error:.2g} (of {scale:.2g}); malloc-bench check FILE.py:CLASS says more"
+        )
 
 
 def of_users(state: object, prefill: Prefill) -> UserState:

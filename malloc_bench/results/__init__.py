@@ -275,15 +275,15 @@ def _cell(value: Any, kind: str) -> Any:
 
 
 def load_results(rundir: str | Path) -> pl.DataFrame:
-    """The results of a run folder: from `rows/` where there are any, else from `results.parquet`. Changes no file.
+    """The results of a run folder: from `rows/` where there are any, else from `results.parquet`; or such a file's.
 
     Raises FileNotFoundError where the folder has neither, ResultsError where the parquet is not what was written.
     """
     rundir = Path(rundir)
     if any((rundir / "rows").glob("*.json")):
         return frame(newest(read_rows(rundir / "rows", quarantine=False), rundir))
-    if (rundir / "results.parquet").is_file():
-        return read_parquet(rundir / "results.parquet")
+    if (kept := rundir if rundir.suffix == ".parquet" else rundir / "results.parquet").is_file():
+        return read_parquet(kept)
     raise no_results(rundir)
 
 

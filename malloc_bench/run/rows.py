@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from malloc_bench.data.tasks.impressions import Impressions
+from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation import metrics
 from malloc_bench.evaluation.evaluate import REFERENCE, Evaluation
@@ -277,6 +279,17 @@ def _sizes(job: str, evaluation: Evaluation) -> dict[str, Any]:
         "ratio": float(size.sum() / full.sum()),
         "share_at_floor": _mean(floor),
     }
+
+
+def unasked(cell: Cell, split: Split | Impressions) -> str | None:
+    """Why a cut asks nobody what the cell is to be judged by; None: it asks someone."""
+    if len(split.valid if cell.evaluate == "validation" else split.test):
+        return None
+    if cell.evaluate == "validation":
+        return f"with the split {cell.split} nothing validates"
+    data, of = split.dataset, "events" if isinstance(split, Split) else "liked events"
+    longest = f"the longest of {data.n_users:,} histories has {int(np.diff(data.offsets).max(initial=0)):,} {of}"
+    return f"with the split {cell.split} nobody is tested: {longest}"
 
 
 def _mean(values: np.ndarray) -> float | None:

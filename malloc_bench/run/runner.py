@@ -226,7 +226,7 @@ def compare(
     method is checked first; where it breaks a promise of compressors, a warning and its rows' `reason` say so. only,
     dry_run, fresh, device: as in `run_suite`, all of these cells are run again with `fresh`.
     """
-    name = load_part(method)
+    name = load_part(method, "compressors")
     base = load_suite(suite)
     wanted = dict.fromkeys(["full", "none", name, *against])  # without its floor a table says nothing of headroom
     parts = [each for n in wanted for each in ([p for p in base.compressors if p.name == n] or [Part(n)])]

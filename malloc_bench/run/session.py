@@ -35,7 +35,7 @@ from malloc_bench.run.manifest import add_session
 from malloc_bench.run.models import fresh, made
 from malloc_bench.run.progress import Watch
 from malloc_bench.run.resources import resources
-from malloc_bench.run.rows import about, accuracy, ceilings, per_user
+from malloc_bench.run.rows import about, accuracy, ceilings, per_user, unasked
 from malloc_bench.state import Fitted
 from malloc_bench.suite.cells import Cell, Part, asks_categories
 from malloc_bench.suite.plan import Planned, RunResult, checkpoint_folder, group_key, groups, partial_name
@@ -114,8 +114,7 @@ class Session:
                 backbone = bare[0] if bare and ours(method) else made(each.cell, self._split(each.cell).dataset)
                 bare += [backbone] if ours(method) and not bare else []
                 why = method.supports(backbone) or self._unknown(each.cell, method)
-                if each.cell.evaluate == "validation" and not len(self._split(each.cell).valid):
-                    why = f"with the split {each.cell.split} nothing validates"
+                why = why or unasked(each.cell, self._split(each.cell))
             if why is not None:
                 self._write(each, {"status": "skipped", "reason": why})
             elif each.cell.compressor not in self.alone:

@@ -24,7 +24,7 @@ from malloc_bench.state.stats import MissingStatistic, Stats
 from malloc_bench.state.streamed import Frequencies, Streamed, coding, frequencies, integers, streamed
 from malloc_bench.state.turned import Basis, Turned
 from malloc_bench.state.user_state import Batch, Events, Layer, Segment, UserState, map_tensors
-from malloc_bench.state.vectors import Dense, Ragged, Vectors
+from malloc_bench.state.vectors import Dense, Ragged, Vectors, narrowed, unhalved
 from malloc_bench.state.zipped import Zipped, zipped
 
 __all__ = [
@@ -35,6 +35,6 @@ __all__ = [
     "Scaled", "Segment", "Sized", "Slots", "Stats", "Streamed", "Sum", "Summed", "Table", "Turned", "UserState",
     "Vectors", "Zipped", "absolute_sums", "by_heads", "checked", "closest", "coded", "coding", "extend", "factor",
     "frequencies", "grouped", "grow", "hash_flops", "intact", "integers", "joined", "low_rank", "low_ranks",
-    "map_tensors", "microscaled", "newest_rows", "outliers", "pack_bits", "principal", "quantize", "rounded",
-    "side_by_side", "signs", "sized", "streamed", "take", "under", "unpack_bits", "zipped",
+    "map_tensors", "microscaled", "narrowed", "newest_rows", "outliers", "pack_bits", "principal", "quantize",
+    "rounded", "side_by_side", "signs", "sized", "streamed", "take", "under", "unhalved", "unpack_bits", "zipped",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from malloc_bench.state.named import Named
@@ -28,6 +29,25 @@ def check(keys: Sequence[Tensor], values: Sequence[Tensor], **others: Any) -> No
     if "outputs" in given:
         _outputs(given["outputs"], keys, values)
     _events(given.get("events"), given.get("items"), b, s)
+
+
+def finite(name: str, given: Sequence[Tensor], count: Tensor) -> list[Tensor]:
+    """Layers [B, H, S, D], or maps [B, H, S, S], with 0 where padding is no finite number: 0 times NaN is NaN.
+
+    Raises ValueError that names the first of the real numbers that is none."""
+    found = []
+    for i, x in enumerate(given):
+        if bool((bad := ~x.isfinite()).any()):
+            slot = torch.arange(x.shape[2], device=x.device) < count[:, None]
+            real = slot[:, None, :, None] & (slot[:, None, None, :] if name == "attention" else True)
+            for user, head, row, column in (bad & real).nonzero()[:1].tolist():
+                number = float(x[user, head, row, column])
+                raise ValueError(
+                    f"{name}[{i}]: expected finite numbers, not {number} of user {user}, head {head}, slot {row}"
+                )
+            x = torch.where(real | ~bad, x, 0.0)
+        found.append(x)
+    return found
 
 
 def _layers(name: str, given: Sequence[Tensor], like: Sequence[Tensor], last: str) -> None:

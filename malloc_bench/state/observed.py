@@ -10,6 +10,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from malloc_bench.state.vectors import unhalved
+
 _CELLS = 1 << 23  # weights at a time: 32 MB
 _CACHED = 1 << 18  # weights that a core's cache holds
 
@@ -201,7 +203,7 @@ class SoftmaxRows:
 
     def _given(self, layer: int, first: int, last: int | None) -> tuple[Tensor, Tensor]:
         k, q = self.keys[layer], self.queries[layer][:, :, first:last]
-        k, q = (x.float() if x.element_size() < 4 else x for x in (k, q))
+        k, q = unhalved(k), unhalved(q)
         return k, (q / k.shape[-1] ** 0.5).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
 
 

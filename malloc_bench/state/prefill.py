@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench.state.given import check
+from malloc_bench.state.given import check, finite
 from malloc_bench.state.named import Fitted, Named
 from malloc_bench.state.observed import Asked, Lazy, Observed, Rows, SoftmaxRows, absolute_sums
 from malloc_bench.state.probes import GIVEN, Ask, Probes, plain
@@ -312,11 +312,13 @@ class Prefill:
         )  # fmt: skip
         (b, _, s, _), device = keys[0].shape, keys[0].device
         count = (torch.full((b,), s) if lengths is None else lengths).to(device, torch.int32)
+        keys, values = finite("keys", keys, count), finite("values", values, count)
+        queries = None if queries is None else finite("queries", queries, count)
         rows: Rows | None = None
         if callable(attention):
             rows = attention
         elif attention is not None:
-            maps = attention
+            maps = finite("attention", attention, count)
             rows = lambda layer, first, last: maps[layer][:, :, first:last]  # noqa: E731
         elif queries is not None:
             rows = SoftmaxRows(keys, queries)

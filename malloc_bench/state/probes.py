@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.state.user_state import Segment, UserState
+from malloc_bench.state.vectors import unhalved
 
 KINDS = ("drawn", "even", "popular", "own", "top", "candidates")
 
@@ -173,5 +174,5 @@ def plain(queries: Tensor, segment: Segment, length: Tensor) -> Probes:
 
 def _each(x: Tensor, heads: int) -> Tensor:
     """What is stored by head, [B, H, ...], for each query head, neighbours sharing one."""
-    x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
+    x = unhalved(x)
     return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)

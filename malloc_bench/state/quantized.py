@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from malloc_bench import kernels
 from malloc_bench.kernels import Affine, writing
-from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
+from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows, unhalved
 
 _HALF = torch.finfo(torch.float16)
 
@@ -112,7 +112,7 @@ def quantize(
     ValueError as `checked`.
     """
     b, h, s, d = x.shape
-    x = checked(x.float() if x.element_size() < 4 else x, mask)
+    x = checked(unhalved(x), mask)
     real = mask.unsqueeze(-1)
     known = writing.spans(x, mask, bits, group, along)
     if known is not None:

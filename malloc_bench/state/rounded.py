@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
+from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows, narrowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,5 @@ class Rounded(Vectors):
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
     """x [B, H, S, D] rounded to the nearest of `dtype`, what is beyond its range to its largest."""
-    largest = torch.finfo(dtype).max
-    x = x.float() if x.element_size() < 4 else x  # half precision cannot be clamped to bfloat16's largest
-    data = x.clamp(-largest, largest).to(dtype)
+    data = narrowed(x, dtype)
     return Rounded(data if dtype.itemsize > 1 else data.view(torch.uint8), dtype)

@@ -132,6 +132,17 @@ class Vectors(ABC):
         return 0
 
 
+def unhalved(x: Tensor) -> Tensor:
+    """In float32 at least: half precision has no room for sums of squares, nor for another kind's largest number."""
+    return x.float() if x.is_floating_point() and x.element_size() < 4 else x
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another float, what is beyond its range as its largest."""
+    x, largest = unhalved(x), torch.finfo(dtype).max
+    return (x.clamp(-largest, largest) if largest < torch.finfo(x.dtype).max else x).to(dtype)
+
+
 def all_rows(data: Tensor) -> Tensor:
     """[1, 1] count of every row of data [B, H, R, C], the same for any users."""
     return torch.full((1, 1), data.shape[2], dtype=torch.long, device=data.device)

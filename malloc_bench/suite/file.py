@@ -81,7 +81,8 @@ class Limits:
 
 # ---- the schema
 
-Whole = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=1, le=10_000_000)]
+Users = Annotated[int, Field(ge=1, le=100_000)]  # at a time
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Names = Annotated[list[str], Field(min_length=1)]
@@ -116,7 +117,7 @@ class MeasureKeys(_Strict):
     latency: bool = Measure.latency
     flops: bool = Measure.flops
     history: Whole | None = Measure.history
-    users: Whole = Measure.users
+    users: Users = Measure.users
     candidates: Annotated[tuple[Whole, ...], BeforeValidator(_listed), Field(strict=False, min_length=1)] = (
         Measure.candidates
     )

@@ -11,9 +11,11 @@ first broken promise. `compressor_checks` and `backbone_checks` give the single 
 from malloc_bench.testing.backbones import backbone_checks, check_backbone
 from malloc_bench.testing.compressors import broken_promises, check_compressor, compressor_checks, read_alone
 from malloc_bench.testing.elsewhere import portable
+from malloc_bench.testing.parts import part_checks
 from malloc_bench.testing.worlds import POISON, Check, World, check_packs, histories, poisoned, resized, worlds
 
 __all__ = [
     "POISON", "Check", "World", "backbone_checks", "broken_promises", "check_backbone", "check_compressor",
-    "check_packs", "compressor_checks", "histories", "poisoned", "portable", "read_alone", "resized", "worlds",
+    "check_packs", "compressor_checks", "histories", "part_checks", "poisoned", "portable", "read_alone", "resized",
+    "worlds",
 ]  # fmt: skip

@@ -158,7 +158,7 @@ def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
         ours = (
             ("sasrec", 1, False), ("sasrec", 4, False), ("hstu", 1, True), ("hstu", 4, False), ("gated_delta", 2, False)
         )  # fmt: skip
-        backbones = [_lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
+        backbones = [lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
     named = [World(f"{b.name}{i}", b.eval()) for i, b in enumerate(backbones)]
     return [World("tensors"), *named]
 
@@ -288,7 +288,7 @@ def _noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _lively(backbone: Backbone) -> Backbone:
+def lively(backbone: Backbone) -> Backbone:
     """Weights so large that attention is far from uniform: fresh ones hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

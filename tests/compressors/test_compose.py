@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from malloc_bench.compressors import Budget, get_compressor
+from malloc_bench.compressors.base import as_compressor
+from malloc_bench.compressors.quantization.int8 import Int8
 from malloc_bench.state import Prefill, Stats
 from malloc_bench.testing import World
 from malloc_bench.testing.worlds import LENGTHS, close
@@ -123,3 +125,22 @@ def test_behind_a_structural_step_only_token_methods_take_a_budget():
     whole = replace(prefill, whole=4 * prefill.state.nbytes())
     assert (cut.compress(whole, Budget(0.1)).nbytes() <= 0.1 * whole.whole).all()
     assert int(cut.compress(whole, Budget(0.05)).nbytes()[0]) > 0.15 * int(prefill.state.nbytes()[0])
+
+
+def test_a_cost_that_says_too_little_costs_a_few_slots(monkeypatch):
+    x = torch.randn(3, 2, 40, 8, generator=torch.Generator().manual_seed(0))
+    prefill = Prefill.from_tensors([x, x], [x, x])
+    chain = get_compressor("compose", steps=("recent", "int8"))
+    whole = prefill.state.nbytes()
+    for factor in (2, 5, 100):
+        with monkeypatch.context() as patch:
+            own = Int8.cost
+            patch.setattr(Int8, "cost", lambda self, *given, own=own, by=factor: own(self, *given) // by)
+            size = chain.compress(prefill, Budget(0.2)).nbytes()
+        assert bool((size <= 0.2 * whole).all()) and bool((size > 0.15 * whole).all()), factor
+
+
+def test_what_is_no_parameters_of_a_step_is_said():
+    for step in ({"svd": [1]}, {"compose": ["recent", "int8"]}, {"svd": 3}):
+        with pytest.raises(ValueError, match=r"is NAME or \{NAME: \{parameter: value\}\}, not"):
+            as_compressor(step)

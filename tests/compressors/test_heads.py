@@ -11,7 +11,7 @@ from malloc_bench.backbones.hstu import HSTUBlock
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.state import Dense, Segment, Stats, UserState
 from malloc_bench.testing import histories
-from malloc_bench.testing.worlds import LENGTHS, _lively, close
+from malloc_bench.testing.worlds import LENGTHS, close, lively
 
 DIM, HEADS = 16, 4
 KINDS = [("sasrec", False), ("lsrm", False), ("hstu", False), ("hstu", True)]
@@ -21,7 +21,7 @@ kinds = pytest.mark.parametrize("name, has_time", KINDS)
 def build(name, has_time=False, **sizes):
     torch.manual_seed(0)
     sizes = {"layers": 2, "heads": HEADS, "dim": DIM, "max_length": 64, "dropout": 0.0, **sizes}
-    return _lively(get_backbone(name, 60, has_time, **sizes)).eval().requires_grad_(False)
+    return lively(get_backbone(name, 60, has_time, **sizes)).eval().requires_grad_(False)
 
 
 def adapted(backbone, part, **params):
@@ -216,7 +216,7 @@ def test_parameters_out_of_range_are_refused(part, params):
 def begun(plain, part, **params):
     """An adapted backbone of other weights, begun from the plain one's."""
     method = get_compressor(part, **params, finetune=3)
-    made = method.adapted(_lively(get_backbone(plain.name, 60, plain.uses_times, **vars(plain.config))))
+    made = method.adapted(lively(get_backbone(plain.name, 60, plain.uses_times, **vars(plain.config))))
     method.begin(made, plain.state_dict())
     return made.eval()
 

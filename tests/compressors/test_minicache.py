@@ -68,3 +68,9 @@ def test_bytes():
 def test_one_layer_has_nothing_to_merge():
     why = get_compressor("minicache").supports(get_backbone("sasrec", 9, layers=1))
     assert why == "minicache merges two layers, from 0; there are 1"
+
+
+def test_layers_of_two_shapes_are_named():
+    x = [noise(1, 2, 9, 8), noise(1, 4, 9, 6)]
+    with pytest.raises(ValueError, match=r"minicache merges layers of one shape; 0 and 1 have .*8.*6"):
+        get_compressor("minicache").compress(Prefill.from_tensors(x, x))

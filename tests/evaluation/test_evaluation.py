@@ -437,3 +437,16 @@ def test_prefill_is_shared_and_not_changed(sasrec, split):
     assert before.state is after.state
     for a, b in zip(before.state.segments(), copy.segments()):
         assert all(torch.equal(a.fields[k].dense(), b.fields[k].dense()) for k in a.fields)
+
+
+def test_a_backbone_that_reads_something_else_than_was_trained_is_told(sasrec, split, monkeypatch):
+    """And one whose full state is not in its bytes, as all else that is read is held against."""
+    forward, read = type(sasrec).forward, type(sasrec).read
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sasrec), "forward", lambda self, events: forward(self, events).flip(-1))
+        with pytest.raises(ValueError, match=r"sasrec reads something else from its full state than its forward gives"):
+            evaluate(sasrec, split, [job("none")])
+    noisy = lambda self, tokens, state: (out := read(self, tokens, state)) + torch.randn(out.shape)  # noqa: E731
+    monkeypatch.setattr(type(sasrec), "read", noisy)
+    with pytest.raises(trial.NotInTheBytes, match="something that is read is not in the bytes"):
+        evaluate(sasrec, split, [job("none")])

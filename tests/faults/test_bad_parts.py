@@ -166,8 +166,16 @@ def test_a_class_that_cannot_be_planned_is_an_error_before_anything_runs(
 def test_a_class_that_is_no_dataclass_is_told_how_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = "class Plain(Compressor):\n    def compress(self, *_): ...\n"
     (tmp_path / "plain.py").write_text(f"from malloc_bench.compressors import Compressor\n{base}")
-    with pytest.raises(ValueError, match=r"Plain of .*plain.py is no dataclass: write @dataclass\(frozen=True\)"):
+    with pytest.raises(
+        ValueError, match=r"Plain of .*plain.py is no frozen dataclass: write @dataclass\(frozen=True\)"
+    ):
         compare(f"{tmp_path / 'plain.py'}:Plain", "smoke")
+
+
+def test_a_class_of_another_kind_is_told(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("from malloc_bench.backbones.lsrm import LSRM\n")
+    with pytest.raises(ValueError, match=r"other.py:LSRM is one of the backbones, where one of the compressors is"):
+        compare(f"{tmp_path / 'other.py'}:LSRM", "smoke")
 
 
 def test_a_method_that_cannot_tell_what_its_budget_counts_keeps_its_row(tmp_path: Path) -> None:

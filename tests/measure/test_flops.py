@@ -40,7 +40,7 @@ PARAMS = {  # beside the defaults
     "sampled": [{}, {"inner": "expected_attention"}],
     "collectivekv": [{"pool": 20}],
     "beacon": [{}, {"chunk": 3}],
-    "rec2pm": [{}, {"memories": 2, "segment": 5}],
+    "rec2pm": [{}, {"memories": 2, "segment": 15}],
     "longer": [{}, {"merge": 3, "recent": 4}],
     "kuaiformer": [{}, {"large": 6, "small": 3, "middle": 1, "recent": 4}],
     "svd": [{}, {"rank": 5}, {"share": "none"}],
@@ -160,8 +160,15 @@ def compared(backbone, method, work, monkeypatch):
     return state, found
 
 
-@pytest.mark.parametrize("work", WORKS, ids=str)
-@pytest.mark.parametrize("method, name, has_time", list(pairs()), ids=str)
+def works():
+    """Long histories behind SASRec and HSTU with times; `make test-slow`: behind all."""
+    for pair in pairs():
+        yield pytest.param(*pair.values, WORKS[0], marks=pair.marks)
+        far = pair.values[1:] not in (("sasrec", False), ("hstu", True))
+        yield pytest.param(*pair.values, WORKS[1], marks=[pytest.mark.slow] if far else [])
+
+
+@pytest.mark.parametrize("method, name, has_time, work", list(works()), ids=str)
 def test_the_closed_form_is_what_the_counter_counts(method, name, has_time, work, monkeypatch):
     backbone = adapted(method, build(name, has_time, work.max_length))
     events, tokens, new = work.events(ITEMS)

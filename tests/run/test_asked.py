@@ -83,3 +83,21 @@ def test_a_row_is_computed_again_and_its_states_are_of_what_is_known(run):
         assert reproduce(run[1], {"task": [task], "compressor": ["recent"]}) == []
     states = load_run(run[1]).states({"task": "retrieval(history=4)", "compressor": "recent"}, users=8)
     assert states.full.length.tolist() == [3] * 8
+
+
+def test_a_suite_that_asks_nobody_trains_nothing_and_says_why(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_BENCH_DATA", str(run[1].parent))
+    monkeypatch.setenv("MALLOC_BENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cards, "shipped", lambda kind: run[1].parent / "cards")
+    asked = {**SUITE, "tasks": ["retrieval", "ranking"], "split": {"leave_one_out": {"long": 200}}}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(asked))
+    result = run_suite(tmp_path / "long.yaml", tmp_path / "run", quiet=True)
+    assert (result.ok, result.failed, result.skipped) == (0, 0, 6) and not (tmp_path / "run" / "checkpoints").exists()
+    why = (
+        r"with the split leave_one_out\(long=200\) nobody is tested: the longest of 40 histories has 16 (liked )?events"
+    )
+    assert load_results(tmp_path / "run")["reason"].str.contains(why).all()
+    asked["split"] = {"leave_one_out": {"min_history": 5, "max_history": 2}}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(asked))
+    with pytest.raises(ValueError, match=r"max_history must be min_history \(5\) or more, not 2"):
+        run_suite(tmp_path / "long.yaml", tmp_path / "run", quiet=True)

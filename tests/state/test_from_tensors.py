@@ -1,5 +1,6 @@
 """Plain tensors as a Prefill: any dtype, grouped queries, statistics worked out block by block, faults in one line."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,3 +185,58 @@ def test_a_class_of_ones_own_gets_a_budget_too():
     assert mine.got == Budget(bytes=100)
     with pytest.raises(ValueError, match="a budget is a fraction above 0"):
         mine.compress(Prefill.from_tensors(keys, keys), "half")
+
+
+@pytest.mark.parametrize("name", ["fit_keys", "fit_constant", "keydiff", "kmeans", "svd", "h2o"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_padding_may_be_no_number(name, wrong):
+    def bytes_with(fill):
+        x = [torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+        for each in x[:3]:
+            each[0, :, 5:] = fill
+        made = {"queries": [x[2]], "lengths": torch.tensor([5, 12]), "probes": [x[3]]}
+        return [
+            get_compressor(name).compress(Prefill.from_tensors([x[0]], [x[1]], **made), 0.3).pack(u) for u in (0, 1)
+        ]
+
+    assert bytes_with(wrong) == bytes_with(0.0)
+
+
+def test_the_first_number_that_is_none_is_named():
+    bad = K.clone()
+    bad[2, 1, 7, 3] = torch.nan
+    for name in ("keys", "values", "queries"):
+        with pytest.raises(
+            ValueError, match=rf"^{name}\[0\]: expected finite numbers, not nan of user 2, head 1, slot 7$"
+        ):
+            Prefill.from_tensors(**{"keys": [K], "values": [K], name: [bad]})
+    maps = torch.full((B, H, S, S), torch.nan)
+    maps[..., :5, :5] = 0.2
+    lengths = torch.full((B,), 5)
+    prefill = Prefill.from_tensors([K], [K], attention=[maps], lengths=lengths)
+    assert get_compressor("h2o").compress(prefill, 0.5).layers[0][0].fields["keys"].dense().isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"^attention\[0\]: expected finite numbers, not nan of user 0, head 0, slot 0$"
+    ):
+        Prefill.from_tensors([K], [K], attention=[maps], lengths=lengths + 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["knorm", "value_norm", "vatp", "expected_attention", "keydiff", "minicache", "fit_recent"]
+)
+def test_large_numbers_in_half_precision(name):
+    """Their norms are beyond float16."""
+    x = [(torch.randn(1, 2, 12, 128, generator=torch.Generator().manual_seed(i)) * 6e3).half() for i in range(3)]
+    prefill = Prefill.from_tensors([x[0], x[1]], [x[1], x[0]], queries=[x[2] / 6e3] * 2, probes=[x[2] / 6e3] * 2)
+    method = get_compressor(name)
+    state = method.compress(prefill, 0.5 if method.takes_budget else None)
+    assert all(v.dense().isfinite().all() for s in state.segments() for v in s.fields.values())
+
+
+def test_numbers_of_numpy_are_budgets_and_what_no_state_has_is_none():
+    assert Budget.parse(np.float32(0.25)) == Budget(0.25) and Budget.parse({"slots": np.int64(3)}) == Budget(slots=3)
+    for large in (1e300, 10**30, {"slots": 10**30}, {"bytes": 10**30}):
+        with pytest.raises(
+            ValueError, match=r"^a budget is a fraction above 0.*; the largest are 1,000,000, and 2\^50"
+        ):
+            Budget.parse(large)

@@ -190,7 +190,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"budgets": [0.5, 0.50]}, "budgets[1]: 0.5 is there twice"),
     ({"budgets": None}, "budgets: missing: recent takes one, such as 0.25"),
-    ({"backbones": ["sasreq"]}, "backbones[0]: no backbone is named 'sasreq'. Did you mean 'sasrec'?"),
+    (
+        {"backbones": ["sasreq"]},
+        "backbones[0]: no backbone is named 'sasreq'. Did you mean 'sasrec'? One of yours: --use FILE.py:CLASS",
+    ),
     ({"backbones": [{"sasrec": {"layrs": 2}}]}, "backbones[0].sasrec.layrs: unknown parameter. Did you mean 'layers'?"),
     ({"backbones": [{"sasrec": {"dim": "50"}}]}, "backbones[0].sasrec.dim: expected an integer, not '50'"),
     ({"backbones": [{"sasrec": {"dim": 5.0}}]}, "backbones[0].sasrec.dim: expected an integer, not 5.0"),
@@ -203,7 +206,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "backbones[0].hstu: dim must be a multiple of heads, not 50 with 3 heads",
     ),
     ({"backbones": [{"hstu": {"layers": 0}}]}, "backbones[0].hstu: layers must be at least 1, not 0"),
-    ({"compressors": ["snapkw"]}, "compressors[0]: no compressor is named 'snapkw'. Did you mean 'snapkv'?"),
+    (
+        {"compressors": ["snapkw"]},
+        "compressors[0]: no compressor is named 'snapkw'. Did you mean 'snapkv'? One of yours: --use FILE.py:CLASS",
+    ),
     ({"compressors": ["full", "full"]}, "compressors[1]: 'full' is there twice"),
     ({"compressors": [None]}, "compressors[0]: expected a name or {name: {parameter: value}}, not None"),
     (
@@ -251,7 +257,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"compressors": [{"compose": ["recent", "kivvi"]}]},
-        "compressors[0].compose[1]: no compressor is named 'kivvi'. Did you mean 'kivi'?",
+        "compressors[0].compose[1]: no compressor is named 'kivvi'. Did you mean 'kivi'? "
+        "One of yours: --use FILE.py:CLASS",
     ),
     (
         {"compressors": [{"compose": ["kivi", "recent"]}]},

@@ -9,7 +9,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import Sources, as_compressor, grows
 from malloc_bench.compressors.selection import Eviction, beside_slots, chosen, filled, ranked
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState
+from malloc_bench.state import Prefill, Stats, UserState, unhalved
 
 
 @register("critical")
@@ -45,7 +45,7 @@ class Critical(Eviction):
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
         """Of the second half."""
-        values, maps = prefill.values(layer), prefill.output_map(layer)
+        values, maps = unhalved(prefill.values(layer)), prefill.output_map(layer)
         group = maps.shape[0] // values.shape[1]
         sizes = [(values[:, h // group] @ each.to(values.dtype)).norm(p=1, dim=-1) for h, each in enumerate(maps)]
         size = torch.stack(sizes, 1).unflatten(1, (-1, group)).mean(2)  # [B, H, S]

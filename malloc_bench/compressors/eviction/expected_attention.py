@@ -8,7 +8,7 @@ from malloc_bench import kernels
 from malloc_bench.compressors.base import Sources, grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats, UserState, by_heads
+from malloc_bench.state import Prefill, Stats, UserState, by_heads, unhalved
 
 
 @register("expected_attention")
@@ -53,7 +53,7 @@ class ExpectedAttention(Eviction):
         if prefill.standing is not None:
             logits = logits + prefill.standing[layer].unflatten(1, (-1, group))
         weights = logits.masked_fill(~real.unsqueeze(2), -1e30).softmax(-1).mean(2)
-        return weights * prefill.values(layer).norm(dim=-1)
+        return weights * unhalved(prefill.values(layer)).norm(dim=-1)
 
     def flops(self, state: UserState, of: Sources) -> int:
         """The covariance of each query head's newest, and each key with it."""

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, by_heads
+from malloc_bench.state import Prefill, by_heads, unhalved
 
 
 @register("keydiff")
@@ -26,7 +26,7 @@ class KeyDiff(Eviction):
     reads = ("keys",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        keys = prefill.keys(layer)
+        keys = unhalved(prefill.keys(layer))
         return by_heads(apart, keys, prefill.mask(layer).expand(keys.shape[:3]))
 
 

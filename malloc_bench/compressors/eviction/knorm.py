@@ -6,7 +6,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, unhalved
 
 
 @register("knorm")
@@ -25,4 +25,4 @@ class KNorm(Eviction):
     reads = ("keys",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        return -prefill.keys(layer).norm(dim=-1)
+        return -unhalved(prefill.keys(layer)).norm(dim=-1)

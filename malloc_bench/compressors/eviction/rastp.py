@@ -8,7 +8,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, unhalved
 
 
 @register("rastp")
@@ -35,7 +35,7 @@ class RASTP(Eviction):
         return Stats(column_sum=True, inputs=True)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        size = prefill.layer_input(layer).norm(p=1, dim=-1)  # [B, S]
+        size = unhalved(prefill.layer_input(layer)).norm(p=1, dim=-1)  # [B, S]
         score = size[:, None] * prefill.attention_received(layer).sum(1, keepdim=True)
         if not self.normalise:
             return score

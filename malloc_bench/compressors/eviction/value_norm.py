@@ -6,7 +6,7 @@ from torch import Tensor
 
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill
+from malloc_bench.state import Prefill, unhalved
 
 
 @register("value_norm")
@@ -22,4 +22,4 @@ class ValueNorm(Eviction):
     reads = ("values",)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        return prefill.values(layer).norm(dim=-1)
+        return unhalved(prefill.values(layer)).norm(dim=-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from malloc_bench.compressors.base import grows
 from malloc_bench.compressors.selection import Eviction
 from malloc_bench.registry import register
-from malloc_bench.state import Prefill, Stats
+from malloc_bench.state import Prefill, Stats, unhalved
 
 
 @register("vatp")
@@ -31,7 +31,7 @@ class VATP(Eviction):
         return Stats(column_sum=True)
 
     def scores(self, prefill: Prefill, layer: int) -> Tensor:
-        return prefill.attention_received(layer) * prefill.values(layer).norm(p=1, dim=-1)
+        return prefill.attention_received(layer) * unhalved(prefill.values(layer)).norm(p=1, dim=-1)
 
     def forced(self, k: Tensor) -> tuple[int, Tensor]:
         return 0, k // 2

@@ -15,7 +15,7 @@ from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, rounded, r
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
-from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, Vectors, take
+from malloc_bench.state import Ask, Dense, Prefill, Probes, Segment, Stats, UserState, Vectors, narrowed, take
 
 
 class Asking(Compressor):
@@ -90,7 +90,7 @@ class FittedTokens(Asking, TokenMethod):
             keys, masses, values = self.fit_slots(probes, chosen, before.mass)
             whole = (kept == old.count[:, 0])[:, None, None]
             keys, values = (
-                torch.where(whole[..., None], old, x.to(old.dtype))
+                torch.where(whole[..., None], old, narrowed(x, old.dtype))
                 for old, x in ((chosen.fields["keys"].dense(), keys), (chosen.fields["values"].dense(), values))
             )
             if masses is not None:
@@ -114,7 +114,7 @@ class FittedTokens(Asking, TokenMethod):
                 rows = Rows.of(prefill.probes(layer, self.ask), Segment(fields, replace(slots, mass=None)))
                 mass, values = solve(rows, self.ridge, slots.mass)
                 whole = (slots.count == prefill.slots(layer).count)[..., None]
-                kept = torch.where(whole[..., None], kept, values.to(kept.dtype))
+                kept = torch.where(whole[..., None], kept, narrowed(values, kept.dtype))
                 if mass is not None and slots.mass is not None:
                     slots = replace(slots, mass=torch.where(whole, slots.mass, mass))
                 roundings[-1] = Rounding.of(rows, slots, self.ridge)

@@ -11,7 +11,7 @@ from malloc_bench.compressors.base import Compressor, grows
 from malloc_bench.compressors.selection import filled, gather, kept_slots, ranked
 from malloc_bench.compressors.sizing import Budget
 from malloc_bench.registry import register
-from malloc_bench.state import Dense, Layer, Prefill, Segment, Sized, UserState, take
+from malloc_bench.state import Dense, Layer, Prefill, Segment, Sized, UserState, narrowed, take, unhalved
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
@@ -63,6 +63,11 @@ class MiniCache(Compressor):
     def _merged(self, prefill: Prefill, lower: int) -> list[Layer]:
         """Of a layer and the next: what shares directions, then what is retained."""
         pair, old = [prefill.segment(lower), prefill.segment(lower + 1)], prefill.slots(lower)
+        shapes = [{name: v.shape for name, v in segment.fields.items()} for segment in pair]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"minicache merges layers of one shape; {lower} and {lower + 1} have {shapes[0]}, {shapes[1]}"
+            )
         count = old.count[:, 0].long()
         units = {name: [_unit(s.fields[name].dense()) for s in pair] for name in pair[0].fields}
         alike = [(a.double() * b.double()).sum(-1).mean(1, keepdim=True) for a, b in units.values()]
@@ -80,18 +85,18 @@ class MiniCache(Compressor):
             fields = {}
             for name, direction in shared.items():
                 x = take(segment.fields[name].dense(), rest)
-                fields[name] = Sized(x.norm(dim=-1, keepdim=True), direction)
+                fields[name] = Sized(narrowed(unhalved(x).norm(dim=-1, keepdim=True), x.dtype), direction)
             made.append((Segment(fields, slots), gather(segment, whole, retained)))
         return made
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
+    return F.normalize(unhalved(x), dim=-1).to(x.dtype)
 
 
 def _arc(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Unit vectors on the arc from a to b; where that is no arc, on the line between."""
-    x, y = (z.float() if z.element_size() < 4 else z for z in (a, b))
+    x, y = unhalved(a), unhalved(b)
     angle = (x * y).sum(-1, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
     flat = sine < 1e-3

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-VERSION = 5  # part of the prepared cache's key: raise it when a layout's result changes
+VERSION = 6  # part of the prepared cache's key: raise it when a layout's result changes
 
 # order: comparable numbers, but no times
 Unit = Literal["s", "ms", "us", "ns", "s.fraction", "minutes", "date", "iso", "order"]
@@ -51,7 +51,7 @@ class Layout:
     @property
     def per_second(self) -> int:
         """What events are ordered by is finer than the seconds that are kept."""
-        return {"ms": 1000, "s.fraction": 1000, "us": 10**6, "iso": 10**6, "ns": 10**9}.get(self.unit, 1)
+        return {"ms": 1000, "s.fraction": 10**6, "us": 10**6, "iso": 10**6, "ns": 10**9}.get(self.unit, 1)
 
 
 def _same(*names: str) -> dict[str, str]:

@@ -74,6 +74,8 @@ def _since(moments: pl.Series, layout: Layout) -> pl.Series:
 
     count = moments.to_physical().cast(pl.Int64)  # polars' own casts end in a panic where a date is far
     unit = "days" if moments.dtype == pl.Date else moments.dtype.time_unit  # type: ignore[attr-defined]
+    if unit == layout.unit == "ns":
+        return count
     since = count // 1000 if unit == "ns" else _times(count, {"days": 86_400 * 10**6, "ms": 1000, "us": 1}[unit])
     per_unit = {"minutes": 60_000_000, "s": 10**6, "date": 10**6, "ms": 10**3, "ns": 0}.get(layout.unit, 1)
     if layout.unit in {"s.fraction", "order"}:
@@ -120,7 +122,7 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
             keys = np.where(large, np.float64(EXACT).view(np.int64) + whole, keys)
         return pl.Series(keys), (raw < 0) | (raw > LARGEST), f"a number from 0 to {LARGEST:.0e}"
     must = "a time between 1970 and 2099"
-    times = {"s.fraction": 1000, "minutes": 60}.get(layout.unit, 1)
+    times = {"s.fraction": 10**6, "minutes": 60}.get(layout.unit, 1)
     if times == 1 and raw.dtype == pl.Int64:
         return raw, (raw < 0) | (raw >= LATEST * layout.per_second), must
     value = raw.cast(pl.Float64) * times

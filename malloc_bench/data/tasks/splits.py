@@ -37,6 +37,13 @@ class Rule(Option, ABC):
     test_users: Whole | None = None
     kind: ClassVar[str] = "split"
 
+    @model_validator(mode="after")
+    def _someone_is_asked(self) -> Rule:
+        least, most = self.min_history or 1, self.max_history
+        if most is not None and most < least:
+            raise ValueError(f"max_history must be min_history ({least}) or more, not {most}")
+        return self
+
     @property
     def trained(self) -> Rule:
         """The rule as training knows it: whoever is tested."""

@@ -88,8 +88,8 @@ class Ranking(Task):
     """
 
     name: ClassVar[str] = "ranking"
-    negatives: Annotated[int, Field(ge=0)] | None = None
-    candidates: Whole = 32
+    negatives: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    candidates: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

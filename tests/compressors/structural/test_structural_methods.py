@@ -15,7 +15,7 @@ from malloc_bench.measure.workload import some_facts
 from malloc_bench.state import Batch, Dense, Pooled, Segment, Stats
 from malloc_bench.testing import Check, histories
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
-from malloc_bench.testing.worlds import LENGTHS, _lively
+from malloc_bench.testing.worlds import LENGTHS, lively
 
 METHODS = [
     ("longformer", {"window": 5, "globals": 2}),
@@ -36,12 +36,12 @@ KINDS = [("sasrec", False), ("hstu", False), ("hstu", True)]
 def build(name, has_time=False, **sizes):
     torch.manual_seed(0)
     sizes = {"layers": 2, "heads": 2, "dim": 16, "max_length": 64, "dropout": 0.0, **sizes}
-    return _lively(get_backbone(name, 60, has_time, **sizes)).eval()
+    return lively(get_backbone(name, 60, has_time, **sizes)).eval()
 
 
 def adapted(part, params, name, has_time=False, **sizes):
     """Adapted, with large weights: fresh ones hide mistakes."""
-    return _lively(get_compressor(part, **params).adapted(build(name, has_time, **sizes))).eval()
+    return lively(get_compressor(part, **params).adapted(build(name, has_time, **sizes))).eval()
 
 
 PROMISES = [promise for promise in BACKBONE_PROMISES if promise is not read_needs_every_field]  # for trained weights

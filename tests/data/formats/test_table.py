@@ -191,9 +191,24 @@ def test_datetimes_of_parquet_say_their_unit_themselves(tmp_path, unit):
         assert seconds.to_list() == LOG["ts"].to_list()
 
 
+@pytest.mark.parametrize("unit", ["s", "us", "ns", "iso"])
+def test_microseconds_are_an_order_in_every_unit(tmp_path, unit):
+    moments = pl.Series(range(1_387_670_400_000_000, 1_387_670_400_001_000, 20))
+    log = pl.DataFrame({"uid": 1, "sku": range(len(moments)), "ts": moments.cast(pl.Datetime("us"))})
+    for each in (log, log.with_columns(pl.col("ts").cast(pl.Datetime("ns")))):
+        found = read(tmp_path, ("log", written("parquet", each)), time="ts", unit=unit)["order"]
+        assert found.diff().drop_nulls().n_unique() == 1 and found[1] > found[0]
+    if unit == "s":
+        text = "uid,sku,ts\n" + "".join(f"1,{i},{x / 1e6:.6f}\n" for i, x in enumerate(moments))
+        assert read(tmp_path, ("log", text.encode()), time="ts")["order"].to_list() == moments.to_list()
+    if unit == "ns":  # finer still
+        log = log.with_columns(ts=pl.Series(range(10**18, 10**18 + len(moments))).cast(pl.Datetime("ns")))
+        assert read(tmp_path, ("log", written("parquet", log)), time="ts", unit=unit)["order"].diff()[1] == 1
+
+
 def test_times_with_a_fraction_and_large_numbers_of_nanoseconds(tmp_path):
     found = read(tmp_path, ("log", b"uid,sku,ts\n1,2,1387670400.0\n1,3,1.3876704005e9\n"), time="ts")["order"]
-    assert found.to_list() == [1_387_670_400_000, 1_387_670_400_500]
+    assert found.to_list() == [1_387_670_400_000_000, 1_387_670_400_500_000]
     text = b"uid,sku,ts\n1,2,1387670400000000001\n1,3,1387670400000000002\n"
     assert read(tmp_path, ("log", text), time="ts", unit="ns")["order"].diff()[1] == 1
     with pytest.raises(DataError, match=r"log: row 3: ts is '1.5', not a number"):
