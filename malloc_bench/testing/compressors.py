@@ -18,6 +18,7 @@ from malloc_bench.registry import told
 from malloc_bench.state import MissingStatistic, map_tensors
 from malloc_bench.state.prefill import OBSERVED
 from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_field
+from malloc_bench.testing.costs import costs_what_it_says
 from malloc_bench.testing.elsewhere import OTHERS, Case, portable, read_elsewhere
 from malloc_bench.testing.worlds import (
     LENGTHS,
@@ -31,7 +32,7 @@ from malloc_bench.testing.worlds import (
     poisoned,
     resized,
     worlds,
-)
+)  # fmt: skip
 
 Tried = Callable[[Check], object]
 _MANY = tuple(map(Budget.parse, (0.9, 0.5, 0.25, 0.1, 0.02, {"slots": 1}, {"slots": 6}, {"bytes": 1}, {"bytes": 2500})))
@@ -238,10 +239,10 @@ def survives_degenerate_histories(compressor: Compressor, world: World) -> None:
                 vectors.dense()[:, 0, 0, 0] = 1e6
         for budget in _budgets(compressor, some=True):
             state = compressor.compress(prefill, budget)
-            assert bool(world.read(state, lengths=lengths).isfinite().all()), f"{name} at {budget}"
-            target = budget.target(prefill.state.nbytes()) if budget else None
-            if target is not None:
-                assert bool((state.nbytes() <= target.maximum(compressor.floor(prefill))).all()), f"{name} at {budget}"
+            assert bool(world.read(state, lengths=lengths).isfinite().all()), f"{name} at {budget}: reads NaN, infinite"
+            if budget and (target := budget.target(prefill.state.nbytes())) is not None:
+                over = (state.nbytes() - target.maximum(compressor.floor(prefill))).tolist()
+                assert max(over) <= 0, f"{name} at {budget}: bytes of a user above budget and floor: {over}"
             assert [len(blob) for blob in packed(state)] == state.nbytes().tolist()
 
 
@@ -337,9 +338,9 @@ def stays_in_the_budget_as_users_go_on(compressor: Compressor, world: World) -> 
 
 
 COMPRESSOR_PROMISES: tuple[Callable[..., None], ...] = (
-    keeps_the_budget, uses_the_budget, returns_full_for_a_whole_budget, ignores_the_batch, ignores_padding,
-    candidates_are_read_alone, is_deterministic, leaves_its_input, survives_degenerate_histories, pickles, packs,
-    can_be_appended_to, learns_soundly, stays_in_the_budget_as_users_go_on,
+    keeps_the_budget, uses_the_budget, costs_what_it_says, returns_full_for_a_whole_budget, ignores_the_batch,
+    ignores_padding, candidates_are_read_alone, is_deterministic, leaves_its_input, survives_degenerate_histories,
+    pickles, packs, can_be_appended_to, learns_soundly, stays_in_the_budget_as_users_go_on,
 )  # fmt: skip
 
 
