@@ -76,8 +76,8 @@ class Reader:
             yield from self._events(histories(parts, self.layout, self.judge, BLOCK), parts[0].name)
             return
         if self.layout.optional and self.feedback:
-            names = header(parts[0], self.layout, [*wanted(self.layout, self.feedback)], BLOCK)
-            self.absent = frozenset(self.feedback) - frozenset(names)
+            asked = [*wanted(self.layout, self.feedback)]
+            self.absent = frozenset(self.feedback).difference(*(header(x, self.layout, asked, BLOCK) for x in parts))
         types = wanted(self.layout, self.feedback)
         for part in parts:
             read = KINDS[_kind(part, self.layout.encoding) if self.layout.lines == "auto" else self.layout.lines]

@@ -171,7 +171,7 @@ OFFICIAL = {
     ),
     "kuairec-matrix": (
         "user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio\n"
-        "0,3649,13838,10867,2020-07-05 00:08:23.438,20200705,1593878903.438,1.273397\n", 0, 3649, 1593878903438,
+        "0,3649,13838,10867,2020-07-05 00:08:23.438,20200705,1593878903.438,1.273397\n", 0, 3649, 1593878903438000,
         {"play_duration": 13838, "video_duration": 10867, "watch_ratio": pytest.approx(1.273397)},
     ),
     "reczoo-microvideo": (
@@ -241,6 +241,16 @@ def test_din_gives_back_the_histories_behind_its_samples():
     assert events["order"].to_list() == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match=r"f: row 3: item_history is '10\^x', not numbers joined by \^"):
         parse("reczoo-din", DIN.replace("0,5,99,7,10^20", "0,5,99,7,10^x").encode())
+
+
+def test_feedback_that_one_of_several_files_lacks_is_missed_in_any_order():
+    """Where none has it, it is not there."""
+    plain = b"user_id:token\titem_id:token\ttimestamp:float\n1\t2\t3\n"
+    rated = HEADER.encode() + b"1\t3\t5\t4\n"
+    for files, name in (((plain, rated), "f"), ((rated, plain), "f2")):
+        with pytest.raises(DataError, match=rf"^{name}: row 1: no column 'rating'"):
+            parse("recbole-inter", *files)
+    assert "rating" not in parse("recbole-inter", plain, plain).columns
 
 
 def test_order_without_times_compares_as_the_numbers_do():

@@ -76,7 +76,7 @@ def test_every_way_to_write_a_log_gives_the_same(tmp_path, name):
     found = read(tmp_path, ("log", FILES[name]), time="ts", rating="stars", feedback="click")
     assert found["user"].to_list() == LOG["uid"].to_list()
     assert found["item"].to_list() == LOG["sku"].to_list()
-    assert found["order"].to_list() == [1000 * each for each in LOG["ts"]]
+    assert found["order"].to_list() == [10**6 * each for each in LOG["ts"]]
     assert found["rating"].to_list() == LOG["stars"].to_list()
     assert found["click"].to_list() == [1, 0, 1, 1]
 
@@ -110,7 +110,7 @@ def test_rows_that_end_with_a_separator_and_a_header_that_does_not(tmp_path):
     with pytest.raises(DataError, match="row 2: '1,2,5,' has not 3 columns"):  # of some rows only: they are broken
         read(tmp_path, ("a.csv", text), time="ts")
     found = read(tmp_path, ("a.csv", text.replace(b"x", b"")), time="ts")
-    assert found["item"].to_list() == ["2", "3"] and found["order"].to_list() == [5000, 6000]
+    assert found["item"].to_list() == ["2", "3"] and found["order"].to_list() == [5_000_000, 6_000_000]
     with pytest.raises(DataError, match="row 12: '1,3,6' has not 4 columns"):
         read(tmp_path, ("a.csv", b"uid,sku,ts\n" + b"1,2,5,\n" * 10 + b"1,3,6\n"), time="ts")
 
