@@ -106,10 +106,10 @@ class Compose(TokenMethod):
         sizes, most = self.sizes(prefill), self.most(prefill)
         while bool(((state.nbytes() > target) & (k > 1)).any()):  # scales that needed float32
             # fewer slots may need fewer such scales, so some users keep a slot less than would fit
-            extra, said = (state.nbytes() - sizes(k)).clamp(min=0), sizes(k).double() / state.nbytes()
-            # a `cost` that says far too little is taken to be off by a factor
-            room = torch.where(4 * extra > target, (target * said).long(), target - extra)
-            left = slots_within(room, most, sizes)
+            said = sizes(k)
+            extra = (state.nbytes() - said).clamp(min=0)
+            by_share = (target * said.double() / state.nbytes()).long()  # of a `cost` that says far too little
+            left = slots_within(torch.where(2 * extra > target, by_share, target - extra), most, sizes)
             k = torch.where(state.nbytes() > target, left, k)
             state = self.keep(prefill, k)
         return state
