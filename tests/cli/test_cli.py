@@ -450,7 +450,7 @@ def test_check(broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -
     def check() -> None:
         assert not broken, "too many bytes\nlong story"
 
-    monkeypatch.setattr("malloc_bench.testing.compressor_checks", lambda compressor: [check, lambda: None])
+    monkeypatch.setattr("malloc_bench.testing.part_checks", lambda cls: [check, lambda: None])
     assert cli.main(["check", "malloc_bench.compressors.windowing.recent:Recent"]) == int(broken)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{2 - broken} of 2 promises kept"
