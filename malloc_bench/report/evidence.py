@@ -102,9 +102,8 @@ def pooled(board: pl.DataFrame, users: Users) -> pl.DataFrame:
 
 def _over_users(row: Mapping[str, Any], full: list[str], users: Users, chance: float) -> tuple[float, ...] | None:
     """Delta, its interval, p, p of non-inferiority, and users."""
-    if (
-        row["p_value"] is None or row["structural"] or row["seeds"] < 2 or not full
-    ):  # no p: the full state, or its lists
+    # without a p it is the full state, or has its lists
+    if row["p_value"] is None or row["structural"] or row["seeds"] < 2 or not full:
         return None
     both = users.both(row["cell_ids"].split(), full[0].split(), "main")
     if (found := difference(both)) is None or both is None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malloc_bench import kernels
 from malloc_bench.kernels import Affine, Thin
 from malloc_bench.state.quantized import pack_bits, unpack_bits
 from malloc_bench.state.vectors import Ragged, Read, Vectors, all_rows
@@ -63,14 +62,10 @@ class Factor(Vectors):
     def dense(self) -> Tensor:
         return self._scaled(self.numbers().float())
 
-    def dot(self, q: Tensor) -> Tensor:
-        if (written := self.known()) is not None and (found := kernels.dot(written, q)) is not None:
-            return found
+    def _dot(self, q: Tensor) -> Tensor:
         return self._scaled(q) @ self.numbers().mT.to(q.dtype)
 
-    def mix(self, w: Tensor) -> Tensor:
-        if (written := self.known()) is not None and (found := kernels.mix(written, w)) is not None:
-            return found
+    def _mix(self, w: Tensor) -> Tensor:
         return self._scaled(w @ self.numbers().to(w.dtype))
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -140,14 +135,10 @@ class LowRank(Vectors):
         step = torch.full((1, 1, self.right.shape[2], 1), 1 / (2 ** (bits - 1) - 1), device=self.right.device)
         return Thin(left, Affine(self.right, bits, self.width, step, None, 1, self.width))
 
-    def dot(self, q: Tensor) -> Tensor:
-        if (written := self.known()) is not None and (found := kernels.dot(written, q)) is not None:
-            return found
+    def _dot(self, q: Tensor) -> Tensor:
         return self._each(q @ self._right().mT.to(q.dtype), self.left.dot)
 
-    def mix(self, w: Tensor) -> Tensor:
-        if (written := self.known()) is not None and (found := kernels.mix(written, w)) is not None:
-            return found
+    def _mix(self, w: Tensor) -> Tensor:
         return self._each(w, self.left.mix) @ self._right().to(w.dtype)
 
     def _each(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:

@@ -109,12 +109,20 @@ class Vectors(ABC):
     def dot(self, q: Tensor) -> Tensor:
         """q . x for every vector x: [B, H, M, D] -> [B, H, M, S]."""
         found = None if (written := self.known()) is None else kernels.dot(written, q)
-        return q @ self.dense().to(q.dtype).transpose(-1, -2) if found is None else found
+        return self._dot(q) if found is None else found
+
+    def _dot(self, q: Tensor) -> Tensor:
+        """The same in plain torch."""
+        return q @ self.dense().to(q.dtype).transpose(-1, -2)
 
     def mix(self, w: Tensor) -> Tensor:
         """Weighted sums of the vectors: [B, H, M, S] -> [B, H, M, D]. Weights beyond a user's count are 0."""
         found = None if (written := self.known()) is None else kernels.mix(written, w)
-        return w @ self.dense().to(w.dtype) if found is None else found
+        return self._mix(w) if found is None else found
+
+    def _mix(self, w: Tensor) -> Tensor:
+        """The same in plain torch."""
+        return w @ self.dense().to(w.dtype)
 
     def each(self, fn: Callable[..., Tensor], *others: Vectors) -> Self:
         """The same, of `by_slot` vectors, with fn of every tensor, and of the one that `others` have in its place."""
