@@ -30,6 +30,7 @@ def turbo(script, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_turbo_serves_every_backbone_as_the_naive_way_does(turbo, capsys) -> None:
     turbo.report(lengths=[12, 30], candidates=[1, 5], more=[40], merged=[3], repeats=1)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
@@ -79,6 +80,7 @@ def test_the_stream_tells_what_stale_entries_cost(script, synthetic, monkeypatch
     assert 0 < error["half of the entries lost"] < error["written every epoch"] < error["written never again"]
 
 
+@pytest.mark.slow
 def test_what_fitted_slots_cost_is_told_of_two_backbones(script, capsys) -> None:
     script("bench_fitted").report(lengths=[20], slots=2, probes=4, users=2, seconds=0.0)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
@@ -125,6 +127,7 @@ def test_a_slopes_error_is_that_of_a_line_with_an_intercept(script) -> None:
     assert slope == pytest.approx(expected) and error == pytest.approx((rest @ rest / 3 / (centred @ centred)) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed: there are no kernels")
 def test_packed_reads_beside_float32(script, monkeypatch, capsys) -> None:
     module = script("bench_kernels")

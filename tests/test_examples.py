@@ -179,6 +179,7 @@ def test_later_keeps_a_tenth_from_the_fit(synthetic, monkeypatch):
                 assert found.keys() == lots.keys() and all(least <= float(x.mean()) <= 1 for x in found.values())
 
 
+@pytest.mark.slow
 def test_choices_are_judged_on_users_that_they_were_not_learnt_from(synthetic, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     choices = importlib.import_module("choices")

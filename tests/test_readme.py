@@ -70,6 +70,7 @@ def test_the_snippet_is_compared_with_baselines(typed: Typed) -> None:
     assert "5 ok" in out and "0 failed" in out
 
 
+@pytest.mark.slow
 def test_the_snippet_stands_in_a_suite_of_ones_own(folder: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = re.findall(r"`(malloc-bench --use [^`]*)`", README.replace("\n", " "))
     (folder / "mine.yaml").write_text(TINY.replace("knorm", "{my_method: {grid: {power: [1.0, 2.0]}}}"))
@@ -150,9 +151,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_the_finding_is_what_the_committed_rows_say() -> None:
     names = ("full", "fit_keys", "kmeans", "fit_constant", "recent", "none")
-    rows = load_results(ROOT / "results" / "fitted").filter(
-        pl.col("budget").is_null() | (pl.col("budget") == "0.015625")
-    )
+    loaded = {run: load_results(ROOT / "results" / run) for run in ("methods", "fitted")}
+    rows = loaded["fitted"].filter(pl.col("budget").is_null() | (pl.col("budget") == "0.015625"))
     told = README.split("**The finding:")[1].split("\n\n")[1].splitlines()[2:]
     for line, name in zip(told, names, strict=True):
         cells = [cell.strip(" *") for cell in line.split("|")[2:-1]]
@@ -168,7 +168,7 @@ def test_the_finding_is_what_the_committed_rows_say() -> None:
             assert size == f"{mean.item(0, 2):,.0f}", (name, backbone)
     fitted = "fit_|auto|moments|still|cartridge|oracle|recompute|ids_"
     for backbone, best in (("sasrec", ".836 of the lists"), ("hstu", ".850 (HSTU, `kvtc`")):
-        found = pl.concat([load_results(ROOT / "results" / run) for run in ("methods", "fitted")]).filter(
+        found = pl.concat(loaded.values()).filter(
             pl.col("backbone") == backbone, pl.col("ratio") < 1 / 63, pl.col("overlap@10").is_not_null(),
             ~(pl.col("compressor") + pl.col("compressor_params")).str.contains(fitted),
         )  # fmt: skip

@@ -94,10 +94,11 @@ def test_flops_are_what_the_counter_counts(times, history):
         assert backbone.flops("read", 2, raw) == count_flops(lambda: backbone.read(tokens, raw))
 
 
-METHODS = ["recent", "h2o", "snapkv", "merge_adjacent", "kmeans", "kivi", "fit_omp", "fit_constant"]
+METHODS = ["recent", "h2o", "merge_adjacent", "fit_omp"]
+MORE = ["snapkv", "kmeans", "kivi", "fit_constant"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)])
 def test_methods_of_each_family_keep_their_promises(method, trained):
     for check in compressor_checks(get_compressor(method), backbones=[trained("fuxi-times-2-heads")]):
         if "tensors" not in str(check):

@@ -137,6 +137,7 @@ def fuzz(blobs: int, seed: int = 0) -> Counter[str]:
     return Counter(attempt(names[i % len(names)], rng) for i in range(blobs))
 
 
+@pytest.mark.slow
 def test_templates_of_other_users_serve_all_kinds() -> None:
     for name, (blobs, template) in kinds().items():
         for some in (blobs, blobs[2:3], []):

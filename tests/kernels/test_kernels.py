@@ -41,7 +41,7 @@ def same(x, q, w):
         )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)  # nearly each compiles loops of its own
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.sampled_from([5, 8, 35]),
     st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(["slots", "width"]), st.sampled_from([1, 4, 8, 64]),
@@ -238,6 +238,7 @@ print((out == 3).all())
 """
 
 
+@pytest.mark.slow
 def test_processes_that_compile_other_loops_at_once_leave_each_its_own(tmp_path):
     """Both had found no name taken: the code of one lay under the name by which the other's was known."""
     folders = [tmp_path / "8", tmp_path / "64"]
@@ -248,7 +249,7 @@ def test_processes_that_compile_other_loops_at_once_leave_each_its_own(tmp_path)
     assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(folders[1]), WIDTH="64") == "True"
 
 
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("kind", ["nbi", pytest.param("nbc", marks=pytest.mark.slow)])
 def test_what_was_kept_in_part_is_compiled_again(tmp_path, kind):
     for _ in range(2):
         assert told(tmp_path, SUMS, NUMBA_CACHE_DIR=str(tmp_path / "kept"), WIDTH="8") == "True"

@@ -34,7 +34,7 @@ def check(slots, width, bits, along, group, scale, m, seed):
     near(x.mix(w), w, whole, most * w.sum(3, keepdim=True))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)  # nearly each compiles loops of its own
 @given(
     st.integers(1, 600), WIDTHS, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(["slots", "width"]),
     st.sampled_from([8, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]), st.sampled_from([1, 2, 5, 35]),
@@ -94,8 +94,7 @@ def test_on_other_cpus(widest, tmp_path):
         whole.WIDEST = {widest} or whole.WIDEST
         import test_whole
         for slots, width, bits, along, group in (
-            (203, 64, 4, "width", 32), (90, 48, 3, "slots", 32),
-            (300, 24, 8, "slots", 32), (9, 136, 4, "width", 8),
+            (203, 64, 4, "width", 32), (90, 48, 3, "slots", 32), (9, 136, 8, "width", 8),
         ):
             for m in (1, 7):
                 test_whole.check(slots, width, bits, along, group, 1.0, m, 0)

@@ -102,7 +102,7 @@ def pairs():
 
 def shared():
     """Every method where several query heads share a stored one, and where layers have a part of the events each
-    (Climber); what wraps others, elsewhere too."""
+    (Climber), `make test-slow`: behind FuXi and two more; what wraps others, elsewhere too."""
     for name, heads, part in (
         ("fuxi", 2, None),
         ("climber", 2, None),
@@ -113,7 +113,7 @@ def shared():
         backbone = build(name, name == "fuxi", 41, heads, part)
         for method in METHODS + AROUND:
             if not (part and method.structural) and not method.supports(backbone):
-                slow = name == "hstu" and method in METHODS
+                slow = (name, part) not in (("climber", None), ("sasrec", "gqa")) and method in METHODS
                 marks = [pytest.mark.slow] if slow else []
                 yield pytest.param(method, backbone, id=f"{method}-{name}-{part}", marks=marks)
     for name in ("sasrec", "hstu"):
@@ -161,10 +161,10 @@ def compared(backbone, method, work, monkeypatch):
 
 
 def works():
-    """Long histories behind SASRec and HSTU with times; `make test-slow`: behind all."""
+    """Long histories behind SASRec; `make test-slow`: behind all."""
     for pair in pairs():
         yield pytest.param(*pair.values, WORKS[0], marks=pair.marks)
-        far = pair.values[1:] not in (("sasrec", False), ("hstu", True))
+        far = pair.values[1] != "sasrec"
         yield pytest.param(*pair.values, WORKS[1], marks=[pytest.mark.slow] if far else [])
 
 

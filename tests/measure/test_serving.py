@@ -192,7 +192,7 @@ def test_a_client_that_does_not_answer_is_ended(how, request_of, monkeypatch):
     assert time.monotonic() - began < 10 and not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_leaves_no_process_and_no_folder(how, installed, tmp_path):
     """In the middle of what two clients do, as `malloc-bench run` takes a signal."""
     installed("redis")

@@ -68,7 +68,7 @@ def test_a_power_law_predicts_what_was_held_out_and_nothing_held_out_is_fitted()
         assert abs(each.error - again.error) > 0.6  # it was predicted as before: off by log 2
 
 
-@pytest.mark.parametrize("y", [np.full(7, 3.0), 3 - 0.1 * np.log(SIZES)])
+@pytest.mark.parametrize("y", [pytest.param(np.full(7, 3.0), marks=pytest.mark.slow), 3 - 0.1 * np.log(SIZES)])
 def test_no_law_is_claimed_of_a_level_or_of_a_line(y):
     x, y = seeds(SIZES, y, 0.004)
     assert not any(each.holds for each in judged(Points.of(x, y), bootstraps=60) if each is not None)
@@ -130,6 +130,7 @@ def test_rows_of_two_trainings_are_two_groups_as_in_every_table(row):
     assert found[0].points.y.min() > found[1].points.y.min() + 0.9
 
 
+@pytest.mark.slow
 def test_the_law_of_compression_is_of_each_method_and_backbone(row):
     rows = []
     for name, lost in (("recent", lambda b: 1.5 - 0.12 * np.log(b)), ("fit_omp", lambda b: (20 / b) ** 0.7)):

@@ -84,6 +84,7 @@ def test_a_method_that_ends_a_worker_costs_the_others_one_chunk(
     assert sorted((tmp_path / "counts").read_text().split()) == ["256", "44", "44"]
 
 
+@pytest.mark.slow
 def test_who_had_most_of_the_memory_from_others_tries_again_first(suite: Path, tmp_path: Path, trusted) -> None:
     suite.write_text(SUITE % "hoards, large" + "limits: {memory: 2GB}")  # 1.4 GB that it keeps, then 0.7 GB
     result = run_suite(suite, tmp_path / "run", quiet=True)
@@ -93,7 +94,7 @@ def test_who_had_most_of_the_memory_from_others_tries_again_first(suite: Path, t
     assert result.ok == 3
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_was_killed_from_outside_is_tried_again_once(suite, tmp_path, trusted, monkeypatch, caplog, times) -> None:
     monkeypatch.setenv("KILLS", str(tmp_path / "kills"))
     monkeypatch.setenv("TIMES", str(times))
@@ -127,7 +128,11 @@ sys.exit(main(["run", sys.argv[2], "--out", sys.argv[3], "--quiet"]))
 """
 
 
-@pytest.mark.parametrize(("asks", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["ctrl-C", "SIGKILL"])
+@pytest.mark.parametrize(
+    ("asks", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+    ids=["ctrl-C", "SIGKILL"],
+)
 def test_no_worker_outlives_its_run(suite, tmp_path, monkeypatch, wait_for, alive, asks, code) -> None:
     monkeypatch.setenv("SAYS", str(tmp_path / "said"))
     suite.write_text(SUITE % "says" + "limits: {seconds: 6000}")
@@ -142,6 +147,7 @@ def test_no_worker_outlives_its_run(suite, tmp_path, monkeypatch, wait_for, aliv
     wait_for(lambda: not alive(worker), 30)
 
 
+@pytest.mark.slow
 def test_a_run_cut_under_limits_goes_on_behind_its_last_chunk(suite, tmp_path, trusted, wait_for, alive) -> None:
     def begun(users: int) -> list[int]:
         return [int(path.name.rsplit("-", 1)[1]) for path in (tmp_path / "waits").glob(f"0-{users}-*")]
@@ -296,6 +302,7 @@ def test_promises_are_tried_within_the_limits_of_cells(
     assert line.startswith(said)
 
 
+@pytest.mark.slow
 def test_compare_tries_its_promises_within_limits(suite: Path, tmp_path: Path, methods_file, trusted, caplog) -> None:
     (tmp_path / "bad.py").write_text(BAD)
     suite.write_text(SUITE % "knorm" + "limits: {seconds: 600}")
@@ -307,6 +314,7 @@ def test_a_sound_method_breaks_no_promise_within_limits(methods_file: Path) -> N
     assert broken_within([Part("good")], Limits(seconds=600)) == []
 
 
+@pytest.mark.slow
 def test_promises_wait_for_nothing_that_a_method_leaves_behind(methods_file, tmp_path, monkeypatch, alive) -> None:
     monkeypatch.setenv("SAYS", str(tmp_path / "said"))
     (tmp_path / "bad.py").write_text(BAD)

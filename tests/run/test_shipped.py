@@ -31,6 +31,12 @@ SUITES = sorted(path.stem for path in shipped("suites").glob("*.yaml"))
 LENGTH = 16
 RUN_BEFORE = ("heads", "papers", "scaling")  # their committed rows are older than the second floor
 NO_SLOTS = ("recurrent",)  # a memory of constant size cannot read it
+#: Built as another that is tried with every change; `make test-slow`: these too.
+ALIKE = (
+    "climber", "fitted", "fitted_codes", "fitted_sets", "fitted_short", "fitted_wide", "lsrm", "lsrm_ablation",
+    "lsrm_repeats", "malloc", "methods", "ml1m", "papers", "recurrent", "reference_amazon", "reference_fast",
+    "reference_small", "requests", "synthetic",
+)  # fmt: skip
 
 
 @cache
@@ -88,7 +94,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "run"
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SUITES]
+)
 def test_a_shipped_suite_runs(name: str, out: Path) -> None:
     suite = shrunk(load_suite(name))
     planned = run_suite(suite, out, dry_run=True)

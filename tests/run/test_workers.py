@@ -64,6 +64,7 @@ def test_two_workers_leave_the_rows_of_one_process(suite: Path, tmp_path: Path, 
     assert set(two.times) == set(one.times) and two.times["train"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_timed_by_one_process_when_all_else_is_done(suite, tmp_path, trusted, monkeypatch) -> None:
     monkeypatch.setenv("LOGS", str(tmp_path / "logs"))
     text = SUITE % ("full, logs", "0, 1")
@@ -91,7 +92,7 @@ def test_workers_share_the_chunks_where_there_are_fewer_groups(suite, tmp_path, 
     assert by_id(tmp_path / "run") == by_id(tmp_path / "one")
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_group_whose_worker_dies_is_run_again_once(suite, tmp_path, monkeypatch, caplog, times) -> None:
     given: list[local.Task] = []
 
@@ -121,6 +122,7 @@ sys.exit(main(["run", sys.argv[2], "--out", sys.argv[3], "--quiet", "--workers",
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_workers_and_keeps_what_is_finished(suite, tmp_path, monkeypatch, wait_for, alive) -> None:
     monkeypatch.setenv("SAYS", str(tmp_path / "said"))
     suite.write_text(SUITE % ("full, says", "0, 1"))
