@@ -58,10 +58,19 @@ def resources(
     rows: dict[str, dict[str, Any]] = {job.id: {} for job in jobs}
     taken: dict[str, list[dict[str, Any]]] = {job.id: [] for job in jobs}
     for work in works:
-        for each, columns in _measured(settings, jobs, models, work, taken, begin):
+        try:
+            found = dict(_measured(settings, jobs, models, work, taken, begin))
+        except (RuntimeError, MemoryError):  # no reason to lose what is known of accuracy
+            log.warning(
+                "%d users of %d events could not be measured (measure: users, history)",
+                work.users, work.history, exc_info=True,
+            )  # fmt: skip
+            break
+        for each, columns in found.items():
             rows[each] = _both(rows[each], {"measured_history": work.history, **columns})
     raw: dict[str, dict[str, Any]] = {}
-    for each, columns in (_requests(settings, jobs, models, works[0], raw, begin) if settings.store else {}).items():
+    served = settings.store and "measured_history" in rows[jobs[0].id]
+    for each, columns in (_requests(settings, jobs, models, works[0], raw, begin) if served else {}).items():
         rows[each] |= columns
     for each, samples in taken.items():
         requests = {"requests": raw[each]} if each in raw else {}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from malloc_bench import measure
 from malloc_bench.backbones import get_backbone
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.evaluation.evaluate import Job
@@ -120,6 +121,24 @@ def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, caplog
     assert rows["full"]["read_flops"] > 0 and rows["raw"]["read_flops_long"] > 0
     assert "read_ms_p50" not in rows["broken"] and "read_flops" not in rows["broken"]
     assert caplog.text.count("not here") >= 4 and "latency of broken" in caplog.text
+
+
+def test_a_workload_that_memory_is_too_small_for_costs_no_accuracy(models, caplog, monkeypatch):
+    """The longest cannot be made: the median's columns stay. Where no state can, there are none, and no more is said."""
+    made = measure.Workload.events
+
+    def events(self, *given):
+        if self.history > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made(self, *given)
+
+    monkeypatch.setattr(measure.Workload, "events", events)
+    for most, known in ((10, True), (0, False)):
+        caplog.clear()
+        rows = resources(Measure(seconds=0, users=1), JOBS, models, never, LENGTHS, unkept, lambda n: None)
+        assert all(row["read_flops"] > 0 and "read_flops_long" not in row for row in rows.values())
+        assert bool(rows) == known
+        assert "1 users of" in caplog.text and "(measure: users, history)" in caplog.text
 
 
 def test_requests_have_columns_of_their_own(models, caplog):
