@@ -406,10 +406,12 @@ def costs() -> str:
     lines = ["| | " + " | ".join(BUDGETS[share] for share in sizes) + " |", "|---|" + "--:|" * len(sizes)]
     for backbone, own in found.group_by("backbone", maintain_order=True):
         for name in names:
-            at = [own.filter(compressor=name, budget=f"{100 * share:.6g} %").to_dicts() for share in sizes]
-            said = ["{delta:+.4f} [{delta_lo:+.4f}, {delta_hi:+.4f}]".format(**one) for (one,) in at]
-            said = [f"**{text}**" if one["lossless"] else text for text, (one,) in zip(said, at)]
-            lines.append(f"| {NAMES[str(backbone[0])]}, {CODES[name]} | " + " | ".join(said) + " |")
+            cells = []
+            for share in sizes:
+                at = own.filter(compressor=name, budget=f"{100 * share:.6g} %").to_dicts()
+                said = "".join("{delta:+.4f} [{delta_lo:+.4f}, {delta_hi:+.4f}]".format(**one) for one in at)
+                cells.append(f"**{said}**" if at and at[0]["lossless"] else said)
+            lines.append(f"| {NAMES[str(backbone[0])]}, {CODES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -50,6 +50,8 @@ def from_frame(
     for each, kind in found.schema.items():
         if kind == pl.Object:
             raise DataError(f"{name}: {each} holds Python objects, not text, numbers or dates")
+        if kind == pl.Int128:  # which Parquet has not
+            raise DataError(f"{name}: {each} holds Int128, which no file has: cast it to Int64, or to text")
     if time is not None and unit is None:
         kind = found[time].dtype
         unit = "iso" if kind.is_temporal() or kind in (pl.String, pl.Categorical, pl.Enum) else "s"

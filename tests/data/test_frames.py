@@ -102,6 +102,7 @@ def test_a_frame_may_have_a_name_and_nothing_but_ids():
             )
             for column in ("who", "what", "when", "stars", "click")
         ],
+        (FRAME.with_columns(pl.lit(7).cast(pl.Int128).alias("what")), {}, "frame: what holds Int128"),
         ([1, 2], {}, "expected a frame of polars or pandas, not list"),
         (None, {}, "not NoneType"),
     ],
