@@ -36,9 +36,10 @@ class Reach:
     def __call__(self, state: UserState) -> Tensor:
         return self.send(self.tokens, torch.tensor(self.ahead, device=self.tokens.items.device), state)
 
-    def some(self, rows: slice) -> Reach:
-        tokens = self.tokens.each(lambda x: x[:, rows], torch.full_like(self.tokens.count, len(self.ahead[rows])))
-        return Reach(self.send, tokens, self.ahead[rows])
+    def some(self, rows: slice | Tensor) -> Reach:
+        ahead = tuple(torch.tensor(self.ahead)[rows.cpu() if isinstance(rows, Tensor) else rows].tolist())
+        tokens = self.tokens.each(lambda x: x[:, rows], torch.full_like(self.tokens.count, len(ahead)))
+        return Reach(self.send, tokens, ahead)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class LayerProbes(Probes):
     def mix(self, weights: Tensor, segment: Segment) -> Tensor:
         return self._asked()[0].mix(weights, segment)
 
-    def _some(self, rows: slice) -> Self:
+    def _some(self, rows: slice | Tensor) -> Self:
         return replace(super()._some(rows), reach=self.reach and self.reach.some(rows))
 
     def outputs(self, state: UserState) -> Tensor | None:
@@ -253,8 +254,9 @@ def probed(
     found: list[dict[Hashable, Probes]] = [{} for _ in state.layers]
     for ask in stats.asks:
         tokens, ahead = asking.tokens(ask)
+        come_out, ranked = Reach(reach, tokens, tuple(ahead.tolist())), ask.which == "top" and not asking.ranking
         for layer, seen, own in zip(found, send(tokens, ahead), state.layers):
-            layer[ask.kind] = replace(seen.probes(state.length, own), reach=Reach(reach, tokens, tuple(ahead.tolist())))
+            layer[ask.kind] = replace(seen.probes(state.length, own), reach=come_out, ranked=ranked)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -70,6 +71,7 @@ class Probes:
     total: [B, Hq, M, 1], the logarithm of what its weights were divided by; None where they are not (`normalised`).
     length: [B], events in the history.
     weights: [B, Hq, M, S], what the slots of `over`, all that the state had, weighed; None: to be worked out.
+    ranked: whether those that are likelier to read come first.
 
     As it stands: softmax of q.k, of plain tensors. Behind a backbone a subclass asks the layer (its bias, temperature,
     search and normaliser).
@@ -83,6 +85,7 @@ class Probes:
     own: Mapping[str, Tensor] = field(default_factory=dict)
     over: Segment | None = None
     weights: Tensor | None = None
+    ranked: bool = field(default=False, kw_only=True)
 
     def first(self, number: int) -> Self:
         """The first so many."""
@@ -92,7 +95,17 @@ class Probes:
         """The last so many."""
         return self if number >= self.queries.shape[2] else self._some(slice(self.queries.shape[2] - number, None))
 
-    def _some(self, rows: slice) -> Self:
+    def readers(self, number: int) -> Self:
+        """So many at most that stand for those who will read: the last ones, which nothing need be fitted to. Of ranked
+        ones two thirds are from before these, at ranks that grow by a factor: the rank of who reads does, too."""
+        m = self.queries.shape[2]
+        if not self.ranked or number >= m:
+            return self.last(number)
+        held = m - -(-number // 3)
+        likely = torch.logspace(0, math.log10(held), number - (m - held), dtype=torch.float64).round().long() - 1
+        return self._some(torch.cat([likely.unique(), torch.arange(held, m)]).to(self.queries.device))
+
+    def _some(self, rows: slice | Tensor) -> Self:
         cut: dict[str, Any] = {name: x[:, :, rows] for name, x in self._by_probe().items()}
         return replace(self, own={name: x[:, :, rows] for name, x in self.own.items()}, **cut)
 

@@ -151,6 +151,23 @@ def test_in_ranking_nothing_is_on_top_and_probes_are_drawn(trained):
     assert Stats(probes=tops).in_ranking() == Stats(probes=ask)
 
 
+def test_who_stands_for_readers(trained):
+    """A third are the last ones; of those ranked by the model the others grow by a factor, from the first on."""
+    for which, ranking, rows in (
+        ("top", False, [0, 1, 4, 11, 26, 27, 28, 29]),
+        ("top", True, range(22, 30)),
+        ("drawn", False, range(22, 30)),
+    ):
+        _, prefill = probed("sasrec-2-heads", trained, Ask(30, which), ranking)
+        probes, rows = prefill.probes(0), list(rows)
+        some = probes.readers(8)
+        assert torch.equal(some.queries, probes.queries[:, :, rows]) and torch.equal(
+            some.target, probes.target[:, :, rows]
+        )
+        close(some.outputs(prefill.state), probes.outputs(prefill.state)[:, rows], "outputs", 1e-5)
+        assert probes.readers(30) is probes and probes.readers(1).queries.shape[2] == 1
+
+
 def test_asks_add_up(trained):
     both = Stats(probes=4, queries=1) | Stats(probes=Ask(9)) | Stats(probes=Ask(3, "popular"))
     assert sorted(both.asks, key=repr) == sorted((Ask(9), Ask(3, "popular")), key=repr)

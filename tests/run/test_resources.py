@@ -123,8 +123,9 @@ def test_a_job_that_cannot_be_measured_costs_only_its_own_columns(models, caplog
     assert caplog.text.count("not here") >= 4 and "latency of broken" in caplog.text
 
 
-def test_a_workload_that_memory_is_too_small_for_costs_no_accuracy(models, caplog, monkeypatch):
-    """The longest cannot be made: the median's columns stay. Where no state can, there are none, and no more is said."""
+@pytest.mark.parametrize(("most", "known"), [(10, True), (0, False)])
+def test_a_workload_that_memory_is_too_small_for_costs_no_accuracy(models, caplog, monkeypatch, most, known):
+    """The longest cannot be made: the median's columns stay. Where no state can, there are none."""
     made = measure.Workload.events
 
     def events(self, *given):
@@ -133,12 +134,10 @@ def test_a_workload_that_memory_is_too_small_for_costs_no_accuracy(models, caplo
         return made(self, *given)
 
     monkeypatch.setattr(measure.Workload, "events", events)
-    for most, known in ((10, True), (0, False)):
-        caplog.clear()
-        rows = resources(Measure(seconds=0, users=1), JOBS, models, never, LENGTHS, unkept, lambda n: None)
-        assert all(row["read_flops"] > 0 and "read_flops_long" not in row for row in rows.values())
-        assert bool(rows) == known
-        assert "1 users of" in caplog.text and "(measure: users, history)" in caplog.text
+    rows = resources(Measure(seconds=0, users=1), JOBS, models, never, LENGTHS, unkept, lambda n: None)
+    assert all(row["read_flops"] > 0 and "read_flops_long" not in row for row in rows.values())
+    assert bool(rows) == known
+    assert "1 users of" in caplog.text and "(measure: users, history)" in caplog.text
 
 
 def test_requests_have_columns_of_their_own(models, caplog):

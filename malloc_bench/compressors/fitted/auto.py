@@ -29,12 +29,12 @@ class Auto(Compressor):
 
     candidates: methods that take a budget, or lists of steps as `compose` has them; what they learn they learn of each
     layer alone. For each layer, each candidate and a row of sizes, `fit` compresses that layer alone of training users
-    and measures what probes held out then come out of the whole stack with: the length of the gap to what they do over
-    the full state, as a share of that, its mean over probes and users (lists lose in proportion to it; a mean of
-    squares would be that of the worst alone). Taking it that squared gaps of layers add up, bytes go where the next
-    ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
+    and measures what probes, `Probes.readers`, then come out of the whole stack with: the length of the gap to what
+    they do over the full state, as a share of that, its mean over probes and users (lists lose in proportion to it; a
+    mean of squares would be that of the worst alone). Taking it that squared gaps of layers add up, bytes go where the
+    next ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
     One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
-    candidate's kind, behind those that it is fitted to.
+    candidate's kind; a third or more of them are behind those that it is fitted to.
     On plain tensors, which have no stack, each layer's own gap counts. Where layers are alike, equal shares do as well.
     """
 
@@ -45,7 +45,7 @@ class Auto(Compressor):
     )
     tests: int = 32
 
-    version = 3
+    version = 4
     family = "fitted"
     paper = "ours; hulls and multipliers: Shoham and Gersho, IEEE TASSP 36, 1988"
     formula = "min over candidate and bytes of each layer: sum over layers of (E |output gap|)^2, within the budget"
@@ -111,7 +111,7 @@ class Auto(Compressor):
     def _measured(self, prefill: Prefill, layer: int) -> tuple[Tensor, Tensor]:
         """Of one layer, [candidates, GRID] each: the gap, and bytes, summed over users."""
         view, layers = _alone(prefill, layer), prefill.state.layers
-        probes, found = prefill.probes(layer, self._ask).last(self.tests), []
+        probes, found = prefill.probes(layer, self._ask).readers(self.tests), []
         out = probes.outputs(prefill.state)
         want = probes.target if out is None else out
         for each in self.candidates:
