@@ -132,7 +132,8 @@ parts that [results.md](results.md) names):
 
 {codes}
 
-These rows of `auto` chose by probes less likely than readers are; what it keeps since then: [results.md](results.md), *`auto` since then*.
+These rows of `auto` chose by probes less likely than readers are; what it keeps since then: [results.md](results.md),
+*`auto` since then*.
 
 What it costs in accuracy, on MovieLens-1M: NDCG@10 less that of the full state, each user's mean over the trainings,
 with intervals over users; **bold** where less than 1 % of it is lost, surely (`malloc-bench tables results/fitted_codes
