@@ -20,6 +20,7 @@ from malloc_bench.compressors import get_compressor
 from malloc_bench.data import get_dataset
 from malloc_bench.data.tasks.batches import training_batches
 from malloc_bench.data.tasks.splits import Split, get_split
+from malloc_bench.registry import names
 from malloc_bench.report import write_report
 from malloc_bench.run import merge, runner
 
@@ -81,6 +82,8 @@ BACKBONES: dict[str, tuple[Any, ...]] = {
 
 
 def pytest_collection_finish() -> None:
+    for kind in ("backbones", "compressors"):
+        names(kind)  # tests that copy the registry would have them in the copy alone
     gc.freeze()  # a million objects of torch and pytest, which each gc.collect before a measurement would visit
 
 
