@@ -101,9 +101,9 @@ class Probes:
         m = self.queries.shape[2]
         if not self.ranked or number >= m:
             return self.last(number)
-        held = m - -(-number // 3)
-        likely = torch.logspace(0, math.log10(held), number - (m - held), dtype=torch.float64).round().long() - 1
-        return self._some(torch.cat([likely.unique(), torch.arange(held, m)]).to(self.queries.device))
+        held = -(-number // 3)
+        likely = torch.logspace(0, math.log10(m - held), number - held, dtype=torch.float64).round().long() - 1
+        return self._some(torch.cat([likely.unique(), torch.arange(m - held, m)]).to(self.queries.device))
 
     def _some(self, rows: slice | Tensor) -> Self:
         cut: dict[str, Any] = {name: x[:, :, rows] for name, x in self._by_probe().items()}
