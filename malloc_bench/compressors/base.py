@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.encoding import beside_memories as beside_memories
 from malloc_bench.compressors.encoding import map_layers as map_layers
 from malloc_bench.compressors.encoding import map_vectors as map_vectors
 from malloc_bench.compressors.encoding import shortened as shortened
@@ -122,9 +121,9 @@ class Compressor(ABC):
     `malloc-bench show`), `note` (that it loses to slots by lot, and why), `version` (raise it when results change;
     `version_placed` where they change behind backbones that read positions alone). A method that learns something of
     training users, once for all, also writes `fit`; `fit_fields` are the parameters that a fit depends on (None: all),
-    `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning, each with its values, at most 8
-    settings in all, as many as `malloc-bench tune` tries of any method. `growth`: see `grows`.
-    `needs_at_best`: does without its `needs` where nobody can tell, as behind another method.
+    `fit_uses_budget` whether the budget is one. `grid`: parameters worth tuning, each with its values, at most the 8
+    settings that `malloc-bench tune` tries. `growth`: see `grows`. `needs_at_best`: does without its `needs` where
+    nobody can tell, as behind another method.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -235,10 +234,12 @@ class Compressor(ABC):
 class Encoder(Compressor):
     """Writes the vectors of any state down otherwise, slot by slot: composes with every token method.
 
-    measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells.
+    measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells;
+    by_vector: how a vector is written depends on it alone, whatever is written beside it.
     """
 
     measured: ClassVar[bool] = False
+    by_vector: ClassVar[bool] = False
     growth = grows(read="n L d")
 
     @property

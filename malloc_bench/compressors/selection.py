@@ -36,11 +36,14 @@ class TokenMethod(Compressor):
     def keep(self, prefill: Prefill, k: Tensor) -> UserState:
         """A state of k [B] slots (0 <= k <= `most`) in every layer and head; layers that have fewer keep all."""
 
-    def settled(self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState]) -> UserState:
-        """`state`, which `keep` made, given the encoder that will `write` it; itself where that changes nothing."""
+    def settled(
+        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], by_vector: bool
+    ) -> UserState:
+        """`state`, which `keep` made, given the encoder that will `write` it, of which by_vector is known; itself where
+        that changes nothing."""
         return state
 
-    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int]) -> int:
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], by_vector: bool) -> int:
         """FLOPs of `settled`; writing: those of the encoder, of a state that it has made."""
         return 0
 

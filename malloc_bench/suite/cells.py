@@ -135,8 +135,12 @@ def content(value: Any, placed: bool = False) -> Any:
     """
     if isinstance(value, Compressor):
         params = {name: content(getattr(value, name), placed) for name in _said(value)}
+        later = {
+            "version_placed": value.version_placed if placed else 1,
+            "version_settled": getattr(value, "version_settled", 1),
+        }
         about = _identity(type(value), params, value.files)
-        return about | ({"version_placed": value.version_placed} if placed and value.version_placed > 1 else {})
+        return about | {name: version for name, version in later.items() if version > 1}
     return [content(each, placed) for each in value] if isinstance(value, list | tuple) else value
 
 

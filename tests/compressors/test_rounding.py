@@ -11,7 +11,9 @@ from malloc_bench.compressors import get_compressor
 from malloc_bench.compressors.fitted import rounding
 from malloc_bench.compressors.fitted.rounding import TURNS, Rounding
 from malloc_bench.compressors.fitted.solving import Rows, solve
+from malloc_bench.registry import find, names
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState
+from malloc_bench.suite.cells import content
 from malloc_bench.testing.worlds import close
 
 RIDGE = 1e-2
@@ -62,13 +64,48 @@ def test_later_slots_make_up_for_what_is_lost(prefill, turn):
             if later:
                 damped = gram + RIDGE * a.square().sum(0).mean() * torch.eye(len(later)).double()
                 want[later] += torch.linalg.solve(damped, b.T @ lost)
-            want[now] = written[user, head, now].double()
             close(found[user, head, :count], want[:count], f"{user}, {head}", 2e-4)
 
 
 def written_by(name, **params):
     encoder = get_compressor(name, **params)
     return lambda state: encoder.encode(state)
+
+
+@pytest.fixture
+def coded(prefill):
+    """What `gain_shape` writes, after it has learned of the users."""
+    encoder = get_compressor("gain_shape", stages=2, bits=4)
+    view = prefill.given(encoder.fit(prefill))
+    return lambda state: encoder.write(view.over(state))
+
+
+def two_layers(prefill, segment):
+    """The second one is not rounded."""
+    return UserState(((segment,), (segment,)), prefill.state.length)
+
+
+def test_what_is_written_by_vector_is_written_once(prefill, coded):
+    segment = kept(prefill, 8, [8, 8, 3])
+    job, sizes = job_of(prefill, segment), []
+
+    def write(state):
+        state = UserState(state.layers[:1], state.length)  # codebooks of one layer
+        sizes.append(state.layers[0][0].fields["values"].shape[2])
+        made = coded(state)
+        return UserState((made.layers[0], made.layers[0]), state.length)
+
+    state = two_layers(prefill, segment)
+    found, whole = (rounding.rounded(state, [job, None], write, by_vector) for by_vector in (True, False))
+    assert sizes == [8, 1, 1, 2, 1, 1] + 6 * [8]
+    assert found.layers[1][0].fields["values"].dense() is segment.fields["values"].dense()
+
+    def wrong(state):
+        return job.wrong(write(state).layers[0][0].fields["values"].dense())
+
+    assert bool((wrong(found) <= wrong(state) * 1.001).all())
+    assert float(wrong(found).sum()) < 0.99 * float(wrong(state).sum())
+    assert float(wrong(found).sum()) <= 1.001 * float(wrong(whole).sum())  # there the first ones are coded again
 
 
 @pytest.mark.parametrize(("name", "params"), [("int4_token", {}), ("mxint", {"bits": 2}), ("kivi", {"bits": 2})])
@@ -84,6 +121,37 @@ def test_no_head_answers_held_out_probes_worse(prefill, name, params):
     assert bool((wrong(found) <= wrong(state) * 1.001).all())
     assert float(wrong(found).sum()) < 0.99 * float(wrong(state).sum())
     assert found.layers[0][0].slots is segment.slots
+
+
+BY_VECTOR = [name for name in names("compressors") if getattr(find("compressors", name), "by_vector", False)]
+
+
+def test_codebooks_write_by_vector():
+    assert BY_VECTOR == ["gain_shape", "pq", "rvq"]
+
+
+@pytest.mark.parametrize("name", BY_VECTOR)
+def test_a_vector_is_written_alike_whatever_is_beside_it(prefill, name):
+    encoder = get_compressor(name)
+    view, state = prefill.given(encoder.fit(prefill)), kept(prefill, 8, [8, 8, 3])
+
+    def values(index, scale=1.0):
+        x = state.fields["values"].dense()[:, :, index] * scale
+        some = Segment({"values": Dense(x)}, Slots(torch.full((3, 1), len(index), dtype=torch.int32)))
+        return (
+            encoder.write(view.over(UserState(((some,),), prefill.state.length))).layers[0][0].fields["values"].dense()
+        )
+
+    whole = values(list(range(3)))
+    for some in ([0], [1, 2], [2, 0]):
+        assert torch.equal(values(some), whole[:, :, some])
+
+
+def test_rows_of_chains_that_are_settled_anew_are_new_rows():
+    """Those that fit what codebooks write; all others stay what they were."""
+    chains = [["fit_omp", "gain_shape"], ["fit_omp", "mxint"], ["recent", "pq"], ["fit_omp", "recent"]]
+    known = [content(get_compressor("compose", steps=steps)).get("version_settled") for steps in chains]
+    assert known == [2, None, None, None]
 
 
 def test_more_slots_than_probes_are_left_alone(prefill):

@@ -68,10 +68,9 @@ AROUND = [
         ("compose", {"steps": ({"critical": {"inner": "keyformer"}}, TURNED)}),
         ("compose", {"steps": ("kmeans", "by_age")}),
         ("compose", {"steps": ({"moments": {"probes": 8}}, "gear")}),
-        (
-            "compose",
-            {"steps": ({"fit_recent": {"probes": 56}}, TURNED)},
-        ),  # more than slots: values are rounded in turns
+        # more probes than slots: values are rounded in turns
+        ("compose", {"steps": ({"fit_recent": {"probes": 56}}, TURNED)}),
+        ("compose", {"steps": ({"fit_recent": {"probes": 56}}, {"gain_shape": {"stages": 2, "bits": 4}})}),
     ]
 ]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]

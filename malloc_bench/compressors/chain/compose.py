@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Encoder, Sources, Structural, as_compressor, beside_memories
-from malloc_bench.compressors.encoding import slotted
+from malloc_bench.compressors.base import Compressor, Encoder, Sources, Structural, as_compressor
+from malloc_bench.compressors.encoding import beside_memories, slotted
 from malloc_bench.compressors.selection import TokenMethod
 from malloc_bench.compressors.sizing import Budget, Layout, slots_within
 from malloc_bench.registry import register
@@ -78,6 +78,11 @@ class Compose(TokenMethod):
         return bool(tokens) and self._encoder() is not None and type(tokens[-1]).settled is not TokenMethod.settled
 
     @property
+    def version_settled(self) -> int:
+        encoder = self._encoder()
+        return 2 if self.settles and encoder is not None and encoder.by_vector else 1
+
+    @property
     def needs(self) -> Stats:
         return reduce(Stats.__or__, (step.needs for step in self.steps), Stats())
 
@@ -130,7 +135,7 @@ class Compose(TokenMethod):
         def write(state: UserState) -> UserState:
             return beside_memories(lambda slotted: encoder.write(view.over(slotted)), state)
 
-        return write(tokens[-1].settled(own, view.state, write))
+        return write(tokens[-1].settled(own, view.state, write, encoder.by_vector))
 
     def _own(self, prefill: Prefill, step: Compressor) -> Fitted | None:
         """The step's share of the chain's fit."""
@@ -200,7 +205,7 @@ class Compose(TokenMethod):
         def writing(made: UserState) -> int:
             return encoder.flops(slotted(made), of)
 
-        return total + writing(state) + (tokens[-1].settling(state, of, writing) if tokens else 0)
+        return total + writing(state) + (tokens[-1].settling(state, of, writing, encoder.by_vector) if tokens else 0)
 
 
 def _chains(step: Compressor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench.compressors.base import Compressor, Source, Sources
-from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, rounded, rounded_flops
+from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, in_turns, rounded, rounded_flops
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
 from malloc_bench.compressors.sizing import Layout, dense_layout
@@ -100,12 +100,15 @@ class FittedTokens(Asking, TokenMethod):
             layers.append((Segment({"keys": Dense(keys), "values": Dense(values)}, slots),))
         return UserState(tuple(layers), prefill.state.length)
 
-    def settled(self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState]) -> UserState:
+    def settled(
+        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], by_vector: bool
+    ) -> UserState:
         """Masses and values for keys as an encoder writes them, which takes back most of what their rounding does; then
         values are `rounded`."""
         layers: list[tuple[Segment, ...]] = []
         roundings: list[Rounding | None] = []
-        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, write(state).layers)):
+        written = write(_of_each(state, "keys") if by_vector else state)
+        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, written.layers)):
             slots, keys, kept = segment.slots, coded.fields.get("keys"), segment.fields["values"].dense()
             assert slots is not None
             roundings.append(None)
@@ -119,17 +122,20 @@ class FittedTokens(Asking, TokenMethod):
                     slots = replace(slots, mass=torch.where(whole, slots.mass, mass))
                 roundings[-1] = Rounding.of(rows, slots, self.ridge)
             layers.append((Segment({"keys": segment.fields["keys"], "values": Dense(kept)}, slots),))
-        return rounded(UserState(tuple(layers), state.length), roundings, write)
+        return rounded(UserState(tuple(layers), state.length), roundings, write, by_vector)
 
-    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int]) -> int:
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], by_vector: bool) -> int:
         layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
-        total = writing(state) + sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
+        total = writing(_of_each(state, "keys") if by_vector else state)
+        total += sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
         if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
             return total
-        values = ((Segment({"values": segment.fields["values"]}, segment.slots),) for segment, *_ in state.layers)
-        turn = writing(UserState(tuple(values), state.length))
-        turn += sum(segment.fields["values"].dense_flops() for segment, *_ in state.layers)
-        return total + sum(rounding) + TURNS * turn
+        values = _of_each(state, "values")
+        turn = writing(values) + sum(segment.fields["values"].dense_flops() for segment, *_ in values.layers)
+        if not by_vector:
+            return total + sum(rounding) + TURNS * turn
+        several = [own for own, some in zip(values.layers, rounding) if some]
+        return total + sum(rounding) + turn + sum(writing(UserState(x, state.length)) for x in in_turns(several))
 
     def flops(self, state: UserState, of: Sources) -> int:
         """Weights of the kept slots; twice: Gram matrices, rounds, right sides, triangular systems; and the tests."""
@@ -153,6 +159,12 @@ class FittedTokens(Asking, TokenMethod):
     def choosing(self, heads: int, rows: int, k: int, wide: int, history: int) -> int:
         """FLOPs of `index` in one layer; rows: probes of all query heads; wide: columns of the target."""
         return 0
+
+
+def _of_each(state: UserState, name: str) -> UserState:
+    """One field of each segment."""
+    layers = (tuple(Segment({name: s.fields[name]}, s.slots) for s in layer) for layer in state.layers)
+    return UserState(tuple(layers), state.length)
 
 
 def without_slots(backbone: Any) -> str | None:

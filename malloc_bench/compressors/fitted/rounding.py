@@ -5,14 +5,14 @@ As GPTQ rounds weights (Frantar et al., ICLR 2023, arXiv 2210.17323), with probe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from malloc_bench.compressors.fitted.solving import Rows, damping, solved
-from malloc_bench.state import Dense, Segment, Slots, UserState
+from malloc_bench.state import Dense, Layer, Segment, Slots, UserState, take
 
 TURNS = 6
 Write = Callable[[UserState], UserState]
@@ -43,28 +43,41 @@ class Rounding(NamedTuple):
         return Rounding(rows, slots.mass, weights.mT @ weights, turn.unsqueeze(-1), damping(weights, ridge))
 
     def after(self, turn: int, wanted: Tensor, written: Tensor) -> Tensor:
-        """Values [B, H, K, D] with those of this turn as they are written, and what that takes added to later ones."""
+        """Values [B, H, K, D] with what it takes to write those of this turn added to later ones."""
         now, later = self.turn == turn, (self.turn > turn).float()
         lost = torch.where(now, wanted - written, 0.0)
-        gained = solved(self.gram * later * later.mT, self.damped, later * (self.gram @ lost))
-        return torch.where(now, written, wanted + gained)
+        return wanted + solved(self.gram * later * later.mT, self.damped, later * (self.gram @ lost))
+
+    def those(self, turn: int) -> tuple[Tensor, Tensor]:
+        """Slots of a turn, index [B, H, N], of which the first count [B, H] are real."""
+        now = (self.turn == turn).squeeze(-1)
+        count = now.sum(-1, dtype=torch.int32)
+        return now.int().argsort(dim=-1, descending=True, stable=True)[..., : int(count.max())], count
 
     def wrong(self, written: Tensor) -> Tensor:
         return self.rows.wrong(self.mass, written)
 
 
-def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write) -> UserState:
+def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write, by_vector: bool = False) -> UserState:
     """The state (of one segment a layer) with values that lose least when it is written; a head's stay as they are
-    where probes held out are answered worse."""
+    where probes held out are answered worse. by_vector: see `Encoder`."""
     begun = _values(state)
     if not any(layers):
         return state
     plain = _values(write(_given(state, begun, bare=True)))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
-        wanted = [
+        after = [
             x if job is None else job.after(turn, x.float(), y.float()).to(x.dtype)
             for job, x, y in zip(layers, wanted, written)
+        ]
+        if by_vector:
+            wanted, written = after, _next(state, layers, turn + 1, after, written, write)
+            continue
+        # what was written may be written otherwise beside other values: it is asked for again
+        wanted = [
+            x if job is None else torch.where(job.turn == turn, y.to(x.dtype), x)
+            for job, x, y in zip(layers, after, written)
         ]
         written = _values(write(_given(state, wanted, bare=True)))
     best = [
@@ -74,8 +87,19 @@ def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write) -
     return _given(state, best)
 
 
+def in_turns(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
+    """Layers of what is written by itself in each turn after the first, where heads are full; without numbers."""
+    for turn in range(1, TURNS):
+        some = []
+        for (segment,) in layers:
+            b, h, k, d = segment.fields["values"].shape
+            slots = -(-k * (turn + 1) // TURNS) + (-k * turn // TURNS)
+            some.append((Segment({"values": Dense(torch.empty(b, h, slots, d, device="meta"))}, segment.slots),))
+        yield tuple(some)
+
+
 def rounded_flops(rows: int, segment: Segment) -> int:
-    """Of one layer; rows: probes of all query heads."""
+    """Of one layer, without what the encoder takes; rows: probes of all query heads."""
     _, heads, k, wide = segment.fields["values"].shape
     if not 0 < k <= rows // heads:
         return 0
@@ -85,6 +109,29 @@ def rounded_flops(rows: int, segment: Segment) -> int:
 
 def _values(state: UserState) -> list[Tensor]:
     return [layer[0].fields["values"].dense() for layer in state.layers]
+
+
+def _next(
+    state: UserState,
+    layers: Sequence[Rounding | None],
+    turn: int,
+    wanted: Sequence[Tensor],
+    before: Sequence[Tensor],
+    write: Write,
+) -> list[Tensor]:
+    """What was written `before`, and the values of a turn as they are written by themselves."""
+    which = [
+        (x.new_zeros(len(x), 1, 0, dtype=torch.long), x.new_zeros(len(x), 1, dtype=torch.int32))
+        if job is None
+        else job.those(turn)
+        for job, x in zip(layers, wanted)
+    ]
+    some = ((Segment({"values": Dense(take(x, at))}, Slots(n)),) for x, (at, n) in zip(wanted, which))
+    made = _values(write(UserState(tuple(some), state.length)))
+    return [
+        y if job is None else torch.where(job.turn == turn, y.scatter(2, at.unsqueeze(-1).expand_as(new), new), y)
+        for job, y, (at, _), new in zip(layers, before, which, made)
+    ]
 
 
 def _given(state: UserState, values: Sequence[Tensor], bare: bool = False) -> UserState:

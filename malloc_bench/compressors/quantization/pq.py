@@ -23,6 +23,7 @@ class PQ(Codebooks):
     bits: int = 8
 
     grid = {"group": (2, 4, 8), "bits": (4, 8)}
+    by_vector = True
     family = "quantization"
     paper = "Jegou et al., Product Quantization for Nearest Neighbor Search, TPAMI 2011"
     formula = "part i of x ~ its nearest entry in codebook i of 2^bits"

@@ -25,6 +25,7 @@ class RVQ(Codebooks):
 
     grid = {"stages": (2, 4, 8), "bits": (4, 8)}
     added = True
+    by_vector = True
     family = "quantization"
     paper = "Chen et al., Approximate Nearest Neighbor Search by Residual Vector Quantization, Sensors 2010"
     formula = "x ~ sum over stages of the entry nearest to what is left of x"
