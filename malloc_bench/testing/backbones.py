@@ -11,13 +11,14 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone
 from malloc_bench.state import Batch, Dense, Events, Segment, UserState, map_tensors
-from malloc_bench.testing.worlds import LENGTHS, Check, check_packs, close, histories, packed, poisoned
+from malloc_bench.testing.worlds import LENGTHS, Check, check_packs, close, histories, instance, packed, poisoned
 
 _ALL = torch.tensor(LENGTHS)
 
 
 def backbone_checks(backbone: Backbone, *, label: str | None = None) -> list[Check]:
     """Every promise; the backbone must keep at least 42 events, and is tried in eval mode."""
+    instance(backbone, Backbone)
     return [Check(_evaluating(promise), (backbone,), label or backbone.name) for promise in BACKBONE_PROMISES]
 
 

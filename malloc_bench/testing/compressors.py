@@ -28,6 +28,7 @@ from malloc_bench.testing.worlds import (
     check_packs,
     close,
     histories,
+    instance,
     packed,
     poisoned,
     resized,
@@ -40,19 +41,21 @@ _SOME = tuple(map(Budget.parse, (0.5, 0.1, {"bytes": 2500})))
 
 
 def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] | None = None) -> list[Check]:
-    """Every promise of the design on every world that the compressor supports; ValueError where it fails before.
+    """Every promise on every world that the compressor supports; ValueError where it fails before, TypeError of none.
 
     A structural one adapts each backbone, which must then keep what backbones promise, but for what takes training.
     """
+    instance(compressor, Compressor)
+    places = worlds(backbones)
     try:
-        return _checks(compressor, backbones)
+        return _checks(compressor, places)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{compressor.name} fails before anything can be tried ({told(error)})") from error
 
 
-def _checks(compressor: Compressor, backbones: Iterable[Backbone] | None) -> list[Check]:
+def _checks(compressor: Compressor, places: Sequence[World]) -> list[Check]:
     checks, part, elsewhere = [], compressor.structural, None
-    for world in worlds(backbones):
+    for world in places:
         plain = world.backbone
         if plain is not None and compressor.supports(plain):
             continue
@@ -99,7 +102,6 @@ def broken_promises(
 
 def read_alone(compressor: Compressor) -> None:
     """Nothing for methods of ours, which have been checked; for others, raises AssertionError where a fresh process
-
     does not read from the bytes of their states what this one does. Some seconds.
     """
     if ours(compressor) or not portable(compressor):
@@ -129,9 +131,8 @@ def keeps_the_budget(compressor: Compressor, world: World) -> None:
             kept = [torch.stack([s.slots.count for s in layer if s.slots is not None]).sum(0) for layer in state.layers]
             if isinstance(compressor, TokenMethod) and not compressor.even:  # so many on average
                 total = torch.stack([n.sum(1) for n in kept]).sum(0)
-                assert bool((total <= compressor.most(prefill, budget.slots)).all()), (
-                    f"{budget}: {total.tolist()} slots"
-                )
+                fits = total <= compressor.most(prefill, budget.slots)
+                assert bool(fits.all()), f"{budget}: {total.tolist()} slots"
                 continue
             for n in kept:
                 assert bool((n <= budget.slots).all()), f"{budget}: {n.tolist()} slots"
@@ -298,9 +299,8 @@ def learns_soundly(compressor: Compressor, world: World) -> None:
     assert first.digest == second.digest, "the same sample gives two fits"
     assert first.digest != other.digest, "other users give the same fit"
     prefill = replace(world, fitted=None).prefill(compressor.needs)
-    assert packed(compressor.compress(prefill, budget, first)) == packed(
-        compressor.compress(replace(prefill, memo={}), budget, first)
-    )
+    again = compressor.compress(replace(prefill, memo={}), budget, first)
+    assert packed(compressor.compress(prefill, budget, first)) == packed(again)
     try:
         compressor.compress(replace(prefill, memo={}), budget)
     except MissingFit as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.compressors import Budget, Compressor
-from malloc_bench.registry import told
+from malloc_bench.registry import clipped, told
 from malloc_bench.state import (
     Dense,
     Events,
@@ -159,7 +159,10 @@ def worlds(backbones: Iterable[Backbone] | None = None) -> list[World]:
             ("sasrec", 1, False), ("sasrec", 4, False), ("hstu", 1, True), ("hstu", 4, False), ("gated_delta", 2, False)
         )  # fmt: skip
         backbones = [lively(get_backbone(n, 60, t, heads=h, dim=16, max_length=64)) for n, h, t in ours]
-    named = [World(f"{b.name}{i}", b.eval()) for i, b in enumerate(backbones)]
+    named = []
+    for i, backbone in enumerate(backbones):
+        instance(backbone, Backbone)
+        named.append(World(f"{backbone.name}{i}", backbone.eval()))
     return [World("tensors"), *named]
 
 
@@ -242,6 +245,14 @@ def _spoil(data: Tensor, rows: Tensor, cols: Tensor | None = None) -> None:
         real = real & (torch.arange(data.shape[3]) < cols.unsqueeze(-1)).unsqueeze(-2)
     small = {torch.uint8: 255, torch.int8: 127}
     data.masked_fill_(~real, small.get(data.dtype, POISON))
+
+
+def instance(part: Any, kind: type) -> None:
+    """Raises TypeError where a part is none of its kind, Compressor or Backbone."""
+    if not isinstance(part, kind):
+        what = f"the class {part.__name__}" if isinstance(part, type) else clipped(repr(part))
+        one = 'get_compressor("knorm")' if kind is Compressor else 'get_backbone("sasrec", n_items=60, has_time=False)'
+        raise TypeError(f"expected a {kind.__name__.lower()}, not {what}: make one, such as {one}")
 
 
 def check_packs(

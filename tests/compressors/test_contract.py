@@ -1,5 +1,6 @@
 """Every registered compressor keeps every promise, on plain tensors and behind every kind of backbone."""
 
+from functools import partial
 from zlib import crc32
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from malloc_bench import registry
 from malloc_bench.compressors import Budget, get_compressor
 from malloc_bench.registry import load_part, names
-from malloc_bench.testing import Check, World, broken_promises, check_compressor, compressor_checks, worlds
+from malloc_bench.testing import (
+    Check,
+    World,
+    broken_promises,
+    check_backbone,
+    check_compressor,
+    compressor_checks,
+    worlds,
+)
 from malloc_bench.testing.compressors import COMPRESSOR_PROMISES
 from malloc_bench.testing.elsewhere import Case, portable, read_elsewhere
 from malloc_bench.testing.worlds import close
@@ -266,6 +275,16 @@ class TestTheChecksThemselves:
     def test_sound_ones_pass(self):
         check_compressor(get_compressor("knorm"))
         check_compressor(get_compressor("gqa"))
+
+    @pytest.mark.parametrize(("part", "named"), [(int, "the class int"), ("knorm", "'knorm'")])
+    def test_what_is_no_part_is_said_to_be_none(self, part, named):
+        method = get_compressor("knorm")
+        for check in (partial(check_compressor, part), partial(broken_promises, part)):
+            with pytest.raises(TypeError, match=f"^expected a compressor, not {named}: make one, such as get_"):
+                check()
+        for check in (partial(check_backbone, part), partial(check_compressor, method, backbones=[part])):
+            with pytest.raises(TypeError, match=f"^expected a backbone, not {named}: make one, such as get_"):
+                check()
 
     def test_an_adapted_backbone_that_forgets_its_state(self):
         class Forgets(type(get_compressor("mqa"))):
