@@ -235,7 +235,7 @@ class Encoder(Compressor):
     """Writes the vectors of any state down otherwise, slot by slot: composes with every token method.
 
     measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells;
-    by_vector: how a vector is written depends on it alone, whatever is written beside it.
+    by_vector: how a vector is written depends on it alone, whatever is beside it; one that is written stays as it is.
     """
 
     measured: ClassVar[bool] = False

@@ -121,12 +121,13 @@ class FittedTokens(Asking, TokenMethod):
                 if mass is not None and slots.mass is not None:
                     slots = replace(slots, mass=torch.where(whole, slots.mass, mass))
                 roundings[-1] = Rounding.of(rows, slots, self.ridge)
-            layers.append((Segment({"keys": segment.fields["keys"], "values": Dense(kept)}, slots),))
+            once = coded.fields["keys"] if by_vector else segment.fields["keys"]
+            layers.append((Segment({"keys": once, "values": Dense(kept)}, slots),))
         return rounded(UserState(tuple(layers), state.length), roundings, write, by_vector)
 
     def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], by_vector: bool) -> int:
         layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
-        total = writing(_of_each(state, "keys") if by_vector else state)
+        total = 0 if by_vector else writing(state)  # keys are written once
         total += sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
         if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
             return total

@@ -16,6 +16,7 @@ from malloc_bench.state import (
     FromCodebook,
     Prefill,
     Sample,
+    Scaled,
     Segment,
     UserState,
     Vectors,
@@ -53,7 +54,9 @@ class Codebooks(Encoder):
         fitted = prefill.fitted
 
         def vectors(layer: int, field: str, segment: Segment) -> Vectors:
-            x = segment.fields[field].dense()
+            if isinstance(known := segment.fields[field], FromCodebook | Scaled):
+                return known  # keys that fitted values were rounded for
+            x = known.dense()
             return self.written(
                 x, segment.real(x), Codebook(fitted.of(layer, field), self.bits, x.shape[3], self.added)
             )
