@@ -69,7 +69,7 @@ and what they get, T = A V.
    were is left as it was.
 5. **Write** it in few bits. Masses and values are solved for again for keys as they were rounded, and values
    are rounded a few at a time, heaviest first, those that are left making up for what rounding took (as GPTQ
-   does for weights).
+   does for weights); where each vector is written by itself, as by codebooks, none is written twice.
 
 `moments` asks for no pursuit: beside the slots of any eviction rule it keeps of all other events one answer to
 first order in the query: their weight, mean key, mean value, and a matrix of rank r from the query to the
@@ -132,8 +132,8 @@ parts that [results.md](results.md) names):
 
 {codes}
 
-These rows of `auto` chose by probes less likely than readers are; what it keeps since then: [results.md](results.md),
-*`auto` since then*.
+These rows of `auto` chose by probes less likely than readers are, and these of `gain_shape` coded some values twice;
+what both keep since then: [results.md](results.md), *Since then two faults were found*.
 
 What it costs in accuracy, on MovieLens-1M: NDCG@10 less that of the full state, each user's mean over the trainings,
 with intervals over users; **bold** where less than 1 % of it is lost, surely (`malloc-bench tables results/fitted_codes
