@@ -135,12 +135,10 @@ def test_a_vector_is_written_alike_whatever_is_beside_it(prefill, name):
     encoder = get_compressor(name)
     view, state = prefill.given(encoder.fit(prefill)), kept(prefill, 8, [8, 8, 3])
 
-    def values(index, scale=1.0):
-        x = state.fields["values"].dense()[:, :, index] * scale
-        some = Segment({"values": Dense(x)}, Slots(torch.full((3, 1), len(index), dtype=torch.int32)))
-        return (
-            encoder.write(view.over(UserState(((some,),), prefill.state.length))).layers[0][0].fields["values"].dense()
-        )
+    def values(index):
+        x, count = state.fields["values"].dense()[:, :, index], torch.full((3, 1), len(index), dtype=torch.int32)
+        some = UserState(((Segment({"values": Dense(x)}, Slots(count)),),), prefill.state.length)
+        return encoder.write(view.over(some)).layers[0][0].fields["values"].dense()
 
     whole = values(list(range(3)))
     for some in ([0], [1, 2], [2, 0]):
