@@ -2,8 +2,7 @@
 
 A new method is one file in a family's folder: a frozen dataclass with `@register`, whose fields are its parameters.
 Scoring methods subclass `Eviction` (selection.py) and write `scores`; methods that write vectors down otherwise
-subclass `Encoder`; methods that change the backbone before it is trained subclass `Structural`; everything else
-subclasses `Compressor`.
+subclass `Encoder`; methods that change the backbone before it is trained `Structural`; everything else `Compressor`.
 """
 
 from __future__ import annotations
@@ -235,11 +234,14 @@ class Encoder(Compressor):
     """Writes the vectors of any state down otherwise, slot by slot: composes with every token method.
 
     measured: the size depends on what the vectors are, so `cost` is an estimate and only the state itself tells;
-    by_vector: how a vector is written depends on it alone, whatever is beside it; one that is written stays as it is.
+    by_field: a field is written as it is whatever others there are: behind fitted slots it is given one alone, of few
+    slots, without positions or masses; by_vector: so is each vector, whatever is beside it, and what is written comes
+    out the same when it is written again.
     """
 
     measured: ClassVar[bool] = False
     by_vector: ClassVar[bool] = False
+    by_field: ClassVar[bool] = True
     growth = grows(read="n L d")
 
     @property
@@ -313,10 +315,8 @@ class Structural(Compressor):
 
 
 def get_compressor(name: str, **params: Any) -> Compressor:
-    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range, and for
-
-    a class that cannot be made. No whole number of ours is above `MAX_SIZE`, but for seeds.
-    """
+    """A compressor by name; raises UnknownName, or ValueError on an unknown parameter or a value out of range, and of a
+    class that cannot be made. No whole number of ours is above `MAX_SIZE`, but for seeds."""
     cls = find("compressors", name)
     if not is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ValueError(f"{place(cls)} is no frozen dataclass: write @dataclass(frozen=True) above it")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from malloc_bench import kernels
-from malloc_bench.compressors.base import Compressor, Sources, grows
+from malloc_bench.compressors.base import Compressor, Encoder, Sources, grows
 from malloc_bench.compressors.sizing import COUNT_BYTES, Budget, Layout, dense_layout, slots_within
 from malloc_bench.state import Dense, Prefill, Segment, Slots, UserState, take
 
@@ -37,13 +37,12 @@ class TokenMethod(Compressor):
         """A state of k [B] slots (0 <= k <= `most`) in every layer and head; layers that have fewer keep all."""
 
     def settled(
-        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], by_vector: bool
+        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], encoder: Encoder
     ) -> UserState:
-        """`state`, which `keep` made, given the encoder that will `write` it, of which by_vector is known; itself where
-        that changes nothing."""
+        """`state`, which `keep` made, given the encoder and how it will `write`; itself where that changes nothing."""
         return state
 
-    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], by_vector: bool) -> int:
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], encoder: Encoder) -> int:
         """FLOPs of `settled`; writing: those of the encoder, of a state that it has made."""
         return 0
 
@@ -142,7 +141,7 @@ class Eviction(TokenMethod):
         raise TypeError(f"{type(self).__name__} must define scores(prefill, layer) -> (B, H, S)")
 
     def forced(self, k: Tensor) -> tuple[Tensor | int, Tensor | int]:
-        """How many oldest and newest slots stay whatever their score; k [B, H or 1], of each head."""
+        """How many oldest and newest slots stay whatever their score, at most k in all; k [B, H or 1], of each head."""
         return 0, 0
 
     def layout(self, prefill: Prefill) -> Layout:
@@ -184,10 +183,11 @@ class Eviction(TokenMethod):
 def ranked(scores: Tensor, count: Tensor) -> Tensor:
     """Slots by falling score, the newer first where scores tie, padding last: [B, H, S] -> indices [B, H, S].
 
-    Nothing is added to a score: in float32 a large constant would erase it. Raises ValueError where the score of a
-    real slot is not finite.
+    Nothing is added to a score: in float32 a large constant would erase it; nor are whole numbers, be they seconds, cut
+    to 32 bits. Raises ValueError where the score of a real slot is not finite.
     """
     real = torch.arange(scores.shape[-1], device=scores.device) < count.unsqueeze(-1)
+    scores = scores if scores.is_floating_point() else scores.double()
     known = torch.where(real, scores, 0)
     if known.numel() and not bool(known.abs().amax().isfinite()):
         wrong = int((~known.isfinite()).sum())
@@ -213,11 +213,15 @@ def ascending(x: Tensor) -> Tensor:
 def chosen(order: Tensor, count: Tensor, k: Tensor, oldest: Tensor | int, newest: Tensor | int) -> Tensor:
     """The kept slots in time order, [B, H, max k]: forced ones first, then by `order`; order [B, H, S].
 
-    k, oldest, newest: [B], or [B, H or 1], of each head.
+    k, oldest, newest: [B], or [B, H or 1], of each head. Raises ValueError where more are forced than are kept.
     """
     if isinstance(oldest, int) and isinstance(newest, int) and oldest == 0 and newest == 0:
         return filled(order, None, k)
     first, last = (beside_slots(x) if isinstance(x, Tensor) else x for x in (oldest, newest))
+    if bool((first + last > beside_slots(k)).any()):
+        raise ValueError(
+            "forced(k) names more slots than the k that a head keeps: at most k in all, such as k // 4 each"
+        )
     count = count.unsqueeze(-1)
     forced = order >= count - last
     if bool((count < order.shape[-1]).any()):  # padding

@@ -23,7 +23,7 @@ from malloc_bench.data.tasks.trained import train_events, validating
 from malloc_bench.data.worlds.ceilings import Ceilings
 from malloc_bench.evaluation.drift import drift
 from malloc_bench.evaluation.evaluate import Evaluation, Job, chunks, evaluate
-from malloc_bench.evaluation.guard import failure
+from malloc_bench.evaluation.guard import failure, undisturbed
 from malloc_bench.evaluation.popularity import popularity
 from malloc_bench.evaluation.trial import Begin, nobody
 from malloc_bench.files import ResultsError, atomic_write, remove_leftovers, sealed
@@ -106,7 +106,7 @@ class Session:
 
     def _skip(self, each: Planned, bare: list[Backbone]) -> bool:
         """Whether its row is written already: skipped as it makes no sense, or failed as its parts cannot be made."""
-        with self._failing([each]):
+        with self._failing([each]), undisturbed():
             self.begin("its making", each.id)
             why = each.cell.impossible
             if why is None:

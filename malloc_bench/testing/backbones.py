@@ -17,8 +17,12 @@ _ALL = torch.tensor(LENGTHS)
 
 
 def backbone_checks(backbone: Backbone, *, label: str | None = None) -> list[Check]:
-    """Every promise; the backbone must keep at least 42 events, and is tried in eval mode."""
+    """Every promise, tried in eval mode; raises ValueError of a backbone that keeps fewer than 42 events."""
     instance(backbone, Backbone)
+    if backbone.max_length < (most := max(LENGTHS) + 2):
+        raise ValueError(
+            f"{backbone.name} keeps {backbone.max_length} events: {most} are needed to try it (max_length)"
+        )
     return [Check(_evaluating(promise), (backbone,), label or backbone.name) for promise in BACKBONE_PROMISES]
 
 
@@ -42,13 +46,26 @@ def _evaluating(promise: Callable[[Backbone], None]) -> Callable[[Backbone], Non
 
 
 def read_equals_forward(backbone: Backbone) -> None:
-    """Each token behind the full state comes out as the plain causal pass has it."""
+    """Each token behind the full state comes out as the plain causal pass has it, which sees nothing of later ones."""
     history, tokens = histories(backbone, LENGTHS)
     outputs = backbone.read(tokens, backbone.prefill(history).state)
     for user, n in enumerate(LENGTHS):
         for m in range(2):
             line = _followed(history, tokens, user, m)
-            close(outputs[user, m], backbone(line)[0, n], f"user {user}, token {m}", 1e-5)
+            passed = backbone(line)[0]
+            close(outputs[user, m], passed[n], f"user {user}, token {m}", 1e-5)
+        for at in {0, n // 2} - {n}:
+            early = map_tensors(lambda x: x[:, : at + 1] if x.dim() == 2 else x.clamp(max=at + 1), line)  # noqa: B023
+            close(backbone(early)[0, at], passed[at], f"user {user}: event {at} once {n - at} more have come", 1e-4)
+
+
+def compares_with_every_item(backbone: Backbone) -> None:
+    history, tokens = histories(backbone, LENGTHS)
+    width = backbone.read(tokens, backbone.prefill(history).state).shape[-1]
+    shape, want = list(backbone.catalogue().shape), [backbone.n_items, width]
+    assert shape == want, (
+        f"catalogue() is {shape}, expected {want}: a row for each item but padding, of what reads give"
+    )
 
 
 def append_equals_prefill(backbone: Backbone) -> None:
@@ -209,7 +226,13 @@ def refuses_beyond_max_length(backbone: Backbone) -> None:
 def states_pack(backbone: Backbone) -> None:
     history, tokens = histories(backbone, LENGTHS)
     state = backbone.prefill(history).state
-    assert all((segment.slots is not None) == backbone.has_slots for segment in state.segments())
+    for segment in state.segments():
+        has = segment.slots is not None
+        assert has == backbone.has_slots, (
+            f"has_slots is {backbone.has_slots}, and its state has {'some' * has or 'none'}"
+        )
+        stored = tuple(segment.fields)
+        assert stored == tuple(backbone.fields), f"fields names {tuple(backbone.fields)}, the state stores {stored}"
     back = check_packs(state, lambda s: backbone.read(tokens, s))
     for got, want in zip(back.segments(), state.segments()):
         for name in want.fields:
@@ -223,8 +246,10 @@ def nothing_is_not_a_problem(backbone: Backbone) -> None:
     for lengths in ((0, 0), (0,), (0, 1)):
         history, tokens = histories(backbone, lengths)
         state: UserState = backbone.prefill(history).state
-        assert bool(backbone.read(tokens, state).isfinite().all())
-        assert len(packed(state)) == len(lengths)
+        assert bool(backbone.read(tokens, state).isfinite().all()), (
+            f"histories of {lengths} events: reads NaN, infinite"
+        )
+        assert len(packed(state)) == len(lengths), f"histories of {lengths} events: {len(packed(state))} states"
 
 
 def loss_reaches_every_parameter(backbone: Backbone) -> None:
@@ -239,9 +264,9 @@ def loss_reaches_every_parameter(backbone: Backbone) -> None:
 
 def _check_gradients(backbone: Backbone, loss: Tensor) -> None:
     gradients = torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True)
-    assert bool(loss.isfinite())
+    assert bool(loss.isfinite()), f"the loss is {float(loss)}"
     for (name, _), gradient in zip(backbone.named_parameters(), gradients):
-        assert gradient is not None and bool(gradient.isfinite().all()), name
+        assert gradient is not None and bool(gradient.isfinite().all()), f"{name}: its gradient is not finite, or none"
         assert bool((gradient != 0).any()), f"{name} has no gradient"
 
 
@@ -277,8 +302,9 @@ def _followed(history: Events, tokens: Events, user: int, m: int) -> Events:
 
 
 BACKBONE_PROMISES: tuple[Callable[[Backbone], None], ...] = (
-    read_equals_forward, append_equals_prefill, read_needs_every_field, tokens_do_not_see_each_other,
-    many_states_are_read_as_each, batch_and_padding_do_not_matter, refuses_beyond_max_length,
-    refuses_to_forget_times, states_pack, nothing_is_not_a_problem, loss_reaches_every_parameter,
-    candidates_are_scored_alone, ranking_trains_by_the_same_calls, retrieval_has_no_scoring_head,
+    read_equals_forward, compares_with_every_item, append_equals_prefill, read_needs_every_field,
+    tokens_do_not_see_each_other, many_states_are_read_as_each, batch_and_padding_do_not_matter,
+    refuses_beyond_max_length, refuses_to_forget_times, states_pack, nothing_is_not_a_problem,
+    loss_reaches_every_parameter, candidates_are_scored_alone, ranking_trains_by_the_same_calls,
+    retrieval_has_no_scoring_head,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from malloc_bench.backbones import Backbone, get_backbone
 from malloc_bench.compressors import Budget, Compressor
+from malloc_bench.evaluation.guard import undisturbed
 from malloc_bench.registry import clipped, told
 from malloc_bench.state import (
     Dense,
@@ -45,7 +46,7 @@ class Check:
 
     def __call__(self) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), undisturbed():
                 self.promise(*self.on)
         except SystemExit as error:
             raise AssertionError(f"it ends the process: {told(error)}") from error
@@ -112,7 +113,9 @@ class World:
 
     def fit(self, compressor: Compressor, budget: Budget | None = None) -> World:
         """This place once the compressor has learned what it learns."""
-        return replace(self, fitted=compressor.fit(self.sample(compressor), budget)) if compressor.fit_parts() else self
+        if not compressor.fit_parts():
+            return self
+        return replace(self, fitted=fitted(compressor, self.sample(compressor), budget))
 
     def read(self, state: UserState, users: Sequence[int] | None = None, lengths: Sequence[int] = LENGTHS) -> Tensor:
         """What tokens get out of a state of the given users, [B, ...]."""
@@ -122,6 +125,18 @@ class World:
             return self.backbone.read(map_tensors(lambda x: x.index_select(0, rows), tokens), state)
         queries = _noise((len(lengths), 2, 3, 8), 99).index_select(0, rows)
         return torch.stack([_softmax_read(queries, layer) for layer in state.layers], 1)
+
+
+def fitted(compressor: Compressor, sample: Any, budget: Budget | None) -> Fitted:
+    """What the parts of a method learn, each with the budget only where it says that it uses one, as in a run."""
+    fits = {}
+    for name, part in compressor.fit_parts().items():
+        made: Any = part.fit(sample, budget if part.fit_uses_budget else None)
+        if not isinstance(made, Fitted) or not made.nbytes:
+            found = "none" if isinstance(made, Fitted) else type(made).__name__
+            raise TypeError(f"{part.name}: fit must return a Fitted of named tensors, not {found}")
+        fits[name] = made
+    return fits[""] if "" in fits else Fitted.joined(fits)
 
 
 def _facts(n_items: int) -> Named:
@@ -264,12 +279,14 @@ def check_packs(
     template: a state of other users to unpack into; None: the state itself.
     """
     blobs = packed(state)
-    assert [len(blob) for blob in blobs] == state.nbytes().tolist()
+    sizes, said = [len(blob) for blob in blobs], state.nbytes().tolist()
+    assert sizes == said, f"packed are {sizes} bytes, nbytes says {said}"
     parts = state.nbytes_by_part()
-    assert [sum(own) for own in zip(*(each.tolist() for each in parts.values()))] == [len(blob) for blob in blobs]
+    whole = [sum(own) for own in zip(*(each.tolist() for each in parts.values()))]
+    assert whole == sizes, f"parts come to {whole} bytes of {sizes}"
     assert all(parts), "a part has no name"
     back = (template or state).unpack(blobs)
-    assert packed(back) == blobs and back.nbytes().tolist() == state.nbytes().tolist()
+    assert packed(back) == blobs and back.nbytes().tolist() == said, "what was unpacked packs otherwise"
     if read is not None:
         close(read(back), read(state), "read of the unpacked state", 1e-5)
     for wrong in (blobs[-1][:-1], blobs[-1] + b"!"):

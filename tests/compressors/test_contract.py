@@ -154,6 +154,8 @@ METHODS = [
             ({"still": {"probes": 8, "bank": 5, "rounds": 2}}, "int4_token"),
             ({"moments": {"probes": 8}}, "int4_token"),
             ("merge_adjacent", {"svd": {"rank": 4}}),
+            ({"fit_recent": {"probes": 8}}, {"svd": {"rank": 4}}),
+            ({"fit_omp": {"probes": 8}}, {"intactkv": {"score": "knorm"}}),
             ("h2o", {"svd": {"rank": 3, "dtype": "int8"}}),
             ("h2o", {"kivi": {"bits": 4, "tail": 8}}),
             ("recent", "merge_adjacent"),

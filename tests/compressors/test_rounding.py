@@ -146,10 +146,16 @@ def test_a_vector_is_written_alike_whatever_is_beside_it(prefill, name):
 
 
 def test_rows_of_chains_that_are_settled_anew_are_new_rows():
-    """Those that fit what codebooks write; all others stay what they were."""
-    chains = [["fit_omp", "gain_shape"], ["fit_omp", "mxint"], ["recent", "pq"], ["fit_omp", "recent"]]
+    """Those that fit what codebooks write, or what writes fields together; all others stay what they were."""
+    chains = [
+        ["fit_omp", "gain_shape"],
+        ["fit_omp", "gear"],
+        ["fit_omp", "mxint"],
+        ["recent", "pq"],
+        ["fit_omp", "recent"],
+    ]
     known = [content(get_compressor("compose", steps=steps)).get("version_settled") for steps in chains]
-    assert known == [2, None, None, None]
+    assert known == [2, 2, None, None, None]
 
 
 def test_more_slots_than_probes_are_left_alone(prefill):

@@ -71,6 +71,7 @@ AROUND = [
         # more probes than slots: values are rounded in turns
         ("compose", {"steps": ({"fit_recent": {"probes": 56}}, TURNED)}),
         ("compose", {"steps": ({"fit_recent": {"probes": 56}}, {"gain_shape": {"stages": 2, "bits": 4}})}),
+        ("compose", {"steps": ({"fit_recent": {"probes": 56}}, {"intactkv": {"score": "knorm", "inner": TURNED}})}),
     ]
 ]
 ATTENTION = [("sasrec", False), ("hstu", False), ("hstu", True), ("lsrm", False), ("marm", False)]

@@ -80,7 +80,7 @@ class Compose(TokenMethod):
     @property
     def version_settled(self) -> int:
         encoder = self._encoder()
-        return 2 if self.settles and encoder is not None and encoder.by_vector else 1
+        return 2 if self.settles and encoder is not None and (encoder.by_vector or not encoder.by_field) else 1
 
     @property
     def needs(self) -> Stats:
@@ -135,7 +135,7 @@ class Compose(TokenMethod):
         def write(state: UserState) -> UserState:
             return beside_memories(lambda slotted: encoder.write(view.over(slotted)), state)
 
-        return write(tokens[-1].settled(own, view.state, write, encoder.by_vector))
+        return write(tokens[-1].settled(own, view.state, write, encoder))
 
     def _own(self, prefill: Prefill, step: Compressor) -> Fitted | None:
         """The step's share of the chain's fit."""
@@ -205,7 +205,7 @@ class Compose(TokenMethod):
         def writing(made: UserState) -> int:
             return encoder.flops(slotted(made), of)
 
-        return total + writing(state) + (tokens[-1].settling(state, of, writing, encoder.by_vector) if tokens else 0)
+        return total + writing(state) + (tokens[-1].settling(state, of, writing, encoder) if tokens else 0)
 
 
 def _chains(step: Compressor) -> bool:

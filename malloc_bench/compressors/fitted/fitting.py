@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from malloc_bench.compressors.base import Compressor, Source, Sources
+from malloc_bench.compressors.base import Compressor, Encoder, Source, Sources
 from malloc_bench.compressors.fitted.rounding import TURNS, Rounding, in_turns, rounded, rounded_flops
 from malloc_bench.compressors.fitted.solving import ROUNDS, Rows, ridge_flops, solve
 from malloc_bench.compressors.selection import TokenMethod, kept_slots
@@ -101,13 +101,13 @@ class FittedTokens(Asking, TokenMethod):
         return UserState(tuple(layers), prefill.state.length)
 
     def settled(
-        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], by_vector: bool
+        self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], encoder: Encoder
     ) -> UserState:
         """Masses and values for keys as an encoder writes them, which takes back most of what their rounding does; then
         values are `rounded`."""
         layers: list[tuple[Segment, ...]] = []
         roundings: list[Rounding | None] = []
-        written = write(_of_each(state, "keys") if by_vector else state)
+        written = write(_of_each(state, "keys") if encoder.by_vector else state)
         for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, written.layers)):
             slots, keys, kept = segment.slots, coded.fields.get("keys"), segment.fields["values"].dense()
             assert slots is not None
@@ -121,19 +121,48 @@ class FittedTokens(Asking, TokenMethod):
                 if mass is not None and slots.mass is not None:
                     slots = replace(slots, mass=torch.where(whole, slots.mass, mass))
                 roundings[-1] = Rounding.of(rows, slots, self.ridge)
-            once = coded.fields["keys"] if by_vector else segment.fields["keys"]
+            once = coded.fields["keys"] if encoder.by_vector else segment.fields["keys"]
             layers.append((Segment({"keys": once, "values": Dense(kept)}, slots),))
-        return rounded(UserState(tuple(layers), state.length), roundings, write, by_vector)
+        made = UserState(tuple(layers), state.length)
+        made = rounded(made, roundings, write, encoder.by_vector, encoder.by_field)
+        if encoder.by_field:
+            return made
+        # other values may have made other keys: users for whom it all came out worse keep what they had
+        fewer = (self._wrong(prefill, made, write) <= self._wrong(prefill, state, write))[:, None, None, None]
+        for layer, ((one,), (other,)) in enumerate(zip(made.layers, state.layers)):
+            assert one.slots is not None and other.slots is not None
+            values = torch.where(fewer, one.fields["values"].dense(), other.fields["values"].dense())
+            mass, before = one.slots.mass, other.slots.mass
+            mass = None if mass is None or before is None else torch.where(fewer[..., 0], mass, before)
+            layers[layer] = (Segment({**one.fields, "values": Dense(values)}, replace(one.slots, mass=mass)),)
+        return UserState(tuple(layers), state.length)
 
-    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], by_vector: bool) -> int:
+    def _wrong(self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState]) -> Tensor:
+        """How wrong the written state answers probes held out, summed over layers and heads, [B]; zero where it has
+        come to several segments a layer."""
+        total = torch.zeros(len(state), device=state.length.device)
+        for layer, ((segment,), (coded, *others)) in enumerate(zip(state.layers, write(state).layers)):
+            if not others and segment.slots is not None:
+                fields = {name: Dense(coded.fields[name].dense()) for name in ("keys", "values")}
+                chosen = Segment(fields, replace(segment.slots, mass=None))
+                rows = Rows.of(prefill.probes(layer, self.ask), chosen)
+                most = (rows.target * rows.even * rows.held).square().sum((-2, -1)).clamp(min=1e-30)
+                total = total + (rows.wrong(segment.slots.mass, rows.values) / most).sum(1)
+        return total
+
+    def settling(self, state: UserState, of: Sources, writing: Callable[[UserState], int], encoder: Encoder) -> int:
         layers = [(segment, own) for (segment, *others), own in zip(state.layers, of) if not others]
-        total = 0 if by_vector else writing(state)  # keys are written once
+        total = 0 if encoder.by_vector else writing(state)  # keys are written once
         total += sum(self._solving(s, own) + s.fields["keys"].dense_flops() for s, own in layers)
+        if not encoder.by_field:
+            total += 2 * (writing(state) + sum(self._testing(s, own) for s, own in layers))
         if not any(rounding := [rounded_flops(self.probes * own.queries, s) for s, own in layers]):
             return total
         values = _of_each(state, "values")
-        turn = writing(values) + sum(segment.fields["values"].dense_flops() for segment, *_ in values.layers)
-        if not by_vector:
+        turn = writing(values if encoder.by_field else state) + sum(
+            segment.fields["values"].dense_flops() for segment, *_ in values.layers
+        )
+        if not encoder.by_vector:
             return total + sum(rounding) + TURNS * turn
         several = [own for own, some in zip(values.layers, rounding) if some]
         return total + sum(rounding) + turn + sum(writing(UserState(x, state.length)) for x in in_turns(several))
@@ -147,6 +176,14 @@ class FittedTokens(Asking, TokenMethod):
             rows = self.probes * own.queries
             total += self._solving(segment, own) + self.choosing(h, rows, k, wide + weighed, own.events)
         return total
+
+    def _testing(self, segment: Segment, own: Source) -> int:
+        """FLOPs of `_wrong` in one layer, without those of writing."""
+        (_, _, k, d), (_, _, _, wide) = (segment.fields[name].shape for name in ("keys", "values"))
+        rows = self.probes * own.queries
+        weighed = 2 * rows * k if segment.slots is not None and segment.slots.mass is not None else 0
+        decoded = sum(segment.fields[name].dense_flops() for name in ("keys", "values"))
+        return 2 * self.probes * own.asking * k * d + 2 * rows * k * wide + weighed + decoded
 
     def _solving(self, segment: Segment, own: Source) -> int:
         """FLOPs of `solve` in one layer."""

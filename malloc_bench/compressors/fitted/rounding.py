@@ -58,13 +58,15 @@ class Rounding(NamedTuple):
         return self.rows.wrong(self.mass, written)
 
 
-def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write, by_vector: bool = False) -> UserState:
+def rounded(
+    state: UserState, layers: Sequence[Rounding | None], write: Write, by_vector: bool = False, by_field: bool = True
+) -> UserState:
     """The state (of one segment a layer) with values that lose least when it is written; a head's stay as they are
-    where probes held out are answered worse. by_vector: see `Encoder`."""
+    where probes held out are answered worse. by_vector, by_field: see `Encoder`."""
     begun = _values(state)
     if not any(layers):
         return state
-    plain = _values(write(_given(state, begun, bare=True)))
+    plain = _values(write(_given(state, begun, by_field)))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
         after = [
@@ -79,7 +81,7 @@ def rounded(state: UserState, layers: Sequence[Rounding | None], write: Write, b
             x if job is None else torch.where(job.turn == turn, y.to(x.dtype), x)
             for job, x, y in zip(layers, after, written)
         ]
-        written = _values(write(_given(state, wanted, bare=True)))
+        written = _values(write(_given(state, wanted, by_field)))
     best = [
         x if job is None else torch.where((job.wrong(y.float()) <= job.wrong(old.float()))[..., None, None], x, before)
         for job, x, y, before, old in zip(layers, wanted, written, begun, plain)

@@ -58,6 +58,10 @@ class SVD(Encoder):
     def takes_budget(self) -> bool:
         return self.rank is None
 
+    @property
+    def by_field(self) -> bool:  # type: ignore[override]
+        return self.share in ("none", "field")
+
     def accepts(self, budget: Budget) -> str | None:
         return (
             None if budget.slots is None else f"{self.name} keeps every slot: give its budget as a fraction or in bytes"

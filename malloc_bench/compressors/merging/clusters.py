@@ -20,7 +20,8 @@ class Clusters(TokenMethod):
     """Folds slots into k clusters a head; a subclass names each slot's cluster, and maybe its share in it.
 
     A cluster's mass is the events in it: + log mass in the logits of softmax, x mass for SiLU. Its position and time
-    are the rounded means of its events'. Each of 0 ... k - 1 must have a slot; later clusters lie later in time.
+    are the rounded means of its events'. Each of 0 ... k - 1 must have a slot; number them as they come in time, for a
+    later method of a chain takes the last one for the newest.
     per_head False: `owners` are the same for all heads, [B, 1, S], and so is what is stored of a cluster.
     """
 
@@ -45,7 +46,7 @@ class Clusters(TokenMethod):
             size = int(kept.max()) if len(k) else 0
             heads = next(iter(segment.fields.values())).shape[1]
             real = prefill.mask(layer).expand(-1, heads, -1)
-            owners = torch.where(real, self.owners(prefill, layer, kept), size)
+            owners = self._owned(prefill, layer, kept, size).expand(-1, heads, -1)
             mass = real.to(torch.float32) if old.mass is None else torch.where(real, old.mass, 0.0)
             share = torch.where(real, self.shares(prefill, layer, owners, mass), 0.0)
             total = grouped(share.unsqueeze(-1), owners, size).clamp(min=1e-30)
@@ -56,6 +57,24 @@ class Clusters(TokenMethod):
             fields = {name: Dense(grouped(x, owners, size, share).to(x.dtype)) for name, x in whole.items()}
             layers.append((Segment(fields, slots),))
         return UserState(tuple(layers), prefill.state.length)
+
+    def _owned(self, prefill: Prefill, layer: int, k: Tensor, size: int) -> Tensor:
+        """`owners`, held against what they must be; `size`, the largest k, where there is no slot."""
+        b, h, s, _ = next(iter(prefill.segment(layer).fields.values())).shape
+        owners = self.owners(prefill, layer, k)
+        if list(getattr(owners, "shape", ())) not in [[b, n, s] for n in (h, 1)] or owners.dtype != torch.int64:
+            given = f"{list(owners.shape)} {owners.dtype}" if isinstance(owners, Tensor) else type(owners).__name__
+            raise ValueError(f"{self.name}: owners must be whole numbers [B, H or 1, S], here {[b, h, s]}, not {given}")
+        real, most = prefill.mask(layer).expand_as(owners), k[:, None, None]
+        outside = real & ((owners < 0) | (owners >= most))
+        if bool(outside.any()):
+            raise ValueError(f"{self.name}: owners names clusters outside 0 ... k - 1 for {int(outside.sum())} slots")
+        owners = torch.where(real, owners, size)
+        found = owners.new_zeros(b, owners.shape[1], size + 1, dtype=torch.bool).scatter_(2, owners, True)
+        missing = ~found[..., :size] & (torch.arange(size, device=k.device) < most)
+        if bool(missing.any()):
+            raise ValueError(f"{self.name}: owners leaves {int(missing.sum())} of the clusters without a slot")
+        return owners
 
     def _folded(self, prefill: Prefill, old: Slots, owners: Tensor, mass: Tensor, k: Tensor, size: int) -> Slots:
         total = grouped(mass.unsqueeze(-1), owners, size).squeeze(-1)

@@ -54,6 +54,10 @@ class Entropy(Encoder):
             raise ValueError(f"entropy: an inner encoder is needed, not {self.inner}")
 
     @property
+    def by_field(self) -> bool:  # type: ignore[override]
+        return self.inner.by_field
+
+    @property
     def needs(self) -> Stats:
         return self.inner.needs
 

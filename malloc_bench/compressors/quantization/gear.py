@@ -36,6 +36,7 @@ class GEAR(Encoder):
     paper = "GEAR, Kang et al., arXiv 2403.05527"
     formula = "x ~ bits(x - s) + L R + s: s the oddest numbers, L R the truncated SVD of what the bits leave of x - s"
     growth = grows(compress="n L^2 d^2 + L^3 d^3", read="n L d")
+    by_field = False
     stores = "the inner encoder's bytes, two float16 factors, and of each run of numbers one and its place (3 bytes)"
 
     def __post_init__(self) -> None:

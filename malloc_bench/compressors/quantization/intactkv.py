@@ -36,6 +36,7 @@ class IntactKV(Encoder):
     paper = "IntactKV, Liu et al., ACL Findings 2024, arXiv 2403.01241"
     formula = "slots of the highest score in float16, all others by the inner encoder"
     growth = grows(compress="h n^2 L", read="n L d")
+    by_field = False
     stores = "what the inner encoder stores of every slot, a bit a slot and head that marks pivots, their float16 rows"
 
     def __post_init__(self) -> None:

@@ -42,6 +42,10 @@ class Zstd(Encoder):
                 raise ValueError(f"zstd: an inner encoder that learns nothing is needed, not {self.inner}")
 
     @property
+    def by_field(self) -> bool:  # type: ignore[override]
+        return self.inner is None or self.inner.by_field
+
+    @property
     def needs(self) -> Stats:
         return Stats() if self.inner is None else self.inner.needs
 
