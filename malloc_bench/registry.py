@@ -115,7 +115,7 @@ def register(name: str) -> Callable[[T], T]:
             _scan(kind)  # a name of ours is refused here, and not when ours are read
         parts = _parts[kind]
         other = parts.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        if other is not None and not _is_again(cls, other):
             raise ValueError(f"{kind}: '{name}' is already {place(other)}; choose another name for {place(cls)}")
         cls.name = name  # type: ignore[attr-defined]
         parts[name] = cls
@@ -228,7 +228,7 @@ def load_class(spec: str) -> Any:
         register(cls.__name__.lower())(cls)
     elif not _is_name(cls.name):
         raise ValueError(f"{where}: the name of {attribute} is {clipped(repr(cls.name))}, expected text without blanks")
-    elif cls.name in names(cls.kind) and (other := find(cls.kind, cls.name)) is not cls:
+    elif cls.name in names(cls.kind) and not _is_again(cls, other := find(cls.kind, cls.name)):
         raise ValueError(f"{where}: {attribute} is named '{cls.name}', as {place(other)} is: give it a name of its own")
     return cls
 
@@ -270,6 +270,12 @@ def place(cls: type) -> str:
     if cls.__module__.startswith(_USER) and (file := getattr(sys.modules.get(cls.__module__), "__file__", None)):
         return f"{cls.__qualname__} of {file}"
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_again(cls: type, other: type) -> bool:
+    """Whether a class is another one, made again or of a file that was imported under two names."""
+    where, there = (getattr(sys.modules.get(each.__module__), "__file__", each.__module__) for each in (cls, other))
+    return cls.__qualname__ == other.__qualname__ and (cls.__module__ == other.__module__ or where == there)
 
 
 def _is_part(value: Any) -> bool:

@@ -28,7 +28,7 @@ from malloc_bench.paths import home
 log = logging.getLogger(__name__)
 
 FILES = ("events.parquet", "users.parquet", "items.parquet")
-VERSION = 7  # raise it when the order of events or the layout of these files changes
+VERSION = 8  # raise it when the order of events or the layout of these files changes
 
 
 def path(card: Card, source: Source) -> Path:
@@ -103,14 +103,14 @@ def load(card: Card, folder: Path, source: str, digest: str, notes: dict[str, in
 
     def columns(file: str) -> dict[str, np.ndarray]:  # one after the other: nothing but one column is held twice
         held = for_polars(folder / file)
-        numbers = [name for name in pl.read_parquet_schema(held) if name != "name"]
+        numbers = [name for name in pl.read_parquet_schema(held) if name != "name" or file == FILES[0]]
         return {name: pl.read_parquet(held, columns=[name]).to_series().to_numpy(writable=True) for name in numbers}
 
     def names(file: str) -> pl.Series | None:
         held = for_polars(folder / file)
         return pl.read_parquet(held, columns=["name"])["name"] if "name" in pl.read_parquet_schema(held) else None
 
-    events, users, items = (columns(file) for file in FILES)
+    events, users, items = (columns(file) for file in FILES)  # feedback may well be called a name
     return Dataset(
         name=card.name,
         card=card,

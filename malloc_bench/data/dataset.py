@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,8 @@ def group(card: Card, rows: Rows, source: str) -> Dataset:
     tied = np.zeros(0, np.int64)
     if card.parameters is None:
         answer = Judge(card.on_bad).answer("ties")
-        tied, again = settled_ties(answer, users[by_time], items[by_time] + 1, clock)
+        felt = [column[by_time] for _, column in sorted(rows.feedback.items())]
+        tied, again = settled_ties(answer, users[by_time], items[by_time] + 1, clock, feedback=felt)
         by_time[tied] = by_time[tied[again]]
     columns: dict[str, np.ndarray | None] = {
         "user_ids": user_ids,
@@ -185,15 +186,20 @@ def ranks(users: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def settled_ties(
-    answer: str, users: np.ndarray, items: np.ndarray, times: np.ndarray, per_second: int = 1
+    answer: str,
+    users: np.ndarray,
+    items: np.ndarray,
+    times: np.ndarray,
+    per_second: int = 1,
+    feedback: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """The events of a user at one time in the order that the policy `ties` answers: (places [K] of tied events, which
     [K] of these goes to each).
 
     users, items, times: [E] integers, sorted by user and time. "shuffle": an order that says nothing, for sources often
     sort such events by item, and a model would learn from that what no request knows; by a hash of user, item and
-    second, so every file with the same events gives the same order, in whatever unit. "by_item": by item. "keep", and
-    events that are alike in all of that: as they stand.
+    second, so every file with the same events gives the same order, in whatever unit. "by_item": by item. What is alike
+    in all of that: by its feedback, [E] each, the largest first. "keep", and what is alike in this too: as it stands.
     """
     same = np.zeros(len(users) + 1, dtype=bool)
     same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
@@ -206,7 +212,7 @@ def settled_ties(
         key = np.zeros(len(tied), np.uint64)
         for each in (users, items, times // per_second):
             key = mixed(key ^ each.astype(np.uint64))
-    return tied, np.lexsort((key, times, users))
+    return tied, np.lexsort((*(-x[tied] for x in reversed(feedback)), key, times, users))
 
 
 def mixed(x: np.ndarray) -> np.ndarray:

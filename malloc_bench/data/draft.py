@@ -27,6 +27,7 @@ WORDS = {
 }  # fmt: skip
 VAGUE = {"title", "author", "session", "sessionid", "client", "rate", "when"}  # may well be something else
 DID = re.compile(r"^is_|click|like|view|watch|play|purchas|bought|buy|cart|dwell|duration|share|follow", re.I)
+NAMES_ONE = re.compile(r"(id|key|code|hash|number|no)$", re.I)  # a column so called is of ids, whatever its numbers
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 EPOCHS = 157_766_400, 4_102_444_800  # seconds of 1975 and 2100: outside of it a number is no time
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
@@ -107,8 +108,14 @@ def roles_of(seen: Look) -> tuple[dict[str, str], str | None]:
         seen.doubts.append(f"{roles.pop('time')} is called a time but holds none that is known here")
     if "time" not in roles:
         free = [name for name in seen.columns if name not in roles.values()]
-        times = [name for name in free if _time(seen.columns[name])[0] not in (None, "order")]
-        roles |= {"time": times[0]} if times else {}
+        units = {name: _time(seen.columns[name])[0] for name in free}
+        # ids grow to the size of seconds too
+        times = [
+            name for name, unit in units.items() if unit == "iso" or (unit in UNITS and not NAMES_ONE.search(name))
+        ]
+        if times:
+            roles["time"] = times[0]
+            seen.doubts.append(f"which column is the time is a guess: {times[0]}")
     if "time" in roles and (odd := _time(seen.columns[roles["time"]])[1]):
         name, values = roles["time"], seen.columns[roles["time"]]
         where = f"row {odd[0] + 1 + seen.header}: {name} is {values[odd[0]]!r}"

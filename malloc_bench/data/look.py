@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats import times
 from malloc_bench.data.sources.archive import DAMAGE, visible
 from malloc_bench.files import for_polars
 
 BYTES = 1 << 18  # looked at, of a text
 ROWS = 1000
 SEPARATORS = ("\t", "::", ";", "|", ",", " ")  # of equally good ones the first: commas and spaces stand in titles
-ISO = re.compile(r"\d{4}-\d\d?-\d\d?([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?)?\s*(Z|[+-]\d\d:?\d\d)?")
+ISO = re.compile(times.ISO)
 _NAME = re.compile(r"[^\W\d][\w .:-]*")
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 

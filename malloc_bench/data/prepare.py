@@ -202,7 +202,8 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
     """Events of a user at one time or order, in the order that the policy says; `Dataset.tied` counts them."""
     columns = rows["user"], rows["item"], rows["order"]
-    tied, again = settled_ties(reader.judge.answer("ties"), *columns, reader.layout.per_second)
+    felt = [rows[name] for name in sorted(reader.feedback.values())]
+    tied, again = settled_ties(reader.judge.answer("ties"), *columns, reader.layout.per_second, felt)
     rows[tied] = rows[tied[again]]
     return rows
 
@@ -221,7 +222,8 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
         return rows
     message = ""
     if reader.judge.answer("duplicates") == "reject":
-        one = rows[repeats[0]]
+        alike = np.logical_and.reduce([key == key[1:][again][0] for key in keys])
+        one = max(ties[alike], key=lambda each: each["row"])
         user = users.name(one["user"])
         time = shown(one["order"] / 10**6 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
         message = f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {time} twice"

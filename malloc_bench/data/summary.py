@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ def same_direction(dataset: Dataset) -> dict[str, float | None]:
 
 
 def _date(seconds: int) -> str:
-    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (start + datetime.timedelta(seconds=int(seconds))).strftime("%Y-%m-%d %H:%M:%S")
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ")  # of any year, for bad times may be kept
 
 
 def histogram(dataset: Dataset, path: Path | None = None) -> Path:

@@ -13,11 +13,13 @@ import torch
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
 from malloc_bench.data import get_dataset
+from malloc_bench.data.errors import DataError
 from malloc_bench.data.tasks.impressions import Impressions
 from malloc_bench.data.tasks.splits import Split
 from malloc_bench.data.tasks.trained import facts
 from malloc_bench.evaluation.evaluate import asked_of, chunks
 from malloc_bench.paths import home
+from malloc_bench.registry import clipped
 from malloc_bench.results import Row, load_results
 from malloc_bench.run.fits import Fits
 from malloc_bench.run.folder import read_manifest
@@ -74,10 +76,15 @@ class Run:
         return one_row(self.folder, asked)
 
     def split(self, cell: Cell) -> Split | Impressions:
-        """The cell's data, cut into training and test."""
+        """The cell's data, cut into training and test; raises DataError where they are not those of its row."""
         card = read_manifest(self.folder).get("datasets", {}).get(cell.dataset, {}).get("card", cell.dataset)
         assert cell.split is not None, "a row has it"
-        return cell.task.cut(get_dataset(card), cell.split)
+        data, was = get_dataset(card), cell.data or {}
+        for what, now in data.identity().items():
+            if what in was and was[what] != now:
+                told = f"their {what} was {clipped(str(was[what]))} and is {clipped(str(now))}"
+                raise DataError(f"{data.name}: not the data of this row, {told}: put the file or its card back")
+        return cell.task.cut(data, cell.split)
 
     def backbone(self, which: Which) -> Backbone:
         """The trained backbone of a cell, as its method has adapted it."""

@@ -12,8 +12,10 @@ import torch
 
 from malloc_bench import measure
 from malloc_bench.backbones import Backbone
+from malloc_bench.compressors.base import said
 from malloc_bench.evaluation.evaluate import Job
 from malloc_bench.evaluation.trial import MEASURING, Begin, nobody
+from malloc_bench.registry import told
 from malloc_bench.results import COLUMNS
 from malloc_bench.state import UserState
 from malloc_bench.suite.file import Measure
@@ -174,8 +176,9 @@ def _costs(
             state, peak = measure.peak_memory(work, device)
             full = prefills[job.compressor.structural].state
             found = measure.closed_form(own, job.compressor, state, workload, full)
-        except (Exception, SystemExit):
-            log.warning("FLOPs and memory of %s could not be measured", job.id, exc_info=True)
+        except (Exception, SystemExit) as error:
+            what = said(job.compressor), job.budget or "no budget", job.id[:12], told(error)
+            log.warning("FLOPs and memory of %s at %s (%s) could not be measured: %s", *what, exc_info=True)
             continue
         yield job.id, {**found, "peak_bytes": peak, "measured_bytes": float(state.nbytes().double().mean())}
     begin("", "")

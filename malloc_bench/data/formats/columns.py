@@ -127,6 +127,10 @@ def _ids(file: str, name: str, raw: pl.Series, text: bool) -> Column:
 
     dtype, huge = raw.dtype, None
     must = "empty" if text else "not a number"
+    if dtype.is_float() or dtype == pl.Null:  # what a table without whole numbers makes of a column with gaps
+        values = raw.cast(pl.Float64)
+        whole = (values == values.round()) & (values.abs() < times.EXACT)
+        return Column(nulled(values, ~whole).cast(pl.Int64), "not a whole number below 2^53")
     if dtype.is_integer():
         numbers = raw.cast(pl.Int64, strict=False)
         beyond = numbers.is_null() & raw.is_not_null()
@@ -143,7 +147,7 @@ def _ids(file: str, name: str, raw: pl.Series, text: bool) -> Column:
     elif dtype != pl.String:
         raise refused(file, name, raw, "text or whole numbers")
     if text:
-        return Column(nulled(raw, raw == ""), must)
+        return Column(nulled(raw, raw.str.strip_chars(" \t") == ""), must)
     if not raw.cast(pl.Int64, strict=False).null_count():
         return Column(raw, must)
     raw = raw.str.strip_chars()
@@ -161,6 +165,7 @@ def _numbers(file: str, name: str, raw: pl.Series, words: Mapping[str, float] | 
     if words and raw.dtype == pl.String:
         values = raw.replace_strict(words, default=None, return_dtype=pl.Float32)
         return Column(values, f"not one of {', '.join(words)}")
+    raw = raw.cast(pl.Float32) if raw.dtype == pl.Null else raw
     if not (raw.dtype == pl.String or raw.dtype.is_numeric() or raw.dtype == pl.Boolean):
         raise refused(file, name, raw, "numbers")
     values = raw.cast(pl.Float32, strict=False)

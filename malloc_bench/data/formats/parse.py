@@ -121,6 +121,10 @@ class Reader:
         kept = self.judge.answer("bad_time") == "keep"
         if not kept and (other := times.other_unit(clock, self.layout)):
             raise DataError(f"{file}: row {row_of(rows, 0)}: {name}: {other} (on_bad: {{bad_time: keep}} keeps it)")
+        if kept and (far := order.abs() >= times.FARTHEST).any():  # it would tie with all others that are as far
+            value = times.shown(clock[far.arg_max() or 0], self.layout)
+            where = f"{file}: row {row_of(rows, far.arg_max() or 0)}: {name} is {value}"
+            raise DataError(f"{where}, too far from 1970 to be kept: name the unit that it is in, or bad_time: drop")
         frame = frame.select("user", "item", order, *self.feedback.values())
         if bad.any():
             at = bad.arg_max() or 0

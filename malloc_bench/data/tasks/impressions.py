@@ -160,7 +160,7 @@ def _unliked(liked: Dataset, users: np.ndarray, end: np.ndarray, n: int, rng: np
     others_below = met % base - (np.arange(len(met)) - first[owner] + 1)
     free = liked.n_items - count[users]
     if (free == 0).any():
-        who = liked.user_ids[users[np.argmin(free)]]
+        who = liked.original_user(users[[np.argmin(free)]])[0]
         raise DataError(f"{liked.name}: user {who} has liked every item, so no negative can be drawn; use its labels")
     r = (rng.random((len(users), n)) * free[:, None]).astype(np.int64)
     below = np.searchsorted(owner * base + others_below, users[:, None] * base + r, side="right")

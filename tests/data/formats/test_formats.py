@@ -102,7 +102,10 @@ def test_ordered_parquet_has_no_time():
         ({"user_id": [1], "item_id": [1]}, "f: no column 'position' among user_id, item_id"),
         ({"user_id": [1], "item_id": ["a"], "position": [0]}, "f: row 1: item_id is 'a', not a number"),
         ({"user_id": [1], "item_id": [1], "position": ["x"]}, "f: row 1: position is 'x', not a number"),
-        ({"user_id": [1.0], "item_id": [1], "position": [0]}, "f: user_id holds Float64, not whole numbers"),
+        (
+            {"user_id": [1.5], "item_id": [1], "position": [0]},
+            "f: row 1: user_id is 1.5, not a whole number below 2^53",
+        ),
         ({"user_id": [[1]], "item_id": [1], "position": [0]}, "f: user_id holds large_list"),
         ({"user_id": [2**63], "item_id": [1], "position": [0]}, "f: row 1: user_id is 9223372036854775808, beyond 63"),
         ({"user_id": [1, None], "item_id": [1, 1], "position": [0, 1]}, "f: row 2: user_id is missing"),
