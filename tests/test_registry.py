@@ -16,6 +16,7 @@ import pytest
 
 import malloc_bench
 from malloc_bench import registry
+from malloc_bench.backbones import get_backbone
 from malloc_bench.cli import describe
 from malloc_bench.compressors.windowing.recent import Recent
 from malloc_bench.registry import UnknownName, find, load_part, names, register, suggest
@@ -283,3 +284,28 @@ def test_a_class_that_calls_itself_as_a_shipped_one_is_refused(tmp_path):
         ValueError, match=r"Mine is named 'recent', as malloc_bench\..*\.Recent is: give it a name of its own"
     ):
         registry.load_part(f"{file}:Mine")
+
+
+def test_a_file_that_another_of_the_users_imports_may_stand_beside_it(parts: Any, tmp_path: Path) -> None:
+    (tmp_path / "base_of_mine.py").write_text(METHOD.format(name="a_base"))
+    (tmp_path / "more_of_mine.py").write_text(
+        "from base_of_mine import Theirs\n" + METHOD.format(name="b_mine").replace("Theirs(Recent)", "Mine(Theirs)")
+    )
+    for order in (("base", "more"), ("more", "base")):
+        for each in order:
+            spec = f"{tmp_path / each}_of_mine.py:{'Theirs' if each == 'base' else 'Mine'}"
+            assert load_part(spec) == {"base": "a_base", "more": "b_mine"}[each]
+    assert find("compressors", "a_base").__qualname__ == "Theirs"
+
+
+def test_a_backbone_that_cannot_be_made_says_how_it_would_be() -> None:
+    class Short(find("backbones", "sasrec")):
+        def __init__(self, config: Any, n_items: int) -> None:
+            super().__init__(config, n_items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._parts["backbones"], "short", Short)
+        with pytest.raises(
+            ValueError, match=r"Short cannot be made by Short\(config, n_items, has_time\), config a .*"
+        ):
+            get_backbone("short", 60)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from malloc_bench.data.sources.cards import Card
 
+FINE = ("ms", "us", "ns", "iso")  # units of times that may order events within a second
+
 
 def parts_of(name: str, known: Sequence[str]) -> list[str]:
     """The names of `a+b`, which is short for one data set of both; empty where the name is that of one by itself.
@@ -58,12 +60,14 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     if not parts[0].has_time and len(names) < sum(map(len, users)):
         raise DataError(f"{name}: users are in several of them, and without times nothing says what came first")
     kept = set.intersection(*(set(data.feedback) for data in parts))
+    within = [_within_a_second(data) for data in parts]
+    finer = max(int(each.max(initial=0)) for each in within) + 1
     rows = Rows(
         users=np.concatenate([np.repeat(_places(u, names), np.diff(d.offsets)) for u, d in zip(users, parts)]),
         items=np.concatenate([d.items + n for d, n in zip(parts, _before([d.n_items for d in parts]))]).astype(
             np.int64
         ),
-        order=np.concatenate([_clock(data) for data in parts]),
+        order=np.concatenate([_clock(data) * finer + each for data, each in zip(parts, within)]),
         has_time=parts[0].has_time,
         feedback={each: np.concatenate([data.feedback[each] for data in parts]) for each in kept},
     )
@@ -73,6 +77,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     of = "\n".join([made.hash, *(f"{data.name} {data.hash}" for data in parts)])
     return replace(
         made,
+        times=None if made.times is None else made.times // finer,
         hash=hashlib.sha256(of.encode()).hexdigest(),
         notes={f"{data.name}: {what}": n for data in parts for what, n in data.notes.items()},
         user_names=names,
@@ -120,6 +125,18 @@ def _places(names: pl.Series, among: pl.Series) -> np.ndarray:
 
 def _before(sizes: Sequence[int]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(sizes)[:-1]))
+
+
+def _within_a_second(data: Dataset) -> np.ndarray:
+    """(E,) how many events of its user and second each comes after, where times were finer than data keep them."""
+    fine = data.times is not None and data.card.parameters is None and data.card.layout().unit in FINE
+    if data.times is None or not fine:
+        return np.zeros(data.n_events, np.int64)
+    new = np.ones(data.n_events, bool)
+    new[1:] = data.times[1:] != data.times[:-1]
+    new[data.offsets[:-1]] = True
+    at = np.arange(data.n_events)
+    return at - np.maximum.accumulate(np.where(new, at, 0))
 
 
 def _clock(data: Dataset) -> np.ndarray:

@@ -93,3 +93,14 @@ def test_targets_rank_among_their_own():
     assert [core.item_names[i].partition(":")[0] for i in range(core.n_items)] == [
         core.domain_names[d] for d in core.domains
     ]
+
+
+def test_what_came_first_within_a_second_is_still_first():
+    at = 1_387_670_400_000
+    own = made("own", [("al", each, at + n) for n, each in enumerate("hgfedc")], unit="ms")
+    other = made("other", [("al", each, at + n) for n, each in enumerate("zyx")], unit="ms")
+    both = join([own, other])
+    kept = events(both, "al")
+    assert [each for each in kept if each.startswith("own")] == [f"own:{each}" for each in "hgfedc"]
+    assert [each for each in kept if each.startswith("other")] == [f"other:{each}" for each in "zyx"]
+    assert set(both.times.tolist()) == {at // 1000}
