@@ -16,10 +16,10 @@ import pytest
 
 import malloc_bench
 from malloc_bench import registry
-from malloc_bench.backbones import get_backbone
 from malloc_bench.cli import describe
 from malloc_bench.compressors.windowing.recent import Recent
 from malloc_bench.registry import UnknownName, find, load_part, names, register, suggest
+from malloc_bench.testing.parts import part_checks
 
 METHOD = """
 from dataclasses import dataclass
@@ -305,7 +305,8 @@ def test_a_backbone_that_cannot_be_made_says_how_it_would_be() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry._parts["backbones"], "short", Short)
+        patch.setattr(Short, "name", "short", raising=False)
         with pytest.raises(
-            ValueError, match=r"Short cannot be made by Short\(config, n_items, has_time\), config a .*"
+            ValueError, match=r"Short cannot be made as Short\(config, n_items, has_time\) \(TypeError: "
         ):
-            get_backbone("short", 60)
+            part_checks(Short)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malloc_bench.registry import find, place, suggest, told
+from malloc_bench.registry import find, suggest
 from malloc_bench.state import Batch, Events, MissingStatistic, Named, Prefill, Probes, Stats, UserState, joined
 
 
@@ -201,8 +201,7 @@ class Backbone(nn.Module, ABC):
 
 
 def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any) -> Backbone:
-    """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter and
-    of a class that cannot be made.
+    """A fresh backbone over a catalogue of n_items; raises UnknownName, or ValueError on an unknown parameter.
 
     preset="large" stands for the parameters of that name in the backbone's `presets`; others given go before them.
     """
@@ -211,15 +210,7 @@ def get_backbone(name: str, n_items: int, has_time: bool = False, **params: Any)
     valid = {f.name for f in fields(cls.Config)}
     for key in params.keys() - valid:
         raise ValueError(f"backbone {name} has no parameter '{key}'.{suggest(key, valid)}")
-    try:
-        return cls(cls.Config(**params), n_items, has_time)
-    except ValueError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{place(cls)} cannot be made by {cls.__name__}(config, n_items, has_time), config a {cls.Config.__name__} "
-            f"({told(error)})"
-        ) from error
+    return cls(cls.Config(**params), n_items, has_time)
 
 
 def spelt_out(cls: type[Backbone], params: Mapping[str, Any]) -> dict[str, Any]:
