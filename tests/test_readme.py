@@ -183,6 +183,11 @@ def test_the_finding_is_what_the_committed_rows_say() -> None:
     auto = significance(load_results(folder := ROOT / "results" / "fitted_codes"), folder).filter(
         dataset="ml-1m", compressor="auto", budget="1.5625 %", lossless=True
     )
+    less = significance(load_results(folder := ROOT / "results" / "auto"), folder).filter(
+        backbone="sasrec", compressor="auto", budget="0.78125 %", lossless=True
+    )
+    ends = less.select("delta", "delta_lo", "delta_hi").row(0)
+    assert "at 1/128, {:+.4f} [{:+.4f}, {:+.4f}] (".format(*ends).replace(" +0.", " +.").replace("0.", ".") in README
     for lost in auto.select("delta", "delta_lo", "delta_hi").iter_rows():
         assert "{:+.4f} [{:+.4f}, {:+.4f}] of".format(*lost).replace("0.", ".") in README.replace("\n", " ")
     assert (
