@@ -48,6 +48,10 @@ def compressor_checks(compressor: Compressor, *, backbones: Iterable[Backbone] |
     A structural one adapts each backbone, which must then keep what backbones promise, but for what takes training.
     """
     instance(compressor, Compressor)
+    try:
+        hash(compressor)
+    except TypeError as error:
+        raise ValueError(f"{compressor.name} has no hash ({error}): make its parameters tuples or text") from None
     places = worlds(backbones)
     try:
         with undisturbed():

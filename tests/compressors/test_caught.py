@@ -1,7 +1,8 @@
 """What a user may write wrongly, and how the checks tell it."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +174,12 @@ def test_settling_for_what_writes_fields_together_never_does_harm(step, monkeypa
             longer = torch.tensor(LENGTHS) > 20
             lost.append(float((got - full)[longer].detach().norm() / full[longer].detach().norm()))
         assert lost[0] <= 1.1 * lost[1] + 1e-3, (place.name, lost)
+
+
+def test_a_list_as_a_parameter_is_told_at_once():
+    @dataclass(frozen=True)
+    class Listed(KNorm):
+        windows: Any = field(default_factory=list)
+
+    with pytest.raises(ValueError, match=r"^knorm has no hash \(unhashable type: 'list'\): make its parameters tuples"):
+        broken_promises(Listed(), backbones=[])

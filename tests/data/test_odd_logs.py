@@ -85,3 +85,20 @@ def test_a_card_takes_no_id_for_a_time(head, row, time, doubt, tmp_path):
     assert (f"time: {time}" in path.read_text()) if time else ("time:" not in path.read_text())
     assert any(doubt in each for each in doubts) if doubt else not any("time" in each for each in doubts)
     assert get_dataset(path).n_events == 5
+
+
+def test_times_beside_histories_may_be_floats_and_errors_name_their_file(tmp_path):
+    (tmp_path / "own.yaml").write_text("format: user-items-times\nsources: [{local: [a.txt, b.txt]}]\n")
+    (tmp_path / "a.txt").write_text("1 2 3\n2 3\n")
+    (tmp_path / "b.txt").write_text(f"1 {AT} {AT + 1}.0\n2 {AT}\n")
+    data = get_dataset(tmp_path / "own.yaml")
+    assert data.times.tolist() == [AT, AT + 1, AT]
+    odd = {
+        "1 then 5\n2 5": "b.txt: row 1: '1 then 5' is not a user, a whole number, and its times",
+        f"1 {AT} 5\n2": "b.txt: row 2: '2' is not a user, a whole number, and its times",
+        f"1 {AT} 5\n2 3 4": "a.txt: row 2: '2 3' is not a user and its items .*, with as many times in b.txt",
+    }
+    for wrong, said in odd.items():
+        (tmp_path / "b.txt").write_text(wrong + "\n")
+        with pytest.raises(DataError, match=said):
+            get_dataset(tmp_path / "own.yaml")

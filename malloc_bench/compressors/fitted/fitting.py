@@ -104,7 +104,7 @@ class FittedTokens(Asking, TokenMethod):
         self, prefill: Prefill, state: UserState, write: Callable[[UserState], UserState], encoder: Encoder
     ) -> UserState:
         """Masses and values for keys as an encoder writes them, which takes back most of what their rounding does; then
-        values are `rounded`."""
+        values are `rounded`. Where it writes fields together, for each user what answers probes held out better."""
         layers: list[tuple[Segment, ...]] = []
         roundings: list[Rounding | None] = []
         written = write(_of_each(state, "keys") if encoder.by_vector else state)
@@ -128,12 +128,12 @@ class FittedTokens(Asking, TokenMethod):
         if encoder.by_field:
             return made
         # other values may have made other keys: users for whom it all came out worse keep what they had
-        fewer = (self._wrong(prefill, made, write) <= self._wrong(prefill, state, write))[:, None, None, None]
+        better = (self._wrong(prefill, made, write) <= self._wrong(prefill, state, write))[:, None, None, None]
         for layer, ((one,), (other,)) in enumerate(zip(made.layers, state.layers)):
             assert one.slots is not None and other.slots is not None
-            values = torch.where(fewer, one.fields["values"].dense(), other.fields["values"].dense())
+            values = torch.where(better, one.fields["values"].dense(), other.fields["values"].dense())
             mass, before = one.slots.mass, other.slots.mass
-            mass = None if mass is None or before is None else torch.where(fewer[..., 0], mass, before)
+            mass = None if mass is None or before is None else torch.where(better[..., 0], mass, before)
             layers[layer] = (Segment({**one.fields, "values": Dense(values)}, replace(one.slots, mass=mass)),)
         return UserState(tuple(layers), state.length)
 

@@ -65,7 +65,8 @@ class Clusters(TokenMethod):
         if list(getattr(owners, "shape", ())) not in [[b, n, s] for n in (h, 1)] or owners.dtype != torch.int64:
             given = f"{list(owners.shape)} {owners.dtype}" if isinstance(owners, Tensor) else type(owners).__name__
             raise ValueError(f"{self.name}: owners must be whole numbers [B, H or 1, S], here {[b, h, s]}, not {given}")
-        real, most = prefill.mask(layer).expand_as(owners), k[:, None, None]
+        real, owners = torch.broadcast_tensors(prefill.mask(layer), owners)
+        most = k[:, None, None]
         outside = real & ((owners < 0) | (owners >= most))
         if bool(outside.any()):
             raise ValueError(f"{self.name}: owners names clusters outside 0 ... k - 1 for {int(outside.sum())} slots")

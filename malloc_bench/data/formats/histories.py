@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 NUMBERS = r"^[+-]?\d+( +[+-]?\d+)+$"
+TIMES = r"^[+-]?\d+( +[+-]?\d+(\.\d+)?)+$"
 
 
 def histories(parts: Sequence[Part], layout: Layout, judge: Judge, size: int) -> Iterator[Batch]:
@@ -32,10 +33,11 @@ def histories(parts: Sequence[Part], layout: Layout, judge: Judge, size: int) ->
     for part in parts[:1] if layout.times_in else parts:
         row = 1
         clock = _lines(parts[1], layout, size) if layout.times_in else None
+        files = [each.name for each in parts] if clock else [part.name]
         for block, count in blocks(part, size, layout.encoding):
             lines = _split(text_of(block, part.name, row), count)
             times = pl.Series([next(clock, "") for _ in range(count)], dtype=pl.String) if clock else None
-            yield _batch(lines, times, part.name, row, layout, judge)
+            yield _batch(lines, times, files, row, layout, judge)
             row += count
         if row == 1:
             raise DataError(f"{part.name}: the file is empty")
@@ -54,9 +56,12 @@ def _split(text: str, count: int) -> list[str]:
     return [line.strip() for line in text.split("\n")[:count]]
 
 
-def _batch(lines: list[str], times: pl.Series | None, file: str, row: int, layout: Layout, judge: Judge) -> Batch:
+def _batch(
+    lines: list[str], times: pl.Series | None, files: Sequence[str], row: int, layout: Layout, judge: Judge
+) -> Batch:
     import polars as pl
 
+    file = files[0]
     told = pl.Series(lines, dtype=pl.String)
     frame = pl.DataFrame({"row": np.arange(row, row + len(lines)), "words": _words(told)})
     good = told.str.contains(NUMBERS)
@@ -65,11 +70,16 @@ def _batch(lines: list[str], times: pl.Series | None, file: str, row: int, layou
         same = (pl.col("words").list.len() == pl.col("times").list.len()) & (
             pl.col("words").list.first() == pl.col("times").list.first()
         )
-        good = good & times.str.contains(NUMBERS) & frame.select(same).to_series().fill_null(False)
+        timed = times.str.contains(TIMES)
+        good = good & timed & frame.select(same).to_series().fill_null(False)
     if not good.all():
         at = (~good).arg_max() or 0
-        what = "is not a user and its items as whole numbers" + ("" if times is None else ", with as many times")
-        judge.meet("bad_row", int((~good).sum()), f"{file}: row {row + at}: {lines[at][:60]!r} {what}")
+        what = f"{file}: row {row + at}: {lines[at][:60]!r} is not a user and its items as whole numbers"
+        if times is not None and told.str.contains(NUMBERS)[at]:
+            what += f", with as many times in {files[1]}"
+            if times[at] and not timed[at]:
+                what = f"{files[1]}: row {row + at}: {times[at][:60]!r} is not a user, a whole number, and its times"
+        judge.meet("bad_row", int((~good).sum()), what)
     columns = {layout.user: pl.col("words").list.first(), layout.item: pl.col("words").list.slice(1)}
     if times is not None and layout.time:
         columns[layout.time] = pl.col("times").list.slice(1)
