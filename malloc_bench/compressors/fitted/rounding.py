@@ -66,7 +66,7 @@ def rounded(
     begun = _values(state)
     if not any(layers):
         return state
-    plain = _values(write(_given(state, begun, by_field)))
+    plain = _values(write(_given(state, begun, bare=by_field)))
     wanted, written = begun, plain
     for turn in range(TURNS - 1):
         after = [
@@ -81,7 +81,7 @@ def rounded(
             x if job is None else torch.where(job.turn == turn, y.to(x.dtype), x)
             for job, x, y in zip(layers, after, written)
         ]
-        written = _values(write(_given(state, wanted, by_field)))
+        written = _values(write(_given(state, wanted, bare=by_field)))
     best = [
         x if job is None else torch.where((job.wrong(y.float()) <= job.wrong(old.float()))[..., None, None], x, before)
         for job, x, y, before, old in zip(layers, wanted, written, begun, plain)
