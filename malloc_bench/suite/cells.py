@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from malloc_bench.training.fit import Training, arithmetic
 
 if TYPE_CHECKING:
     from malloc_bench.backbones import Backbone
+
+MAX_BACKBONES = 200  # of a suite
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,19 @@ class Part:
 
         Empty where it cannot be made without weights. Raises ValueError or TypeError where the parameters make none.
         """
-        try:
-            with torch.device("meta"), _Unfilled():
-                return [get_backbone(self.name, 1, has_time, **self.params) for has_time in (False, True)]
-        except (ValueError, TypeError):
-            raise
-        except (Exception, SystemExit):  # torch's refusal to look into a tensor without data, or a fault: its rows say
-            return []
+        return _probes(find(self.kind, self.name), json.dumps(self.params), canonical_json(self.content))
+
+
+@lru_cache(MAX_BACKBONES)  # hundreds take seconds, and a run lists its cells several times
+def _probes(cls: type, params: str, content: str) -> list[Backbone]:
+    try:
+        with torch.device("meta"), _Unfilled():
+            made = json.loads(params)
+            return [get_backbone(cls.name, 1, has_time, **made) for has_time in (False, True)]  # type: ignore[attr-defined]
+    except (ValueError, TypeError):
+        raise
+    except (Exception, SystemExit):  # torch's refusal to look into a tensor without data, or a fault: its rows say
+        return []
 
 
 class _Unfilled(TorchFunctionMode):

@@ -15,11 +15,10 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from malloc_bench.backbones import spelt_out
 from malloc_bench.compressors import Budget
 from malloc_bench.registry import find, suggest
-from malloc_bench.suite.cells import Part
+from malloc_bench.suite.cells import MAX_BACKBONES, Part
 from malloc_bench.suite.file import Fault, TrainingKeys, expected, fault, no_twins, shown
 
 MAX_PARTS = 10_000  # of one grid
-MAX_BACKBONES = 200  # of a suite, and
 MAX_LAYERS = 512  # of a backbone, all its blocks together: each is built to see that it can be
 MAX_SIZE = 1_000_000  # any other whole number of a backbone
 MAX_WEIGHTS = 20_000_000_000

@@ -142,7 +142,7 @@ def test_show_prints_what_a_budget_gets_of_what_was_learned(tmp_path, monkeypatc
     )
     text = SUITE.replace("[full, none, recent, recompute]", f"[full, recent, {auto}]").replace("layers: 1", "layers: 2")
     text = text.replace("[0.25, {slots: 4}]", "[0.25, 0.125]").replace(
-        "users: 2, seconds: 0.01, store: dict, candidates: [1, 8]", "latency: false"
+        "users: 2, seconds: 0.01, store: dict, candidates: [1, 8]", "latency: false, flops: false"
     )
     (tmp_path / "small.yaml").write_text(text)
     run = str(tmp_path / "run")

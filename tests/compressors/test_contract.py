@@ -177,11 +177,11 @@ METHODS = [
 ]
 WORLDS = (  # lsrm attends as sasrec does
     "tensors", "sasrec-2-heads", "sasrec-paper-2-heads", "hstu-times-2-heads", "hstu-2-heads", "marm-2-heads",
-    "climber-times-2-heads", "gated_delta-2-heads", "hstu-times",
+    "climber-times-2-heads", "gated_delta-2-heads", "hstu-times",  # the last of another width: loops are compiled again
 )  # fmt: skip
-SLOW = ("hstu-times",)  # of another width than the rest, for which every loop would be compiled once more
+MEMORY = "gated_delta-2-heads"
 FEW = ("sasrec-2-heads", "hstu-times-2-heads")  # each method, variant and chain in one of them, drawn by its name,
-# each method in one of these; `make test-slow`: in all
+# each method on tensors or in one of these; `make test-slow`: in all
 FAR = ("hstu-2-heads", "sasrec-paper-2-heads", "marm-2-heads", "climber-times-2-heads")
 
 NOT_ON_TENSORS = ("squeeze", "rastp", "recompute", "truncate", "hidden", "xquant", "ids_below", "ids_coded", "palu")
@@ -195,17 +195,18 @@ def label(method):
 
 def matrix():
     """Every method in every world; at first in one of FEW, and unless it has been there with other parameters or is a
-    chain, on tensors, behind a memory and in one of FAR."""
+    chain, behind a memory and on tensors or in one of FAR."""
     known = set()
     for method in METHODS:
         first = method[0] not in known and method[0] != "compose"
         known.add(method[0])
         lot = crc32(label(method).encode())
-        drawn, one = FAR[lot % len(FAR)], FEW[lot // len(FAR) % len(FEW)]
+        far = FAR if method[0] in NOT_ON_TENSORS else ("tensors", "tensors", *FAR)
+        drawn, one = far[lot % len(far)], FEW[lot // len(far) % len(FEW)]
         for world in WORLDS:
             if world == "tensors" and method[0] in NOT_ON_TENSORS:
                 continue  # rebuilds from raw events or a backbone's maps, which plain tensors do not have
-            quick = world == one or (first and (world == drawn or world not in (*FEW, *FAR, *SLOW)))
+            quick = world == one or (first and world in (drawn, MEMORY))
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(method, world, marks=marks, id=f"{label(method)}-{world}")
 

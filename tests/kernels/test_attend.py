@@ -88,8 +88,10 @@ KINDS = {
 EVERY = ["plain", *KINDS, "microscaled", "codes added", "codes side by side", "thin", "thin, of each head"]
 
 
-@pytest.mark.parametrize("m", [1, 3, 9])
-@pytest.mark.parametrize("slots", [1, 23])
+@pytest.mark.parametrize(
+    "m, slots",
+    [(1, 23), (3, 1), (9, 23), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 1), (3, 23), (9, 1)))],
+)
 @pytest.mark.parametrize("masses", [False, True])
 @pytest.mark.parametrize("make", [SASRecBlock, HSTUBlock])
 @pytest.mark.parametrize("kind", EVERY)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import cache, partial
+from zlib import crc32
 
 import pytest
 import torch
@@ -90,19 +91,24 @@ def build(name, has_time, length, heads=HEADS, part=None):
     return adapted(get_compressor(part), made) if part else made
 
 
-def pairs():
-    """Methods that change no backbone count alike on SASRec and LSRM, and on HSTU with times and without."""
+def lot(method, names):
+    """One of the names, by the method: each is tried somewhere, and `make test-slow` tries it everywhere."""
+    return names[crc32(str(method).encode()) % len(names)]
+
+
+def pairs(*among):
+    """Methods behind one of `among`, and behind what keeps no keys; `make test-slow` and three of them: behind all."""
     for method in METHODS:
-        for name, has_time in BACKBONES:
-            if not method.supports(build(name, has_time, 41)):
-                again = (name, has_time) in (("lsrm", False), ("hstu", False)) and not method.structural
-                slow = again and type(method).name not in ("full", "h2o", "kivi")
-                yield pytest.param(method, name, has_time, marks=[pytest.mark.slow] if slow else [])
+        drawn = lot(method, among)
+        for pair in BACKBONES:
+            if not method.supports(build(*pair, 41)):
+                quick = pair == drawn or pair not in ATTENTION or type(method).name in ("full", "h2o", "kivi")
+                yield pytest.param(method, *pair, marks=[] if quick else [pytest.mark.slow])
 
 
 def shared():
-    """Every method where several query heads share a stored one, and where layers have a part of the events each
-    (Climber), `make test-slow`: behind FuXi and two more; what wraps others, elsewhere too."""
+    """Every method where several query heads share a stored one, or where layers have a part of the events each
+    (Climber), `make test-slow`: in both, behind FuXi and two more; what wraps others, everywhere."""
     for name, heads, part in (
         ("fuxi", 2, None),
         ("climber", 2, None),
@@ -113,7 +119,7 @@ def shared():
         backbone = build(name, name == "fuxi", 41, heads, part)
         for method in METHODS + AROUND:
             if not (part and method.structural) and not method.supports(backbone):
-                slow = (name, part) not in (("climber", None), ("sasrec", "gqa")) and method in METHODS
+                slow = (name, part) != lot(method, [("climber", None), ("sasrec", "gqa")]) and method in METHODS
                 marks = [pytest.mark.slow] if slow else []
                 yield pytest.param(method, backbone, id=f"{method}-{name}-{part}", marks=marks)
     for name in ("sasrec", "hstu"):
@@ -161,10 +167,10 @@ def compared(backbone, method, work, monkeypatch):
 
 
 def works():
-    """Long histories behind SASRec; `make test-slow`: behind all."""
-    for pair in pairs():
-        yield pytest.param(*pair.values, WORKS[0], marks=pair.marks)
+    """Long histories behind SASRec, short ones elsewhere; `make test-slow`: both behind all."""
+    for pair in pairs(("hstu", True), ("marm", False)):
         far = pair.values[1] != "sasrec"
+        yield pytest.param(*pair.values, WORKS[0], marks=pair.marks)
         yield pytest.param(*pair.values, WORKS[1], marks=[pytest.mark.slow] if far else [])
 
 
@@ -220,7 +226,7 @@ def test_statistics_cost_what_they_add_to_a_blockwise_prefill(stats, part, name,
     assert work.users * backbone.flops("statistics", history, stats=stats) == added > 0
 
 
-@pytest.mark.parametrize("method, name, has_time", list(pairs()), ids=str)
+@pytest.mark.parametrize("method, name, has_time", list(pairs(*ATTENTION)), ids=str)
 def test_padded_widths_count(method, name, has_time):
     """Users of 40, 7, 1 and 0 events side by side: the work is that of the widest."""
     backbone, work = adapted(method, build(name, has_time, 41)), Workload(4, 40)

@@ -12,8 +12,8 @@ from malloc_bench.results import load_results
 
 MANY = 160_000  # bytes
 SHIPPED = [
-    pytest.param(path, marks=[pytest.mark.slow] if path.stat().st_size > MANY else [], id=path.parent.name)
-    for path in sorted(Path(__file__).parents[2].glob("results/*/results.parquet"))
+    pytest.param(path, at, marks=[pytest.mark.slow] if path.stat().st_size > MANY else [], id=path.parent.name)
+    for at, path in enumerate(sorted(Path(__file__).parents[2].glob("results/*/results.parquet")))
 ]
 DELTA = ("delta_ndcg@10", "delta_ndcg@10_lo", "delta_ndcg@10_hi")
 GAUC = ("delta_gauc", "delta_gauc_lo", "delta_gauc_hi")
@@ -196,13 +196,13 @@ def test_against_float16_every_state_is_half_as_small(row, board_of):
     assert board["smaller_x"].to_list() == [1, 4] and board["smaller_f16_x"].to_list() == [0.5, 2]
 
 
-@pytest.mark.parametrize("path", SHIPPED)
-def test_shipped_results_are_still_read(path):
-    """Older ones lack columns: those are blank."""
+@pytest.mark.parametrize("path, at", SHIPPED)
+def test_shipped_results_are_still_read(path, at):
+    """Older ones lack columns: those are blank. Every table is made of a few of them."""
     frame = load_results(path.parent)
     board = lb.leaderboard(frame)
     assert len(board) and board["timing"].null_count() <= len(board)
-    for name in tables.TABLES:
+    for name in list(tables.TABLES)[at % 4 :: 4]:
         assert tables.render_table(frame, name)
     if path.parent.name == "recurrent":
         assert not board["headroom"].all() and "cannot judge" in lb.to_markdown(frame)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -47,9 +48,15 @@ def adapted(part, params, name, has_time=False, **sizes):
 PROMISES = [promise for promise in BACKBONE_PROMISES if promise is not read_needs_every_field]  # for trained weights
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("name, has_time", KINDS)
-@pytest.mark.parametrize("part, params", METHODS, ids=str)
+def matrix():
+    """Every promise of every method behind one kind of backbone, `make test-slow`: behind all."""
+    for at, (method, promise) in enumerate(product(METHODS, PROMISES)):
+        for i, kind in enumerate(KINDS):
+            marks = [] if i == (at + at // len(PROMISES)) % len(KINDS) else [pytest.mark.slow]
+            yield pytest.param(*method, *kind, promise, marks=marks, id=f"{method[0]}-{kind}-{promise.__name__}")
+
+
+@pytest.mark.parametrize("part, params, name, has_time, promise", list(matrix()))
 def test_backbone_promise(part, params, name, has_time, promise):
     Check(promise, (adapted(part, params, name, has_time),), part)()
 
