@@ -163,7 +163,6 @@ def _sort(
                 ordered |= bool(same.any())
             if clock:
                 rows = _ties(rows, reader)
-            if timed:
                 rows = _without_duplicates(rows, reader, users)
             counts[first:end] = np.bincount(rows["user"] - first, minlength=end - first)
             held = {name: rows[name] for name in names if name != "time"}
@@ -209,7 +208,7 @@ def _ties(rows: np.ndarray, reader: Reader) -> np.ndarray:
 
 
 def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndarray:
-    """Meet the policy for events that repeat another's user, item and time."""
+    """Meet the policy for events that repeat another's user, item and time, or order."""
     same = (rows["user"][1:] == rows["user"][:-1]) & (rows["order"][1:] == rows["order"][:-1])
     tied = np.flatnonzero(np.r_[same, False] | np.r_[False, same])  # only they can repeat one another
     ties = rows[tied]
@@ -225,8 +224,9 @@ def _without_duplicates(rows: np.ndarray, reader: Reader, users: Ids) -> np.ndar
         alike = np.logical_and.reduce([key == key[1:][again][0] for key in keys])
         one = max(ties[alike], key=lambda each: each["row"])
         user = users.name(one["user"])
-        time = shown(one["order"] / 10**6 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
-        message = f"{reader.place(int(one['row']))}: user {user} has the same item at the same time {time} twice"
+        when = shown(one["order"] / 10**6 if reader.layout.unit == "s.fraction" else one["order"], reader.layout)
+        when = f"at the same time {when}" if reader.layout.has_time else "of the same order"
+        message = f"{reader.place(int(one['row']))}: user {user} has the same item {when} twice"
     if reader.judge.meet("duplicates", len(repeats), message) == "keep":
         return rows
     return np.delete(rows, repeats)

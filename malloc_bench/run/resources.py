@@ -165,9 +165,12 @@ def _costs(
     for job in jobs:
         own = models[job.compressor.structural]
 
-        def work(job: Job = job, own: Backbone = own) -> UserState:
+        def make(job: Job = job) -> UserState:
             prefill = replace(prefills[job.compressor.structural], memo={})
-            state = job.compressor.compress(prefill, job.budget, job.fitted)
+            return job.compressor.compress(prefill, job.budget, job.fitted)
+
+        def work(own: Backbone = own, make: Callable[[], UserState] = make) -> UserState:
+            state = make()
             own.read(tokens, state)
             return state
 
@@ -175,7 +178,7 @@ def _costs(
         try:
             state, peak = measure.peak_memory(work, device)
             full = prefills[job.compressor.structural].state
-            found = measure.closed_form(own, job.compressor, state, workload, full)
+            found = measure.closed_form(own, job.compressor, state, workload, full, make)
         except (Exception, SystemExit) as error:
             what = said(job.compressor), job.budget or "no budget", job.id[:12], told(error)
             log.warning("FLOPs and memory of %s at %s (%s) could not be measured: %s", *what, exc_info=True)

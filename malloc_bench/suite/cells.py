@@ -112,7 +112,7 @@ class Part:
 
         Empty where it cannot be made without weights. Raises ValueError or TypeError where the parameters make none.
         """
-        return _probes(find(self.kind, self.name), json.dumps(self.params), canonical_json(self.content))
+        return _probes(find(self.kind, self.name), json.dumps(self.params), canonical_json(self.content))  # type: ignore[arg-type]
 
 
 @lru_cache(MAX_BACKBONES)  # hundreds take seconds, and a run lists its cells several times

@@ -24,6 +24,7 @@ from malloc_bench.testing.backbones import BACKBONE_PROMISES, read_needs_every_f
 from malloc_bench.testing.elsewhere import OTHERS, Case, portable, read_elsewhere
 from malloc_bench.testing.encoders import costs_what_it_says, writes_every_slot
 from malloc_bench.testing.learning import budgets, learns, learns_soundly
+from malloc_bench.testing.places import keeps_places
 from malloc_bench.testing.worlds import (
     LENGTHS,
     POISON,
@@ -339,8 +340,8 @@ def stays_in_the_budget_as_users_go_on(compressor: Compressor, world: World) -> 
 
 
 COMPRESSOR_PROMISES: tuple[Callable[..., None], ...] = (
-    keeps_the_budget, uses_the_budget, costs_what_it_says, writes_every_slot, returns_full_for_a_whole_budget,
-    ignores_the_batch, ignores_padding, candidates_are_read_alone, is_deterministic, leaves_its_input,
-    survives_degenerate_histories, pickles, packs, can_be_appended_to, learns_soundly,
+    keeps_the_budget, uses_the_budget, costs_what_it_says, writes_every_slot, keeps_places,
+    returns_full_for_a_whole_budget, ignores_the_batch, ignores_padding, candidates_are_read_alone, is_deterministic,
+    leaves_its_input, survives_degenerate_histories, pickles, packs, can_be_appended_to, learns_soundly,
     stays_in_the_budget_as_users_go_on,
 )  # fmt: skip

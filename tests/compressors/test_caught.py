@@ -183,3 +183,35 @@ def test_a_list_as_a_parameter_is_told_at_once():
 
     with pytest.raises(ValueError, match=r"^knorm has no hash \(unhashable type: 'list'\): make its parameters tuples"):
         broken_promises(Listed(), backbones=[])
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (
+            {"positions": None},
+            r"head 0: the key of the event at position \d+ is said to be at \d+: keep",
+        ),
+        (
+            {"timestamps": 0},
+            r"head 0: the key of the event at timestamp \d+ is said to be at 0: keep",
+        ),
+    ],
+)
+def test_slots_that_forget_where_they_stood(lost, said):
+    """HSTU reads both: a method that drops them lost accuracy, and nothing said why."""
+
+    def keep(self, prefill, k):
+        state = KNorm.keep(self, prefill, k)
+
+        def forgetful(segment):
+            slots = segment.slots
+            given = {name: x if x is None else torch.full_like(getattr(slots, name), x) for name, x in lost.items()}
+            return replace(segment, slots=replace(slots, **given))
+
+        return replace(state, layers=tuple(tuple(map(forgetful, layer)) for layer in state.layers))
+
+    (hstu,) = [world.backbone for world in worlds() if world.name == "hstu2"]
+    broken = broken_promises(type("Broken", (KNorm,), {"keep": keep})(), backbones=[hstu])
+    found = [line for line in broken if "keeps_places" in line]
+    assert len(found) == 1 and re.search(said, found[0]), broken

@@ -40,6 +40,36 @@ def test_times_too_far_to_be_told_apart_are_not_kept_as_one(log):
     assert data.item_names[data.items - 1].to_list() == ["h", "g", "f"]
 
 
+@pytest.mark.parametrize(("unit", "zero"), [("s", "0"), ("s", "0.0"), ("ms", "0"), ("iso", "1970-01-01")])
+def test_a_zero_among_times_of_today_is_no_time(log, unit, zero):
+    at = [f"2013-12-2{n}" if unit == "iso" else (AT + n) * (1000 if unit == "ms" else 1) for n in range(4)]
+    rows = [f"a,{item},{at[n]},1" for n, item in enumerate("hgf")] + [f"a,e,{zero},1"]
+    with pytest.raises(
+        DataError, match=r"log.csv: row 5: t is .*, not a time between 1970 and 2099, of which 0 is none"
+    ):
+        log(rows, unit=unit)
+    data = log(rows, "on_bad: {bad_time: drop}\n", unit=unit)
+    assert data.item_names.to_list() == ["f", "g", "h"] and data.notes == {"bad_time (dropped)": 1}
+    kept = log(rows, "on_bad: {bad_time: keep}\n", unit=unit)
+    assert kept.times[0] == 0 and kept.item_names[int(kept.items[0]) - 1] == "e"
+
+
+def test_times_that_count_from_their_own_beginning_may_be_zero(log):
+    data = log(["a,h,0,1", "a,g,5,1", "a,f,9,1"])
+    assert data.times.tolist() == [0, 5, 9] and not data.notes
+
+
+def test_what_repeats_is_asked_of_an_order_too_and_not_where_there_is_none(log, tmp_path):
+    rows, drop = ["a,x,1,5", "a,x,1,1", "a,y,2,3", "b,y,1,1", "b,x,2,1"], "on_bad: {duplicates: drop}\n"
+    data = log(rows, drop, unit="order")
+    assert data.n_events == 4 and data.notes == {"duplicates (dropped)": 1}
+    with pytest.raises(DataError, match=r"log.csv: row 3: user a has the same item of the same order twice"):
+        log(rows, "on_bad: {duplicates: reject}\n", unit="order")
+    (tmp_path / "none.yaml").write_text(f"format: table\nlocal: log.csv\ntable: {{user: u, item: i}}\n{drop}")
+    with pytest.raises(DataError, match=r"none.yaml: .*duplicates: drop needs a time, or a column of the order"):
+        get_dataset(tmp_path / "none.yaml")
+
+
 def test_feedback_may_be_called_a_name(tmp_path):
     (tmp_path / "log.csv").write_text(f"u,i,t,name\na,x,{AT},1\na,y,{AT + 1},0\n")
     (tmp_path / "own.yaml").write_text(

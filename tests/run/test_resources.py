@@ -158,3 +158,24 @@ def test_requests_have_columns_of_their_own(models, caplog):
         else:
             assert list(found["requests"]) == [3, 1] and found["requests"][3].items() <= found.items()
     assert rows["full"]["measured_history"] == 10
+
+
+@pytest.mark.parametrize("own", [None, 0, 12])
+def test_what_others_build_is_counted_where_they_do_not_say_what_it_multiplies(models, own):
+    """That of ours knows nothing of it: no work at all was written down."""
+
+    class Compares(type(get_compressor("knorm"))):
+        def scores(self, prefill, layer):
+            keys = prefill.keys(layer)
+            return (keys @ keys.mT).sum(-1)
+
+    if own is not None:
+        Compares.flops = lambda self, state, of: own
+    jobs = [
+        Job("alone", Compares(), Budget(0.5)),
+        Job("in a chain", get_compressor("compose", steps=(Compares(), "int8")), Budget(0.5)),
+        Job("ours", get_compressor("knorm"), Budget(0.5)),
+    ]
+    settings = Measure(latency=False, seconds=0, users=3)
+    rows = resources(settings, jobs, models, never, np.full(4, 10), unkept, lambda n: None)
+    assert [row["compress_flops"] for row in rows.values()] == [2 * 2 * 10 * 10 * 4 if own is None else own] * 2 + [0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-VERSION = 6  # part of the prepared cache's key: raise it when a layout's result changes
+VERSION = 7  # part of the prepared cache's key: raise it when a layout's result changes
 
 # order: comparable numbers, but no times
 Unit = Literal["s", "ms", "us", "ns", "s.fraction", "minutes", "date", "iso", "order"]
@@ -47,6 +47,11 @@ class Layout:
     def ranked(self) -> bool:
         """A column gives the order of events, but no times."""
         return self.unit == "order" and self.time is not None
+
+    @property
+    def clocked(self) -> bool:
+        """The files themselves say in what order events are, or which are of one time."""
+        return self.has_time or self.ranked
 
     @property
     def per_second(self) -> int:

@@ -17,11 +17,11 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "missing_column": ("reject",),
     "bad_row": ("reject", "drop"),  # text or nothing where a number belongs, too few or too many columns
     "huge_id": ("reject", "drop"),  # beyond 63 bits; every smaller id is kept as it is, also beyond 2^31
-    "bad_time": ("reject", "drop", "keep"),  # before 1970 or after 2099
+    "bad_time": ("reject", "drop", "keep"),  # before 1970 or after 2099, or 0 where others are of today
     # events of a user at one time: in an order that says nothing, in the file's, or by item, one order for all users
     "ties": ("shuffle", "keep", "by_item"),
-    "duplicates": ("keep", "drop", "reject"),  # the same user, item and time once more; the first one stays
-    "single_event_users": ("keep", "drop", "reject"),
+    "duplicates": ("keep", "drop", "reject"),  # the same user, item and time or order once more; the first one stays
+    "single_event_users": ("keep", "drop", "reject"),  # by the rows of the file, duplicates too
 }
 
 

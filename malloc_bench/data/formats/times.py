@@ -123,15 +123,20 @@ def ordered(raw: pl.Series, layout: Layout) -> tuple[pl.Series, pl.Series, str]:
         return pl.Series(keys), (raw < 0) | (raw > LARGEST), f"a number from 0 to {LARGEST:.0e}"
     must = "a time between 1970 and 2099"
     times = {"s.fraction": 10**6, "minutes": 60}.get(layout.unit, 1)
+    unknown = raw == 0
+    if not unknown.any() or raw.max() * times < MODERN * layout.per_second:  # type: ignore[operator]
+        unknown = pl.repeat(False, len(raw), eager=True)  # what counts from its own first moment
+    else:
+        must += ", of which 0 is none where others are of today"
     if times == 1 and raw.dtype == pl.Int64:
-        return raw, (raw < 0) | (raw >= LATEST * layout.per_second), must
+        return raw, (raw < 0) | (raw >= LATEST * layout.per_second) | unknown, must
     value = raw.cast(pl.Float64) * times
     bad = (value < 0) | (value >= LATEST * layout.per_second)
     far = pl.select(pl.when(raw < 0).then(-FARTHEST).otherwise(FARTHEST)).to_series() if bad.any() else None
     order = raw * times if raw.dtype.is_integer() else value.round().cast(pl.Int64, strict=False)
     if far is not None and (value.abs() > FARTHEST).any():  # beyond 64 bits the product means nothing
         order = nulled(order, value.abs() > FARTHEST).fill_null(far)
-    return order, bad, must
+    return order, bad | unknown, must
 
 
 def shown(value: float, layout: Layout) -> str:

@@ -112,6 +112,11 @@ class Card(Strict):
             raise ValueError("format synthetic needs parameters and no sources, every other format the reverse")
         if (self.format == "table") != (self.table is not None):
             raise ValueError("format table needs the key table with its columns, every other format has none")
+        again = self.on_bad.get("duplicates", "keep")
+        if again != "keep" and not any(self.layout(each).clocked for each in self.sources):
+            raise ValueError(
+                f"on_bad.duplicates: {again} needs a time, or a column of the order: what is without is new"
+            )
         names = set() if synthetic else {*self.layout().feedback.values()}
         for name in self.keep or []:
             if name not in names:
