@@ -11,6 +11,7 @@ import numpy as np
 
 from malloc_bench.data.dataset import Dataset, Rows, group
 from malloc_bench.data.errors import DataError
+from malloc_bench.data.formats.ids import plain
 from malloc_bench.data.formats.policies import Judge
 from malloc_bench.registry import UnknownName, clipped, suggest
 
@@ -42,7 +43,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     """One data set of several, whose items know which of them they are of (`Dataset.domains`).
 
     A user whom two sets tell by the same text is one user; numbers name nobody outside of their set, so users who have
-    only a number stay apart. Feedback and label stay where all have them. Raises DataError where the times of some are
+    only a number stay apart, whoever else is there. Feedback and label stay where all have them. Raises DataError where the times of some are
     known and of others are not, where users of two sets are the same and there are no times to mix them by, or where
     their cards have ties in different orders.
     """
@@ -103,9 +104,9 @@ def _named(data: Dataset, ids: np.ndarray, names: pl.Series | None, apart: bool 
     """Text that is the same in two sets where the user is; apart: never."""
     import polars as pl
 
-    if names is not None and not apart:
-        return names
-    return pl.select(pl.lit(f"{data.name}:") + pl.Series(ids if names is None else names).cast(pl.String)).to_series()
+    texts = pl.Series(ids if names is None else names).cast(pl.String)
+    own = pl.select(pl.lit(f"{data.name}:") + texts).to_series()
+    return own if names is None or apart else own.zip_with(plain(names), names)
 
 
 def _sorted(series: Sequence[pl.Series]) -> pl.Series:

@@ -54,6 +54,12 @@ def test_numbers_name_nobody_in_two_sets():
     assert both.item_names.to_list() == ["one:7", "one:8", "two:7", "two:8"]
 
 
+def test_a_number_names_nobody_whoever_else_is_there():
+    """With a word among them, ids are texts: 7 of one set was 7 of the other then, and not without."""
+    joined = join([made("a", [("7", "x", 1), ("ann", "y", 2)]), made("b", [("7", "z", 3), ("ann", "w", 4)])])
+    assert joined.user_names.to_list() == ["a:7", "ann", "b:7"] and np.diff(joined.offsets).tolist() == [1, 2, 1]
+
+
 def test_sets_that_cannot_be_mixed_are_refused_in_a_line():
     untimed = made("untimed", [("ann", "x", 1), ("ann", "y", 2)], time=None)
     with pytest.raises(DataError, match=r"books\+untimed: untimed has no times, so its events have no place"):
