@@ -1,4 +1,4 @@
-"""Writes docs/fitted.md from committed rows (fitted_small, _codes, _wide, fit_ablations, horizon) and benchmarks.
+"""Writes docs/fitted.md: the words of docs/fitted.txt with figures of committed rows and benchmarks.
 
 python docs/fitted.py            --check: says whether the page is what the rows say, and writes nothing
 """
@@ -32,219 +32,6 @@ METHODS = {
     "h2o + mxint": "h2o",
     "recent + mxint": "recent",
 }
-
-TEXT = """# States fitted to what the catalogue asks
-
-*Written by `python docs/fitted.py` from `results/fitted_small/` (`malloc-bench run fitted_small`: ML-100K, 943
-users, three seeds), `results/benchmarks/why.md` and `results/benchmarks/fitted.md`. Of larger data
-[results.md](results.md) has MovieLens-1M, behind SASRec and HSTU (`results/fitted/`, `results/methods/`) and in part
-LSRM (`results/lsrm/`). Not run: fitted states behind MARM and Climber on more than ML-100K, and behind any backbone
-on more than MovieLens-1M's million events.*
-
-*Overlap@10, at floor, headroom, budget 1/k: [what the words mean](reading.md#words).*
-
-## What
-
-A recommender keeps, of each user, keys and values of the history in every layer. They are only ever read by
-*catalogue items*: the newest event in retrieval, candidates in ranking. That set is finite and known
-beforehand, so a state can be **fitted**: keep few slots and solve for what they weigh and hold, so that items
-read from them what they would read from the whole history. At {best_budget} of the bytes, with 4 bits a number,
-such a state keeps {low} to {high} of the top-10 lists of five backbones; keeping the newest events keeps
-{recent_low} to {recent_high}.
-
-## How
-
-M items, *probes*, are sent through the stack over the full state, at the position and time of the next request.
-Of a layer and head they give A, their weights on the n events (with softmax the token's own share s beside it),
-and what they get, T = A V.
-
-1. **Choose** k events by orthogonal matching pursuit: each next one is the column of A that leaves least of T
-   once it stands beside those taken.
-2. **Weigh** them, with softmax: masses m >= 0 with A_S m as near to A 1 as can be. SiLU has no normaliser and
-   no masses.
-3. **Fill** them: values by ridge regression of T on the re-normalised weights; where the token's own share
-   moved from s to s', T + (s - s') v_own is asked for. Rows count by 1 over the deviation of the mixture where
-   a layer norm follows it.
-4. **Guard**: every fifth probe is held out; a head whose fit answers those worse than the chosen slots as they
-   were is left as it was.
-5. **Write** it in few bits. Masses and values are solved for again for keys as they were rounded, and values
-   are rounded a few at a time, heaviest first, those that are left making up for what rounding took (as GPTQ
-   does for weights); where each vector is written by itself, as by codebooks, none is written twice.
-
-`moments` asks for no pursuit: beside the slots of any eviction rule it keeps of all other events one answer to
-first order in the query: their weight, mean key, mean value, and a matrix of rank r from the query to the
-answer (MomentKV), about the *mean query of probes*, not about zero. `fit_constant` is what is left without any
-query: one vector a layer and head.
-
-## Figures
-
-Overlap@10 with the full state's lists, encoder `mxint` (4 bits a number, two bytes a vector), means of three
-trainings; "larger": the smallest state that the method makes is, by a ninth or more;
-{over}. Standard deviations over the trainings:
-{spread}.
-
-{overlap}
-
-Behind HSTU and Climber `mxint` wrote times of slots in eight bytes when these rows and the ablations below were
-made, in four today: a little more fits now.
-
-The same of `fit_omp` without an encoder, and its keys in 3 bits: see `results/fitted_small/leaderboard.md`. The
-curves of each backbone: `results/fitted_small/figures/`.
-
-![Overlap and NDCG by bytes, HSTU](../results/fitted_small/figures/pareto-ml-100k-retrieval-leave_one_out-hstu.png)
-
-What making it costs, in prefills:
-
-{made}
-
-What reading it costs beyond reading an empty state, as a share of what the full state costs beyond it (FLOPs: of
-those of rebuilding the state from raw ids and reading it):
-
-{read}
-
-This is of a state that is read again: its first read also sees how each field of a layer is written. `fit_constant`, a
-memory without slots, is read by plain products, which no kernel takes, and costs more than few slots do.
-
-What the bytes hold (fit_omp + mxint):
-
-{parts}
-
-### What a fit depends on
-
-Overlap@10 of `fit_omp` + `mxint` (`malloc-bench run fit_ablations`, ML-100K, one seed). Probes drawn by training
-events, where nothing else is said; with `candidates` the very items that will read are the probes, which nobody
-can have: a ceiling.
-
-{ablations}
-
-More than 64 to 128 probes add little, ridge hardly matters (but with many slots behind HSTU, where less is better:
-[results.md](results.md)), and which probes matters most where slots are fewest: those that the model ranks first for
-the user are as good as any (to .001) or better. At the ceiling, one known reader to a user, the same bytes keep
-{ceiling} of the lists: it is not the rounding that is lost at 1/64, but what other readers ask.
-
-### In which bits, and where
-
-`fit_keys` chooses as above and then moves the keys by gradient; 256 top items as probes. `gain_shape` writes a
-vector as a byte of size and twelve codes into codebooks that training users share, 13 bytes for 50 numbers where
-`mxint` takes 27: fewer bits for more slots. `auto` takes curves of what each layer loses with how many bytes, of
-either encoder, from training users, and divides the bytes by them. Overlap@10 (`malloc-bench run fitted_codes`, in
-parts that [results.md](results.md) names):
-
-{codes}
-
-These rows of `auto` chose by probes less likely than readers are, and these of `gain_shape` coded some values twice;
-what both keep since then: [results.md](results.md), *Since then two faults were found*.
-
-What it costs in accuracy, on MovieLens-1M: NDCG@10 less that of the full state, each user's mean over the trainings,
-with intervals over users; **bold** where less than 1 % of it is lost, surely (`malloc-bench tables results/fitted_codes
---table significance`: one-sided, at 2.5 %, Holm-corrected for all methods and bytes of a backbone).
-
-{costs}
-
-### Behind stronger backbones
-
-The backbones above are small. Behind the strongest SASRec and HSTU of `suites/reference.yaml`, four layers of 128
-numbers and two heads, {wide_kb} KB a user (MovieLens-1M, {wide_users:,} users; `malloc-bench run fitted_wide`,
-`auto` left out; encoder `mxint`; {wide_seeds}):
-overlap@10, and NDCG@10 less that of the full state with its interval (of each user's mean over the trainings).
-
-{wide}
-
-{wide_said}
-
-### For whom it fails
-
-Overlap@10 at 1/32 of the bytes, seed 0; users in thirds by history (fewest events first), by training events of the
-item that reads and of the one that came next (rarest first); then those whose reader is one of 128 probes drawn, and
-those whose is not; and the percentage of users with less than 7 of 10 kept (`examples/where.py`; HSTU and Climber, here
-and under *Why it works*, of other weights than above: the same suite and seed on a CPU that sums in another order):
-
-{where}
-
-A fit serves readers that were no probes as well as those that were, and rare ones hardly worse than popular ones.
-
-### Items that come later
-
-A tenth of the items, the newest or the rarest, are kept from the probes (128; `fit_omp` + `mxint`, 1/32 of the bytes,
-seed 0, 256 users; `examples/later.py`). Overlap@10 where items that were no probes read, and of the ten best of as many
-candidates, each of the other items and of the tenth:
-
-{later}
-
-As candidates such items are found as well as others. As readers they ask for what probes drawn by their events never
-asked; probes drawn of all items alike (`which: even`) make up for a quarter to three fifths of it (behind LSRM for
-all), though none of the tenth is among them.
-
-### In ranking
-
-Where every candidate reads, reading depends on who reads more than above, and `auto` is ahead from 1/8 to 1/128:
-[results.md](results.md), *Fitted states in ranking*.
-
-### One plan for all
-
-`auto` divides bytes over layers, methods and bits by what training users lose, one plan for all: a budget caps each
-user, so that no bytes can move between them. Would users do better with plans of their own, of equal bytes? `bits`:
-fewer slots in more or more in fewer; `layers`: how much of the bytes the lower layer has (overlap@10, seed 0;
-`examples/choices.py`). `kept` is the best single plan; then what is gained on it where each third of users by length or
-by rank of A gets the plan that was best for that third among others, where each user gets the one that 32 probes held
-out lose least by, for which all must be made, and, luck included, by the outcome:
-
-{choices}
-
-Neither length nor rank tells: what they gain is noise, of either sign. Probes held out tell a little where bytes are
-fewest, for the price of all plans. So `auto` stays one plan. What does help is the same for all: most of the bytes to
-the lower layer.
-
-## Why it works, and what that says of the backbones
-
-{why}
-
-A layer reads little more than one vector and one or two directions: the rank of its weights is small, a
-constant explains most of what a held-out item gets, one linear direction most of the rest, and the lowest layer
-of a stack reads most by query. So the finding is about backbones and data as much as about the method: on these
-data, of five backbones {headroom} reading by query to be seen in NDCG@10 above that constant.
-
-## How long it lasts
-
-The adversary is a generated world in which each answer hangs on one old event, another one at each next position
-(`malloc-bench run horizon`, HSTU, three seeds; the full state's HR@10 is {horizon_full}, {horizon_best} is possible).
-A state is left as it was made while events come. Its probes stood at the positions of the next h requests
-(`horizon`); overlap@10 at the last of these requests (of 51 at the 21st: after 50 events answers hang on what came
-since, which every state has), and in brackets at the first one looked at beyond:
-
-{horizon}
-
-(Events of this world come again, and its suite ranks them too; what is told of later requests here left them out, as
-drift did when these rows were made. It counts lists as its suite does now.)
-
-At one known position every answer is the same for all who ask: a constant keeps {horizon_constant}, and
-{horizon_constant_later} one event later; no history {horizon_none}, the newest {horizon_slots} slots {horizon_newest}.
-With slots enough a fit holds to the end of its horizon; at the first position looked at beyond it, one event later
-for the first row, much of it is lost. The horizon costs slots: of those tried it takes {enough} requests to keep .8.
-
-## Limits
-
-- A fit knows the positions it was made for. Where attention hangs on distance, probes must stand at those of all
-  later requests that the state should serve (above).
-- Items that come to the catalogue later were no probes, and read worse where probes are drawn by events (above);
-  `which: even` serves them better. All that were looked at had been in training; of vectors that nobody has trained
-  nothing is known.
-- Fitting costs as long as one prefill or longer for 200 events, a fraction of one for 2,000 (the table above). A state
-  that is read once is not worth it.
-- 943 users of one data set are few. Compare `fit_constant` in your own table before you believe
-  any of it.
-
-## Try it
-
-```
-malloc-bench run fitted_small                     # these rows, two hours; --only seed=0 38 minutes
-python examples/fitted.py                         # the same on plain tensors
-python examples/why.py                            # the last table, of the backbones just trained
-python examples/where.py runs/fitted_small --budget 1/32
-python examples/later.py                          # items that were kept from the fit
-python examples/choices.py                        # plans of users' own, half an hour
-```
-"""
 
 
 def rows() -> pl.DataFrame:
@@ -490,29 +277,33 @@ def page() -> str:
     fitted, recent = (overlap(found, method, budget).values() for method in (FITTED, "recent + mxint"))
     above = dict(found.filter(pl.col("compressor") == "full").select("backbone", "query_headroom").iter_rows())
     some = [NAMES[name] for name in NAMES if above.get(name)]
-    return TEXT.format(
-        best_budget=BUDGETS[budget],
-        low=f"{min(fitted):.0%}",
-        high=f"{max(fitted):.0%}",
-        recent_low=f"{min(recent):.0%}",
-        recent_high=f"{max(recent):.0%}",
-        overlap=table(found),
-        spread=spread(),
-        over=over(found),
-        made=committed("fitted.md"),
-        read=committed("fitted.md", 1),
-        parts=committed("fitted.md", 2),
-        ablations=ablations(),
-        ceiling=ceiling(),
-        where=committed("where.md"),
-        later=committed("later.md"),
-        choices=committed("choices.md"),
-        why=committed("why.md"),
-        **horizon(),
-        **wide(),
-        codes=codes(),
-        costs=costs(),
-        headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
+    return (
+        (ROOT / "docs" / "fitted.txt")
+        .read_text()
+        .format(
+            best_budget=BUDGETS[budget],
+            low=f"{min(fitted):.0%}",
+            high=f"{max(fitted):.0%}",
+            recent_low=f"{min(recent):.0%}",
+            recent_high=f"{max(recent):.0%}",
+            overlap=table(found),
+            spread=spread(),
+            over=over(found),
+            made=committed("fitted.md"),
+            read=committed("fitted.md", 1),
+            parts=committed("fitted.md", 2),
+            ablations=ablations(),
+            ceiling=ceiling(),
+            where=committed("where.md"),
+            later=committed("later.md"),
+            choices=committed("choices.md"),
+            why=committed("why.md"),
+            **horizon(),
+            **wide(),
+            codes=codes(),
+            costs=costs(),
+            headroom=f"only {' and '.join(some)} shows" if len(some) == 1 else f"{len(some)} show",
+        )
     )
 
 
