@@ -43,9 +43,9 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     """One data set of several, whose items know which of them they are of (`Dataset.domains`).
 
     A user whom two sets tell by the same text is one user; numbers name nobody outside of their set, so users who have
-    only a number stay apart, whoever else is there. Feedback and label stay where all have them. Raises DataError where the times of some are
-    known and of others are not, where users of two sets are the same and there are no times to mix them by, or where
-    their cards have ties in different orders.
+    only a number stay apart, whoever else is there. Feedback and label stay where all have them. Raises DataError where
+    the times of some are known and of others are not, where users of two sets are the same and there are no times to
+    mix them by, or where their cards have ties in different orders.
     """
     name = "+".join(data.name for data in parts)
     ties = {data.name: Judge(data.card.on_bad).answer("ties") for data in parts}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 CUTOFFS = (5, 10, 50)
 _BLOCK = 1 << 19  # bootstrap weights held at once (4 MB)
+_KEPT = 1 << 24  # of one number of users, kept for the next comparison (32 MB)
 
 
 def hit_rate(ranks: npt.ArrayLike, k: int) -> Floats:
@@ -203,12 +205,22 @@ def paired_bootstrap(
 
 def _resamples(users: int, n: int, seed: int) -> Iterable[Floats]:
     """How often each user is drawn in each of n resamples, as blocks (b, U)."""
+    blocks = _kept(users, n, seed) if users * n <= _KEPT else _drawn(users, n, seed)
+    return (block.astype(np.float64) for block in blocks)
+
+
+@lru_cache(4)  # a report compares hundreds of cells of the same users, and to draw takes most of the time
+def _kept(users: int, n: int, seed: int) -> list[npt.NDArray[np.uint16]]:
+    return list(_drawn(users, n, seed))
+
+
+def _drawn(users: int, n: int, seed: int) -> Iterable[npt.NDArray[np.uint16]]:
     rng = np.random.default_rng(seed)
     step = max(1, _BLOCK // users)
     for start in range(0, n, step):
         rows = min(step, n - start)
         drawn = rng.integers(0, users, (rows, users)) + np.arange(rows)[:, None] * users
-        yield np.bincount(drawn.ravel(), minlength=rows * users).reshape(rows, users).astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=rows * users).reshape(rows, users).astype(np.uint16)
 
 
 def two_sided(delta: float, error: float, users: int) -> float:
