@@ -180,9 +180,7 @@ def codes() -> str:
             if len(at):
                 cells = (f"{known[name]:.3f}" if name in known else "" for name in CODES)
                 lines.append(
-                    f"| {data}, {NAMES[str(backbone)]} | {at['seeds_total'].min()} | {share} | "
-                    + " | ".join(cells)
-                    + " |"
+                    f"| {data}, {NAMES[str(backbone)]} | {at['seeds'].min()} | {share} | " + " | ".join(cells) + " |"
                 )
     return "\n".join(lines)
 

@@ -43,11 +43,12 @@ def newest(frame: pl.DataFrame) -> pl.DataFrame:
 def aggregate(frame: pl.DataFrame, also: Sequence[str] = ()) -> pl.DataFrame:
     """Means over the seeds that ended ok, one row a method and budget, with labels instead of parameters.
 
-    Adds `seeds` (how many the means cover), `seeds_total`, `cell_ids` (theirs, apart by blanks), `method` (the bare
-    name), `alike_lo` and `alike_hi` (the least and the most that a seed keeps of the full state's order), `read_ms` (a
-    read over the full state's, round by round, times the full state's: what other work on a machine moves least), and
-    within each dataset, task, split and backbone what `judge.judged` says. Over several seeds interval ends are
-    averaged, which leaves the interval as wide as one seed's. `also` names further columns of numbers to average.
+    Adds `seeds` (how many the means cover), `seeds_total` (the most that any method there has), `cell_ids` (theirs,
+    apart by blanks), `method` (the bare name), `alike_lo` and `alike_hi` (the least and the most that a seed keeps of
+    the full state's order), `read_ms` (a read over the full state's, round by round, times the full state's: what other
+    work on a machine moves least), and within each dataset, task, split and backbone what `judge.judged` says. Over
+    several seeds interval ends are averaged, which leaves the interval as wide as one seed's. `also` names further
+    columns of numbers to average.
     """
     asked = tuple(also)
     if not (_LAST and _LAST[0][0] is frame and _LAST[0][1] == asked):
@@ -83,6 +84,7 @@ def _aggregated(frame: pl.DataFrame, also: Sequence[str]) -> pl.DataFrame:
             delta().filter(ok).std().alias("delta_spread"),
         )
         .filter(pl.col("seeds") > 0)
+        .with_columns(pl.col("seeds_total").max().over(GROUP))  # one beside means of three is told
         .rename({"compressor": "method", "compressor_params": "compressor"})
     )
     noisy = pl.col("structural") & (pl.col("seeds") < MIN_STRUCTURAL_SEEDS)
