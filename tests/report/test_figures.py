@@ -61,6 +61,27 @@ def test_points_are_the_numbers_of_the_board(board):
     assert list(full.get_xdata()) == [133_000]
 
 
+def test_a_method_of_fewer_trainings_stands_where_its_paired_difference_puts_it(board):
+    """Its mean of a lucky training stood above the full state's mean of all."""
+    lucky = board.with_columns(
+        pl.when(pl.col("method") == "h2o").then(1).otherwise(3).alias("seeds"), pl.lit(3).alias("seeds_total")
+    )
+    before, after = (
+        {
+            line.get_gid(): line.get_ydata()
+            for line in lines(drawn_panels(pareto_figure(each, "x"))[SIZE, "NDCG@10"], "family")
+        }
+        for each in (board, lucky)
+    )
+    ((full, *_),) = board.filter(method="full").select("ndcg@10").rows()
+    rows = board.filter(method="h2o", family="eviction")
+    want = [full + delta for delta in rows["delta_ndcg@10"]]
+    assert set(map(float, after["family:eviction"])) >= set(want)
+    assert {key: list(y) for key, y in before.items() if key != "family:eviction"} == {
+        key: list(y) for key, y in after.items() if key != "family:eviction"
+    }
+
+
 @pytest.mark.parametrize("width", WIDTHS.values())
 def test_what_is_on_the_front_is_named_and_no_two_names_touch(board, width):
     figure = pareto_figure(board, "x", width)
