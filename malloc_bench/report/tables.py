@@ -92,7 +92,8 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
 
     What knows the tokens that will read is left out.
     """
-    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(main() / full()).alias("kept"))
+    kept = pl.coalesce(1 + pl.col("delta_of_full"), main() / full())  # of the trainings that both have
+    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(kept).alias("kept"))
     smallest = pl.col("bytes_mean").arg_min()
     lossless = pl.col("lossless").fill_null(False)
     return (
