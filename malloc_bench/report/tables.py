@@ -92,8 +92,7 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
 
     What knows the tokens that will read is left out.
     """
-    kept = pl.coalesce(1 + pl.col("delta_of_full"), main() / full())  # of the trainings that both have
-    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(kept).alias("kept"))
+    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(main() / full()).alias("kept"))
     smallest = pl.col("bytes_mean").arg_min()
     lossless = pl.col("lossless").fill_null(False)
     return (

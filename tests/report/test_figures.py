@@ -63,8 +63,11 @@ def test_points_are_the_numbers_of_the_board(board):
 
 def test_a_method_of_fewer_trainings_stands_where_its_paired_difference_puts_it(board):
     """Its mean of a lucky training stood above the full state's mean of all."""
+    one = pl.col("method") == "h2o"
     lucky = board.with_columns(
-        pl.when(pl.col("method") == "h2o").then(1).otherwise(3).alias("seeds"), pl.lit(3).alias("seeds_total")
+        pl.when(one).then(1).otherwise(3).alias("seeds"),
+        pl.lit(3).alias("seeds_total"),
+        pl.when(one).then(pl.col("ndcg@10") + 0.05).otherwise("ndcg@10").alias("ndcg@10"),
     )
     before, after = (
         {
@@ -73,13 +76,7 @@ def test_a_method_of_fewer_trainings_stands_where_its_paired_difference_puts_it(
         }
         for each in (board, lucky)
     )
-    ((full, *_),) = board.filter(method="full").select("ndcg@10").rows()
-    rows = board.filter(method="h2o", family="eviction")
-    want = [full + delta for delta in rows["delta_ndcg@10"]]
-    assert set(map(float, after["family:eviction"])) >= set(want)
-    assert {key: list(y) for key, y in before.items() if key != "family:eviction"} == {
-        key: list(y) for key, y in after.items() if key != "family:eviction"
-    }
+    assert after.keys() == before.keys() and all(list(after[key]) == pytest.approx(list(before[key])) for key in before)
 
 
 @pytest.mark.parametrize("width", WIDTHS.values())

@@ -6,6 +6,7 @@ import pytest
 
 from malloc_bench.paths import shipped
 from malloc_bench.report import render, tables
+from malloc_bench.report.board import aggregate
 from malloc_bench.results import budget_label, frame, label
 
 SLICES = ("<50", "popularity 1/4", "tied with it", "of ml-1m")
@@ -77,6 +78,16 @@ def test_taxonomy_finds_the_smallest_lossless_state(row, board_of):
     one = tables.taxonomy(board_of(cell(0.5, -0.001), cell(0.25, -0.0015), cell(0.125, -0.01))).row(0, named=True)
     assert one["lossless_smaller_x"] == 4 and one["lossless_bytes"] == 250 and one["cells"] == 3
     assert one["smallest_smaller_x"] == 8 and one["smallest_kept"] == 1
+
+
+def test_what_is_kept_is_of_the_trainings_that_both_have(row, board_of):
+    """The second training's full state is half as good: a method that was not run there is no better for it."""
+    full = [row(family="baseline", compressor="full", seed=s, **{"ndcg@10": n}) for s, n in enumerate((0.2, 0.1))]
+    once = row(family="eviction", compressor="h2o", ratio=0.5, bytes_mean=9, **{"ndcg@10": 0.2, "delta_ndcg@10": 0.0})
+    frame = board_of(full, once)
+    assert tables.taxonomy(frame).filter(method="h2o")["smallest_kept"].to_list() == [1]
+    board = aggregate(frame).filter(method="h2o")
+    assert (board["seeds"].item(), board["seeds_total"].item()) == (1, 2)
 
 
 def test_a_method_that_is_never_lossless_is_blank(row, board_of):
