@@ -11,7 +11,7 @@ import polars as pl
 from malloc_bench.registry import clipped, folded, shown, suggest
 from malloc_bench.report.judge import alike, delta, full, judged, main, one_line_a_state, tested
 from malloc_bench.report.lineage import APART, apart
-from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label
+from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label, spelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -248,13 +248,14 @@ def of_seeds(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.Dat
 
 def having(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
     """Which rows have one of the values; raises ValueError for a value that none has."""
-    had = [_had(key, value) for value in rows[SELECTED[key]]]
-    known = {value for each in had for value in each}
+    had = [{spelled(each): each for each in _had(key, value)} for value in rows[SELECTED[key]]]
+    known = {short: name for each in had for short, name in each.items()}
     asked = {value: budget_asked(value) if key == "budget" else value for value in values}
     for value, meant in asked.items():
-        if meant not in known:
-            raise ValueError(f"--only {key}={value}: no row has it.{suggest(meant, known)}")
-    return pl.Series([not each.isdisjoint(asked.values()) for each in had], dtype=pl.Boolean)
+        if spelled(meant) not in known:
+            raise ValueError(f"--only {key}={value}: no row has it.{suggest(meant, known.values())}")
+    chosen = {*map(spelled, asked.values())}
+    return pl.Series([not chosen.isdisjoint(each) for each in had], dtype=pl.Boolean)
 
 
 def _had(key: str, value: str | int | None) -> set[str]:

@@ -91,6 +91,11 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def spelled(label: str) -> str:
+    """A label in the one way that all of its spellings share: no spaces, what stands in brackets in order of the alphabet."""
+    return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))
+
+
 def first_step(label: str) -> str:
     """The bare name of a method, or of a chain's first step, from the label of either."""
     return label.split(" + ")[0].split("(")[0]

@@ -14,7 +14,7 @@ from malloc_bench.data import DataError
 from malloc_bench.data.tasks.splits import Rule
 from malloc_bench.data.tasks.tasks import Task
 from malloc_bench.registry import suggest
-from malloc_bench.results import budget_asked, budget_label, canonical_json
+from malloc_bench.results import budget_asked, budget_label, canonical_json, spelled
 from malloc_bench.suite import file as suite_file
 from malloc_bench.suite import parts as suite_parts
 from malloc_bench.suite.cells import Cell, Part
@@ -203,19 +203,20 @@ _KEYS = {
 
 
 def only(cells: Sequence[Cell], wanted: Mapping[str, str | Sequence[str]]) -> list[Cell]:
-    """The cells that have, of each key, the value wanted or one of several: a name or a label, a budget in any way of
+    """The cells that have, of each key, the value wanted or one of several: a name or a label, parameters in any order,
 
-    writing it (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
+    a budget in any way of writing it (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
     """
     every = list(cells)
     for key, asked in wanted.items():
         values = [asked] if isinstance(asked, str) else list(asked)
         if key not in _KEYS:
             raise SuiteError(f"--only {key}={','.join(values)}: unknown key.{suggest(key, _KEYS)}")
-        valid = {each for cell in every for each in _KEYS[key](cell)}
+        valid = {spelled(each): each for cell in every for each in _KEYS[key](cell)}
         meant = [budget_asked(value) if key == "budget" else value for value in values]
         for value, each in zip(values, meant):
-            if each not in valid:
-                raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(each, valid)}")
-        cells = [cell for cell in cells if not set(meant).isdisjoint(_KEYS[key](cell))]
+            if spelled(each) not in valid:
+                raise SuiteError(f"--only {key}={value}: no cell of the suite has it.{suggest(each, valid.values())}")
+        chosen = {*map(spelled, meant)}
+        cells = [cell for cell in cells if not chosen.isdisjoint(map(spelled, _KEYS[key](cell)))]
     return list(cells)

@@ -310,6 +310,14 @@ def test_rows_columns_and_order_of_ones_own(suite):
     assert sizes == sorted(sizes) and len(sizes) == 47
 
 
+def test_a_label_is_asked_for_with_its_parameters_in_any_order(suite):
+    longer = suite.with_columns(compressor_params=pl.lit('{"bits":2,"group":8}'))
+    for label in ("kivi(bits=2, group=8)", "kivi(group=8,bits=2)"):
+        assert "kivi(bits=2, group=8)" in shown(longer, only={"compressor": [label]})
+    with pytest.raises(ValueError, match="no row has it"):
+        shown(longer, only={"compressor": ["kivi(group=2,bits=8)"]})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
