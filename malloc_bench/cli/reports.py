@@ -58,13 +58,15 @@ def tables(
     run: RunArg,
     table: Annotated[str | None, typer.Option(help="paper, pareto, significance, accuracy ...; else all.")] = None,
     format: Annotated[Literal["md", "csv", "latex"], typer.Option()] = "md",
+    only: Only = None,
 ) -> None:
     """The tables of a run, as text."""
     from malloc_bench.report.tables import TABLES, render_table
     from malloc_bench.results import load_results
 
-    frame = load_results(run)
-    say("\n".join(render_table(frame, name, format, run) for name in ([table] if table else TABLES)), end="")
+    frame, chosen = load_results(run), pairs(only or [])
+    names = [table] if table else TABLES
+    say("\n".join(render_table(frame, name, format, run, chosen) for name in names), end="")
 
 
 @reports.command()

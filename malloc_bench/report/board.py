@@ -11,7 +11,8 @@ import polars as pl
 from malloc_bench.registry import clipped, folded, shown, suggest
 from malloc_bench.report.judge import alike, delta, full, judged, main, one_line_a_state, tested
 from malloc_bench.report.lineage import APART, apart
-from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label, spelled
+from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label
+from malloc_bench.results.labels import spelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -248,14 +249,35 @@ def of_seeds(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.Dat
 
 def having(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
     """Which rows have one of the values; raises ValueError for a value that none has."""
-    had = [{spelled(each): each for each in _had(key, value)} for value in rows[SELECTED[key]]]
-    known = {short: name for each in had for short, name in each.items()}
+    known = {spelled(each): each for value in rows[SELECTED[key]].unique() for each in _had(key, value)}
     asked = {value: budget_asked(value) if key == "budget" else value for value in values}
     for value, meant in asked.items():
         if spelled(meant) not in known:
             raise ValueError(f"--only {key}={value}: no row has it.{suggest(meant, known.values())}")
-    chosen = {*map(spelled, asked.values())}
-    return pl.Series([not chosen.isdisjoint(each) for each in had], dtype=pl.Boolean)
+    return _matching(rows[SELECTED[key]], key, values)
+
+
+def narrowed(
+    table: pl.DataFrame, frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]
+) -> tuple[pl.DataFrame, list[str]]:
+    """Of a table made of a results frame the lines that have the values wanted, and the keys that it has no column of.
+
+    Seeds are for `of_seeds`. Raises as `select`, whichever table it is.
+    """
+    select(frame, wanted)
+    lacking = []
+    for key, values in ((key, values) for key, values in wanted.items() if key != "seed"):
+        column = "method" if key == "compressor" and key not in table.columns else key  # `taxonomy` has bare names
+        if column in table.columns:
+            table = table.filter(_matching(table[column], key, values))
+        else:
+            lacking.append(key)
+    return table, lacking
+
+
+def _matching(column: pl.Series, key: str, values: Sequence[str]) -> pl.Series:
+    asked = {spelled(budget_asked(value) if key == "budget" else value) for value in values}
+    return pl.Series([not asked.isdisjoint(map(spelled, _had(key, each))) for each in column], dtype=pl.Boolean)
 
 
 def _had(key: str, value: str | int | None) -> set[str]:

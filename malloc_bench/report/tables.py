@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from malloc_bench.evaluation.metrics import slices as length_slices
 from malloc_bench.registry import suggest
-from malloc_bench.report.board import EMPTY, GROUP, aggregate, newest, sections, share_of
+from malloc_bench.report.board import EMPTY, GROUP, aggregate, narrowed, newest, of_seeds, sections, share_of
 from malloc_bench.report.evidence import HEAD, LABELS, PAPER
 from malloc_bench.report.judge import deployable, full, main, remark
 from malloc_bench.report.leaderboard import BUDGET_OF, without_data
@@ -286,20 +286,30 @@ def table(frame: pl.DataFrame, name: str, folder: str | Path | None = None) -> p
     return chosen.make(frame, folder) if chosen.by_user else chosen.make(frame)
 
 
-def render_table(frame: pl.DataFrame, name: str, format: str = "md", folder: str | Path | None = None) -> str:
+def render_table(
+    frame: pl.DataFrame,
+    name: str,
+    format: str = "md",
+    folder: str | Path | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """A table as text in one of FORMATS; columns that are blank throughout are left out (not in CSV).
 
-    Raises ValueError for an unknown name or format.
+    only: the lines shown, as `board.select` takes it; methods are judged among all of the run.
+    Raises ValueError for an unknown name or format, or what no row has.
     """
     if format not in FORMATS:
         raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
-    data = table(frame, name, folder)
+    data = table(of_seeds(frame, only or {}), name, folder)
+    lines = without_data(frame)
+    if only:
+        data, lacking = narrowed(data, frame, only)
+        lines += [f"not narrowed by {key}: this table has no such column" for key in lacking]
     if format == "csv":
         return csv(data)
     made = f" Rows for it come of `malloc-bench run {SUITES[name]}`." if name in SUITES else ""
     nothing = EMPTY if frame.is_empty() else NOTHING + made
     blocks = list(_blocks(data, name))
-    lines = without_data(frame)
     if format == "latex":
         parts = [latex(b.rows, b.columns, f"{name}: {_said(b)}", b.apart, b.notes) for b in blocks]
         return "\n".join([*(parts or [f"% {nothing}\n"]), *(f"% {line}\n" for line in lines)])

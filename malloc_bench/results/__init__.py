@@ -24,7 +24,7 @@ from malloc_bench.files import (
 )
 from malloc_bench.registry import clipped, suggest
 from malloc_bench.results.faults import fault, no_results
-from malloc_bench.results.labels import budget_asked, budget_label, budget_labels, budget_text, label, share, size, spelled
+from malloc_bench.results.labels import budget_asked, budget_label, budget_labels, budget_text, label, share, size
 from malloc_bench.results.versions import newest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLUMNS", "SCHEMA_VERSION", "ResultsError", "Row", "atomic_write", "budget_asked", "budget_label", "budget_labels",
     "budget_text", "canonical_json", "cell_id", "digest", "frame", "label", "load_results", "no_results",
-    "read_rows", "remove_leftovers", "rows_of", "share", "size", "spelled", "to_parquet", "write_per_user", "write_row",
+    "read_rows", "remove_leftovers", "rows_of", "share", "size", "to_parquet", "write_per_user", "write_row",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)

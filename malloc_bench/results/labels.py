@@ -92,7 +92,7 @@ def _show(value: Any) -> str:
 
 
 def spelled(label: str) -> str:
-    """A label in the one way that all of its spellings share: no spaces, what stands in brackets in order of the alphabet."""
+    """A label as all of its spellings come out: without spaces, parameters in order of the alphabet."""
     return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))
 
 

@@ -14,7 +14,8 @@ from malloc_bench.data import DataError
 from malloc_bench.data.tasks.splits import Rule
 from malloc_bench.data.tasks.tasks import Task
 from malloc_bench.registry import suggest
-from malloc_bench.results import budget_asked, budget_label, canonical_json, spelled
+from malloc_bench.results import budget_asked, budget_label, canonical_json
+from malloc_bench.results.labels import spelled
 from malloc_bench.suite import file as suite_file
 from malloc_bench.suite import parts as suite_parts
 from malloc_bench.suite.cells import Cell, Part
@@ -205,7 +206,7 @@ _KEYS = {
 def only(cells: Sequence[Cell], wanted: Mapping[str, str | Sequence[str]]) -> list[Cell]:
     """The cells that have, of each key, the value wanted or one of several: a name or a label, parameters in any order,
 
-    a budget in any way of writing it (`none` without one). Raises SuiteError for an unknown key, or a value that no cell has.
+    a budget in any way of writing it (`none` without one). Raises SuiteError for an unknown key or what no cell has.
     """
     every = list(cells)
     for key, asked in wanted.items():

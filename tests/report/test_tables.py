@@ -43,6 +43,21 @@ def test_unknown_names_come_with_the_nearest(suite):
         tables.render_table(suite, "accuracy", "tex")
 
 
+def test_lines_that_were_asked_for_are_judged_among_all(suite):
+    only = {"backbone": ["hstu"], "compressor": ["snapkv"], "budget": ["1/4"]}
+    whole, asked = (tables.render_table(suite, "accuracy", "csv", only=each) for each in (None, only))
+    assert asked.splitlines()[1:] == [
+        line for line in whole.splitlines() if ",hstu,6040,,eviction,snapkv" in line and ",25 %," in line
+    ]
+    assert len(asked.splitlines()) > 1
+    text = tables.render_table(suite, "taxonomy", only=only)
+    assert "snapkv" in text and "kivi" not in text and "not narrowed by budget" in text
+    for name in tables.TABLES:
+        assert "sasrec" not in tables.render_table(suite, name, only={"backbone": ["hstu"]})
+        with pytest.raises(ValueError, match=r"--only seed=7: no row has it"):
+            tables.render_table(suite, name, only={"seed": ["7"]})
+
+
 def test_csv_reads_back(suite):
     text = tables.render_table(suite, "accuracy", "csv")
     assert pl.read_csv(io.StringIO(text))["ndcg@50"].to_list() == pytest.approx(
