@@ -11,8 +11,10 @@ import typer
 
 
 def run_folder(name: str) -> Path:
-    """A run's folder by its path, or runs/NAME where that is one and the path is not."""
+    """A run's folder by its path or that of its `results.parquet`, or runs/NAME where that is one and the path is not."""
     path, usual = Path(name), Path("runs") / name
+    if path.name == "results.parquet" and path.is_file():
+        return path.parent
     return usual if not path.exists() and usual.is_dir() else path
 
 

@@ -396,6 +396,9 @@ def test_tables(smoke: Any, capsys: Capture) -> None:
     assert all(f"# {name}" in shown for name in ("Accuracy", "Resources", "Taxonomy", "Slices"))
     assert cli.main(["tables", "runs/smoke", "--table", "taxonomy", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("dataset,task,split,backbone,family,method")
+    assert cli.main(["tables", "smoke", "--table", "taxonomy", "--only", "compressor=snapkv"]) == 0
+    shown = capsys.readouterr().out
+    assert "snapkv" in shown and "recent" not in shown
     assert cli.main(["tables", "runs/smoke", "--table", "papr"]) == 2
     assert capsys.readouterr().err == "malloc-bench: no table is named 'papr'. Did you mean 'paper'?\n"
     assert cli.main(["tables", "runs/smoke", "--format", "latex"]) == 0
@@ -415,7 +418,8 @@ def test_a_report_of_a_parquet_alone_leaves_it_as_it_is(smoke: Any, capsys: Capt
     results.to_parquet(folder)
     shutil.rmtree(folder / "rows")
     before = (folder / "results.parquet").read_bytes()
-    assert cli.main(["report", "runs/smoke"]) == 0
+    for run in ("runs/smoke", "runs/smoke/results.parquet"):
+        assert cli.main(["report", run]) == 0
     assert (folder / "results.parquet").read_bytes() == before
     assert "snapkv" in (folder / "leaderboard.md").read_text()
 
