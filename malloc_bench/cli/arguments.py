@@ -11,7 +11,7 @@ import typer
 
 
 def run_folder(name: str) -> Path:
-    """A run's folder by its path or that of its `results.parquet`, or runs/NAME where that is one and the path is not."""
+    """A run's folder, by its path, its `results.parquet`, or its name below runs/ where the path is nothing."""
     path, usual = Path(name), Path("runs") / name
     if path.name == "results.parquet" and path.is_file():
         return path.parent
