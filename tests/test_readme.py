@@ -145,8 +145,16 @@ def test_every_command_of_every_page_can_be_typed(line: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     folder = ROOT if name in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
-    links = [link for link in re.findall(r"\]\(([^)#]+)", PAGES[name]) if "://" not in link]
-    assert all((folder / link).exists() for link in links), links
+    for path, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", PAGES[name])):
+        if path.endswith(".md") or not path:
+            assert not anchor or anchor in anchors(PAGES[Path(path).name or name]), f"{path}#{anchor}"
+        assert "://" in path or (folder / path).exists(), path
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub calls a page's headings."""
+    heads = re.findall(r"^#+ (.+)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).replace(" ", "-") for head in heads}
 
 
 def test_the_finding_is_what_the_committed_rows_say() -> None:
