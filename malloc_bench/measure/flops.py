@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from malloc_bench import kernels
 from malloc_bench.backbones import Backbone
 from malloc_bench.compressors import Compressor
-from malloc_bench.compressors.base import Source, methods_in
+from malloc_bench.compressors.base import Source, methods_in, ours
 from malloc_bench.measure.workload import Workload
 from malloc_bench.state import Stats, UserState
 
@@ -63,7 +63,8 @@ def closed_form(
     made from, which says how many events each layer has; without it all, as behind all but Climber. Compress includes
     the attention statistics that the method needs: the matmul-like work that they add to a blockwise prefill. A read of
     raw events includes their prefill. None: appending to raw events computes nothing; the backbone has no closed form.
-    again: makes the states once more, to be counted where a method of others has no closed form of its own.
+    again: makes the states once more, to be counted for a method of others: where it has no closed form of its own, or
+    one that says less.
     """
     n = workload.history
     prefill = backbone.flops("prefill", n)
@@ -73,8 +74,10 @@ def closed_form(
     blocks = getattr(backbone, "blocks", ())
     events = [n] * len(blocks) if full is None else [layer[0].width for layer in full.layers]
     of = [Source(x, each.heads, each.heads // getattr(each, "channels", 1)) for x, each in zip(events, blocks)]
-    counted = again is not None and not all(map(_has_a_form, methods_in(compressor)))
-    made = count_flops(again) // workload.users if again and counted else compressor.flops(state, of)
+    made = compressor.flops(state, of)
+    if again and not ours(compressor):
+        counted = count_flops(again) // workload.users
+        made = max(made, counted) if all(map(_has_a_form, methods_in(compressor))) else counted
     return {
         "prefill_flops": prefill,
         "compress_flops": None if statistics is None else statistics + made,

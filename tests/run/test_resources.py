@@ -160,9 +160,9 @@ def test_requests_have_columns_of_their_own(models, caplog):
     assert rows["full"]["measured_history"] == 10
 
 
-@pytest.mark.parametrize("own", [None, 0, 12])
-def test_what_others_build_is_counted_where_they_do_not_say_what_it_multiplies(models, own):
-    """That of ours knows nothing of it: no work at all was written down."""
+@pytest.mark.parametrize("own", [None, 0, 12, 10**6])
+def test_what_others_build_is_counted_where_they_say_nothing_or_less(models, own):
+    """That of ours knows nothing of it: no work at all was written down; and nobody's word is taken for less."""
 
     class Compares(type(get_compressor("knorm"))):
         def scores(self, prefill, layer):
@@ -178,4 +178,4 @@ def test_what_others_build_is_counted_where_they_do_not_say_what_it_multiplies(m
     ]
     settings = Measure(latency=False, seconds=0, users=3)
     rows = resources(settings, jobs, models, never, np.full(4, 10), unkept, lambda n: None)
-    assert [row["compress_flops"] for row in rows.values()] == [2 * 2 * 10 * 10 * 4 if own is None else own] * 2 + [0]
+    assert [row["compress_flops"] for row in rows.values()] == [max(2 * 2 * 10 * 10 * 4, own or 0)] * 2 + [0]
