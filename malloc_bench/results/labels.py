@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from malloc_bench.files import canonical_json
@@ -91,6 +92,7 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+@lru_cache(4096)  # of many cells, few labels
 def spelled(label: str) -> str:
     """A label as all of its spellings come out: without spaces, parameters in order of the alphabet."""
     return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))
