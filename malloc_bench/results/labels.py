@@ -22,6 +22,7 @@ def budget_text(budget: float | Mapping[str, int] | None) -> str | None:
     return canonical_json(float(budget) if isinstance(budget, (int, float)) else budget)
 
 
+@lru_cache(4096)  # of many cells, few budgets
 def budget_label(budget: str | None) -> str:
     """`50 %`, `16 slots`, `4096 bytes`, or blank, from the `budget` column."""
     value = json.loads(budget) if budget else None
@@ -92,7 +93,7 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@lru_cache(4096)  # of many cells, few labels
+@lru_cache(4096)
 def spelled(label: str) -> str:
     """A label as all of its spellings come out: without spaces, parameters in order of the alphabet."""
     return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))

@@ -50,7 +50,7 @@ class Part:
     def __hash__(self) -> int:
         return hash((self.kind, self.name, canonical_json([self.params, self.training])))
 
-    @property
+    @cached_property
     def label(self) -> str:
         """`snapkv(window=16)`; a chain reads `merge_adjacent + kivi(bits=2)`."""
         return label(self.name, json.dumps(self.params))
