@@ -25,9 +25,11 @@ measure: {seconds: 0.01, store: dict}
 """
 STANDS_FOR = {
     **dict.fromkeys(("RUN", "RUN..."), "quick"),
-    **dict.fromkeys(("FILE:CLASS", "my.py:Mine", "your_file.py:YourMethod"), "my_method.py:MyMethod"),
-    **{"SUITE": "quick.yaml", "S": "quick.yaml", "FILE": "mylog.csv", "CELL": "compressor=recent,budget=0.25"},
-    **dict.fromkeys(("results/climber", "results/fitted_small", "results/lsrm", "results/marm"), "quick"),
+    **dict.fromkeys(
+        ("FILE:CLASS", "FILE.py:GatedSASRec", "my.py:Mine", "your_file.py:YourMethod"), "my_method.py:MyMethod"
+    ),
+    **dict.fromkeys(("SUITE", "SUITE.yaml", "S"), "quick.yaml"),
+    **{"mine.yaml": "mysuite.yaml", "FILE": "mylog.csv", "CELL": "compressor=recent,budget=0.25"},
     **{"a,b": "recent,random", "i/60": "1/60", "DIR": "merged", "[WORDS]": "a", "results/": "runs/"},
 }  # fmt: skip
 SHIPPED = {path.stem for path in shipped("suites").glob("*.yaml")}
@@ -43,10 +45,11 @@ def elsewhere(words: tuple[str, ...]) -> bool:
 def typed(line: str) -> list[list[str]]:
     """The words of a command, each thing that it has as a placeholder or a choice said."""
     words = line.replace("\\|", "|").split()[1:]
-    if words[-2:] == ["--columns", "..."]:
-        words[-1] = "hr@10"
+    if words[-1] == "...":
+        words[-1] = {"--columns": "hr@10", "--only": "backbone=hstu"}[words[-2]]
     name = "./mylog.yaml" if words[0] == "data" else "svd"
     words = [STANDS_FOR.get(word, name if word == "NAME" else word) for word in words]
+    words = [re.sub(r"^results/\w+$", "quick", word) for word in words]
     if words[0] in ("run", "tune", "compare"):
         words = ["quick.yaml" if word == "quick" else word for word in words]
         asks = words[0] == "compare" and ":" in words[1] and "--suite" not in words
