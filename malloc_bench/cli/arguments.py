@@ -56,9 +56,9 @@ def pairs(items: list[str]) -> dict[str, list[str]]:
     """`a=1,b=x`, `a=2`: the values of each key; a comma inside of brackets is a label's own."""
     found: dict[str, list[str]] = {}
     for item in (part for each in items for part in re.split(r",(?![^(\[{]*[)\]}])", each)):
-        key, given, value = item.partition("=")
-        if not given and found:
-            key, value = next(reversed(found)), key  # compressor=snapkv,kivi
+        key, value = given.groups() if (given := re.fullmatch(r"(\w*)=(.*)", item, re.DOTALL)) else ("", item)
+        if given is None and found:
+            key = next(reversed(found))  # compressor=snapkv,kivi(bits=4)
         if not key or not value:
             raise ValueError(f"--only {' '.join(items)}: expected KEY=VALUE, as in dataset=ml-1m,family=eviction")
         found.setdefault(key, []).append(value)

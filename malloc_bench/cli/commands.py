@@ -146,12 +146,13 @@ def compare(
     device: Device = "auto",
 ) -> int:
     """Your own compressor against named baselines: a verdict, paired over users; or one run against another."""
-    from malloc_bench.report import verdict
-
     if other is not None:
-        found = verdict.two_runs(run_folder(method), run_folder(str(other)), pairs(only or []))
-        verdict.print_two_runs(found, console())
+        from malloc_bench.report.two_runs import print_two_runs, two_runs
+
+        found = two_runs(run_folder(method), run_folder(str(other)), pairs(only or []))
+        print_two_runs(found, console())
         return 0
+    from malloc_bench.report import verdict
     from malloc_bench.run import runner
 
     names = [name.strip() for name in against.split(",") if name.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from malloc_bench.registry import clipped, folded, shown, suggest
 from malloc_bench.report.judge import alike, delta, full, judged, main, one_line_a_state, tested
 from malloc_bench.report.lineage import APART, apart
 from malloc_bench.results import COLUMNS, budget_asked, budget_label, budget_labels, complete, label
-from malloc_bench.results.labels import spelled
+from malloc_bench.results.labels import bare, spelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
 
 GROUP = ("dataset", "task", "split", "backbone")
 METHOD = ("family", "compressor", "compressor_params", "budget")
@@ -228,6 +231,9 @@ def steps(label: str) -> list[str]:
 SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget", "seed")}
 
 
+_INSTEAD = {"budget": "within", "compressor": "method"}
+
+
 def select(frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]], also: Sequence[str] = ()) -> pl.DataFrame:
     """The board of a results frame, its rows that have, of each key of SELECTED, one of the values wanted: a name or a
 
@@ -257,22 +263,22 @@ def having(rows: pl.DataFrame, key: str, values: Sequence[str]) -> pl.Series:
     return _matching(rows[SELECTED[key]], key, values)
 
 
-def narrowed(
-    table: pl.DataFrame, frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]
-) -> tuple[pl.DataFrame, list[str]]:
-    """Of a table made of a results frame the lines that have the values wanted, and the keys that it has no column of.
+def narrowed(table: pl.DataFrame, name: str, frame: pl.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+    """Of a table made of a results frame the lines that have the values wanted.
 
-    Seeds are for `of_seeds`. Raises as `select`, whichever table it is.
+    A line for all parameters of a method stands for each of them. Seeds are for `of_seeds`; of another key that the
+    table has no column of, a warning is logged. Raises as `select`, whichever table it is.
     """
     select(frame, wanted)
-    lacking = []
-    for key, values in ((key, values) for key, values in wanted.items() if key != "seed"):
-        column = "method" if key == "compressor" and key not in table.columns else key  # `taxonomy` has bare names
-        if column in table.columns:
-            table = table.filter(_matching(table[column], key, values))
-        else:
-            lacking.append(key)
-    return table, lacking
+    for key, values in wanted.items():
+        # the blocks of `paper`, and the lines of `taxonomy`
+        column = next((each for each in (key, _INSTEAD.get(key)) if each in table.columns), None)
+        asked = [*map(bare, values)] if column == "method" else values
+        if column is not None:
+            table = table.filter(_matching(table[column], key, asked))
+        elif key != "seed":
+            log.warning("--only %s: the table %s has no such column, and is not narrowed by it", key, name)
+    return table
 
 
 def _matching(column: pl.Series, key: str, values: Sequence[str]) -> pl.Series:
@@ -288,4 +294,4 @@ def _had(key: str, value: str | int | None) -> set[str]:
     if key == "budget":
         return set(budget_labels(text))
     parts = steps(text)
-    return {text, *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}
+    return {text, bare(text), *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}

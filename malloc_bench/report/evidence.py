@@ -11,7 +11,7 @@ import polars as pl
 from malloc_bench.evaluation.metrics import holm, noninferiority
 from malloc_bench.registry import find, names
 from malloc_bench.report.board import GROUP, aggregate, groups_of
-from malloc_bench.report.judge import REBUILT, alike, deployable, judged
+from malloc_bench.report.judge import REBUILT, alike, deployable, judged, of_most_trainings
 from malloc_bench.report.paper import at_budgets, competes, paper, paper_blocks
 from malloc_bench.report.recommend import front
 from malloc_bench.report.render import Column, Table, interval, number, p_value, significant, words
@@ -29,13 +29,14 @@ LEAST_GROWTH = 1.5  # lengths nearer to one another say nothing of growth
 def pareto(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows that no other beats in what they keep of the full state's order and in bytes, in the cost of a read, or
 
-    in all three together (`recommend.front`), in each group; smallest first. No history, ceilings, and ids, which are
-    rebuilt for every read, are left out; where no read was measured so are fronts by it.
+    in all three together (`recommend.front`), in each group; smallest first. No history, ceilings, ids, which are
+    rebuilt for every read, and means over fewer trainings than others' are left out; where no read was measured so are
+    fronts by it.
     """
     parts = []
     kept = deployable() & (pl.col("method") != "none") & (pl.col("family") != REBUILT) & alike().is_not_null()
     for _, rows in groups_of(aggregate(frame)):
-        able = rows.filter(kept).with_columns(alike().alias("alike"))
+        able = rows.filter(kept).filter(of_most_trainings()).with_columns(alike().alias("alike"))
         read = next((cost for cost in ("read_ms", "read_flops") if able[cost].is_not_null().any()), None)
         costs = {"by_bytes": ("bytes_mean",), "by_read": (read,), "by_all": ("bytes_mean", read)}
         on = able.with_columns(
@@ -63,7 +64,7 @@ def significance(frame: pl.DataFrame, folder: str | Path | None = None) -> pl.Da
     users, parts = Users(frame, folder), []
     rows = at_budgets(pooled(aggregate(frame), users)).filter(pl.col("method") != "full")
     for _, block in rows.group_by(*GROUP, "within", maintain_order=True):
-        able = block.filter(competes() & alike().is_not_null())
+        able = block.filter(competes() & alike().is_not_null()).filter(of_most_trainings())
         able = able.sort(-alike(), pl.col("bytes_mean").fill_null(0.0), maintain_order=True)
         best = able.row(0, named=True) if len(able) else None
         parts.append(block.with_columns(_to_best(block, best, users)))

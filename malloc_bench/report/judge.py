@@ -47,6 +47,16 @@ def deployable() -> pl.Expr:
     return (pl.col("family") != "ceiling") & ~pl.col("compressor").str.contains(KNOWS)
 
 
+def of_most_trainings(among: pl.Expr | None = None) -> pl.Expr:
+    """Whether a row's means cover as many trainings as any method's (of `among`), as the full state's may at any time.
+
+    Over fewer they are of other trainings, and say nothing of which of two methods is better.
+    """
+    method = pl.col("method") != "full"
+    most = pl.when(method if among is None else method & among).then("seeds").max()
+    return ~method | (pl.col("seeds") == most)
+
+
 def one_line_a_state(means: pl.DataFrame, group: Sequence[str]) -> pl.DataFrame:
     """Rows of one method whose states and results are the same under several budgets, as one row that names them.
 

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from malloc_bench.report.board import GROUP, aggregate, groups_of, labelled, newest, reason_of
-from malloc_bench.report.judge import CONSTANT, REBUILT, alike, deployable
+from malloc_bench.report.judge import CONSTANT, REBUILT, alike, deployable, of_most_trainings
 from malloc_bench.report.render import Block, Column, digits, words
 from malloc_bench.results import budget_labels, complete
 
@@ -16,8 +16,8 @@ REFERENCES = ("full", "none", CONSTANT)  # on top of every block, and never the 
 REST = "no budget"  # the block of methods that have none, and fit in none of the others'
 WHAT = (
     "Bold: the best of its column; underlined: the second; the full state, the floors, ids, methods that know the "
-    "reader and columns without headroom apart. Methods without a budget stand where their state is small enough. "
-    "Fidelity: (overlap or agreement - no history's) / (1 - no history's)."
+    "reader, columns without headroom, and means over fewer trainings (1/3) apart. Methods without a budget "
+    "stand where their state is small enough. Fidelity: (overlap or agreement - no history's) / (1 - no history's)."
 )
 
 
@@ -68,7 +68,8 @@ def paper(frame: pl.DataFrame) -> pl.DataFrame:
     Methods whose printed numbers are the same share a rank.
     """
     known = pl.col("fidelity").is_not_null().any().over(GROUP)
-    score = pl.when(competes() & pl.col("headroom").fill_null(True))
+    rivals = of_most_trainings(competes()).over(*GROUP, "within")
+    score = pl.when(competes() & rivals & pl.col("headroom").fill_null(True))
     rows = (
         at_budgets(aggregate(frame))
         .with_columns(
@@ -85,7 +86,7 @@ def paper(frame: pl.DataFrame) -> pl.DataFrame:
             for name, places in (("value", 4), ("kept", 3))
         )
     )  # fmt: skip
-    names = ("metric", "value", "value_rank", "kept_as", "kept", "kept_rank")
+    names = ("metric", "value", "value_rank", "kept_as", "kept", "kept_rank", "seeds", "seeds_total")
     shown = rows.select("within", *GROUP, "n_users", "note", "reference", "family", "method", "compressor", *names)
     missing = _missing(frame, shown)
     return pl.concat([shown, missing], how="diagonal").with_columns(pl.col("reason").cast(pl.String))
@@ -155,7 +156,9 @@ def _score(key: str, name: str, header: str, spec: str, over: str) -> Column:
 
     def text(row: Mapping[str, Any]) -> str:
         cell = row[key] or {}
-        return (cell.get("said") or digits(cell.get(name), spec)) if cell else ""
+        fewer = name == "value" and (cell.get("seeds") or 0) < (cell.get("seeds_total") or 0)
+        found = digits(cell.get(name), spec) if cell else ""
+        return cell.get("said") or (f"{found} ({cell['seeds']}/{cell['seeds_total']})" if found and fewer else found)
 
     def mark(row: Mapping[str, Any]) -> str:
         rank = (row[key] or {}).get(f"{name}_rank")

@@ -14,7 +14,7 @@ import polars as pl
 from malloc_bench import results
 from malloc_bench.evaluation.metrics import holm
 from malloc_bench.report.board import EMPTY, aggregate, groups_of, sections, select, steps, title
-from malloc_bench.report.judge import REBUILT, alike, delta, deployable, full, remark
+from malloc_bench.report.judge import REBUILT, alike, delta, deployable, full, of_most_trainings, remark
 from malloc_bench.report.render import filled, interval, number, significant, tell, terminal, words
 from malloc_bench.report.users import Users, p_of
 
@@ -81,8 +81,8 @@ def recommend(
     seeds pooled, Holm), or beaten by none in order, bytes and cost of a read together: `smaller`, `cheaper read`,
     `rebuilds` (the family recompute); `p_best`, null where values by user are missing; and `tested`: whether all of
     the table could be tested. folder: of the run, where those values are. only: rows to choose among, as
-    `board.select` takes them. No history and what knows the reader are left out. In a table without headroom accuracy
-    is no limit.
+    `board.select` takes them. No history, what knows the reader, and means over fewer trainings than others' are left
+    out. In a table without headroom accuracy is no limit.
     """
     return of_board(select(frame, only or {}), limits, Users(frame, folder))
 
@@ -104,7 +104,8 @@ def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     cost = next((c for c in ("read_ms", "read_flops") if rows[c].is_not_null().any()), "read_flops")
     size = pl.col("bytes_mean").fill_null(0.0)
     rows = (
-        rows.filter(limits.kept() & deployable() & (pl.col("method") != "none") & alike().is_not_null())
+        _able(rows, limits)
+        .filter(_comparable())
         .with_columns(alike().alias("alike"))
         .sort(-pl.col("alike"), size, maintain_order=True)
         .unique("compressor", keep="first", maintain_order=True)
@@ -134,6 +135,15 @@ def _section(rows: pl.DataFrame, limits: Limits, users: Users) -> pl.DataFrame:
     found = rows.with_columns(standing.alias("standing")).filter(pl.col("standing").is_not_null())
     order = pl.col("standing").replace_strict({s: i for i, s in enumerate(STANDINGS)}, return_dtype=pl.Int64)
     return found.sort(order, -pl.col("alike"), "bytes_mean", maintain_order=True).drop("kept", "front")
+
+
+def _able(rows: pl.DataFrame, limits: Limits) -> pl.DataFrame:
+    return rows.filter(limits.kept() & deployable() & (pl.col("method") != "none") & alike().is_not_null())
+
+
+def _comparable() -> pl.Expr:
+    kept = pl.col("family") != REBUILT
+    return ~kept | of_most_trainings(kept)
 
 
 def _against(best: dict | None, rows: pl.DataFrame, users: Users) -> list[float | None]:
@@ -284,6 +294,9 @@ def print_recommended(
             tell(console, f"{head}: nothing within {here}; {nearest(rows, here)}")
             continue
         best = found[key]
+        if len(fewer := _able(rows, here).filter(~_comparable())):
+            names = ", ".join(fewer["compressor"].unique(maintain_order=True).head(3))
+            tell(console, f"Means over fewer trainings are not among these: {len(fewer)} rows ({names}).", "dim")
         if set(best["standing"]) == {"rebuilds"}:
             tell(
                 console,

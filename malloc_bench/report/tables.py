@@ -32,6 +32,7 @@ from malloc_bench.report.render import (
 )
 from malloc_bench.report.tasks import TABLES as TASKS
 from malloc_bench.results import AFTER, CLIENTS, KNOWN, REQUEST_STEPS, STEPS
+from malloc_bench.results.labels import bare
 
 ACCURACY = (
     *("hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50", "mrr", "auc", "gauc", "users_one_class", "logloss"),
@@ -92,7 +93,10 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
 
     What knows the tokens that will read is left out.
     """
-    measured = aggregate(frame).with_columns(pl.when(full() > 0).then(main() / full()).alias("kept"))
+    measured = aggregate(frame).with_columns(
+        pl.when(full() > 0).then(main() / full()).alias("kept"),
+        pl.col("compressor").map_elements(bare, pl.String).alias("method"),
+    )
     smallest = pl.col("bytes_mean").arg_min()
     lossless = pl.col("lossless").fill_null(False)
     return (
@@ -101,7 +105,7 @@ def taxonomy(frame: pl.DataFrame) -> pl.DataFrame:
         .agg(
             pl.col("n_users").max(),
             pl.col("note").first(),
-            pl.len().cast(pl.Int64).alias("cells"),
+            pl.len().cast(pl.Int64).alias("states"),
             pl.col("smaller_x").filter(lossless).max().alias("lossless_smaller_x"),
             pl.col("bytes_mean").filter(lossless).min().alias("lossless_bytes"),
             pl.col("bytes_mean").get(smallest).alias("smallest_bytes"),
@@ -202,7 +206,7 @@ TABLES = {
         (
             words("family", "family"),
             words("method", "compressor"),
-            number("cells", "cells", ".0f"),
+            number("states", "states", ".0f"),
             number("lossless_smaller_x", "lossless up to (× smaller)", ".1f"),
             significant("lossless_bytes", "lossless down to (KB/user)", scale=1e-3),
             significant("smallest_bytes", "smallest state (KB/user)", scale=1e-3),
@@ -301,15 +305,14 @@ def render_table(
     if format not in FORMATS:
         raise ValueError(f"no format is named '{format}'.{suggest(format, FORMATS)}")
     data = table(of_seeds(frame, only or {}), name, folder)
-    lines = without_data(frame)
     if only:
-        data, lacking = narrowed(data, frame, only)
-        lines += [f"not narrowed by {key}: this table has no such column" for key in lacking]
+        data = narrowed(data, name, frame, only)
     if format == "csv":
         return csv(data)
     made = f" Rows for it come of `malloc-bench run {SUITES[name]}`." if name in SUITES else ""
     nothing = EMPTY if frame.is_empty() else NOTHING + made
     blocks = list(_blocks(data, name))
+    lines = without_data(frame)
     if format == "latex":
         parts = [latex(b.rows, b.columns, f"{name}: {_said(b)}", b.apart, b.notes) for b in blocks]
         return "\n".join([*(parts or [f"% {nothing}\n"]), *(f"% {line}\n" for line in lines)])

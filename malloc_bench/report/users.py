@@ -141,6 +141,12 @@ def difference(both: Both | None) -> Difference | None:
     return Difference(*metrics.paired_bootstrap(both.a, both.b), wins, losses, len(both.a))
 
 
+def columns_of(name: str, found: Difference | None) -> dict[str, float | None]:
+    """A difference and the ends of its interval as columns, null where there is none."""
+    values = (None, None, None) if found is None else (found.delta, found.lo, found.hi)
+    return dict(zip((name, f"{name}_lo", f"{name}_hi"), values))
+
+
 def _gauc(frame: pl.DataFrame, users: np.ndarray) -> np.ndarray:
     """A value for each user whose mean is the GAUC; NaN for one who liked all candidates or none."""
     items = np.stack(frame["items"].to_list())

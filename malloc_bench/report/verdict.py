@@ -1,4 +1,4 @@
-"""A method against named ones, paired over users: at equal bytes, over all of them, and between two runs."""
+"""A method against named ones, paired over users: at equal bytes, and over all of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.evaluation.metrics import holm, slices
-from malloc_bench.registry import clipped, shown
-from malloc_bench.report.board import GROUP, aggregate, groups_of, sections, select
-from malloc_bench.report.judge import alike, main, remark
-from malloc_bench.report.lineage import protocol
+from malloc_bench.report.board import GROUP, aggregate, sections
+from malloc_bench.report.judge import alike, remark
 from malloc_bench.report.recommend import LEVEL
 from malloc_bench.report.render import Column, filled, interval, number, p_value, tell, terminal, words
-from malloc_bench.report.users import Both, Difference, Users, difference
-from malloc_bench.results import differing, load_results
+from malloc_bench.report.users import Both, Users, columns_of, difference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,8 +93,8 @@ def _row(alike_: Both | None, main_: Both | None) -> dict[str, Any] | None:
         if mask.any()
     }
     return {
-        **_columns("alike", found),
-        **_columns("main", also),
+        **columns_of("alike", found),
+        **columns_of("main", also),
         "p": found.p,
         "p_main": None if also is None else also.p,
         "wins": found.wins,
@@ -105,11 +102,6 @@ def _row(alike_: Both | None, main_: Both | None) -> dict[str, Any] | None:
         "users": found.users,
         "by_length": "; ".join(f"{part}: {won}/{lost}" for part, (won, lost) in by_length.items()),
     }
-
-
-def _columns(name: str, found: Difference | None) -> dict[str, float | None]:
-    values = (None, None, None) if found is None else (found.delta, found.lo, found.hi)
-    return dict(zip((name, f"{name}_lo", f"{name}_hi"), values))
 
 
 def _at(mine: Curve, size: float, cells: list[str], users: Users, what: str) -> Both | None:
@@ -220,126 +212,3 @@ def print_verdict(found: pl.DataFrame, console: Console) -> None:
             tell(console, line)
         console.print()
     tell(console, NOTE, "dim")
-
-
-# ---- two runs
-
-
-def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str]] | None = None) -> pl.DataFrame:
-    """Rows that two runs both have, by data set, backbone, method and budget: the second against the first.
-
-    `main` and `alike` are the second's less the first's, paired over users where values by user are there (then with
-    interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's,
-    `read_ratio` of reads, each over its own run's full state's; `protocol`: what of data, training and evaluation the
-    two differ in, null for nothing; `only_one` and `only_other`: how many rows the other run has not. only: rows, as
-    `board.select` takes them. Raises ValueError where the two have nothing in common.
-    """
-    frames = [load_results(each) for each in (one, other)]
-    boards = [select(each, only or {}) for each in frames]
-    key = [*GROUP, "compressor", "budget"]
-    cells = [frame.select("cell_id", "cell", "hashes").iter_rows(named=True) for frame in frames]
-    protocols = [{row["cell_id"]: protocol(row) for row in each} for each in cells]
-    rows = _alike(boards, key, protocols)
-    users = [Users(frame, folder) for frame, folder in zip(frames, (one, other))]
-    found = []
-    for row in rows.iter_rows(named=True):
-        mine, theirs = row["cell_ids_right"].split(), row["cell_ids"].split()
-        paired = {what: difference(users[1].both(mine, theirs, what, users[0])) for what in ("main", "alike")}
-        plain = {"main": _less(row["value_right"], row["value"]), "alike": _less(row["kept_right"], row["kept"])}
-        values = {name: each for what in paired for name, each in _columns(what, paired[what]).items()}
-        differences = {name: plain.get(name) if each is None else each for name, each in values.items()}
-        found.append(
-            {
-                **{name: row[name] for name in (*key, "n_users")},
-                "protocol": _other_protocol(protocols[0][theirs[0]], protocols[1][mine[0]]),
-                **differences,
-                "equal": _equal(row, differences),
-                "p": None if paired["main"] is None else paired["main"].p,
-                "bytes_ratio": _over(row["bytes_mean_right"], row["bytes_mean"]),
-                "read_ratio": _over(row["read_ratio_right"], row["read_ratio"]),
-            }
-        )
-    types = {**dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64()), "equal": pl.Boolean()}
-    types["protocol"] = pl.String()
-    table = pl.DataFrame(found, schema_overrides=types, infer_schema_length=None)
-    only_in = {name: len(board) - len(rows) for name, board in zip(("only_one", "only_other"), boards)}
-    table = table.with_columns(pl.lit(n).alias(name) for name, n in only_in.items())
-    if table.is_empty():
-        raise ValueError(f"{one} and {other} have no method, budget, data set and backbone in common")
-    parts = [rows.with_columns(_holm(rows["p"])) for _, rows in groups_of(table)]
-    return pl.concat(parts)
-
-
-def _alike(
-    boards: Sequence[pl.DataFrame], key: Sequence[str], protocols: Sequence[Mapping[str, Mapping[str, Any]]]
-) -> pl.DataFrame:
-    """Rows of two boards side by side under one key; where a run has it by several protocols, those that differ least.
-
-    What a run tells such rows apart by (`lineage.apart`) the other, which has but one of them, does not say.
-    """
-    values = main().alias("value"), alike().alias("kept")
-    shown = ["n_users", "bytes_mean", "cell_ids", "read_ratio"]
-    bare = pl.col("backbone").str.replace(r" \[.*\]$", "").alias("bare")
-    first, second = (board.select(*key, *shown, *values, bare).with_row_index("place") for board in boards)
-    on = ["bare" if name == "backbone" else name for name in key]
-    rows = first.join(second, on=on, how="inner", nulls_equal=True)
-    pairs = ((row["cell_ids"].split()[0], row["cell_ids_right"].split()[0]) for row in rows.iter_rows(named=True))
-    far = [len(differing(protocols[0][mine], protocols[1][theirs])) for mine, theirs in pairs]
-    nearest = rows.with_columns(pl.Series("far", far, pl.Int64)).sort("far", "place", "place_right")
-    for place in ("place", "place_right"):
-        nearest = nearest.unique(place, keep="first", maintain_order=True)
-    return nearest.sort("place")
-
-
-def _other_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    return ", ".join(f"{path} {a}, then {b}" for path, (a, b) in differing(first, second).items()) or None
-
-
-def _holm(p: pl.Series) -> pl.Series:
-    return pl.Series("p_holm", holm(p), pl.Float64, nan_to_null=True)
-
-
-def _equal(row: Mapping[str, Any], differences: Mapping[str, float | None]) -> bool | None:
-    """Whether both runs have the same values; None where neither has any."""
-    sides = [(row[name], row[f"{name}_right"]) for name in ("value", "kept", "bytes_mean")]
-    if all(side == (None, None) for side in sides):
-        return None
-    differ = [differences["main"], differences["alike"], _less(*sides[2])]
-    return all((a is None) == (b is None) and not d for (a, b), d in zip(sides, differ))
-
-
-def _less(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
-
-
-RUNS = (
-    words("compressor", "compressor", most=19),
-    words("budget", "budget", most=9),
-    number("bytes_ratio", "bytes (×)", ".3f"),
-    interval("alike", "Δ order [95 % interval]", "+z.4f", rank=1),
-    interval("main", "Δ accuracy [95 % interval]", "+z.4f"),
-    p_value("p_holm", "p (Holm) of accuracy"),
-    number("read_ratio", "read (×)", ".2f", rank=2),
-)
-
-
-def print_two_runs(found: pl.DataFrame, console: Console, most: int = 20) -> None:
-    """Print what `two_runs` found: how many rows changed, and of each table the `most` that changed most."""
-    for head, rows in sections(found):
-        changed, sure = rows.filter(~pl.col("equal")), rows.filter(pl.col("p_holm") < LEVEL).height
-        said = f"{len(rows)} rows in both, {rows['equal'].sum()} equal, {sure} surely of another accuracy"
-        lost = rows["equal"].null_count()
-        tell(console, f"{head}: {said}{f', {lost} without a value in either' if lost else ''}")
-        for other in rows["protocol"].drop_nulls().unique(maintain_order=True).head(3):
-            tell(console, f"Not the methods alone differ: {clipped(shown(other), 300)}", "bold yellow")
-        if len(changed):
-            first = changed.sort(pl.col("main").abs(), descending=True, nulls_last=True).head(most)
-            console.print(terminal(first, filled(first, RUNS), "what changed most", console.width))
-        console.print()
-    one, other = found.select("only_one", "only_other").row(0)
-    if one or other:
-        tell(console, f"Not compared: {one} rows of the first run and {other} of the second, which the other has not.")

@@ -46,12 +46,10 @@ def budget_asked(text: str) -> str:
     Other text as it is, `none` among it.
     """
     value = share(text)
-    if value is None:
-        try:
-            return budget_label(text)
-        except (ValueError, TypeError):
-            return text
-    return budget_label(budget_text(value))
+    try:
+        return budget_label(text if value is None else budget_text(value))
+    except (ValueError, TypeError):
+        return text
 
 
 def size(text: str) -> float:
@@ -97,6 +95,14 @@ def _show(value: Any) -> str:
 def spelled(label: str) -> str:
     """A label as all of its spellings come out: without spaces, parameters in order of the alphabet."""
     return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))
+
+
+@lru_cache(4096)
+def bare(label: str) -> str:
+    """`h2o + kivi` of `h2o(window=8) + kivi(bits=2)`."""
+    while (less := re.sub(r"\([^()]*\)", "", label)) != label:
+        label = less
+    return label
 
 
 def first_step(label: str) -> str:

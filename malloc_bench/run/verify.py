@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from malloc_bench.files import DIGEST, Damaged, ResultsError, file_digest, read_sealed
-from malloc_bench.results import no_results, read_parquet, read_row
+from malloc_bench.results import no_results, read_parquet, read_row, rows_of
 
 
 @dataclass
@@ -97,8 +97,7 @@ def _parquet(path: Path, digests: Mapping[str, Any], found: Verified) -> Iterato
 
 def sample(run: str | Path, k: int, seed: int = 0) -> list[str]:
     """Ids of k cells of a run that ended ok, drawn at random; all of them where there are fewer. Raises ValueError."""
-    rows = (read_row(path) for path in sorted((Path(run) / "rows").glob("*.json")))
-    cells = [row["cell_id"] for row, fault in rows if not fault and row["status"] == "ok"]
+    cells = sorted(row["cell_id"] for row in rows_of(run) if row["status"] == "ok")
     if not cells:
-        raise ValueError(f"{run} holds no rows/*.json that ended ok, which say how to compute a cell again")
+        raise ValueError(f"{run} holds no rows that ended ok, which say how to compute a cell again")
     return random.Random(seed).sample(cells, min(k, len(cells)))

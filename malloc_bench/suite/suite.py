@@ -15,7 +15,7 @@ from malloc_bench.data.tasks.splits import Rule
 from malloc_bench.data.tasks.tasks import Task
 from malloc_bench.registry import suggest
 from malloc_bench.results import budget_asked, budget_label, canonical_json
-from malloc_bench.results.labels import spelled
+from malloc_bench.results.labels import bare, spelled
 from malloc_bench.suite import file as suite_file
 from malloc_bench.suite import parts as suite_parts
 from malloc_bench.suite.cells import Cell, Part
@@ -196,7 +196,7 @@ _KEYS = {
     "task": lambda cell: {cell.task.name, cell.task.label},
     "split": lambda cell: {cell.split.label} if cell.split else set(),
     "backbone": lambda cell: {cell.backbone.name, cell.backbone.label},
-    "compressor": lambda cell: {cell.compressor.name, cell.compressor.label},
+    "compressor": lambda cell: {cell.compressor.name, cell.compressor.label, bare(cell.compressor.label)},
     "family": lambda cell: {cell.compressor.family or "none"},
     "budget": lambda cell: {budget_label(cell.budget_text) or "none"},
     "seed": lambda cell: {str(cell.seed)},

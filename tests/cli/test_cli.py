@@ -18,6 +18,7 @@ import yaml
 
 from malloc_bench import load_run, registry, results
 from malloc_bench.cli import commands as cli
+from malloc_bench.cli.arguments import pairs
 from malloc_bench.cli.machines import machines
 from malloc_bench.cli.reports import reports
 from malloc_bench.data import DataError
@@ -524,3 +525,9 @@ def test_the_installed_script_has_the_exit_code(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (
         2, "", "malloc-bench: No such command 'rnu'. Did you mean 'run'?\n",
     )  # fmt: skip
+
+
+def test_a_comma_parts_labels_outside_of_brackets_only() -> None:
+    assert pairs(["compressor=kivi(bits=2,tail=0),kivi(bits=4),h2o", "budget=1/8"]) == {
+        "compressor": ["kivi(bits=2,tail=0)", "kivi(bits=4)", "h2o"], "budget": ["1/8"],
+    }  # fmt: skip

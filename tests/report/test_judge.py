@@ -157,7 +157,7 @@ def test_one_state_is_one_line_that_names_its_budgets(row, board_of):
     assert board["budget"].to_list() == [None, "50, 25, 12.5 %", "6.25 %"]
     assert board["p_holm"].to_list() == [None, 0.04, 0.04] and board["share_at_floor"].to_list() == [None, 0.5, None]
     assert "| 50, 25, 12.5 % |" in lb.to_markdown(frame)
-    assert tables.taxonomy(frame)["cells"].to_list() == [2]
+    assert tables.taxonomy(frame)["states"].to_list() == [2]
     slots = board_of(full(row), chain({"slots": 8}), chain({"slots": 64}), chain({"bytes": 9}, 0.05))
     assert lb.leaderboard(slots)["budget"].to_list() == [None, "64, 8 slots", "9 bytes"]
     mixed = board_of(full(row), chain({"slots": 8}), chain(0.5))

@@ -107,6 +107,8 @@ def test_the_law_of_size_is_of_full_rows_by_parameters_beside_the_embeddings(row
     assert drawn("model", [found]) is not None and "power: E + (x0 / x)^a" in told("model", [found])
     (by_ndcg,) = fitted(frame(rows_of_sizes(row)), "model", "ndcg@10", bootstraps=0)
     np.testing.assert_allclose(by_ndcg.points.y, 0.9)
+    (untested,) = fitted(frame(rows_of_sizes(row)), "model", bootstraps=0)
+    assert "not tested: no bootstraps" in (said := told("model", [untested])) and "none: " not in said
 
 
 def test_ways_of_training_are_no_sizes(row):

@@ -7,7 +7,7 @@ from rich.console import Console
 from malloc_bench.report import leaderboard as lb
 from malloc_bench.report.site.content import Run, pages
 from malloc_bench.report.tables import TABLES, render_table
-from malloc_bench.report.verdict import print_two_runs, two_runs
+from malloc_bench.report.two_runs import print_two_runs, two_runs
 from malloc_bench.results import cell_id, write_row
 
 

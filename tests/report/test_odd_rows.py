@@ -150,3 +150,4 @@ def test_a_budget_is_asked_for_in_any_way_of_writing_it():
     assert [budget_asked(text) for text in ('{"slots":16}', "16 slots", "none", "1/0", "x")] == [
         "16 slots", "16 slots", "none", "1/0", "x",
     ]  # fmt: skip
+    assert budget_asked("1e999") == "1e999"  # no number

@@ -43,19 +43,39 @@ def test_unknown_names_come_with_the_nearest(suite):
         tables.render_table(suite, "accuracy", "tex")
 
 
-def test_lines_that_were_asked_for_are_judged_among_all(suite):
+def test_lines_that_were_asked_for_are_judged_among_all(suite, caplog):
     only = {"backbone": ["hstu"], "compressor": ["snapkv"], "budget": ["1/4"]}
     whole, asked = (tables.render_table(suite, "accuracy", "csv", only=each) for each in (None, only))
     assert asked.splitlines()[1:] == [
         line for line in whole.splitlines() if ",hstu,6040,,eviction,snapkv" in line and ",25 %," in line
     ]
     assert len(asked.splitlines()) > 1
-    text = tables.render_table(suite, "taxonomy", only=only)
-    assert "snapkv" in text and "kivi" not in text and "not narrowed by budget" in text
+    lines = [x for x in tables.render_table(suite, "taxonomy", only=only).splitlines() if x.startswith("| eviction")]
+    assert len(lines) == 1 and "snapkv" in lines[0]
+    assert caplog.messages == ["--only budget: the table taxonomy has no such column, and is not narrowed by it"]
     for name in tables.TABLES:
         assert "sasrec" not in tables.render_table(suite, name, only={"backbone": ["hstu"]})
         with pytest.raises(ValueError, match=r"--only seed=7: no row has it"):
             tables.render_table(suite, name, only={"seed": ["7"]})
+
+
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ("kivi(bits=2)", ["kivi", "merge_adjacent + kivi"]),  # its line stands for all bits
+        ("merge_adjacent + kivi", ["merge_adjacent + kivi"]),
+        ("merge_adjacent + kivi(bits=2)", ["merge_adjacent + kivi"]),
+        ("merge_adjacent", ["merge_adjacent", "merge_adjacent + kivi"]),
+    ],
+)
+def test_lines_of_the_taxonomy_are_asked_for_by_any_label(suite, asked, found):
+    text = tables.render_table(suite, "taxonomy", "csv", only={"compressor": [asked], "backbone": ["hstu"]})
+    assert sorted(pl.read_csv(io.StringIO(text))["method"].to_list()) == found
+
+
+def test_blocks_of_the_paper_are_asked_for_by_budget(suite):
+    text = tables.render_table(suite, "paper", "csv", only={"budget": ["1/4"]})
+    assert set(pl.read_csv(io.StringIO(text))["within"]) == {"25 %"}
 
 
 def test_csv_reads_back(suite):
@@ -91,7 +111,7 @@ def test_taxonomy_finds_the_smallest_lossless_state(row, board_of):
         return row(family="eviction", compressor="h2o", **values, **sizes)
 
     one = tables.taxonomy(board_of(cell(0.5, -0.001), cell(0.25, -0.0015), cell(0.125, -0.01))).row(0, named=True)
-    assert one["lossless_smaller_x"] == 4 and one["lossless_bytes"] == 250 and one["cells"] == 3
+    assert one["lossless_smaller_x"] == 4 and one["lossless_bytes"] == 250 and one["states"] == 3
     assert one["smallest_smaller_x"] == 8 and one["smallest_kept"] == 1
 
 

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from malloc_bench.report.verdict import print_two_runs, print_verdict, sentences, two_runs, verdict
+from malloc_bench.report.two_runs import print_two_runs, two_runs
+from malloc_bench.report.verdict import print_verdict, sentences, verdict
 from malloc_bench.results import cell_id, write_row
 
 USERS = 120

@@ -1,6 +1,7 @@
 """Every kind of damage to a run's folder is found and named, and a folder in order is one line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,9 @@ def test_a_draw_is_of_ok_cells_and_the_seeds(run: Path) -> None:
     assert sorted(sample(run, 9)) == ok and len(sample(run, 1)) == 1
     assert sample(run, 2, seed=3) == sample(run, 2, seed=3)
     assert {sample(run, 1, seed=seed)[0] for seed in range(20)} == set(ok)
+    to_parquet(run)
+    shutil.rmtree(run / "rows")
+    assert sorted(sample(run, 9)) == ok
 
 
 def test_recompute_says_what_differs(

@@ -726,6 +726,13 @@ def test_a_step_of_a_chain_may_be_several(tmp_path: Path) -> None:
     ]
 
 
+def test_only_takes_a_chain_by_its_bare_names_as_tables_print_them(tmp_path: Path) -> None:
+    chain = {"compose": {"steps": ["recent", {"mxint": {"bits": 4}}]}}
+    cells = load(tmp_path, compressors=["full", "recent", chain]).cells()
+    for asked in ("recent + mxint", "recent + mxint(bits=4)", "recent+mxint"):
+        assert {cell.compressor.label for cell in only(cells, {"compressor": asked})} == {"recent + mxint(bits=4)"}
+
+
 def test_costs_may_be_measured_at_some_budgets_only(tmp_path: Path) -> None:
     suite = load(tmp_path, compressors=["full", "recent"], budgets=[0.5, {"slots": 4}], measure={"budgets": [0.5]})
     assert {cell.budget for cell in suite.cells() if not suite.measure.covers(cell.budget)} == {Budget(slots=4)}

@@ -72,6 +72,8 @@ def _verdict(group: Found, form: Judged) -> str:
         return ""
     if form.holds:
         return "predicts what was held out"
+    if not np.isfinite(form.won):
+        return "not tested: no bootstraps"
     return (
         "none: a line in log x is as good" if form.form in (LINE, PLANE) else "none: does not beat both plain guesses"
     )

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import polars as pl
 
 from malloc_bench.report.board import GROUP, aggregate, sections, side_by_side
-from malloc_bench.report.judge import remark
+from malloc_bench.report.judge import of_most_trainings, remark
 from malloc_bench.report.leaderboard import COLUMNS_SHOWN, NOTES
 from malloc_bench.report.paper import REST, at_budgets, competes
 from malloc_bench.report.render import Column, filled, number, words
+from malloc_bench.results.labels import bare
 
 KINDS = {"dataset": "Data sets", "backbone": "Backbones", "of": "Methods"}  # column of the rows -> heading
 COUNTED = (
@@ -84,16 +85,9 @@ def _rows(runs: Sequence[Run]) -> pl.DataFrame:
         parts.append(board)
     whole = pl.concat(parts)
     of = [
-        _bare(label) if method == "compose" else method for method, label in whole.select("method", "compressor").rows()
+        bare(label) if method == "compose" else method for method, label in whole.select("method", "compressor").rows()
     ]
     return whole.with_columns(pl.Series("of", of, pl.String))
-
-
-def _bare(label: str) -> str:
-    """`h2o + kivi` of `h2o(window=8) + kivi(bits=2)`."""
-    while (less := re.sub(r"\([^()]*\)", "", label)) != label:
-        label = less
-    return label
 
 
 # ---- the first page
@@ -110,6 +104,7 @@ def _overall(rows: pl.DataFrame) -> Iterator[Sheet]:
         .unique([*GROUP, "family", "compressor", "within"], keep="first", maintain_order=True)
     )
     shares = pl.col("within").str.extract(r"^([\d.]+) %$").cast(pl.Float64)
+    newest = newest.filter(of_most_trainings().over(*GROUP, "within"))
     newest = newest.sort("task", -shares, "within", nulls_last=True, maintain_order=True)
     for (task, within), block in newest.group_by("task", "within", maintain_order=True):
         count = block.select(GROUP).n_unique()
