@@ -73,11 +73,20 @@ def test_curves_are_of_the_best_candidate_and_fall():
     spent = torch.tensor([[[0.1, 0.2, 0.4], [0.2, 0.2, 0.4]]])  # the second has its floor at 0.2
     lost = torch.tensor([[[8.0, 4.0, 5.0], [3.0, 3.0, 1.0]]])
     curves = Curves.of(lost, spent)
+    assert {0.1, 0.2, 0.4} <= set(curves.spent.round(7))
     for place, size in enumerate(curves.spent):
         first = np.interp(np.log(size), np.log([0.1, 0.2]), np.log([8, 4]))
-        second = np.interp(np.log(size), np.log([0.2, 0.4]), np.log([3, 1])) if size >= 0.2 * (1 - 1e-9) else np.inf
+        second = np.interp(np.log(size), np.log([0.2, 0.4]), np.log([3, 1])) if size > 0.2 * (1 - 1e-7) else np.inf
         assert curves.lost[0, place] == pytest.approx(np.exp(min(first, second)))
         assert curves.choice[0, place] == int(second < first)
+
+
+def test_what_holds_every_event_promises_little_before_it_does():
+    """Of 8 parts lost none is left with twice the bytes: half way there about half is, and no geometric mean."""
+    curves = Curves.of(torch.tensor([[[8.0, 2.0, 1e-9]]]), torch.tensor([[[0.1, 0.2, 0.4]]]))
+    for size, lost in zip(curves.spent, curves.lost[0]):
+        expected = 2 * (0.4 - size) / 0.2 if size >= 0.2 else 8 * (0.1 / size) ** 2
+        assert lost == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_layer_that_counts_for_more_gets_more_and_the_budget_is_used(world, fitted):

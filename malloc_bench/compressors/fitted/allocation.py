@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 STEPS = 8  # sizes in an octave, between those that were measured
+STEEP = 3  # power of the bytes; losses of fitted slots fall by up to their square
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,21 @@ class Curves:
 
     @staticmethod
     def of(lost: Tensor, spent: Tensor) -> Curves:
-        """From what was measured of each layer and candidate, [L, C, G] each; between two sizes the logarithm of what
-        is lost falls in line with that of the bytes."""
-        y, x = (np.log(each.cpu().numpy().clip(1e-30)) for each in (lost, spent))
-        grid = np.arange(x.min(), x.max() + np.log(2) / STEPS, np.log(2) / STEPS)
+        """From what was measured of each layer and candidate, [L, C, G] each; between two sizes a loss falls as a power
+        of the bytes, or on their chord where that is steeper than `STEEP`: every event is held there, by few users
+        before by all."""
+        y, x = (np.log2(each.cpu().numpy().clip(1e-30)) for each in (lost, spent))
+        grid = np.unique(np.concatenate([np.arange(x.min(), x.max(), 1 / STEPS), x.ravel()]))
         found = np.full((*x.shape[:2], len(grid)), np.inf)
         for place in np.ndindex(*x.shape[:2]):
             size, first = np.unique(x[place], return_index=True)
             best = np.minimum.accumulate(y[place][first])  # more bytes need not be spent
-            found[place] = np.where(grid >= size[0] - 1e-9, np.exp(np.interp(grid, size, best)), np.inf)
-        return Curves(found.min(1), found.argmin(1), np.exp(grid))
+            steep = np.append(np.diff(best) < -STEEP * np.diff(size), False)
+            power = np.exp2(np.interp(grid, size, best))
+            chord = np.interp(np.exp2(grid), np.exp2(size), np.exp2(best))
+            among = np.searchsorted(size, grid, side="right") - 1
+            found[place] = np.where(grid >= size[0], np.where(steep[among], chord, power), np.inf)
+        return Curves(found.min(1), found.argmin(1), np.exp2(grid))
 
     def divided(self, budget: float) -> list[tuple[int, float]]:
         """Each layer's candidate and its share of all bytes, of which there are `budget`.

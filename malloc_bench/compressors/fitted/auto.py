@@ -17,7 +17,7 @@ from malloc_bench.compressors.sizing import COUNT_BYTES, Budget
 from malloc_bench.registry import register
 from malloc_bench.state import Ask, Fitted, Layer, Prefill, Sample, Stats, UserState
 
-GRID = tuple(2.0**-i for i in range(3, 10))  # of a layer's bytes, that curves are measured at
+GRID = tuple(2.0**-i for i in range(1, 10))  # of a layer's bytes, that curves are measured at
 USERS = 16  # of a chunk of training users, who have histories of like length: whom curves are measured on
 FITTED = {"probes": 256, "which": "top", "rounds": 30}
 
@@ -35,6 +35,8 @@ class Auto(Compressor):
     next ones save most, along the lower convex hulls, as a Lagrange multiplier would have it.
     One fit serves every budget; all users have one plan, see `planned`. tests: probes measured with, of the first
     candidate's kind; a third or more of them are behind those that it is fitted to.
+    What is merged is for backbones that keep one vector of an event, where a fitted slot stores two, and for budgets
+    that hold every event.
     On plain tensors, which have no stack, each layer's own gap counts. Where layers are alike, equal shares do as well.
     """
 
@@ -42,10 +44,11 @@ class Auto(Compressor):
         ({"fit_keys": FITTED}, {"mxint": {"bits": 4}}),
         ({"fit_keys": FITTED}, {"mxint": {"bits": 6}}),
         ({"fit_keys": FITTED}, "gain_shape"),
+        *(("kmeans", {"mxint": {"bits": bits}}) for bits in (4, 6, 8)),
     )
     tests: int = 32
 
-    version = 4
+    version = 5
     family = "fitted"
     paper = "ours; hulls and multipliers: Shoham and Gersho, IEEE TASSP 36, 1988"
     formula = "min over candidate and bytes of each layer: sum over layers of (E |output gap|)^2, within the budget"
