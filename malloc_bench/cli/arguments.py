@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from malloc_bench.results.labels import parted
+
 
 def run_folder(name: str) -> Path:
     """A run's folder, by its path, its `results.parquet`, or its name below runs/ where the path is nothing."""
@@ -55,7 +57,7 @@ def asked(option: str, read: Callable[[str], float], text: str | None) -> float 
 def pairs(items: list[str]) -> dict[str, list[str]]:
     """`a=1,b=x`, `a=2`: the values of each key; a comma inside of brackets is a label's own."""
     found: dict[str, list[str]] = {}
-    for item in (part for each in items for part in re.split(r",(?![^(\[{]*[)\]}])", each)):
+    for item in (part.strip() for each in items for part in parted(each)):
         key, value = given.groups() if (given := re.fullmatch(r"(\w*)=(.*)", item, re.DOTALL)) else ("", item)
         if given is None and found:
             key = next(reversed(found))  # compressor=snapkv,kivi(bits=4)

@@ -231,6 +231,7 @@ def steps(label: str) -> list[str]:
 SELECTED = {name: name for name in (*GROUP, "family", "compressor", "budget", "seed")}
 
 
+REST = "no budget"  # the block of methods that have none, and fit in none of the others'
 _INSTEAD = {"budget": "within", "compressor": "method"}
 
 
@@ -292,6 +293,6 @@ def _had(key: str, value: str | int | None) -> set[str]:
     if not text:
         return {"none"}
     if key == "budget":
-        return set(budget_labels(text))
+        return {"none"} if text == REST else set(budget_labels(text))
     parts = steps(text)
     return {text, bare(text), *parts, *(each.split("(")[0].split(" [")[0] for each in parts)}

@@ -48,11 +48,11 @@ def deployable() -> pl.Expr:
 
 
 def of_most_trainings(among: pl.Expr | None = None) -> pl.Expr:
-    """Whether a row's means cover as many trainings as any method's (of `among`), as the full state's may at any time.
+    """Whether a row's means cover as many trainings as any method's (of `among`); the full state and floors pass.
 
     Over fewer they are of other trainings, and say nothing of which of two methods is better.
     """
-    method = pl.col("method") != "full"
+    method = ~pl.col("method").is_in(["full", "none", CONSTANT])
     most = pl.when(method if among is None else method & among).then("seeds").max()
     return ~method | (pl.col("seeds") == most)
 

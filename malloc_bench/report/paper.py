@@ -7,13 +7,12 @@ from typing import Any
 
 import polars as pl
 
-from malloc_bench.report.board import GROUP, aggregate, groups_of, labelled, newest, reason_of
+from malloc_bench.report.board import GROUP, REST, aggregate, groups_of, labelled, newest, reason_of
 from malloc_bench.report.judge import CONSTANT, REBUILT, alike, deployable, of_most_trainings
 from malloc_bench.report.render import Block, Column, digits, words
 from malloc_bench.results import budget_labels, complete
 
 REFERENCES = ("full", "none", CONSTANT)  # on top of every block, and never the best of it
-REST = "no budget"  # the block of methods that have none, and fit in none of the others'
 WHAT = (
     "Bold: the best of its column; underlined: the second; the full state, the floors, ids, methods that know the "
     "reader, columns without headroom, and means over fewer trainings (1/3) apart. Methods without a budget "

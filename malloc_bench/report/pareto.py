@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from malloc_bench.report.curves import FLOORS, SMALLEST
-from malloc_bench.report.judge import CONSTANT, REBUILT, deployable
+from malloc_bench.report.judge import CONSTANT, REBUILT, deployable, of_most_trainings
 from malloc_bench.report.lines import Curve, human_ticks, lay_out, name_ends, sheets
 from malloc_bench.report.style import COLOURS, FLOOR, MARKS, OTHER
 
@@ -55,7 +55,8 @@ def pareto_figure(board: pl.DataFrame, title: str, width: float = 7.0) -> Figure
     """The figure of one table from its rows of `board.aggregate`; None where nothing was measured.
 
     A family is a colour and a mark. The stepped line is the front of what keeps a state (ids, which are rebuilt for
-    every read, are drawn beside it); methods that hold most of it are named, with their paired intervals.
+    every read, and means over fewer trainings than others' are drawn beside it); methods that hold most of it are
+    named, with their paired intervals.
     """
     small, board = width < 5, _of_all_trainings(board)
     shown = panels(board, small)
@@ -99,6 +100,7 @@ def _front(axes: Axes, panel: Panel, board: pl.DataFrame, font: float) -> None:
     full = _points(board.filter(pl.col("method") == "full"), panel)
     axes.plot(*_xy(full), marker="*", ms=font, color=FRONT, mec="white", mew=0.4, ls="none", zorder=6, gid="full")
     kept = board.filter(deployable() & (pl.col("method") != "none") & (pl.col("family") != REBUILT))
+    kept = kept.filter(of_most_trainings())
     reached = front(_points(kept, panel))
     ends = _xy([*reached, (max(x for x, _ in _points(kept, panel)), reached[-1][1])] if reached else [])
     axes.step(*ends, where="post", color=FRONT, lw=0.8, zorder=2.5, gid="front")  # the best stays so at a higher cost

@@ -27,11 +27,11 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     """Rows that two runs both have, by data set, backbone, method and budget: the second against the first.
 
     `main` and `alike` are the second's less the first's, paired over users where values by user are there (then with
-    interval, p and p_holm), plain differences elsewhere, of the trainings that both have; `bytes_ratio` the second's
-    mean bytes over the first's, `read_ratio` of reads, each over its own run's full state's. What the two differ in,
-    null for nothing: `protocol`, of data, training and evaluation, `settings`, of the method under its label. `seeds`:
-    those compared, where a run has others; `only_one` and `only_other`: how many rows the other run has not. only:
-    rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
+    interval, p and p_holm), plain differences elsewhere; `bytes_ratio` the second's mean bytes over the first's,
+    `read_ratio` of reads, each over its own run's full state's: all of the trainings that both have. What the two
+    differ in, null for nothing: `protocol`, of data, training and evaluation, `settings`, of the method under its
+    label. `seeds`: those compared, where a run has others; `only_one` and `only_other`: how many rows the other run has
+    not. only: rows, as `board.select` takes them. Raises ValueError where the two have nothing in common.
     """
     frames = side_by_side([load_results(each) for each in (one, other)])
     boards = [_by_budget(select(each, only or {})) for each in frames]
@@ -46,6 +46,7 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
         paired = {what: difference(users[1].both(mine, theirs, what, users[0])) for what in ("main", "alike")}
         both = _by_seed([cells[1][each] for each in mine], [cells[0][each] for each in theirs])
         plain = {what: _mean([_less(a[what], b[what]) for a, b in both.values()]) for what in paired}
+        sizes = {what: [_mean([side[i][what] for side in both.values()]) for i in (0, 1)] for what in _SIZES}
         values = {name: each for what in paired for name, each in columns_of(what, paired[what]).items()}
         differences = {name: plain.get(name) if each is None else each for name, each in values.items()}
         found.append(
@@ -55,10 +56,10 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
                 "settings": _differing(*(_method(cells[i][each[0]]) for i, each in enumerate((theirs, mine)))),
                 "seeds": None if len(both) == len(mine) == len(theirs) else ", ".join(map(str, both)),
                 **differences,
-                "equal": _equal(row, differences),
+                "equal": _equal(list(both.values())),
                 "p": None if paired["main"] is None else paired["main"].p,
-                "bytes_ratio": _over(row["bytes_mean_right"], row["bytes_mean"]),
-                "read_ratio": _over(row["read_ratio_right"], row["read_ratio"]),
+                "bytes_ratio": _over(*sizes["bytes_mean"]),
+                "read_ratio": _over(*sizes["read_ratio"]),
             }
         )
     types = {**dict.fromkeys(("main", "alike", "p", "bytes_ratio", "read_ratio"), pl.Float64()), "equal": pl.Boolean()}
@@ -72,8 +73,9 @@ def two_runs(one: str | Path, other: str | Path, only: Mapping[str, Sequence[str
     return pl.concat(parts)
 
 
+_SIZES = ("bytes_mean", "read_ratio")
 #: what is read of a row
-_CELL = ("cell_id", "seed", "cell", "hashes", main().alias("main"), alike().alias("alike"))
+_CELL = ("cell_id", "seed", "cell", "hashes", main().alias("main"), alike().alias("alike"), *_SIZES)
 
 
 def _by_budget(board: pl.DataFrame) -> pl.DataFrame:
@@ -104,10 +106,9 @@ def _alike(
 
     What a run tells such rows apart by (`lineage.apart`) the other, which has but one of them, does not say.
     """
-    values = main().alias("value"), alike().alias("kept")
-    shown = ["n_users", "bytes_mean", "cell_ids", "read_ratio"]
+    shown = ["n_users", "cell_ids"]
     bare = pl.col("backbone").str.replace(r" \[.*\]$", "").alias("bare")
-    first, second = (board.select(*key, *shown, *values, bare).with_row_index("place") for board in boards)
+    first, second = (board.select(*key, *shown, bare).with_row_index("place") for board in boards)
     on = ["bare" if name == "backbone" else name for name in key]
     rows = first.join(second, on=on, how="inner", nulls_equal=True)
     pairs = ((row["cell_ids"].split()[0], row["cell_ids_right"].split()[0]) for row in rows.iter_rows(named=True))
@@ -126,13 +127,10 @@ def _holm(p: pl.Series) -> pl.Series:
     return pl.Series("p_holm", holm(p), pl.Float64, nan_to_null=True)
 
 
-def _equal(row: Mapping[str, Any], differences: Mapping[str, float | None]) -> bool | None:
-    """Whether both runs have the same values; None where neither has any."""
-    sides = [(row[name], row[f"{name}_right"]) for name in ("value", "kept", "bytes_mean")]
-    if all(side == (None, None) for side in sides):
-        return None
-    differ = [differences["main"], differences["alike"], _less(*sides[2])]
-    return all((a is None) == (b is None) and (a is None or d == 0) for (a, b), d in zip(sides, differ))
+def _equal(both: Sequence[tuple[Any, Any]]) -> bool | None:
+    """Whether rows of one training have the same values, of every training; None where none has any."""
+    values = [[side[what] for what in ("main", "alike", "bytes_mean")] for pair in both for side in pair]
+    return values[::2] == values[1::2] if any(each is not None for side in values for each in side) else None
 
 
 def _less(a: float | None, b: float | None) -> float | None:
@@ -164,13 +162,13 @@ def print_two_runs(found: pl.DataFrame, console: Console, most: int = 20) -> Non
         changed, sure = rows.filter(~pl.col("equal")), rows.filter(pl.col("p_holm") < LEVEL).height
         said = f"{len(rows)} rows in both, {rows['equal'].sum()} equal, {sure} surely of another accuracy"
         lost = rows["equal"].null_count()
-        tell(console, f"{head}: {said}{f', {lost} without a value in either' if lost else ''}")
+        tell(console, f"{head}: {said}{f', {lost} with nothing to compare' if lost else ''}")
         for other in rows["protocol"].drop_nulls().unique(maintain_order=True).head(3):
             tell(console, f"Not the methods alone differ: {clipped(shown(other), 300)}", "bold yellow")
         for label, other in _few(rows, "settings"):
             tell(console, f"{label} is not the same method: {clipped(shown(other), 300)}", "bold yellow")
         for label, seeds in _few(rows, "seeds"):
-            tell(console, f"{label}: over the trainings that both have ({seeds or 'none'})", "dim")
+            tell(console, f"{label}: over the trainings that both have ({f'seed {seeds}' if seeds else 'none'})", "dim")
         if len(changed):
             first = changed.sort(pl.col("main").abs(), descending=True, nulls_last=True).head(most)
             console.print(terminal(first, filled(first, RUNS), "what changed most", console.width))

@@ -94,7 +94,22 @@ def _show(value: Any) -> str:
 @lru_cache(4096)
 def spelled(label: str) -> str:
     """A label as all of its spellings come out: without spaces, parameters in order of the alphabet."""
-    return re.sub(r"\(([^()]*)\)", lambda each: f"({','.join(sorted(each[1].split(',')))})", label.replace(" ", ""))
+    label = label.replace(" ", "")
+    while (done := re.sub(r"\(([^()]*)\)", lambda each: f"{{{','.join(sorted(parted(each[1])))}}}", label)) != label:
+        label = done  # from the innermost brackets on
+    return label
+
+
+def parted(text: str) -> list[str]:
+    """What commas outside of brackets part."""
+    depth, parts = 0, [""]
+    for each in text:
+        depth += (each in "([{") - (each in ")]}")
+        if each == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += each
+    return parts
 
 
 @lru_cache(4096)

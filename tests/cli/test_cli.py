@@ -528,6 +528,8 @@ def test_the_installed_script_has_the_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_comma_parts_labels_outside_of_brackets_only() -> None:
+    nested = "auto(tests=3,candidates=fit_keys(rounds=30,which=top) + mxint)"
+    assert pairs([f"compressor={nested}, seed=1"]) == {"compressor": [nested], "seed": ["1"]}
     assert pairs(["compressor=kivi(bits=2,tail=0),kivi(bits=4),h2o", "budget=1/8"]) == {
         "compressor": ["kivi(bits=2,tail=0)", "kivi(bits=4)", "h2o"], "budget": ["1/8"],
     }  # fmt: skip

@@ -81,6 +81,13 @@ def test_curves_are_of_the_best_candidate_and_fall():
         assert curves.choice[0, place] == int(second < first)
 
 
+def test_a_candidate_that_gives_no_numbers_is_not_taken():
+    nothing = float("nan")
+    lost = torch.tensor([[[nothing, nothing], [0.5, 0.6]], [[0.1, nothing], [0.2, 0.3]]], dtype=torch.float64)
+    curves = Curves.of(lost, torch.tensor([[[0.2, 0.1]] * 2] * 2, dtype=torch.float64))
+    assert np.isfinite(curves.lost).all() and [choice for choice, _ in curves.divided(0.2)] == [1, 1]
+
+
 def test_what_holds_every_event_promises_little_before_it_does():
     """Of 8 parts lost none is left with twice the bytes: half way there about half is, and no geometric mean."""
     curves = Curves.of(torch.tensor([[[8.0, 2.0, 1e-9]]]), torch.tensor([[[0.1, 0.2, 0.4]]]))

@@ -11,6 +11,7 @@ import pytest
 from malloc_bench.cli import main
 from malloc_bench.files import DIGEST, ResultsError, atomic_write, digest, sealed
 from malloc_bench.results import COLUMNS, SCHEMA_VERSION, budget_asked, frame, load_results, read_rows
+from malloc_bench.results.labels import spelled
 
 MEASURED = {
     "ndcg@10": 0.2,
@@ -151,3 +152,8 @@ def test_a_budget_is_asked_for_in_any_way_of_writing_it():
         "16 slots", "16 slots", "none", "1/0", "x",
     ]  # fmt: skip
     assert budget_asked("1e999") == "1e999"  # no number
+
+
+def test_labels_are_spelled_alike_whatever_the_order_and_however_deep():
+    assert spelled("a(b=c(d=1,e=2),f=3)") == spelled("a( f=3, b=c(e=2,d=1))") != spelled("a(b=c(d=2,e=1),f=3)")
+    assert spelled("a(x=[1, 2],b=0)") == spelled("a(b=0,x=[1,2])") != spelled("a(b=0,x=[2,1])")

@@ -10,6 +10,7 @@ from malloc_bench.report import tables
 from malloc_bench.report.board import aggregate
 from malloc_bench.report.evidence import pareto, significance
 from malloc_bench.report.paper import paper
+from malloc_bench.report.pareto import pareto_figure
 from malloc_bench.report.recommend import Limits, print_recommended, recommend
 from malloc_bench.report.site.content import Run, pages
 from malloc_bench.results import frame
@@ -76,3 +77,32 @@ def test_the_site_gives_it_no_place_in_its_ranking(rows):
     index, *_ = pages([Run("run", frame(rows))])
     (sheet,) = [each for each in index.sheets if "at 25 %" in each.title]
     assert "h2o" in str(sheet.rows) and LUCKY not in str(sheet.rows)
+
+
+def test_floors_that_were_trained_more_often_hide_no_method(rows, row):
+    floor = [
+        row(
+            family="fitted",
+            compressor="fit_constant",
+            seed=s,
+            bytes_mean=9,
+            ratio=0.009,
+            **{"ndcg@10": 0.1, "overlap@10": 0.4},
+        )
+        for s in range(3)
+    ]
+    one = [each for each in rows if each["seed"] == 1 or each["compressor"] in ("full", "none")]
+    assert pareto(frame(one + floor))["compressor"].to_list() == ["fit_constant", LUCKY, "h2o", "full"]
+    assert recommend(frame(one + floor), Limits(size=300))["compressor"][0] == "h2o"
+
+
+def test_a_figure_of_the_front_names_it_nowhere(rows):
+    figure = pareto_figure(aggregate(frame(rows)), "front")
+    said = " ".join(each.get_text() for axes in figure.axes for each in axes.texts)
+    assert "h2o" in said and LUCKY not in said
+
+
+def test_no_budget_is_asked_for_as_none(rows, row):
+    fixed = row(family="quantization", compressor="int8", seed=0, bytes_mean=600, ratio=0.6, **{"ndcg@10": 0.1})
+    text = tables.render_table(frame([*rows, fixed]), "paper", "csv", only={"budget": ["none"]})
+    assert set(pl.read_csv(io.StringIO(text))["within"]) == {"no budget"} and "int8" in text

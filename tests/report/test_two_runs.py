@@ -30,12 +30,18 @@ def test_trainings_that_one_run_has_alone_do_not_count(run, capsys):
     (one,) = found.iter_rows(named=True)
     assert one["main"] == pytest.approx(-0.01) and one["alike"] == pytest.approx(-0.01) and one["seeds"] == "1"
     print_two_runs(found, Console(width=200))
-    assert "h2o: over the trainings that both have (1)" in capsys.readouterr().out
+    assert "h2o: over the trainings that both have (seed 1)" in capsys.readouterr().out
 
 
 def test_no_training_in_common_is_no_difference(run):
     (one,) = two_runs(run("a", h2o(0, 0.1)), run("b", h2o(1, 0.1))).iter_rows(named=True)
-    assert (one["main"], one["alike"], one["seeds"], one["equal"]) == (None, None, "", False)
+    assert (one["main"], one["alike"], one["seeds"], one["equal"]) == (None, None, "", None)
+
+
+def test_bytes_and_what_is_equal_are_of_the_trainings_that_both_have(run):
+    rows = [h2o(seed, 0.1 + seed / 7, bytes_mean=250.0 + seed, read_ratio=1.0 + seed) for seed in range(3)]
+    (one,) = two_runs(run("a", *rows), run("b", *rows[:2])).iter_rows(named=True)
+    assert one["equal"] and (one["bytes_ratio"], one["read_ratio"], one["main"]) == (1, 1, 0)
 
 
 def test_budgets_that_share_a_state_are_compared_one_by_one(run):

@@ -152,4 +152,4 @@ def test_two_runs_are_tested_within_each_table_and_null_is_not_equal(row, with_u
         "same": False, "blank": None, "half": False,
     }  # fmt: skip
     print_two_runs(found, Console(width=200))
-    assert "3 rows in both, 0 equal, " in (out := capsys.readouterr().out) and "1 without a value in either" in out
+    assert "3 rows in both, 0 equal, " in (out := capsys.readouterr().out) and "1 with nothing to compare" in out

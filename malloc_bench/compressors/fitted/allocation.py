@@ -29,8 +29,10 @@ class Curves:
         grid = np.unique(np.concatenate([np.arange(x.min(), x.max(), 1 / STEPS), x.ravel()]))
         found = np.full((*x.shape[:2], len(grid)), np.inf)
         for place in np.ndindex(*x.shape[:2]):
-            size, first = np.unique(x[place], return_index=True)
-            best = np.minimum.accumulate(y[place][first])  # more bytes need not be spent
+            if not (sound := np.isfinite(y[place])).any():
+                continue  # it gives no numbers
+            size, first = np.unique(x[place][sound], return_index=True)
+            best = np.minimum.accumulate(y[place][sound][first])  # more bytes need not be spent
             steep = np.append(np.diff(best) < -STEEP * np.diff(size), False)
             power = np.exp2(np.interp(grid, size, best))
             chord = np.interp(np.exp2(grid), np.exp2(size), np.exp2(best))

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import polars as pl
 
-from malloc_bench.report.board import GROUP, aggregate, sections, side_by_side
+from malloc_bench.report.board import GROUP, REST, aggregate, sections, side_by_side
 from malloc_bench.report.judge import of_most_trainings, remark
 from malloc_bench.report.leaderboard import COLUMNS_SHOWN, NOTES
-from malloc_bench.report.paper import REST, at_budgets, competes
+from malloc_bench.report.paper import at_budgets, competes
 from malloc_bench.report.render import Column, filled, number, words
 from malloc_bench.results.labels import bare
 
