@@ -57,7 +57,7 @@ def test_no_way_to_divide_is_better_by_more_than_a_step_of_the_hulls(seed):
     spent = np.arange(1, 13) / 40
     lost = np.stack([(a / spent) ** p for a, p in zip(rng.uniform(0.1, 2, 3), rng.uniform(0.5, 2, 3))])
     lost += rng.uniform(0, 0.2, lost.shape)
-    curves = Curves(lost, np.zeros(lost.shape, int), spent)
+    curves = Curves(lost, np.zeros(lost.shape, int), spent, np.ones(lost.shape, bool))
     for budget in (0.1, 0.3, 0.6):
         shares = [share for _, share in curves.divided(budget)]
         assert sum(shares) == pytest.approx(1)
@@ -79,6 +79,13 @@ def test_curves_are_of_the_best_candidate_and_fall():
         second = np.interp(np.log(size), np.log([0.2, 0.4]), np.log([3, 1])) if size > 0.2 * (1 - 1e-7) else np.inf
         assert curves.lost[0, place] == pytest.approx(np.exp(min(first, second)))
         assert curves.choice[0, place] == int(second < first)
+
+
+def test_what_fits_is_taken_where_the_next_step_of_the_hull_does_not():
+    nothing = float("nan")
+    lost = torch.tensor([[[9.0, 9.0, 9.0], [nothing, 4.6, 0.8]]], dtype=torch.float64)
+    curves = Curves.of(lost, torch.tensor([[[0.03, 0.03, 0.03], [0.05, 0.055, 0.07]]], dtype=torch.float64))
+    assert [curves.divided(budget)[0][0] for budget in (0.03, 0.0549, 0.06, 0.07)] == [0, 0, 1, 1]
 
 
 def test_a_candidate_that_gives_no_numbers_is_not_taken():
