@@ -87,7 +87,7 @@ METHODS = [
     ("still", {"probes": 8, "bank": 5, "rounds": 2}),
     ("moments", {"probes": 8, "about": "zero", "rank": 0, "inner": "knorm"}),
     ("fit_recent", {"probes": 5, "horizon": (0, 2)}),
-    ("auto", {"candidates": (("recent", "mxint"), ("recent", {"gain_shape": {"stages": 2}})), "tests": 2}),
+    ("auto", {"candidates": (("kmeans", "mxint"), ("recent", {"gain_shape": {"stages": 2}})), "tests": 2}),
     *(("fit_recent", {"probes": 5, "which": which}) for which in ("even", "own", "top", "candidates")),
     *((name, {}) for name in ("category_merge", "resets", "vql")),
     *((name, {}) for name in ("pq", "rvq")),
